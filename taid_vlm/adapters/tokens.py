@@ -1,0 +1,131 @@
+"""The bytes behind every token, and how a token sequence tiles its text.
+
+Two models can only be compared token by token if we know which bytes each token stands for.
+Offset mappings differ between tokenizers (and are missing after image expansion), so the tokens'
+own bytes are laid over the text; if they do not tile it exactly, that is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from taid_vlm.errors import AlignmentError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes, character -> byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return alphabet
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """What each token id of one tokenizer stands for.
+
+    text: id -> bytes, None for special tokens and ids without a token.
+    special: id -> the bytes of its name, for special tokens.
+    strings: id -> the token as the vocabulary spells it (None without a token).
+    """
+
+    text: list[bytes | None]
+    special: dict[int, bytes]
+    strings: list[str | None]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+def token_table(tokenizer: PreTrainedTokenizerBase) -> TokenTable:
+    """Read the table off a tokenizer (byte-level BPE, or metaspace with byte fallback)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise AlignmentError(
+            f"{type(tokenizer).__name__} is not backed by the tokenizers library, so the bytes of "
+            "its tokens are not known; load the fast tokenizer of this model."
+        )
+    byte_level = "ByteLevel" in str(backend.decoder) or "ByteLevel" in str(backend.pre_tokenizer)
+    added = tokenizer.added_tokens_decoder
+    special_ids = set(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    strings: list[str | None] = [None] * size
+    for token, index in tokenizer.get_vocab().items():
+        strings[index] = token
+    text: list[bytes | None] = [None] * size
+    for index, token in enumerate(strings):
+        if token is None or index in special_ids:
+            continue
+        text[index] = token.encode() if index in added else _token_bytes(token, byte_level)
+    special = {i: strings[i].encode() for i in special_ids if i < size and strings[i] is not None}
+    return TokenTable(text, special, strings)
+
+
+def _token_bytes(token: str, byte_level: bool) -> bytes:
+    if byte_level:
+        return b"".join(
+            bytes([_ALPHABET[c]]) if c in _ALPHABET else c.encode() for c in token
+        )
+    if match := _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(match.group(1), 16)])
+    return token.replace("▁", " ").encode()
+
+
+def tile(table: TokenTable, ids: list[int], text: str) -> list[tuple[int, int]]:
+    """Byte span (start, end) of every token in `text`.
+
+    Tokens the tokenizer added by itself (BOS, the virtual space at the start of a word) get an
+    empty span; whitespace that a special token swallows is skipped.
+
+    Raises:
+        AlignmentError: the tokens' bytes are not the text's, for example because the tokenizer
+            normalises the text (NFC, lower case) or met an unknown character.
+    """
+    data, cursor, spans = text.encode(), 0, []
+    for index in ids:
+        start, end = _place(table, index, data, cursor)
+        spans.append((start, end))
+        cursor = end
+    if data[cursor:].strip():
+        raise _mismatch(data, cursor, "the end of the tokens")
+    return spans
+
+
+def _place(table: TokenTable, index: int, data: bytes, cursor: int) -> tuple[int, int]:
+    token = table.text[index] if index < len(table) else None
+    if token is None:
+        name = table.special.get(index, b"\0")
+        start = _skip_space(data, cursor)
+        return (start, start + len(name)) if data.startswith(name, start) else (cursor, cursor)
+    if data.startswith(token, cursor):
+        return cursor, cursor + len(token)
+    if token[:1] == b" " and data.startswith(token[1:], cursor):
+        return cursor, cursor + len(token) - 1
+    start = _skip_space(data, cursor)
+    if start > cursor and data.startswith(token, start):
+        return start, start + len(token)
+    raise _mismatch(data, cursor, f"token {table.strings[index]!r}")
+
+
+def _skip_space(data: bytes, cursor: int) -> int:
+    while cursor < len(data) and data[cursor : cursor + 1].isspace():
+        cursor += 1
+    return cursor
+
+
+def _mismatch(data: bytes, cursor: int, token: str) -> AlignmentError:
+    near = data[max(0, cursor - 10) : cursor + 20].decode(errors="replace")
+    return AlignmentError(
+        f"the tokens do not spell the text: {token} against {near!r} (byte {cursor}). The "
+        "tokenizer changes text before it splits it (Unicode normal form, case, unknown "
+        "characters); normalise the data the same way."
+    )

@@ -1,0 +1,23 @@
+"""Alignment: which predictions of teacher and student are about the same thing."""
+
+from taid_vlm.alignment.pairing import (
+    AlignedToken,
+    Pairing,
+    align_alone,
+    check_modalities,
+    pair_models,
+    supervised_tokens,
+)
+from taid_vlm.alignment.vocabulary import SideMap, VocabularyMap, build_vocabulary_map
+
+__all__ = [
+    "AlignedToken",
+    "Pairing",
+    "SideMap",
+    "VocabularyMap",
+    "align_alone",
+    "build_vocabulary_map",
+    "check_modalities",
+    "pair_models",
+    "supervised_tokens",
+]

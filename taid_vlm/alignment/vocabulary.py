@@ -1,0 +1,176 @@
+"""The vocabulary map: one set of entries for two models whose logit rows differ.
+
+K tokens that both models have are compared one by one. What only one of them has is summed up,
+exactly, in one more entry ("rest": the logsumexp of its logits), so softmax over the K + 1
+entries is the exact coarse-graining of the model's own softmax. Two limits are drawn:
+
+- Rows that no token names (padding of the embedding matrix) are no outcomes of a language model.
+  They are left out on both sides, and the probability a model wastes on them is reported.
+- If the student has no token outside the shared ones, it cannot place the teacher's rest
+  anywhere. The teacher is then conditioned on the shared tokens, and the mass is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from taid_vlm.adapters import TokenTable
+from taid_vlm.errors import AlignmentError
+
+
+@dataclass(frozen=True)
+class SideMap:
+    """One model's rows: shared [K] in common order, rest and padding (ids; may be empty)."""
+
+    shared: Tensor
+    rest: Tensor
+    padding: Tensor
+
+    def to(self, device: torch.device) -> SideMap:
+        return SideMap(*(x.to(device) for x in (self.shared, self.rest, self.padding)))
+
+
+@dataclass(frozen=True)
+class VocabularyMap:
+    """Brings logits [N, V] of teacher and student to the same width.
+
+    identity: both models have the same rows, nothing is mapped.
+    has_rest: the student has tokens the teacher lacks, so entry K holds the rest.
+    """
+
+    teacher: SideMap
+    student: SideMap
+    identity: bool
+    has_rest: bool
+
+    def to(self, device: torch.device | str) -> VocabularyMap:
+        device = torch.device(device)
+        return VocabularyMap(self.teacher.to(device), self.student.to(device), self.identity,
+                             self.has_rest)
+
+    @property
+    def width(self) -> int:
+        """Entries after mapping: V, K or K + 1."""
+        return len(self.student.shared) + self.has_rest
+
+    def map_teacher(self, logits: Tensor) -> Tensor:
+        """[N, V_teacher] -> [N, width]."""
+        return self._map(logits, self.teacher)
+
+    def map_student(self, logits: Tensor) -> Tensor:
+        """[N, V_student] -> [N, width], differentiable."""
+        return self._map(logits, self.student)
+
+    def _map(self, logits: Tensor, side: SideMap) -> Tensor:
+        if self.identity:
+            return logits
+        shared = logits.index_select(-1, side.shared)
+        if not self.has_rest:
+            return shared
+        if len(side.rest) == 0:
+            rest = torch.full_like(shared[:, :1], -torch.inf)
+        else:
+            rest = logits.index_select(-1, side.rest).float().logsumexp(-1, keepdim=True)
+        return torch.cat([shared.to(rest.dtype), rest], dim=-1)
+
+    @torch.no_grad()
+    def unshared_mass(self, logits: Tensor, side: str) -> dict[str, Tensor]:
+        """Probability on `rest` and on `padding` rows per token, each [N]; {} for the identity."""
+        if self.identity:
+            return {}
+        rows: SideMap = getattr(self, side)
+        total = logits.float().logsumexp(-1)
+        return {
+            f"{side}_{name}_mass": (logits.index_select(-1, ids).float().logsumexp(-1) - total).exp()
+            for name, ids in (("rest", rows.rest), ("padding", rows.padding)) if len(ids)
+        }
+
+
+def build_vocabulary_map(
+    teacher: TokenTable,
+    student: TokenTable,
+    teacher_rows: int,
+    student_rows: int,
+    roles: Sequence[tuple[int, int]] = (),
+    teacher_prefix: bytes = b"",
+    student_prefix: bytes = b"",
+) -> VocabularyMap:
+    """Pair the two models' tokens by what they stand for.
+
+    Args:
+        teacher, student: token tables.
+        teacher_rows, student_rows: rows of the heads (>= the tables' lengths).
+        roles: (teacher id, student id) that play the same part under different names, such as
+            the end of a turn; they come first.
+        teacher_prefix, student_prefix: bytes that a token at this position carries in front on
+            one side only (" The" after "Assistant:" against "The" after a newline).
+
+    Raises:
+        AlignmentError: a head with fewer rows than its tokenizer has tokens, or nothing shared.
+    """
+    for role, table, rows in (("teacher", teacher, teacher_rows), ("student", student,
+                                                                   student_rows)):
+        if rows < len(table):
+            raise AlignmentError(f"{role}: the head has {rows} rows, but the tokenizer names "
+                                 f"{len(table)} tokens; resize the embeddings.")
+    plain = teacher_prefix == student_prefix
+    same = plain and teacher_rows == student_rows and teacher.strings == student.strings
+    if same and all(t == s for t, s in roles):
+        return _identity(teacher_rows)
+    pairs = _pair(_keys(teacher, teacher_prefix), _keys(student, student_prefix), roles)
+    if not pairs:
+        raise AlignmentError("teacher and student share no token at all.")
+    teacher_side = _side([t for t, _ in pairs], teacher, teacher_rows)
+    student_side = _side([s for _, s in pairs], student, student_rows)
+    return VocabularyMap(teacher_side, student_side, False, len(student_side.rest) > 0)
+
+
+def _identity(rows: int) -> VocabularyMap:
+    none = torch.empty(0, dtype=torch.long)
+    side = SideMap(torch.arange(rows), none, none)
+    return VocabularyMap(side, side, True, False)
+
+
+def _keys(table: TokenTable, prefix: bytes) -> dict[tuple[str, bytes], int]:
+    """(kind, bytes) -> id; byte-fallback tokens keep apart from the characters they spell."""
+    keys: dict[tuple[str, bytes], int] = {}
+    for index, text in enumerate(table.text):
+        if text is not None and text.startswith(prefix):
+            spelled = table.strings[index] or ""
+            kind = "byte" if spelled.startswith("<0x") else "text"
+            keys.setdefault((kind, text[len(prefix) :]), index)
+    for index, name in table.special.items():
+        keys.setdefault(("special", name), index)
+    return keys
+
+
+def _pair(
+    teacher: dict[tuple[str, bytes], int], student: dict[tuple[str, bytes], int],
+    roles: Sequence[tuple[int, int]],
+) -> list[tuple[int, int]]:
+    pairs: list[tuple[int, int]] = []
+    used_t: set[int] = set()
+    used_s: set[int] = set()
+    by_name = ((index, student[key]) for key, index in teacher.items() if key in student)
+    for t, s in (*roles, *by_name):
+        if t not in used_t and s not in used_s:
+            pairs.append((t, s))
+            used_t.add(t)
+            used_s.add(s)
+    return pairs
+
+
+def _side(shared: list[int], table: TokenTable, rows: int) -> SideMap:
+    named = torch.zeros(rows, dtype=torch.bool)
+    named[[i for i, string in enumerate(table.strings) if string is not None]] = True
+    taken = torch.zeros(rows, dtype=torch.bool)
+    taken[shared] = True
+    return SideMap(
+        torch.tensor(shared, dtype=torch.long),
+        (named & ~taken).nonzero()[:, 0],
+        (~named).nonzero()[:, 0],
+    )

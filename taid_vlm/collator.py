@@ -1,0 +1,224 @@
+"""Collator: records in, one aligned batch for teacher and student out.
+
+A record that cannot be used (unreadable image, empty answer, too long, ...) is left out of its
+batch and counted under its reason; the counts travel with the batch. Nothing is cut silently:
+conversations that are too long are dropped whole, and only plain texts are shortened.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter, Rendered, Side, Supervise
+from taid_vlm.alignment import AlignedToken, Pairing, align_alone, supervised_tokens
+from taid_vlm.errors import AlignmentError, RecordError, SampleDropped, TaidError
+from taid_vlm.records import Record, parse_record
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+TOO_LONG, CUT, UNALIGNED = "longer than max_length", "texts cut to max_length", "nothing aligned"
+
+
+@dataclass(frozen=True)
+class _Sample:
+    record: Record
+    images: list[Image.Image]
+    rendered: dict[str, Rendered]  # by role
+
+
+@dataclass
+class DistillationCollator:
+    """Makes batches; picklable, so it runs in data-loader workers.
+
+    Args:
+        student, teacher: the adapters; without a teacher (SFT) every supervised token counts.
+        pairing: how the two are compared; needed with a teacher.
+        supervise: "answers" (the assistant's texts) or "all" (every text of the conversation).
+        padding_side: of both models' inputs.
+
+    A batch holds, for N aligned tokens in B rows:
+        student_inputs, teacher_inputs: what the models take.
+        student_mask, teacher_mask: bool [B, T], the predicting positions.
+        labels, teacher_labels: [N] the next token, in each model's own ids.
+        map_index: [N] which vocabulary map; turn, row: [N]; categories: list of N names.
+        counts: {reason: rows dropped}, and how many tokens were supervised and aligned.
+    """
+
+    student: ModelAdapter
+    teacher: ModelAdapter | None = None
+    pairing: Pairing | None = None
+    supervise: Supervise = "answers"
+    padding_side: Side = "right"
+
+    def __call__(self, rows: Sequence[Record | Mapping[str, Any]]) -> Batch:
+        counts: Counter[str] = Counter()
+        samples = [s for s in (self._attempt(row, counts) for row in rows) if s is not None]
+        encoded, aligned = self._encode(samples, counts)
+        if not samples:  # every process must still take part in the step
+            samples = [self._prepare(Record("placeholder", text="."))]
+            encoded, aligned = {a.role: self._run(a, samples) for a in self.adapters}, [[]]
+        return self._assemble(samples, encoded, aligned, counts)
+
+    @property
+    def adapters(self) -> list[ModelAdapter]:
+        return [a for a in (self.teacher, self.student) if a is not None]
+
+    # ----- one record -----------------------------------------------------------------------
+
+    def _attempt(self, row: Record | Mapping[str, Any], counts: Counter[str]) -> _Sample | None:
+        try:
+            record = row if isinstance(row, Record) else parse_record(row, "a row")
+            return self._prepare(record)
+        except (SampleDropped, RecordError, AlignmentError) as problem:
+            _count(problem, counts)
+            return None
+
+    def _prepare(self, record: Record) -> _Sample:
+        rendered = {a.role: a.render(record, self.supervise) for a in self.adapters}
+        return _Sample(record, [image.load() for image in record.images], rendered)
+
+    # ----- a batch --------------------------------------------------------------------------
+
+    def _encode(
+        self, samples: list[_Sample], counts: Counter[str]
+    ) -> tuple[dict[str, EncodedBatch], list[list[AlignedToken]]]:
+        """Encode until every row fits and aligns; `samples` shrinks in place."""
+        while samples:
+            try:
+                encoded = {a.role: self._run(a, samples) for a in self.adapters}
+            except TaidError as error:
+                self._drop_failing(samples, counts, error)
+                continue
+            if not self._shorten(samples, encoded, counts):
+                aligned = [self._align(encoded, i, counts) for i in range(len(samples))]
+                if all(aligned):
+                    return encoded, aligned
+                samples[:] = [s for s, found in zip(samples, aligned, strict=True) if found]
+        return {}, []
+
+    def _run(self, adapter: ModelAdapter, samples: Sequence[_Sample]) -> EncodedBatch:
+        rendered = [sample.rendered[adapter.role] for sample in samples]
+        images = [sample.images for sample in samples]
+        try:
+            return adapter.encode(rendered, images, self.padding_side)
+        except (TaidError, SampleDropped) as error:
+            raise AlignmentError(str(error)) from error
+        except Exception as error:  # processors raise anything; the cause stays attached
+            raise TaidError(f"{adapter.role}: the processor failed: {error}") from error
+
+    def _drop_failing(
+        self, samples: list[_Sample], counts: Counter[str], error: TaidError
+    ) -> None:
+        """Find the rows that fail by themselves; if none does, the batch's error is raised."""
+        kept = []
+        for sample in samples:
+            try:
+                for adapter in self.adapters:
+                    self._run(adapter, [sample])
+                kept.append(sample)
+            except TaidError as problem:
+                _count(problem, counts, sample.record.source)
+        if len(kept) == len(samples):
+            raise error
+        samples[:] = kept
+
+    def _shorten(
+        self, samples: list[_Sample], encoded: dict[str, EncodedBatch], counts: Counter[str]
+    ) -> bool:
+        """Drop conversations and cut plain texts that are too long; True if anything changed."""
+        kept, changed = [], False
+        for index, sample in enumerate(samples):
+            long = [a for a in self.adapters
+                    if a.max_length and len(encoded[a.role].rows[index].ids) > a.max_length]
+            changed |= bool(long)
+            if long and sample.record.text is None:
+                length = len(encoded[long[0].role].rows[index].ids)
+                _count(SampleDropped(TOO_LONG, f"{sample.record.source}: {length} tokens for the "
+                                     f"{long[0].role}"), counts)
+                continue
+            if long:
+                counts[CUT] += 1
+                cut = {a.role: a.cut(sample.rendered[a.role], encoded[a.role].rows[index])
+                       for a in long}
+                sample = replace(sample, rendered={**sample.rendered, **cut})
+            kept.append(sample)
+        samples[:] = kept
+        return changed
+
+    def _align(
+        self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str]
+    ) -> list[AlignedToken]:
+        student = encoded["student"].rows[index]
+        if self.teacher is None:
+            return align_alone(student)
+        assert self.pairing is not None
+        try:
+            found = self.pairing.align(encoded["teacher"].rows[index], student)
+        except AlignmentError as problem:
+            _count(problem, counts)
+            return []
+        if not found:
+            counts[UNALIGNED] += 1
+        return found
+
+    # ----- tensors --------------------------------------------------------------------------
+
+    def _assemble(
+        self, samples: Sequence[_Sample], encoded: dict[str, EncodedBatch],
+        aligned: list[list[AlignedToken]], counts: Counter[str],
+    ) -> Batch:
+        flat = [(row, token) for row, tokens in enumerate(aligned) for token in tokens]
+        batch: Batch = {
+            "map_index": torch.tensor([token.map_index for _, token in flat], dtype=torch.long),
+            "row": torch.tensor([row for row, _ in flat], dtype=torch.long),
+            "turn": torch.tensor([token.turn for _, token in flat], dtype=torch.long),
+            "categories": [samples[row].record.category(token.turn) for row, token in flat],
+        }
+        for adapter in self.adapters:
+            role, side = adapter.role, encoded[adapter.role]
+            positions = [(row, getattr(token, role)) for row, token in flat]
+            batch[f"{role}_inputs"] = side.inputs
+            batch[f"{role}_mask"] = _mask(side.inputs["input_ids"], positions)
+            name = "labels" if role == "student" else "teacher_labels"
+            batch[name] = _targets(side.rows, positions)
+        supervised = sum(supervised_tokens(row) for row in encoded["student"].rows) if flat else 0
+        batch["counts"] = {"dropped": dict(counts), "supervised_tokens": supervised,
+                           "aligned_tokens": len(flat), "rows": len(samples) if flat else 0}
+        return batch
+
+
+def _mask(ids: Tensor, positions: list[tuple[int, int]]) -> Tensor:
+    """bool [B, T], True one before every predicted token."""
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, position in positions:
+        mask[row, position - 1] = True
+    return mask
+
+
+def _targets(rows: list[EncodedRow], positions: list[tuple[int, int]]) -> Tensor:
+    targets = [rows[row].ids[position - rows[row].offset] for row, position in positions]
+    return torch.tensor(targets, dtype=torch.long)
+
+
+_reported: set[str] = set()
+
+
+def _count(problem: Exception, counts: Counter[str], source: str = "") -> None:
+    """Count a dropped record; the first one of each kind is told in full."""
+    reason = problem.reason if isinstance(problem, SampleDropped) else {
+        RecordError: "malformed record", AlignmentError: "cannot be aligned",
+    }.get(type(problem), "refused by the processor")
+    counts[reason] += 1
+    if reason not in _reported:
+        _reported.add(reason)
+        where = f"{source}: " if source else ""
+        logger.warning("A record is left out (%s). %s%s", reason, where, problem)

@@ -1,0 +1,38 @@
+"""Errors a user can mend: one clear message with the key or file, the value, and the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TaidError(ValueError):
+    """Base of every error this package raises on purpose."""
+
+
+class RecipeError(TaidError):
+    """A recipe, an override or an argument is wrong."""
+
+
+class RecordError(TaidError):
+    """A record cannot be understood; the message names file and line."""
+
+
+class AlignmentError(TaidError):
+    """Teacher and student cannot be compared token by token."""
+
+
+class SampleDropped(Exception):
+    """One record cannot be used; it is counted under `reason` and reported, never lost silently."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def nearest(name: object, valid: Iterable[str]) -> str:
+    """Return the tail of an error message: the nearest valid name, then all of them."""
+    names = sorted(valid)
+    match = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f" Did you mean '{match[0]}'?" if match else ""
+    return f"{hint} Valid: {', '.join(names)}."

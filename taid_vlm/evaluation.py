@@ -1,0 +1,182 @@
+"""Held-out figures of a student against its teacher, exact under any batch size or process count.
+
+Sums and sums of squares per category are added up in float64 and divided once at the end, so the
+figures do not depend on batches; each process takes its own slice, so no sample counts twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from taid_vlm.alignment import Pairing
+from taid_vlm.collator import DistillationCollator
+from taid_vlm.step import student_forward, teacher_forward, token_figures
+
+ALL = ""  # the category that holds every token
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, and over records for the standard error (tokens of one record are not
+    independent, so the error is the cluster-robust one of a ratio of sums)."""
+
+    tokens: float = 0.0
+    records: int = 0
+    total: float = 0.0
+    total_squared: float = 0.0  # sum over records of (record total)^2
+    cross: float = 0.0  # sum over records of record total * record tokens
+    tokens_squared: float = 0.0
+
+    def add(self, total: float, tokens: float) -> None:
+        """One record's sum over `tokens` tokens."""
+        self.tokens += tokens
+        self.records += 1
+        self.total += total
+        self.total_squared += total * total
+        self.cross += total * tokens
+        self.tokens_squared += tokens * tokens
+
+    def merge(self, other: Moments) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.tokens if self.tokens else math.nan
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean per token, with records as independent draws."""
+        if self.records < 2 or not self.tokens:
+            return math.nan
+        mean = self.mean
+        spread = self.total_squared - 2 * mean * self.cross + mean**2 * self.tokens_squared
+        n = self.records
+        return math.sqrt(max(spread, 0.0) * n / (n - 1)) / self.tokens
+
+
+Table = dict[str, dict[str, Moments]]  # category -> figure -> moments
+
+
+@dataclass
+class Tally:
+    """What one process has seen so far."""
+
+    table: Table = field(default_factory=lambda: defaultdict(lambda: defaultdict(Moments)))
+    dropped: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    aligned_tokens: int = 0
+    supervised_tokens: int = 0
+
+    def add(self, batch: dict[str, Any], figures: dict[str, Tensor]) -> None:
+        counts = batch["counts"]
+        self.aligned_tokens += counts["aligned_tokens"]
+        self.supervised_tokens += counts["supervised_tokens"]
+        for reason, number in counts["dropped"].items():
+            self.dropped[reason] += number
+        for index in _groups(batch):
+            for name, values in figures.items():
+                chosen = values[index.to(values.device)].double()
+                for category in {ALL, batch["categories"][int(index[0])]}:
+                    self.table[category][name].add(float(chosen.sum()), len(index))
+
+    def merge(self, other: Tally) -> None:
+        for category, figures in other.table.items():
+            for name, moments in figures.items():
+                self.table[category][name].merge(moments)
+        for reason, number in other.dropped.items():
+            self.dropped[reason] += number
+        self.aligned_tokens += other.aligned_tokens
+        self.supervised_tokens += other.supervised_tokens
+
+
+def _groups(batch: dict[str, Any]) -> Iterator[Tensor]:
+    """Token indices of every answer in the batch."""
+    if not len(batch["row"]):
+        return
+    key = torch.stack([batch["row"].cpu(), batch["turn"].cpu()])
+    _, inverse = torch.unique(key, dim=1, return_inverse=True)
+    for group in range(int(inverse.max()) + 1):
+        yield (inverse == group).nonzero()[:, 0]
+
+
+@torch.no_grad()
+def evaluate_pair(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    records: Sequence[Any],
+    collator: DistillationCollator,
+    pairing: Pairing | None,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    process: tuple[int, int] = (0, 1),
+    progress: bool = False,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Tally:
+    """Figures of one process's share of the held-out records.
+
+    Touches no random state, no gradient and no schedule; the student's mode is restored.
+
+    Args:
+        records: a map-style dataset of records.
+        process: (rank, world size); this call takes every world-size-th record.
+    """
+    rank, world = process
+    share = Subset(records, range(rank, len(records), world))  # type: ignore[arg-type]
+    # a generator of its own: a DataLoader draws its base seed from the global one otherwise
+    loader = DataLoader(share, batch_size, collate_fn=collator, generator=torch.Generator())
+    tally, was_training = Tally(), student.training
+    student.eval()
+    for batch in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
+        batch = to_device(batch, device)
+        with autocast():
+            s = student_forward(student, batch)
+            u = teacher_forward(teacher, batch) if teacher is not None else None
+        tally.add(batch, token_figures(batch, s, u, pairing))
+    student.train(was_training)
+    return tally
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """Move the tensors of a batch, nested dicts included."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return batch
+
+
+def summarise(tally: Tally) -> dict[str, Any]:
+    """Plain numbers for results.json.
+
+    Returns:
+        {figure: mean, figure_stderr: ..., n_tokens, n_answers, coverage, dropped,
+        by_category: {...}}; `kl` is KL(teacher || student) in nats per answer token,
+        `agreement` the share of tokens where both models' most likely entry is the same.
+    """
+    overall = _means(tally.table.get(ALL, {}))
+    categories = {name: _means(figures) for name, figures in sorted(tally.table.items())
+                  if name != ALL}
+    coverage = tally.aligned_tokens / tally.supervised_tokens if tally.supervised_tokens else 0.0
+    return {**overall, "coverage": coverage, "dropped": dict(tally.dropped),
+            "by_category": categories}
+
+
+def _means(figures: dict[str, Moments]) -> dict[str, float | int]:
+    if not figures:
+        return {"n_tokens": 0, "n_answers": 0}
+    first = next(iter(figures.values()))
+    out: dict[str, float | int] = {"n_tokens": int(first.tokens), "n_answers": first.records}
+    for name, moments in figures.items():
+        out[name], out[f"{name}_stderr"] = moments.mean, moments.stderr
+    return out

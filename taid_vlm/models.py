@@ -1,0 +1,212 @@
+"""Loading models and processors, and the one place where a model's forward is called."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from taid_vlm.adapters import Processor
+from taid_vlm.errors import TaidError, nearest
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model of a recipe.
+
+    Args:
+        model_name_or_path: folder or hub name.
+        processor_name_or_path: where processor or tokenizer come from (default: the model).
+        revision: hub revision.
+        dtype: "auto", "float32", "bfloat16" or "float16". Default: float32 for the student (its
+            master weights), the checkpoint's own for the teacher.
+        attn_implementation: as in transformers.
+        trust_remote_code: run code that came with the checkpoint; off unless asked for.
+        chat_template: a jinja file, or the template itself.
+        init_kwargs: anything else `from_pretrained` takes.
+    """
+
+    model_name_or_path: str
+    processor_name_or_path: str | None = None
+    revision: str = "main"
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    init_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_config(spec: ModelSpec, role: str) -> PretrainedConfig:
+    """The model's configuration; cheap, so that a wrong name fails before anything is loaded."""
+    _check_folder(spec.model_name_or_path, role)
+    config = _guarded(
+        role, spec.model_name_or_path, AutoConfig.from_pretrained, spec.model_name_or_path,
+        revision=spec.revision, trust_remote_code=spec.trust_remote_code,
+    )
+    if getattr(config, "is_encoder_decoder", False):
+        raise TaidError(
+            f"{role}: '{spec.model_name_or_path}' ({config.model_type}) is an encoder-decoder. Its "
+            "decoder never sees the prompt in its own token stream, so streams cannot be aligned; "
+            "choose a decoder-only model."
+        )
+    return config
+
+
+def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
+    """Load weights (safetensors only) into the right Auto class.
+
+    Raises:
+        TaidError: nothing there, an architecture that is not supported, unsafe weights only.
+    """
+    config = load_config(spec, role)
+    auto = _auto_class(config, spec, role)
+    options: dict[str, Any] = {"dtype": _dtype(spec, role, config), **spec.init_kwargs}
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    return _guarded(
+        role, spec.model_name_or_path, auto.from_pretrained, spec.model_name_or_path,
+        revision=spec.revision, trust_remote_code=spec.trust_remote_code, use_safetensors=True,
+        **options,
+    )
+
+
+def load_processor(spec: ModelSpec, role: str) -> Processor:
+    """A processor for models with vision, a tokenizer for text models."""
+    config = load_config(spec, role)
+    auto = AutoProcessor if sees_images(config) else AutoTokenizer
+    name = spec.processor_name_or_path or spec.model_name_or_path
+    processor = _guarded(role, name, auto.from_pretrained, name, revision=spec.revision,
+                         trust_remote_code=spec.trust_remote_code)
+    if spec.chat_template is not None:
+        processor.chat_template = read_template(spec.chat_template, role)
+    return processor
+
+
+def read_template(value: str, role: str) -> str:
+    """A chat template given as text or as the path of a jinja file."""
+    if "{{" in value or "{%" in value:
+        return value
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise TaidError(f"{role}.chat_template: '{value}' is neither a file nor a template.")
+    return path.read_text()
+
+
+def sees_images(config: PretrainedConfig) -> bool:
+    """Whether transformers knows the model as image-text-to-text."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    return (config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            or "AutoModelForImageTextToText" in auto_map)
+
+
+def _auto_class(config: PretrainedConfig, spec: ModelSpec, role: str) -> Any:
+    if sees_images(config):
+        return AutoModelForImageTextToText
+    auto_map = getattr(config, "auto_map", None) or {}
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in auto_map:
+        return AutoModelForCausalLM
+    raise TaidError(
+        f"{role}: '{spec.model_name_or_path}' ({config.model_type}) is neither a causal language "
+        "model nor an image-text-to-text model for transformers."
+    )
+
+
+def _dtype(spec: ModelSpec, role: str, config: PretrainedConfig) -> Any:
+    if spec.dtype is not None:
+        valid = ("auto", "float32", "bfloat16", "float16")
+        if spec.dtype not in valid:
+            raise TaidError(f"{role}.dtype = '{spec.dtype}'.{nearest(spec.dtype, valid)}")
+        return spec.dtype
+    stored_half = getattr(config, "dtype", None) == torch.float16
+    if role == "student" or (stored_half and not torch.cuda.is_available()):
+        return "float32"  # half precision is slow on a CPU and no place for master weights
+    return "auto"
+
+
+def _check_folder(name: str, role: str) -> None:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
+            raise TaidError(f"{role}: folder '{name}' holds no config.json, so it is no model.")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")) or path.exists():
+        siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) if siblings else ""
+        raise TaidError(f"{role}: no model at '{name}'.{hint}")
+
+
+def _guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a loader of transformers; its many exceptions become one message."""
+    try:
+        return load(*args, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) or type(error).__name__
+        raise TaidError(f"{role}: cannot load '{name}': {reason}") from error
+
+
+# ----- forward ------------------------------------------------------------------------------
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, PEFT and torch.compile wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def head_rows(model: nn.Module) -> int:
+    """Rows of the output head: the width of the model's logits."""
+    head = unwrap(model).get_output_embeddings()
+    return int(head.weight.shape[0])
+
+
+@functools.lru_cache(maxsize=32)
+def _forward_names(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+    """Logits at the predicting positions only; the head never runs on the others.
+
+    The model's own forward is called, so scaling and softcapping behind the head are its own.
+
+    Args:
+        model: a transformers model, wrapped or not.
+        inputs: what the processor gave; keys the model does not name are left out.
+        mask: [B, T] bool, True where the next token is to be predicted.
+
+    Returns:
+        [number of True, V], rows in row-major order of the mask.
+    """
+    names = _forward_names(type(unwrap(model)))
+    accepted = {key: value for key, value in inputs.items() if key in names}
+    if "use_cache" in names:
+        accepted["use_cache"] = False
+    if "logits_to_keep" in names:
+        return model(**accepted, logits_to_keep=mask).logits
+    return model(**accepted).logits[mask]

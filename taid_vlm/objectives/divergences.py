@@ -1,0 +1,392 @@
+"""Per-token divergences between a teacher and a student, in closed form.
+
+Shapes: N tokens, V vocabulary entries. s, u are student and teacher logits [N, V];
+q = softmax(s), p = softmax(u). Losses are nats per token, float32 (float64 stays float64),
+unreduced. No gradient reaches the teacher.
+
+Every loss is one function `Pair -> (loss [N], a [N, V])` with `a = q * dL/dq`, up to a multiple
+of q; the gradient in the student's logits is then always `a - q * sum(a)`. All of them are
+written in the log ratio `r = log p - log q`, with expm1 or a series where q is near p, because
+the textbook forms lose all their digits exactly where distillation ends: at agreement.
+
+A logit of -inf has probability 0, and its logarithm counts as that of the smallest float32, so
+that losses stay finite instead of turning into 0 * inf.
+
+To add a loss: write its function, and name it in `LOSSES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from taid_vlm.errors import RecipeError, nearest
+
+LOG_SMALLEST = -149 * math.log(2)  # log of the smallest positive float32
+CHUNK_ELEMENTS = 2**24  # rows are worked on in chunks of about this many logits (64 MiB float32)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student against target: log q, log q's probabilities and the log ratio r, all [N, V]."""
+
+    log_q: Tensor
+    r: Tensor
+    labels: Tensor | None = None  # [N], only for losses on the data
+
+    @property
+    def q(self) -> Tensor:
+        return self.log_q.exp()
+
+    @property
+    def log_p(self) -> Tensor:
+        return _floored(self.log_q) + self.r
+
+
+def make_pair(
+    s: Tensor, u: Tensor, labels: Tensor | None = None, difference: Tensor | None = None
+) -> Pair:
+    """Pair of student logits `s` and target logits `u`, both [N, V] in working precision.
+
+    `difference` is u - s where the caller knows it without the rounding of u.
+    """
+    z_s, z_u = s.logsumexp(-1, keepdim=True), u.logsumexp(-1, keepdim=True)
+    log_q, r = s - z_s, (u - s if difference is None else difference) - (z_u - z_s)
+    # where a logit is -inf, the difference above is infinite or NaN
+    return Pair(log_q, torch.where(r.isfinite(), r, _floored(u - z_u) - _floored(log_q)), labels)
+
+
+def _floored(log_p: Tensor) -> Tensor:
+    """Log-probabilities with -inf as the log of the smallest float32."""
+    return log_p.masked_fill(log_p == -torch.inf, LOG_SMALLEST)
+
+
+def interpolate(s: Tensor, u: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """TAID's intermediate logits (1 - t) s + t u (paper, section 3), and their distance from s.
+
+    A token that either model rules out (-inf) is ruled out for 0 < t < 1; t = 0 is the student
+    and t = 1 the teacher, without 0 * inf.
+    """
+    if t == 0.0:
+        return s, torch.zeros_like(s)
+    if t == 1.0:
+        return u, u - s
+    difference = t * (u - s)
+    return torch.where(s.isinf() | u.isinf(), -torch.inf, s + difference), difference
+
+
+# ----- terms that vanish to second order at r = 0 -------------------------------------------
+
+
+def _scaled_expm1(log_w: Tensor, x: Tensor) -> Tensor:
+    """exp(log_w) * expm1(x), also where the weight underflows while expm1 overflows."""
+    small = log_w.exp() * x.clamp(max=1.0).expm1()
+    return torch.where(x > 1.0, (log_w + x).exp() - log_w.exp(), small)
+
+
+def _forward_terms(log_q: Tensor, r: Tensor) -> Tensor:
+    """q (r e^r - e^r + 1): sums to KL(p || q), and every term is >= 0."""
+    near = r * r * (1 / 2 + r * (1 / 3 + r * (1 / 8 + r * (1 / 30 + r / 144))))
+    e = r.clamp(max=1.0).expm1()
+    middle = torch.where(r.abs() < 0.1, near, (1 + e) * r - e)
+    q = log_q.exp()
+    return torch.where(r > 1.0, (log_q + r).exp() * (r - 1) + q, q * middle)
+
+
+def _reverse_terms(log_q: Tensor, r: Tensor) -> Tensor:
+    """q (e^r - 1 - r): sums to KL(q || p), and every term is >= 0."""
+    near = r * r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r / 720))))
+    middle = torch.where(r.abs() < 0.1, near, r.clamp(max=1.0).expm1() - r)
+    q = log_q.exp()
+    return torch.where(r > 1.0, (log_q + r).exp() - q * (1 + r), q * middle)
+
+
+def _log_mixture(r: Tensor, weight: float) -> Tensor:
+    """log((1 - weight) q + weight p) - log q."""
+    log_rest = math.log1p(-weight) if weight < 1 else -math.inf
+    log_weight = math.log(weight) if weight > 0 else -math.inf
+    far = torch.logaddexp(r + log_weight, torch.full_like(r, log_rest))
+    return torch.where(r.abs() < 1.0, torch.log1p(weight * r.clamp(-1, 1).expm1()), far)
+
+
+# ----- the losses ---------------------------------------------------------------------------
+
+Result = tuple[Tensor, Tensor]
+
+
+def forward_kl(pair: Pair) -> Result:
+    """KL(p || q), the classic distillation loss (Hinton et al., 2015)."""
+    return _forward_terms(pair.log_q, pair.r).sum(-1), -_scaled_expm1(pair.log_q, pair.r)
+
+
+def taid(pair: Pair) -> Result:
+    """KL(p_t || q) with p_t = softmax((1 - t) sg(s) + t u) (TAID, ICLR 2025).
+
+    The pair's target is already the interpolation; q stays attached only in the second place.
+    """
+    return forward_kl(pair)
+
+
+def reverse_kl(pair: Pair) -> Result:
+    """KL(q || p) (MiniLLM, Gu et al., 2024)."""
+    return _reverse_terms(pair.log_q, pair.r).sum(-1), -pair.q * pair.r
+
+
+def jsd(pair: Pair, beta: float = 0.5) -> Result:
+    """Generalised Jensen-Shannon divergence (GKD, Agarwal et al., 2024).
+
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; beta = 0 is the
+    forward and beta = 1 the reverse KL, the convention users know.
+    """
+    if beta == 0.0:
+        return forward_kl(pair)
+    if beta == 1.0:
+        return reverse_kl(pair)
+    d = _log_mixture(pair.r, beta)
+    from_p = _forward_terms(pair.log_q + d, pair.r - d).sum(-1)
+    from_q = _reverse_terms(pair.log_q, d).sum(-1)
+    return beta * from_p + (1 - beta) * from_q, -(1 - beta) * pair.q * d
+
+
+def skew_kl(pair: Pair, lam: float = 0.1) -> Result:
+    """KL(p || lam p + (1 - lam) q) (DistiLLM, Ko et al., 2024)."""
+    d = _log_mixture(pair.r, lam)
+    loss = _forward_terms(pair.log_q + d, pair.r - d).sum(-1)
+    return loss, -(1 - lam) * _scaled_expm1(pair.log_q, pair.r - d)
+
+
+def skew_rkl(pair: Pair, lam: float = 0.1) -> Result:
+    """KL(q || lam q + (1 - lam) p) (DistiLLM, Ko et al., 2024)."""
+    d = _log_mixture(pair.r, 1 - lam)
+    return _reverse_terms(pair.log_q, d).sum(-1), -pair.q * (d + lam * torch.expm1(-d))
+
+
+def tvd(pair: Pair) -> Result:
+    """Total variation distance, half the L1 distance (f-distill, Wen et al., 2023)."""
+    distance = 0.5 * _scaled_expm1(pair.log_q, pair.r).abs().sum(-1)
+    return distance, -0.5 * pair.q * pair.r.sign()
+
+
+def _head_mask(log_p: Tensor, mu: float) -> Tensor:
+    """The top teacher tokens whose joint mass stays below mu, at least the first one, [N, V] bool.
+
+    This is the public TAID code's head; the paper of the loss adds the token that crosses mu.
+    """
+    mass, order = log_p.exp().sort(-1, descending=True)
+    in_head = mass.cumsum(-1) < mu
+    in_head[..., 0] = True
+    return torch.zeros_like(in_head).scatter_(-1, order, in_head)
+
+
+def adaptive_kl(pair: Pair, mu: float = 0.5) -> Result:
+    """Forward and reverse KL weighted by the gap in the teacher's head and tail (Wu et al., 2024).
+
+    The weights are detached, as in the paper.
+    """
+    gap = _scaled_expm1(pair.log_q, pair.r).abs()
+    head = (gap * _head_mask(pair.log_p, mu)).sum(-1, keepdim=True)
+    total = gap.sum(-1, keepdim=True)
+    w = torch.where(total > 0, head / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5)
+    (forward, a_forward), (reverse, a_reverse) = forward_kl(pair), reverse_kl(pair)
+    # the reverse KL's `a` sums to its loss, so the two may be mixed before centring
+    return w[:, 0] * forward + (1 - w[:, 0]) * reverse, w * a_forward + (1 - w) * a_reverse
+
+
+def _power_difference(log_w: Tensor, r: Tensor, k: float) -> Tensor:
+    """exp(log_w) * (e^(k r) - 1) / k, and its limit at k = 0."""
+    return log_w.exp() * r if k == 0 else _scaled_expm1(log_w, k * r) / k
+
+
+def alpha_beta(pair: Pair, alpha: float = 0.2, beta: float = 0.7) -> Result:
+    """alpha-beta divergence (ABKD, Wang et al., 2025), all limits included.
+
+    (1, 0) is the forward KL, (0, 1) the reverse KL.
+    """
+    c = alpha + beta
+    log_w = c * _floored(pair.log_q)
+    power = _power_difference(log_w, pair.r, alpha)
+    if beta != 0:
+        terms = (_power_difference(log_w, pair.r, c) - power) / beta
+    elif alpha != 0:
+        terms = ((log_w + alpha * pair.r).exp() * pair.r - power) / alpha
+    else:
+        terms = 0.5 * pair.r.square()
+    return terms.sum(-1), -power
+
+
+def ce(pair: Pair) -> Result:
+    """Cross-entropy with the data's own next token (SFT, the term without a teacher)."""
+    assert pair.labels is not None
+    index = pair.labels[:, None]
+    one_hot = torch.zeros_like(pair.log_q).scatter_(-1, index, -1.0)
+    return -pair.log_q.gather(-1, index)[:, 0], one_hot
+
+
+# ----- their names --------------------------------------------------------------------------
+
+Check = Callable[[float], bool]
+UNIT: tuple[Check, str] = (lambda x: 0 <= x <= 1, "in [0, 1]")
+HALF_OPEN: tuple[Check, str] = (lambda x: 0 <= x < 1, "in [0, 1)")
+ANY: tuple[Check, str] = (math.isfinite, "a finite number")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, the names it goes by, and what its parameters may be."""
+
+    function: Callable[..., Result]
+    aliases: tuple[str, ...] = ()
+    parameters: dict[str, tuple[Check, str]] = field(default_factory=dict)
+    needs_teacher: bool = True
+
+
+LOSSES: dict[str, Loss] = {
+    "taid": Loss(taid, parameters={"t": UNIT}),
+    "forward_kl": Loss(forward_kl, ("fkl", "kl")),
+    "reverse_kl": Loss(reverse_kl, ("rkl",)),
+    "jsd": Loss(jsd, ("js", "gjs"), {"beta": UNIT}),
+    "skew_kl": Loss(skew_kl, ("skl", "sfkl", "skew_fkl", "skew_forward_kl"), {"lam": HALF_OPEN}),
+    "skew_rkl": Loss(skew_rkl, ("srkl", "skew_reverse_kl"), {"lam": HALF_OPEN}),
+    "tvd": Loss(tvd, ("total_variation",)),
+    "adaptive_kl": Loss(adaptive_kl, ("akl",), {"mu": UNIT}),
+    "alpha_beta": Loss(alpha_beta, ("ab", "abkd"), {"alpha": ANY, "beta": ANY}),
+    "ce": Loss(ce, ("sft", "cross_entropy", "hard_label_ce"), needs_teacher=False),
+}
+_CANONICAL = {alias: name for name, loss in LOSSES.items() for alias in (name, *loss.aliases)}
+
+
+def canonical_name(name: str) -> str:
+    """Resolve a loss name or alias; raises RecipeError with the nearest valid name."""
+    key = str(name).lower().replace("-", "_").replace(" ", "_")
+    if key not in _CANONICAL:
+        raise RecipeError(f"unknown loss '{name}'.{nearest(key, _CANONICAL)}")
+    return _CANONICAL[key]
+
+
+def check_parameters(name: str, parameters: dict[str, float]) -> None:
+    """Raise RecipeError if a parameter of the loss `name` is unknown or out of range."""
+    allowed = LOSSES[name].parameters
+    for key, value in parameters.items():
+        if key not in allowed:
+            known = nearest(key, allowed) if allowed else " It takes none."
+            raise RecipeError(f"loss '{name}' has no parameter '{key}'.{known}")
+        check, wanted = allowed[key]
+        if not isinstance(value, (int, float)) or not check(value):
+            raise RecipeError(f"loss '{name}': {key} = {value!r}, but it must be {wanted}.")
+
+
+# ----- the public function ------------------------------------------------------------------
+
+
+def divergence(
+    name: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    *,
+    labels: Tensor | None = None,
+    kd_temperature: float = 1.0,
+    **parameters: float,
+) -> Tensor:
+    """Loss per token, differentiable in the student's logits.
+
+    Args:
+        name: a name or alias of `LOSSES`: "taid", "fkl", "rkl", "jsd", "skew_kl", "skew_rkl",
+            "tvd", "adaptive_kl", "alpha_beta", "ce".
+        student_logits: [N, V] (or [..., V]; the result then has the leading shape).
+        teacher_logits: the same shape; not used by "ce". No gradient flows into it.
+        labels: [N] token ids, for "ce" only.
+        kd_temperature: divides both logits; the loss is multiplied by its square (Hinton et al.,
+            2015). Not applied to "ce".
+        parameters: the loss's own: `t` (taid), `beta` (jsd), `lam` (skew_kl, skew_rkl),
+            `mu` (adaptive_kl), `alpha` and `beta` (alpha_beta).
+
+    Returns:
+        Nats per token [N], float32 whatever the logits' type (float64 for float64 logits).
+
+    Raises:
+        RecipeError: unknown name or parameter, value out of range, shapes that do not match.
+    """
+    name = canonical_name(name)
+    check_parameters(name, parameters)
+    if name == "taid" and "t" not in parameters:
+        raise RecipeError("loss 'taid' needs t, the interpolation parameter in [0, 1].")
+    if not kd_temperature > 0:
+        raise RecipeError(f"kd_temperature = {kd_temperature!r}, but it must be positive.")
+    needs_teacher = LOSSES[name].needs_teacher
+    _check_shapes(name, student_logits, teacher_logits if needs_teacher else None, labels)
+    leading, width = student_logits.shape[:-1], student_logits.shape[-1]
+    s = student_logits.reshape(-1, width)
+    u = None if teacher_logits is None else teacher_logits.detach().reshape(-1, width)
+    y = None if labels is None else labels.reshape(-1)
+    temperature = float(kd_temperature) if needs_teacher else 1.0
+    loss = _ClosedForm.apply(s, u if needs_teacher else None, y, name, temperature, parameters)
+    return loss.reshape(leading)
+
+
+def _check_shapes(name: str, s: Tensor, u: Tensor | None, labels: Tensor | None) -> None:
+    if LOSSES[name].needs_teacher:
+        if u is None or u.shape != s.shape:
+            got = None if u is None else tuple(u.shape)
+            raise RecipeError(
+                f"loss '{name}' compares logits of one shape, got student {tuple(s.shape)} and "
+                f"teacher {got}. Map different vocabularies first (VocabularyMap)."
+            )
+    elif labels is None or labels.shape != s.shape[:-1]:
+        raise RecipeError(f"loss '{name}' needs labels of shape {tuple(s.shape[:-1])}.")
+
+
+def row_chunks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of at most about CHUNK_ELEMENTS elements, so that temporaries stay small."""
+    step = max(1, CHUNK_ELEMENTS // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32 for half precisions; float32 and float64 stay."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+class _ClosedForm(torch.autograd.Function):
+    """Loss and gradient in one pass; only the gradient is kept for backward."""
+
+    @staticmethod
+    def forward(ctx, s, u, labels, name, temperature, parameters):  # type: ignore[no-untyped-def]
+        loss = upcast(s).new_zeros(s.shape[0])
+        needs_grad = ctx.needs_input_grad[0]
+        grad = torch.empty_like(s) if needs_grad else None
+        for rows in row_chunks(*s.shape):
+            y = None if labels is None else labels[rows]
+            value, g = _rows(s[rows], None if u is None else u[rows], y, name, temperature,
+                             parameters)
+            loss[rows] = value
+            if grad is not None:
+                grad[rows] = g.to(grad.dtype)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        (grad,) = ctx.saved_tensors
+        return (grad * upstream[:, None]).to(grad.dtype), None, None, None, None, None
+
+
+def _rows(
+    s: Tensor, u: Tensor | None, labels: Tensor | None, name: str, temperature: float,
+    parameters: dict[str, float],
+) -> Result:
+    """Loss [n] and its gradient [n, V] in the student's logits, for one chunk of rows."""
+    s = upcast(s) / temperature
+    target = s if u is None else u.to(s.dtype) / temperature
+    rest, difference = dict(parameters), None
+    if name == "taid":
+        target, difference = interpolate(s, target, rest.pop("t"))
+    pair = make_pair(s, target, labels, difference)
+    loss, a = LOSSES[name].function(pair, **rest)
+    gradient = a - pair.q * a.sum(-1, keepdim=True)
+    return loss * temperature**2, gradient * temperature

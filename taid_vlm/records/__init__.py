@@ -1,0 +1,15 @@
+"""Records: what users have on disk or on the hub, in one shape."""
+
+from taid_vlm.records.record import ImageRef, Message, Record, parse_record
+from taid_vlm.records.sources import DataSource, Records, StreamedRecords, open_records
+
+__all__ = [
+    "DataSource",
+    "ImageRef",
+    "Message",
+    "Record",
+    "Records",
+    "StreamedRecords",
+    "open_records",
+    "parse_record",
+]

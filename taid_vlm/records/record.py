@@ -1,0 +1,282 @@
+"""One record: a conversation (with images) or a plain text, whatever columns it came in.
+
+Columns understood, with `image` or `images` (path, bytes, {"bytes", "path"} or PIL image) beside:
+- `messages`: [{"role", "content"}], content a string with `<image>` tags or typed parts;
+- `prompt` and `completion`: strings, or lists of messages;
+- `conversations`: LLaVA's [{"from": "human" | "gpt", "value"}];
+- `text`: plain text for pre-training, or a caption where an image stands beside it.
+Optional: `category` (a string) or `categories` (one per assistant turn), for evaluation.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from taid_vlm.errors import RecordError, SampleDropped, nearest
+
+IMAGE_TAG = "<image>"
+ROLES = ("system", "user", "assistant")
+_LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+                "system": "system"}
+_TEXT_COLUMNS = ("messages", "conversations", "prompt", "completion", "text")
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image that is not decoded yet."""
+
+    value: Any  # path, bytes or PIL image
+    source: str
+
+    def load(self) -> Image.Image:
+        """Decode to RGB, upright; raises SampleDropped("unreadable image")."""
+        try:
+            if isinstance(self.value, Image.Image):
+                image = self.value
+            elif isinstance(self.value, bytes):
+                image = Image.open(io.BytesIO(self.value))
+            else:
+                image = Image.open(self.value)
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            shown = "" if isinstance(self.value, (bytes, Image.Image)) else f"{self.value}: "
+            raise SampleDropped("unreadable image", f"{self.source}: {shown}{error}") from None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn; `parts` are texts, and None where an image stands."""
+
+    role: str
+    parts: tuple[str | None, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if part is not None)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A conversation with its images in order of appearance, or (without messages) a text."""
+
+    source: str
+    messages: tuple[Message, ...] = ()
+    images: tuple[ImageRef, ...] = ()
+    text: str | None = None
+    categories: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> list[str]:
+        """The assistant's texts."""
+        return [message.text.strip() for message in self.messages if message.role == "assistant"]
+
+    def category(self, turn: int) -> str:
+        """Category of the `turn`-th assistant answer, "" where none is known."""
+        if not self.categories:
+            return ""
+        return self.categories[min(turn, len(self.categories) - 1)]
+
+
+def parse_record(row: Mapping[str, Any], source: str, root: Path | None = None) -> Record:
+    """Read one row.
+
+    Args:
+        row: column -> value; columns that are None count as absent.
+        source: what error messages call the row, for example "train.jsonl:12".
+        root: folder that relative image paths start from.
+
+    Raises:
+        RecordError: columns or values that cannot be understood.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    images = _image_column(row, source, root)
+    categories = _categories(row)
+    if "text" in row and not images and not any(c in row for c in ("messages", "conversations")):
+        text = _expect_str(row["text"], "text", source)
+        return Record(source, text=text, categories=categories)
+    messages, inline = _resolve_images(_read_messages(row, source), images, source, root)
+    return Record(source, messages, inline, categories=categories)
+
+
+# ----- texts --------------------------------------------------------------------------------
+
+RawMessage = tuple[str, Any]  # role, content as it came
+
+
+def _read_messages(row: Mapping[str, Any], source: str) -> list[RawMessage]:
+    if "messages" in row:
+        return _chat(row["messages"], "messages", source)
+    if "conversations" in row:
+        return _llava(row["conversations"], source)
+    if "prompt" in row or "completion" in row:
+        for column in ("prompt", "completion"):
+            if column not in row:
+                raise _missing(column, row, source)
+        return [*_side(row["prompt"], "prompt", "user", source),
+                *_side(row["completion"], "completion", "assistant", source)]
+    if "text" in row:  # with an image beside it: a caption
+        return [("user", ""), ("assistant", _expect_str(row["text"], "text", source))]
+    raise _missing("messages", row, source)
+
+
+def _missing(column: str, row: Mapping[str, Any], source: str) -> RecordError:
+    found = ", ".join(sorted(row)) or "none"
+    return RecordError(
+        f"{source}: column '{column}' is missing (found: {found}). A record needs 'messages', "
+        "'prompt' and 'completion', 'conversations' or 'text'; rename columns with data.columns."
+    )
+
+
+def _side(value: Any, column: str, role: str, source: str) -> list[RawMessage]:
+    if isinstance(value, str):
+        return [(role, value)]
+    return _chat(value, column, source)
+
+
+def _chat(value: Any, column: str, source: str) -> list[RawMessage]:
+    messages: list[RawMessage] = []
+    for index, item in enumerate(_expect_list(value, column, source)):
+        where = f"{column}[{index}]"
+        if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
+            raise RecordError(f"{source}: {where} must hold 'role' and 'content', got {item!r:.80}.")
+        role = str(item["role"])
+        if role not in ROLES:
+            raise RecordError(f"{source}: {where}.role = '{role}'.{nearest(role, ROLES)}")
+        messages.append((role, item["content"]))
+    return messages
+
+
+def _llava(value: Any, source: str) -> list[RawMessage]:
+    messages: list[RawMessage] = []
+    for index, item in enumerate(_expect_list(value, "conversations", source)):
+        where = f"conversations[{index}]"
+        if not isinstance(item, Mapping) or "from" not in item or "value" not in item:
+            raise RecordError(f"{source}: {where} must hold 'from' and 'value', got {item!r:.80}.")
+        speaker = str(item["from"])
+        if speaker not in _LLAVA_ROLES:
+            raise RecordError(f"{source}: {where}.from = '{speaker}'."
+                              f"{nearest(speaker, _LLAVA_ROLES)}")
+        messages.append((_LLAVA_ROLES[speaker], item["value"]))
+    return messages
+
+
+def _categories(row: Mapping[str, Any]) -> tuple[str, ...]:
+    if "categories" in row:
+        return tuple(str(category) for category in row["categories"])
+    return (str(row["category"]),) if "category" in row else ()
+
+
+def _expect_str(value: Any, where: str, source: str) -> str:
+    if not isinstance(value, str):
+        raise RecordError(f"{source}: {where} must be text, got {type(value).__name__}.")
+    return value
+
+
+def _expect_list(value: Any, where: str, source: str) -> Sequence[Any]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence) or not value:
+        raise RecordError(f"{source}: {where} must be a non-empty list, got {value!r:.60}.")
+    return value
+
+
+# ----- images -------------------------------------------------------------------------------
+
+
+def _image_column(row: Mapping[str, Any], source: str, root: Path | None) -> list[ImageRef]:
+    value = row.get("images", row.get("image"))
+    if value is None:
+        return []
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    return [_image_ref(item, source, root) for item in listed]
+
+
+def _image_ref(value: Any, source: str, root: Path | None) -> ImageRef:
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (str, Path)):
+        path = Path(value)
+        return ImageRef(path if root is None or path.is_absolute() else root / path, source)
+    if isinstance(value, (bytes, Image.Image)):
+        return ImageRef(value, source)
+    raise RecordError(f"{source}: an image must be a path, bytes or a PIL image, got "
+                      f"{type(value).__name__}.")
+
+
+def _resolve_images(
+    raw: list[RawMessage], column: list[ImageRef], source: str, root: Path | None
+) -> tuple[tuple[Message, ...], tuple[ImageRef, ...]]:
+    """Split content into parts and bring the images into the order in which they appear."""
+    waiting, images, messages = list(column), [], []
+    typed = any(_is_image_part(part) for _, content in raw for part in _as_parts(content))
+    for role, content in raw:
+        parts: list[str | None] = []
+        for part in _as_parts(content):
+            if _is_image_part(part):
+                inline = part.get("image") or part.get("path") or part.get("url")
+                images.append(_next_image(inline, waiting, source, root))
+                parts.append(None)
+            else:
+                texts = _split_tags(_part_text(part, role, source), split=not typed)
+                for piece in texts:
+                    if piece is None:
+                        images.append(_next_image(None, waiting, source, root))
+                    parts.append(piece)
+        messages.append(Message(role, tuple(part for part in parts if part != "")))
+    if waiting and not images:  # images without a mark in the text open the first question
+        images, messages = list(waiting), _open_with_images(messages, len(waiting), source)
+    elif waiting:
+        raise RecordError(f"{source}: {len(images)} image marks in the text, but "
+                          f"{len(column)} images.")
+    return tuple(messages), tuple(images)
+
+
+def _as_parts(content: Any) -> Sequence[Any]:
+    return content if isinstance(content, (list, tuple)) else [content]
+
+
+def _is_image_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+
+
+def _part_text(part: Any, role: str, source: str) -> str:
+    if part is None:
+        return ""
+    if isinstance(part, Mapping):
+        if part.get("type") != "text":
+            raise RecordError(f"{source}: content part of type '{part.get('type')}' in a {role} "
+                              "message; only 'text' and 'image' are supported.")
+        part = part.get("text")
+    return _expect_str(part, f"the {role} message", source)
+
+
+def _split_tags(text: str, split: bool) -> list[str | None]:
+    """Texts and None for every `<image>` tag, without the newlines LLaVA writes around a tag."""
+    if not split or IMAGE_TAG not in text:
+        return [text]
+    parts: list[str | None] = []
+    for index, piece in enumerate(text.split(IMAGE_TAG)):
+        parts.extend([None, piece.strip("\n")] if index else [piece.strip("\n")])
+    return parts
+
+
+def _next_image(
+    inline: Any, waiting: list[ImageRef], source: str, root: Path | None
+) -> ImageRef:
+    if inline is not None:
+        return _image_ref(inline, source, root)
+    if not waiting:
+        raise RecordError(f"{source}: more image marks in the text than images.")
+    return waiting.pop(0)
+
+
+def _open_with_images(messages: list[Message], count: int, source: str) -> list[Message]:
+    for index, message in enumerate(messages):
+        if message.role == "user":
+            opened = Message("user", (*(None for _ in range(count)), *message.parts))
+            return [*messages[:index], opened, *messages[index + 1 :]]
+    raise RecordError(f"{source}: images, but no user message they could stand in.")

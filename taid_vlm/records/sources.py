@@ -1,0 +1,279 @@
+"""Where records come from: JSONL, Parquet, CSV and image folders on disk, and `datasets` names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.utils.data
+
+from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest
+from taid_vlm.records.record import Record, parse_record
+
+_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_JSON_LINES = (".jsonl", ".ndjson")
+_FILE_TYPES = (*_JSON_LINES, ".json", *_BUILDERS)
+PROBED_ROWS = 256  # rows of a table that are checked before training; JSONL is checked whole
+PROBED_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One side of `data:` in a recipe.
+
+    Args:
+        path: a file, a folder or the name of a dataset on the hub.
+        split, name: split and configuration of a dataset (`name` as in `load_dataset`).
+        streaming: read without downloading; training then needs `max_steps`.
+        columns: {ours: theirs}, for example {prompt: question, completion: answer}.
+        image_root: folder that relative image paths start from (default: the file's own).
+        max_records: only the first so many.
+    """
+
+    path: str
+    split: str = "train"
+    name: str | None = None
+    streaming: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
+    image_root: str | None = None
+    max_records: int | None = None
+
+
+class Records(torch.utils.data.Dataset[Record]):
+    """Rows of one source, parsed when they are read."""
+
+    def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
+        self.rows, self.label, self.root = rows, label, root
+        self.columns = dict(source.columns)
+        limit = source.max_records
+        self._length = len(rows) if limit is None else min(limit, len(rows))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        row = self.rows[index]
+        return parse_record(_renamed(row, self.columns), self.where(index), self.root)
+
+    def where(self, index: int) -> str:
+        """What messages call a row: file and line where there are lines."""
+        line = getattr(self.rows, "line", None)
+        return f"{self.label}:{line(index)}" if line else f"{self.label}[{index}]"
+
+
+class StreamedRecords(torch.utils.data.IterableDataset[Record]):
+    """Records of a streamed dataset, split among processes and workers."""
+
+    def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
+        self.rows = rows if source.max_records is None else rows.take(source.max_records)
+        self.label, self.root, self.columns = label, root, dict(source.columns)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Record]:
+        for index, row in enumerate(self.rows):
+            where = f"{self.label}[streamed {index}]"
+            yield parse_record(_renamed(row, self.columns), where, self.root)
+
+
+class JsonLines:
+    """Random access to a JSONL file by line offsets; rows are parsed when they are read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: list[tuple[int, int]] = []  # line number, byte offset
+        with path.open("rb") as file:
+            offset = 0
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._offsets.append((number, offset))
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def line(self, index: int) -> int:
+        return self._offsets[index][0]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, offset = self._offsets[index]
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            line = file.readline()
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RecordError(f"{self.path.name}:{number}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise RecordError(f"{self.path.name}:{number}: a line must be an object {{...}}.")
+        return row
+
+
+def open_records(source: DataSource | str, base: Path | None = None) -> Records | StreamedRecords:
+    """Open a source and check it.
+
+    Args:
+        source: a DataSource, or just its path.
+        base: folder that a relative path starts from (default: the working directory).
+
+    Raises:
+        TaidError: nothing there, or nothing that could be read.
+        RecordError: a malformed record, with file and line.
+    """
+    source = DataSource(source) if isinstance(source, str) else source
+    path = Path(base or ".") / Path(source.path).expanduser()
+    records = _open_path(path, source) if path.exists() else _open_hub(path, source)
+    _check(records, source)
+    return records
+
+
+def _open_path(path: Path, source: DataSource) -> Records | StreamedRecords:
+    root = Path(source.image_root) if source.image_root else (
+        path if path.is_dir() else path.parent)
+    if path.is_dir():
+        return _open_folder(path, source, root)
+    if path.suffix in _JSON_LINES:
+        return Records(JsonLines(path), source, path.name, root)
+    if path.suffix == ".json":
+        return Records(_json_list(path), source, path.name, root)
+    if path.suffix in _BUILDERS:
+        return _open_table(path, source, root)
+    raise TaidError(f"{path}: file type '{path.suffix}' is not supported."
+                    f"{nearest(path.suffix, _FILE_TYPES)}")
+
+
+def _open_table(path: Path, source: DataSource, root: Path) -> Records | StreamedRecords:
+    import datasets
+
+    extra = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    rows = _guarded(
+        path.name, datasets.load_dataset, _BUILDERS[path.suffix], data_files=str(path),
+        split="train", streaming=source.streaming, **extra,
+    )
+    return _wrap(rows, source, path.name, root)
+
+
+def _json_list(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RecordError(f"{path.name}: not valid JSON: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RecordError(f"{path.name}: must hold a list of objects [{{...}}, ...].")
+    return rows
+
+
+def _open_folder(path: Path, source: DataSource, root: Path) -> Records | StreamedRecords:
+    """An image folder (metadata.jsonl with `file_name`), a saved dataset, or data files."""
+    import datasets
+
+    metadata = path / "metadata.jsonl"
+    if metadata.exists():
+        columns = {"image": "file_name", **source.columns}
+        return Records(JsonLines(metadata), DataSource(
+            source.path, columns=columns, max_records=source.max_records),
+            f"{path.name}/metadata.jsonl", root)
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        rows = _guarded(path.name, datasets.load_from_disk, str(path))
+        rows = rows[source.split] if isinstance(rows, Mapping) else rows
+    elif any(next(path.rglob("*" + kind), None) for kind in (".parquet", ".jsonl", ".csv")):
+        rows = _guarded(path.name, datasets.load_dataset, str(path), source.name,
+                        split=source.split, streaming=source.streaming)
+    else:
+        raise TaidError(f"{path}: a folder needs metadata.jsonl (one line per image, with "
+                        "'file_name'), or Parquet, JSONL or CSV files, or a saved dataset.")
+    return _wrap(rows, source, path.name, root)
+
+
+def _open_hub(path: Path, source: DataSource) -> Records | StreamedRecords:
+    if path.suffix in _FILE_TYPES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
+        siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) if siblings else f" No folder {path.parent}."
+        raise TaidError(f"data: '{source.path}' does not exist.{hint}")
+    import datasets
+
+    rows = _guarded(source.path, datasets.load_dataset, source.path, source.name,
+                    split=source.split, streaming=source.streaming)
+    return _wrap(rows, source, source.path, None)
+
+
+def _wrap(rows: Any, source: DataSource, label: str, root: Path | None) -> Any:
+    rows = _without_decoding(rows)
+    kind = StreamedRecords if source.streaming else Records
+    return kind(rows, source, label, root)
+
+
+def _without_decoding(rows: Any) -> Any:
+    """Leave images as bytes: a broken one must cost one record, not the run."""
+    if rows.features is None:
+        return rows
+    import datasets
+
+    def undecoded(feature: Any) -> Any:
+        if isinstance(feature, datasets.Image):
+            return datasets.Image(decode=False)
+        if isinstance(feature, datasets.List):
+            return datasets.List(undecoded(feature.feature))
+        if isinstance(feature, dict):
+            return {key: undecoded(value) for key, value in feature.items()}
+        return feature
+
+    for column, feature in rows.features.items():
+        if (plain := undecoded(feature)) != feature:
+            rows = rows.cast_column(column, plain)
+    return rows
+
+
+def _guarded(label: str, load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a loader of `datasets`; its many exceptions become one message."""
+    try:
+        return load(*args, **kwargs)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise TaidError(f"data: '{label}' cannot be loaded: {reason[0]}") from error
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    taken = set(columns.values())
+    kept = {key: value for key, value in row.items() if key not in taken}
+    return {**kept, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
+
+
+def _check(records: Records | StreamedRecords, source: DataSource) -> None:
+    """Fail before training, not in the middle of it."""
+    if isinstance(records, StreamedRecords):
+        first = next(iter(records), None)
+        if first is None:
+            raise TaidError(f"data: '{source.path}' holds no records.")
+        return
+    if len(records) == 0:
+        raise TaidError(f"data: '{source.path}' holds no records.")
+    whole = isinstance(records.rows, (JsonLines, list))
+    checked = range(len(records) if whole else min(len(records), PROBED_ROWS))
+    probed = []
+    for record in (records[index] for index in checked):
+        if record.images and len(probed) < PROBED_IMAGES:
+            probed.append(record)
+    _check_images(probed, source)
+
+
+def _check_images(probed: list[Record], source: DataSource) -> None:
+    """One broken image is skipped and counted; if all are broken the paths are wrong."""
+    problems = []
+    for record in probed:
+        try:
+            record.images[0].load()
+            return
+        except SampleDropped as problem:
+            problems.append(problem)
+    if problems:
+        raise TaidError(
+            f"data: no image of '{source.path}' can be read; the first: {problems[0]}. Relative "
+            "paths start at the data file's folder; set data.<side>.image_root for another."
+        )

@@ -1,0 +1,261 @@
+"""The page itself: turns a report into the plain values that the template prints."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from taid_vlm.report import charts, judge, palette
+from taid_vlm.report.data import Column, Curve, Example, Figure, Report, Row, Section, Table
+from taid_vlm.report.palette import Style
+
+TEMPLATES = Path(__file__).with_name("templates")
+MISSING = "\u2013"  # en dash
+ANSWER_LIMIT = 240  # characters shown of an answer; the rest is in its tooltip
+PROMPT_LIMIT = 600
+TINY_IMAGE = 160  # pixels; narrower images are enlarged with hard edges instead of blur
+BETTER = {"higher": ("↑", "higher is better"), "lower": ("↓", "lower is better"), "": ("", "")}
+
+Styles = Mapping[str, Style]
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """A text as shown, and the whole of it where something was cut off."""
+
+    text: str
+    full: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure on the scale of its column: positions in percent of the width of the cell."""
+
+    dot: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table, ready to print."""
+
+    value: str
+    stderr: str = ""
+    title: str = ""
+    verdict: judge.Verdict = ""
+    bar: Bar | None = None
+
+
+def render(report: Report) -> str:
+    """The page as HTML text; the same report always gives the same text."""
+    styles = palette.assign(report)
+    script = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
+    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    template = _environment().get_template("report.html.j2")
+    html = template.render(
+        report=report,
+        styles=styles,
+        sections=[_section(s, f"s{i}", styles) for i, s in enumerate(report.sections, start=1)],
+        css=palette.stylesheet() + "\n" + css,
+        script=script,
+        script_hash=_csp_hash(script),
+    )
+    return charts.clean(html)
+
+
+def write_report(report: Report, path: Path) -> Path:
+    """Write the page to ``path`` in one step: readers see the old page or the new one."""
+    html = render(report)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(html, encoding="utf-8", newline="\n")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _csp_hash(script: str) -> str:
+    """Names our script in the content security policy, so that no other one can run."""
+    digest = hashlib.sha256(script.encode("utf-8")).digest()
+    return "sha256-" + base64.b64encode(digest).decode("ascii")
+
+
+def _section(section: Section, anchor: str, styles: Styles) -> dict[str, Any]:
+    curves = enumerate(section.curves, start=1)
+    parts = {
+        "text": section.text,
+        "tables": [_table(table) for table in section.tables],
+        "curves": [_curve(curve, f"{anchor}c{i}", styles) for i, curve in curves],
+        "gallery": _gallery(section.examples),
+    }
+    return {"anchor": anchor, "title": section.title, "empty": not any(parts.values()), **parts}
+
+
+# Tables
+
+
+def _table(table: Table) -> dict[str, Any]:
+    columns = [_cells(column, table.rows) for column in table.columns]
+    lines = [[cells[i] for cells in columns] for i in range(len(table.rows))]
+    cells = [cell for line in lines for cell in line]
+    return {
+        "title": table.title,
+        "caption": table.caption,
+        "columns": [(column, *BETTER[column.better]) for column in table.columns],
+        "rows": list(zip(table.rows, lines, strict=True)),
+        "help": [(column.label, column.help) for column in table.columns if column.help],
+        "marks": {cell.verdict for cell in cells if cell.verdict},
+        "errors": any(cell.stderr for cell in cells),
+        "bars": any(cell.bar for cell in cells),
+        "spectators": any(row.role in judge.SPECTATORS for row in table.rows),
+        "sizes": _sizes(table),
+    }
+
+
+def _cells(column: Column, rows: list[Row]) -> list[Cell]:
+    """The cells of one column, from the first row to the last."""
+    figures = [row.values.get(column.key, Figure(None)) for row in rows]
+    marks = judge.verdicts(column, rows)
+    bars = _bars(figures) if column.better else [None] * len(figures)
+    triples = zip(figures, marks, bars, strict=True)
+    return [_cell(figure, column, verdict, bar) for figure, verdict, bar in triples]
+
+
+def _cell(figure: Figure, column: Column, verdict: judge.Verdict, bar: Bar | None) -> Cell:
+    if not judge.is_finite(figure.value):
+        return Cell(MISSING, title="not measured" if figure.value is None else "not finite")
+    value = number(figure.value, column.format)
+    if not judge.has_error(figure):
+        stderr, note = "", "standard error unknown"
+    else:
+        stderr = number(figure.stderr or 0.0, column.format)
+        note = f"± {stderr} (standard error)"
+    count = f"n = {figure.n}" if figure.n is not None else ""
+    return Cell(value, stderr, ", ".join(filter(None, (note, count))), verdict, bar)
+
+
+def number(value: float, spec: str) -> str:
+    """``value`` in a format spec (specs for integers round first), with a true minus sign."""
+    text = format(round(value) if spec.endswith("d") else value, spec)
+    return text.replace("-", "\u2212", 1) if text.startswith("-") else text
+
+
+def _bars(figures: list[Figure]) -> list[Bar | None]:
+    """Each figure with two standard errors to both sides, on one scale for the column."""
+    spans = [_span(figure) for figure in figures]
+    edges = [edge for span in spans if span for edge in span]
+    low, high = (min(edges), max(edges)) if edges else (0.0, 0.0)
+    width = high - low
+    if not 0 < width < math.inf:
+        return [None] * len(figures)
+
+    def scaled(value: float) -> float:
+        return round(100 * (value - low) / width, 2)
+
+    return [Bar(scaled(s[1]), scaled(s[0]), scaled(s[2])) if s else None for s in spans]
+
+
+def _span(figure: Figure) -> tuple[float, float, float] | None:
+    """Lower end, value and upper end."""
+    if not judge.is_finite(figure.value):
+        return None
+    reach = 2 * (figure.stderr or 0.0) if judge.has_error(figure) else 0.0
+    return figure.value - reach, figure.value, figure.value + reach
+
+
+def _sizes(table: Table) -> str:
+    """The numbers of examples behind a table: "n = 500" or "n = 200 to 500"."""
+    keys = {column.key for column in table.columns}
+    figures = (f for row in table.rows for key, f in row.values.items() if key in keys)
+    sizes = sorted({f.n for f in figures if f.n is not None and judge.is_finite(f.value)})
+    if not sizes:
+        return ""
+    return f"n = {sizes[0]}" if len(sizes) == 1 else f"n = {sizes[0]} to {sizes[-1]}"
+
+
+# Curves
+
+
+def _curve(curve: Curve, prefix: str, styles: Styles) -> dict[str, Any]:
+    return {
+        "title": curve.title,
+        "caption": curve.caption,
+        "names": list(curve.series),
+        "svg": charts.draw(curve, styles, prefix),
+        "left_out": charts.left_out(curve),
+        "log_y": curve.log_y,
+    }
+
+
+# Gallery
+
+
+def _gallery(examples: list[Example]) -> dict[str, Any] | None:
+    """Cards where the models disagree come first and free-form ones last."""
+    if not examples:
+        return None
+    ordered = sorted(examples, key=lambda e: (-judge.disagreement(e), judge.is_free_form(e)))
+    return {
+        "cards": [_card(example) for example in ordered],
+        "categories": list(Counter(example.category for example in examples).items()),
+        "disagreements": sum(judge.disagreement(example) > 0 for example in examples),
+        "images": any(example.image for example in examples),
+        "unmarked": any(judge.is_free_form(example) for example in examples),
+    }
+
+
+def _card(example: Example) -> dict[str, Any]:
+    return {
+        "image": _data_uri(example.image) if example.image else "",
+        "tiny": _is_tiny(example.image or b""),
+        "category": example.category,
+        "prompt": clip(example.prompt, PROMPT_LIMIT),
+        "reference": clip(example.reference, ANSWER_LIMIT),
+        "disagree": judge.disagreement(example) > 0,
+        "answers": [
+            (name, clip(answer, ANSWER_LIMIT), judge.mark(example, answer))
+            for name, answer in example.answers.items()
+        ],
+    }
+
+
+def clip(text: str, limit: int) -> Clipped:
+    """At most ``limit`` characters, with the whole text alongside when some are left out."""
+    text = text.strip()
+    if len(text) <= limit:
+        return Clipped(text)
+    return Clipped(text[: limit - 1].rstrip() + "…", text)
+
+
+def _data_uri(image: bytes) -> str:
+    kind = "jpeg" if image.startswith(b"\xff\xd8") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"
+
+
+def _is_tiny(image: bytes) -> bool:
+    """True for a PNG narrower than ``TINY_IMAGE``; its width is in bytes 16 to 20."""
+    is_png = image.startswith(b"\x89PNG\r\n\x1a\n") and len(image) >= 24
+    return is_png and int.from_bytes(image[16:20], "big") < TINY_IMAGE

@@ -1,0 +1,419 @@
+"""DistillationTrainer: transformers' Trainer with an exact distillation step, and little more.
+
+What is exact: the loss is the sum over the answer tokens of the whole optimizer step (all
+micro-batches, all processes) divided once by their number; t moves once per optimizer step, from
+the mean over those same tokens; evaluation moves nothing; a resumed run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from taid_vlm.adapters import Processor, make_adapter
+from taid_vlm.alignment import Pairing, check_modalities, pair_models
+from taid_vlm.collator import Batch, DistillationCollator
+from taid_vlm.errors import TaidError
+from taid_vlm.evaluation import Tally, evaluate_pair, summarise
+from taid_vlm.models import ModelSpec, head_rows, load_model, load_processor
+from taid_vlm.objectives import TaidSchedule, parse_objective
+from taid_vlm.records import Record, parse_record
+from taid_vlm.step import student_forward, teacher_forward, token_figures, token_losses
+
+logger = logging.getLogger(__name__)
+
+PROBED_RECORDS = 32
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """TrainingArguments and what distillation adds.
+
+    Args:
+        objective: a name ("taid") or a mapping as in a recipe's `objective`.
+        supervise: "answers" (the assistant's texts) or "all".
+        max_length: tokens per row after image expansion; None takes each model's own limit.
+        padding_side: of both models' inputs in training.
+        model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
+            given by name.
+    """
+
+    objective: str | dict[str, Any] = field(default="taid")
+    supervise: str = field(default="answers")
+    max_length: int | None = field(default=None)
+    padding_side: str = field(default="right")
+    model_init_kwargs: dict[str, Any] | None = field(default=None)
+    teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
+    remove_unused_columns: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, value, valid in (("supervise", self.supervise, ("answers", "all")),
+                                  ("padding_side", self.padding_side, ("left", "right"))):
+            if value not in valid:
+                raise TaidError(f"{key} = '{value}', but it must be one of {', '.join(valid)}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise TaidError(f"max_length = {self.max_length}, but it must be at least 2.")
+        parse_objective(self.objective)
+
+
+class DistillationTrainer(Trainer):
+    """Distil `teacher_model` into `model` on records with or without images.
+
+    Args:
+        model, teacher_model: transformers models, or names to load. The teacher may be left out
+            for objectives that need none (`ce`).
+        args: a DistillationConfig.
+        train_dataset, eval_dataset: `Records`, or any dataset of rows in the columns that
+            `taid_vlm.records` understands; evaluation needs one with a length.
+        processing_class, teacher_processing_class: tokenizer or processor of each model; loaded
+            along where the model was given by name.
+        peft_config: train an adapter of the peft library instead of all weights.
+
+    Raises:
+        TaidError: a pair, data or objective that cannot work, before any training.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: DistillationConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Processor | None = None,
+        teacher_processing_class: Processor | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = args or DistillationConfig(output_dir="distilled")
+        self.objective = parse_objective(args.objective)
+        student, processing_class = _resolve(
+            model, processing_class, "student", args.model_init_kwargs)
+        teacher, teacher_processing_class = _resolve(
+            teacher_model, teacher_processing_class, "teacher", args.teacher_model_init_kwargs)
+        if self.objective.needs_teacher and teacher is None:
+            raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
+        pairing, collator = pair_for_training(
+            student, teacher, processing_class, teacher_processing_class, args,
+            [d for d in (train_dataset, eval_dataset) if d is not None],
+        )
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            student = get_peft_model(student, peft_config)
+        if args.n_gpu > 1:
+            logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
+            args._n_gpu = 1
+        super().__init__(
+            model=student, args=args, data_collator=collator, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
+        self.teacher = None if teacher is None else self._freeze(teacher)
+        self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
+        self.schedule: TaidSchedule | None = None
+        self.dropped: dict[str, int] = defaultdict(int)
+        self._step_sums: dict[str, Tensor] = {}
+        self._window = _Window()
+        self.add_callback(ScheduleCallback(self))
+
+    def _freeze(self, teacher: PreTrainedModel) -> nn.Module:
+        teacher.requires_grad_(False).eval()
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    # ----- the step -------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the mean over all answer tokens of the optimizer step."""
+        u = None
+        if self.teacher is not None and self.objective.needs_teacher:
+            u = teacher_forward(self.teacher, inputs)
+        s = student_forward(model, inputs)
+        t = self.schedule.t if self.schedule else None
+        losses = token_losses(self.objective, inputs, s, u, self.pairing, t)
+        loss_sum = self.objective.weighted({name: x.sum() for name, x in losses.items()})
+        self._remember(inputs, losses, s, u)
+        tokens = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
+        # DDP averages gradients over processes; the sum over all tokens must not be averaged
+        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        loss = loss_sum * processes / max(float(tokens), 1.0)
+        return (loss, {"logits": s}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        """Answer tokens of the optimizer step, over all micro-batches and processes."""
+        tokens = torch.tensor(sum(len(b["labels"]) for b in batch_samples), device=device)
+        return self.accelerator.gather(tokens).sum()
+
+    @torch.no_grad()
+    def _remember(
+        self, batch: Batch, losses: Mapping[str, Tensor], s: Tensor, u: Tensor | None
+    ) -> None:
+        """Add up this micro-batch for the schedule and the log; figures only where logged."""
+        sums = {f"loss/{name}": x.sum() for name, x in losses.items()}
+        sums["tokens"] = torch.tensor(len(batch["labels"]), device=s.device)
+        if self._logs_this_step():
+            figures = token_figures(batch, s, u, self.pairing)
+            sums |= {name: x.sum() for name, x in figures.items()}
+            sums["figure_tokens"] = sums["tokens"]
+        for name, value in sums.items():
+            self._step_sums[name] = self._step_sums.get(name, 0) + value.double()
+        counts = batch["counts"]
+        for reason, number in counts["dropped"].items():
+            self.dropped[reason] += number
+
+    def _logs_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        first = self.args.logging_first_step and step == 1
+        return first or (self.state.logging_steps > 0 and step % self.state.logging_steps == 0)
+
+    def finish_step(self) -> None:
+        """After an optimizer step: one global mean, one move of t."""
+        names = sorted(self._step_sums)
+        values = torch.stack([self._step_sums[name] for name in names])
+        sums = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
+        self._step_sums = {}
+        self._window.add(sums)
+        if self.schedule is not None:
+            mean = sums["loss/taid"] / sums["tokens"] if sums["tokens"] else float("nan")
+            self.schedule.update(mean, self.state.global_step - 1)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._window.take()}
+            if self.schedule is not None:
+                logs["t"] = self.schedule.t
+                logs["adaptive_share"] = self.schedule.active_share
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        return super().floating_point_ops(inputs["student_inputs"])
+
+    # ----- evaluation -----------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out figures against the teacher, logged under `metric_key_prefix`."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if dataset is None:
+            raise TaidError("evaluation needs an eval_dataset.")
+        figures = self.held_out(dataset)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in figures.items()
+                   if isinstance(value, (int, float))}
+        metrics[f"{metric_key_prefix}_loss"] = figures.get("kl", figures.get("nll", float("nan")))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out(self, dataset: Sequence[Any]) -> dict[str, Any]:
+        """`taid_vlm.evaluation.summarise` over all processes."""
+        tally = evaluate_pair(
+            self.model, self.teacher, dataset, self.data_collator, self.pairing,
+            batch_size=self.args.per_device_eval_batch_size, device=self.args.device,
+            process=(self.accelerator.process_index, self.accelerator.num_processes),
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+            autocast=self.accelerator.autocast,
+        )
+        merged = Tally()
+        for part in gather_object([_picklable(tally)]):
+            merged.merge(part)
+        return summarise(merged)
+
+    def all_dropped(self) -> dict[str, int]:
+        """Training records left out so far, by reason, over all processes."""
+        total: dict[str, int] = defaultdict(int)
+        for part in gather_object([dict(self.dropped)]):
+            for reason, number in part.items():
+                total[reason] += number
+        return dict(total)
+
+    # ----- checkpoints ----------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint is whole or absent; a full disk must not leave half of one."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        existed = folder.exists()
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if self.is_world_process_zero() and not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise TaidError(f"the checkpoint '{folder}' could not be written, nothing of it was "
+                            f"kept: {error}") from error
+
+
+class ScheduleCallback(TrainerCallback, ExportableState):
+    """Moves t after every optimizer step and carries the schedule through checkpoints."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        trainer.schedule = trainer.objective.schedule(state.max_steps)
+        trainer._window = _Window()
+        saved = state.stateful_callbacks.get("ScheduleCallback")
+        if trainer.schedule is not None and state.global_step > 0 and saved:
+            trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.finish_step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        schedule = self.trainer.schedule
+        if schedule is None or not schedule.adaptive or schedule.t_start == schedule.t_end:
+            return
+        if schedule.active_share == 0:
+            logger.warning(
+                "TAID's adaptive term never acted in this run: with alpha = %g the linear floor "
+                "was always higher. Use alpha: auto to scale it with the run's length.",
+                schedule.alpha,
+            )
+        if schedule.state.skipped:
+            logger.warning("t did not move after %d steps without a finite loss.",
+                           schedule.state.skipped)
+
+    def state(self) -> dict[str, Any]:
+        schedule = self.trainer.schedule
+        saved = None if schedule is None else schedule.state_dict()
+        return {"args": {}, "attributes": {"schedule": saved} if saved else {}}
+
+
+class _Window:
+    """Sums since the last log line, turned into means per token."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.started = time.perf_counter()
+
+    def add(self, sums: Mapping[str, float]) -> None:
+        for name, value in sums.items():
+            self.sums[name] += value
+
+    def take(self) -> dict[str, float]:
+        tokens, elapsed = self.sums.pop("tokens", 0.0), time.perf_counter() - self.started
+        shown = self.sums.pop("figure_tokens", 0.0)
+        logs = {name: value / (tokens if name.startswith("loss/") else shown)
+                for name, value in self.sums.items()
+                if (tokens if name.startswith("loss/") else shown)}
+        logs["answer_tokens_per_second"] = tokens / elapsed
+        self.__init__()  # type: ignore[misc]
+        return logs
+
+
+# ----- putting a pair together --------------------------------------------------------------
+
+
+def pair_for_training(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, processing_class: Processor | None,
+    teacher_processing_class: Processor | None, args: DistillationConfig, datasets: Sequence[Any],
+) -> tuple[Pairing | None, DistillationCollator]:
+    """Adapters, pairing and collator for two models, checked against the data."""
+    if processing_class is None or (teacher is not None and teacher_processing_class is None):
+        role = "processing_class" if processing_class is None else "teacher_processing_class"
+        raise TaidError(f"{role} is missing: models given as objects need their tokenizer or "
+                        "processor beside them.")
+    ours = make_adapter(processing_class, "student", _limit(student, args))
+    theirs, pairing = None, None
+    if teacher is not None:
+        assert teacher_processing_class is not None
+        theirs = make_adapter(teacher_processing_class, "teacher", _limit(teacher, args))
+    probed = [record for dataset in datasets for record in _first_records(dataset)]
+    adapters = [a for a in (theirs, ours) if a is not None]
+    check_modalities(adapters, any(record.images for record in probed))
+    if teacher is not None and theirs is not None:
+        answers = [text for r in probed for text in (r.answers or [r.text or ""])]
+        pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),
+                              [text[:2000] for text in answers])
+        for warning in pairing.warnings:
+            logger.warning(warning)
+    collator = DistillationCollator(
+        ours, theirs, pairing, args.supervise, args.padding_side)  # type: ignore[arg-type]
+    _refuse_empty(collator, probed)
+    return pairing, collator
+
+
+def _limit(model: PreTrainedModel, args: DistillationConfig) -> int | None:
+    """The shorter of `max_length` and the positions the model was built for."""
+    own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = [x for x in (args.max_length, own) if x]
+    return min(limits) if limits else None
+
+
+def _first_records(dataset: Any) -> list[Record]:
+    if hasattr(dataset, "__len__"):
+        rows = (dataset[index] for index in range(min(len(dataset), PROBED_RECORDS)))
+    else:
+        rows = (row for row, _ in zip(dataset, range(PROBED_RECORDS), strict=False))
+    return [row if isinstance(row, Record) else parse_record(row, f"row {index}")
+            for index, row in enumerate(rows)]
+
+
+def _refuse_empty(collator: DistillationCollator, probed: Sequence[Record]) -> None:
+    """Training on nothing must not start: some of the first records have to be usable."""
+    reasons: dict[str, int] = defaultdict(int)
+    for record in probed:
+        batch = collator([record])
+        if len(batch["labels"]):
+            return
+        for reason, number in batch["counts"]["dropped"].items():
+            reasons[reason] += number
+    if probed:
+        told = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
+        raise TaidError(f"none of the first {len(probed)} records can be used: {told}.")
+
+
+def _resolve(
+    model: Any, processor: Processor | None, role: str, init_kwargs: Mapping[str, Any] | None
+) -> tuple[Any, Processor | None]:
+    """Load what was given by name."""
+    if not isinstance(model, str):
+        return model, processor
+    spec = ModelSpec(model, init_kwargs=dict(init_kwargs or {}))
+    return load_model(spec, role), processor or load_processor(spec, role)
+
+
+def _picklable(tally: Tally) -> Tally:
+    """Without the default factories, which cannot travel between processes."""
+    table: Any = {category: dict(figures) for category, figures in tally.table.items()}
+    return Tally(table, dict(tally.dropped), tally.aligned_tokens, tally.supervised_tokens)
