@@ -186,7 +186,8 @@ def head_rows(model: nn.Module) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _forward_names(kind: type[nn.Module]) -> frozenset[str]:
+def forward_names(kind: type[nn.Module]) -> frozenset[str]:
+    """Names of forward's arguments; processors give more, and `generate` refuses what is more."""
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
@@ -203,7 +204,7 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor) 
     Returns:
         [number of True, V], rows in row-major order of the mask.
     """
-    names = _forward_names(type(unwrap(model)))
+    names = forward_names(type(unwrap(model)))
     accepted = {key: value for key, value in inputs.items() if key in names}
     if "use_cache" in names:
         accepted["use_cache"] = False

@@ -360,7 +360,8 @@ def pair_for_training(
         theirs = make_adapter(teacher_processing_class, "teacher", _limit(teacher, args))
     probed = [record for dataset in datasets for record in _first_records(dataset)]
     adapters = [a for a in (theirs, ours) if a is not None]
-    check_modalities(adapters, any(record.images for record in probed))
+    check_modalities([a.role for a in adapters if not a.sees_images],
+                     any(record.images for record in probed))
     if teacher is not None and theirs is not None:
         answers = [text for r in probed for text in (r.answers or [r.text or ""])]
         pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),

@@ -8,7 +8,8 @@ span of each supervised token relative to its answer, which is all that alignmen
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -271,6 +272,13 @@ class ModelAdapter:
             index += 1
         return None
 
+    @cached_property
+    def end_of_turn_id(self) -> int | None:
+        """The special token this model ends an answer with."""
+        row = self.probe()
+        position = row.answers[0].end_of_turn
+        return None if position is None else row.ids[position - row.offset]
+
     def probe(self, answer: str = "yes") -> EncodedRow:
         """A small conversation in this model's tokens, to read its conventions off."""
         messages = (Message("user", ("Is it?",)), Message("assistant", (answer,)))
@@ -303,18 +311,35 @@ class ImageTextAdapter(ModelAdapter):
                             f"{role}.chat_template to a jinja file.")
 
     def _process(self, texts, images, padding_side):  # type: ignore[no-untyped-def]
-        assert isinstance(self.processor, ProcessorMixin)
         given = [list(row) for row in images] if any(images) else None
-        encoded = self.processor(
-            text=list(texts), images=given, padding=True, padding_side=padding_side,
-            add_special_tokens=False, return_tensors="pt", return_mm_token_type_ids=True,
-            return_text_replacement_offsets=True,
-        )
-        replacements = encoded.pop("text_replacement_offsets", None)
-        if not isinstance(replacements, list) or not replacements:  # a batch without images
-            replacements = [[] for _ in texts]
+        with _recorded_expansions(self.processor) as expansions:
+            encoded = self.processor(
+                text=list(texts), images=given, padding=True, padding_side=padding_side,
+                add_special_tokens=False, return_tensors="pt", return_mm_token_type_ids=True,
+            )
         inputs = {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
-        return inputs, replacements
+        return inputs, expansions or [[] for _ in texts]
+
+
+@contextlib.contextmanager
+def _recorded_expansions(processor: Any) -> Iterator[list[list[dict[str, Any]]]]:
+    """Where the processor replaces an image's placeholder by its tokens, per row.
+
+    `return_text_replacement_offsets=True` gives the same, but some processors (InternVL) then try
+    to turn the offsets into a tensor and fail, so they are taken where they are computed.
+    """
+    replace, recorded = processor.get_text_with_replacements, []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        text, offsets = replace(*args, **kwargs)
+        recorded.extend(offsets)
+        return text, offsets
+
+    processor.get_text_with_replacements = spy
+    try:
+        yield recorded
+    finally:
+        del processor.get_text_with_replacements
 
 
 def make_adapter(processor: Processor, role: str, max_length: int | None = None) -> ModelAdapter:

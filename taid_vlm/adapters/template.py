@@ -135,7 +135,7 @@ def _message(role: str, parts: list[str | None], form: ContentForm) -> dict[str,
 
 def _unmark(raw: str, owners: list[tuple[bool, str]], source: str) -> Rendered:
     pieces, spans, length, start, turn = [], [], 0, 0, -1
-    for index, piece in enumerate(_split_marks(raw)):
+    for piece in _split_marks(raw):
         if piece == OPEN:
             start = length
         elif piece == CLOSE:

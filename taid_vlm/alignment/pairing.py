@@ -155,15 +155,9 @@ def _same_split(teacher: ModelAdapter, student: ModelAdapter, text: str) -> None
 
 def _roles(teacher: ModelAdapter, student: ModelAdapter) -> list[tuple[int, int]]:
     """Ids that end a turn, and ids that end a document, on the two sides."""
-    turn = (_end_of_turn_id(teacher), _end_of_turn_id(student))
+    turn = (teacher.end_of_turn_id, student.end_of_turn_id)
     document = (teacher.tokenizer.eos_token_id, student.tokenizer.eos_token_id)
     return [pair for pair in (turn, document) if None not in pair]  # type: ignore[misc]
-
-
-def _end_of_turn_id(adapter: ModelAdapter) -> int | None:
-    row = adapter.probe()
-    position = row.answers[0].end_of_turn
-    return None if position is None else row.ids[position - row.offset]
 
 
 def _first_token_glue(
@@ -197,13 +191,12 @@ def _warnings(teacher: ModelAdapter, student: ModelAdapter) -> tuple[str, ...]:
     return tuple(
         f"{adapter.role}: no special token ends an answer, so where to stop is not distilled"
         for adapter in (teacher, student)
-        if adapter.probe().answers[0].end_of_turn is None
+        if adapter.end_of_turn_id is None
     )
 
 
-def check_modalities(adapters: Sequence[ModelAdapter], has_images: bool) -> None:
-    """Raise TaidError if records with images meet a model that cannot see."""
-    blind = [adapter.role for adapter in adapters if not adapter.sees_images]
+def check_modalities(blind: Sequence[str], has_images: bool) -> None:
+    """Raise TaidError if records with images meet models (`blind`: their roles) that cannot see."""
     if has_images and blind:
         raise TaidError(
             f"the records hold images, but the {' and the '.join(blind)} cannot see: a text model "

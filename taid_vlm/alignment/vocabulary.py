@@ -83,9 +83,9 @@ class VocabularyMap:
         if self.identity:
             return {}
         rows: SideMap = getattr(self, side)
-        total = logits.float().logsumexp(-1)
+        log_p = logits.float().log_softmax(-1)
         return {
-            f"{side}_{name}_mass": (logits.index_select(-1, ids).float().logsumexp(-1) - total).exp()
+            f"{side}_{name}_mass": log_p.index_select(-1, ids).exp().sum(-1)
             for name, ids in (("rest", rows.rest), ("padding", rows.padding)) if len(ids)
         }
 

@@ -1,0 +1,292 @@
+"""A run: recipe in; student, results.json and report.html out."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from taid_vlm.adapters import Processor, make_adapter
+from taid_vlm.alignment import check_modalities
+from taid_vlm.errors import TaidError
+from taid_vlm.generation import generate_answers
+from taid_vlm.models import load_config, load_model, load_processor, sees_images
+from taid_vlm.recipe import Recipe
+from taid_vlm.records import DataSource, Record, Records, StreamedRecords, open_records
+from taid_vlm.report import write_report
+from taid_vlm.report.run import run_report
+from taid_vlm.results import SCHEMA, machine, peak_memory, versions, write_json, write_text
+from taid_vlm.trainer import DistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+STUDENT_FOLDER = "student"
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a recipe names, found and checked, before any weights are loaded."""
+
+    train: Records | StreamedRecords
+    eval: Any
+    student_processor: Processor
+    teacher_processor: Processor | None
+
+
+def gather(recipe: Recipe) -> Ingredients:
+    """Open data and processors; every mistake that can show without weights shows here."""
+    args = recipe.training_arguments()
+    configs = {"student": load_config(recipe.student, "student")}
+    if recipe.teacher is not None:
+        configs["teacher"] = load_config(recipe.teacher, "teacher")
+    train = _open(recipe.data.train, recipe)
+    held_out = None if recipe.data.eval is None else _open(recipe.data.eval, recipe)
+    if isinstance(train, StreamedRecords) and args.max_steps <= 0:
+        raise TaidError("data.train is streamed, so its length is not known: set train.max_steps.")
+    if isinstance(held_out, StreamedRecords):
+        if recipe.data.eval is None or recipe.data.eval.max_records is None:
+            raise TaidError("data.eval is streamed: set data.eval.max_records.")
+        held_out = list(held_out)
+    images = any(_has_images(side) for side in (train, held_out) if side is not None)
+    _refuse_blind(configs, images)
+    student = load_processor(recipe.student, "student")
+    teacher = None if recipe.teacher is None else load_processor(recipe.teacher, "teacher")
+    return Ingredients(train, held_out, student, teacher)
+
+
+def distill(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+    """Carry out a recipe.
+
+    Args:
+        resume: go on from the last whole checkpoint in `output_dir`.
+
+    Returns:
+        What was written to results.json. On disk: `student/` (loads with plain Auto classes),
+        `recipe.yaml`, `results.json`, `report.html`.
+
+    Raises:
+        TaidError: anything a user can mend, with nothing half-written left behind.
+    """
+    ingredients, output = gather(recipe), Path(recipe.output_dir)
+    args = recipe.training_arguments()
+    checkpoint = _checkpoint(output, resume)
+    set_seed(args.seed)
+    student = load_model(recipe.student, "student")
+    teacher = None if recipe.teacher is None else load_model(recipe.teacher, "teacher")
+    trainer = DistillationTrainer(
+        student, teacher, args, ingredients.train, ingredients.eval,
+        ingredients.student_processor, ingredients.teacher_processor,
+        peft_config=_peft(recipe.student.peft),
+    )
+    if trainer.is_world_process_zero():
+        write_text(recipe.to_yaml(), output / "recipe.yaml")
+    results = _measure(trainer, recipe, ingredients, checkpoint)
+    save_student(trainer, output / STUDENT_FOLDER)
+    if trainer.is_world_process_zero():
+        examples = results.pop("_examples")
+        write_json(results, output / "results.json")
+        write_report(run_report(results, examples, recipe.to_yaml()), output / "report.html")
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def _measure(
+    trainer: DistillationTrainer, recipe: Recipe, ingredients: Ingredients, checkpoint: Path | None
+) -> dict[str, Any]:
+    """Evaluate, train, evaluate; and all that there is to say about it."""
+    questions = _questions(ingredients.eval, recipe.evaluate.examples)
+    before = _held_out(trainer, ingredients.eval)
+    answers = {"teacher": _answers(trainer, "teacher", questions, recipe),
+               "before": _answers(trainer, "student", questions, recipe)}
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - started
+    answers["after"] = _answers(trainer, "student", questions, recipe)
+    after = _held_out(trainer, ingredients.eval)
+    schedule = trainer.schedule
+    return {
+        "schema": SCHEMA,
+        "objective": recipe.objective,
+        "seed": trainer.args.seed,
+        "recipe_hash": recipe.digest(),
+        "eval": {"before": before, "after": after},
+        "alignment": _alignment(trainer),
+        "models": _models(trainer, recipe),
+        "train": {
+            "steps": trainer.state.global_step,
+            "resumed_from": checkpoint and checkpoint.name,
+            "seconds": seconds,
+            "records_left_out": trainer.all_dropped(),
+            "t": schedule and schedule.t,
+            "alpha": schedule and schedule.alpha,
+            "adaptive_share": schedule and schedule.active_share,
+            "skipped_updates": schedule and schedule.state.skipped,
+        },
+        "memory": peak_memory(),
+        "machine": {**machine(), "processes": trainer.accelerator.num_processes},
+        "versions": versions(),
+        "history": trainer.state.log_history,
+        "_examples": (questions, answers),
+    }
+
+
+# ----- before training ----------------------------------------------------------------------
+
+
+def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
+    """Relative paths start at the working directory, or else at the recipe's folder."""
+    here = Path(source.path).expanduser()
+    beside = recipe.base / here
+    return open_records(source, recipe.base if not here.exists() and beside.exists() else None)
+
+
+def _has_images(records: Any) -> bool:
+    if isinstance(records, StreamedRecords):
+        return any(record.images for record, _ in zip(records, range(8), strict=False))
+    return any(records[index].images for index in range(min(8, len(records))))
+
+
+def _refuse_blind(configs: Mapping[str, Any], images: bool) -> None:
+    blind = [role for role, config in configs.items() if not sees_images(config)]
+    check_modalities(blind, images)
+
+
+def _checkpoint(output: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; a fresh start never walks over an unfinished run."""
+    last, finished = last_checkpoint(output), (output / "results.json").exists()
+    if resume:
+        if last is None:
+            raise TaidError(f"--resume: '{output}' holds no whole checkpoint.")
+        return last
+    if last is not None and not finished:
+        raise TaidError(f"'{output}' holds {last.name} of an unfinished run: continue it with "
+                        "--resume, or choose another output_dir.")
+    if last is not None:
+        logger.warning("'%s' holds a finished run; its checkpoints are replaced.", output)
+        for folder in output.glob("checkpoint-*"):
+            shutil.rmtree(folder)
+    return None
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was written whole (its trainer state comes last)."""
+    found = [folder for folder in output.glob("checkpoint-*")
+             if folder.name.removeprefix("checkpoint-").isdigit()
+             and (folder / "trainer_state.json").exists()]
+    return max(found, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+
+
+def _peft(config: Mapping[str, Any] | None) -> Any:
+    if config is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise TaidError("student.peft needs the peft library: pip install 'taid-vlm[peft]'."
+                        ) from None
+    try:
+        return LoraConfig(**config)
+    except TypeError as error:
+        raise TaidError(f"student.peft: {error}") from None
+
+
+# ----- figures ------------------------------------------------------------------------------
+
+
+def _held_out(trainer: DistillationTrainer, records: Any) -> dict[str, Any] | None:
+    return None if records is None else trainer.held_out(records)
+
+
+def _alignment(trainer: DistillationTrainer) -> dict[str, Any] | None:
+    pairing = trainer.pairing
+    if pairing is None:
+        return None
+    return {"case": pairing.case, "reason": pairing.reason, "warnings": list(pairing.warnings)}
+
+
+def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, Any]:
+    described = {}
+    for role, spec, model in (("teacher", recipe.teacher, trainer.teacher),
+                              ("student", recipe.student, trainer.model)):
+        if spec is not None and model is not None:
+            described[role] = {
+                "name": spec.model_name_or_path, "revision": spec.revision,
+                "model_type": trainer.accelerator.unwrap_model(model).config.model_type,
+                "parameters": sum(p.numel() for p in model.parameters()),
+            }
+    return described
+
+
+def _questions(records: Any, number: int) -> list[tuple[Record, int]]:
+    """The first answer of the first conversations."""
+    if records is None:
+        return []
+    rows = (records[index] for index in range(len(records)))
+    chosen = ((record, 0) for record in rows if record.messages)
+    return [question for question, _ in zip(chosen, range(number), strict=False)]
+
+
+def _answers(
+    trainer: DistillationTrainer, role: str, questions: list[tuple[Record, int]], recipe: Recipe
+) -> list[str]:
+    """Greedy answers, on the main process only (nothing is trained or sharded here)."""
+    model = trainer.teacher if role == "teacher" else trainer.model
+    adapter = getattr(trainer.data_collator, role)
+    if not questions or model is None or not trainer.is_world_process_zero():
+        return []
+    plain: PreTrainedModel = trainer.accelerator.unwrap_model(model)
+    with torch.random.fork_rng():
+        return generate_answers(plain.to(trainer.args.device), adapter, questions,
+                                max_new_tokens=recipe.evaluate.max_new_tokens)
+
+
+# ----- the student on disk ------------------------------------------------------------------
+
+
+def save_student(trainer: DistillationTrainer, folder: Path) -> None:
+    """Write model and processor, check that they load as they were, and only then put them in
+    place."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    main = trainer.is_world_process_zero()
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(partial))
+        if main:
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
+            _check_reload(trainer, partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.replace(folder)
+    except TaidError:
+        raise
+    except Exception as error:
+        raise TaidError(f"the student could not be saved to '{folder}': {error}") from error
+    finally:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _check_reload(trainer: DistillationTrainer, folder: Path) -> None:
+    """Some tokenizers are rebuilt differently when they are loaded by their model's type."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    ours = trainer.data_collator.student
+    auto = AutoProcessor if ours.sees_images else AutoTokenizer
+    again = make_adapter(auto.from_pretrained(str(folder)), "student")
+    for text in ("The quick brown fox, 1,234.5 times.", " naïve 数量\n\n  a_b", "What's this?"):
+        first, second = (a.tokenizer(text)["input_ids"] for a in (ours, again))
+        if first != second:
+            logger.warning(
+                "The saved tokenizer splits %r differently from the one that was trained with (%s "
+                "against %s): transformers rebuilds it by the model's type. Save the tokenizer "
+                "that belongs to this model type.", text, second, first)
+            return
