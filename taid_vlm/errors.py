@@ -30,9 +30,12 @@ class SampleDropped(Exception):
         self.reason = reason
 
 
+MANY = 40  # more names than this would bury the message
+
+
 def nearest(name: object, valid: Iterable[str]) -> str:
-    """Return the tail of an error message: the nearest valid name, then all of them."""
+    """Return the tail of an error message: the nearest valid name, then the others if few."""
     names = sorted(valid)
     match = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean '{match[0]}'?" if match else ""
-    return f"{hint} Valid: {', '.join(names)}."
+    return f"{hint} Valid: {', '.join(names)}." if len(names) <= MANY else hint

@@ -89,6 +89,18 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
     )
 
 
+def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load a checkpoint of this very model, in place and bit for bit.
+
+    `save_pretrained` writes some architectures under their original parameter names, which only
+    `from_pretrained` knows how to read back; a plain `load_state_dict` would match nothing.
+    """
+    dtype = next(model.parameters()).dtype
+    saved = type(model).from_pretrained(
+        str(folder), config=model.config, dtype=dtype, use_safetensors=True)
+    model.load_state_dict(saved.state_dict(), strict=True)
+
+
 def load_processor(spec: ModelSpec, role: str) -> Processor:
     """A processor for models with vision, a tokenizer for text models."""
     config = load_config(spec, role)

@@ -31,6 +31,14 @@ from taid_vlm.records import DataSource
 if TYPE_CHECKING:
     from taid_vlm.trainer import DistillationConfig
 
+# TrainingArguments that act in parts of transformers' Trainer which distillation replaces
+WITHOUT_EFFECT = frozenset({
+    "average_tokens_across_devices", "batch_eval_metrics", "do_eval", "do_predict", "do_train",
+    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
+    "include_for_metrics", "label_names", "label_smoothing_factor", "prediction_loss_only",
+    "remove_unused_columns", "resume_from_checkpoint", "use_liger_kernel", "liger_kernel_config",
+})
+
 
 @dataclass(frozen=True)
 class StudentSpec(ModelSpec):
@@ -223,6 +231,8 @@ def _train(value: Any) -> dict[str, Any]:
     for key in value:
         if key in elsewhere:
             raise RecipeError(f"train.{key} belongs to '{elsewhere[key]}' of the recipe.")
+        if key in WITHOUT_EFFECT:
+            raise RecipeError(f"train.{key} has no effect on a distillation; take it out.")
     _known(value, [name for name in fields if name not in elsewhere], "train")
     for key, given in value.items():
         if isinstance(given, str) and isinstance(fields[key].default, (int, float)) \

@@ -34,7 +34,13 @@ from taid_vlm.alignment import Pairing, check_modalities, pair_models
 from taid_vlm.collator import Batch, DistillationCollator
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation import Tally, evaluate_pair, summarise
-from taid_vlm.models import ModelSpec, head_rows, load_model, load_processor
+from taid_vlm.models import (
+    ModelSpec,
+    head_rows,
+    load_model,
+    load_processor,
+    restore_weights,
+)
 from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.records import Record, parse_record
 from taid_vlm.step import student_forward, teacher_forward, token_figures, token_losses
@@ -262,6 +268,22 @@ class DistillationTrainer(Trainer):
         return dict(total)
 
     # ----- checkpoints ----------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Trainer matches parameter names literally, and so misses those of most VLMs."""
+        target = self.model if model is None else model
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not isinstance(target, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            restore_weights(target, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """As above, for `load_best_model_at_end`."""
+        if isinstance(self.model, PreTrainedModel) and self.state.best_model_checkpoint:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint is whole or absent; a full disk must not leave half of one."""

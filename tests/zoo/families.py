@@ -366,6 +366,7 @@ def build(
     if len(tok) != tokens:
         raise RuntimeError(f"{family}: the processor added tokens; list them in the family's spec")
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some biases start from random numbers
         model = model_class(config).float().eval()
     _randomise(model, seed)
     model.generation_config.bos_token_id = tok.bos_token_id
