@@ -49,7 +49,8 @@ class DistillationCollator:
         student_inputs, teacher_inputs: what the models take.
         student_mask, teacher_mask: bool [B, T], the predicting positions.
         labels, teacher_labels: [N] the next token, in each model's own ids.
-        map_index: [N] which vocabulary map; turn, row: [N]; categories: list of N names.
+        map_index: [N] which vocabulary map; turn, row: [N]; categories: list of N names;
+        sources: list of B names of the records.
         counts: {reason: rows dropped}, and how many tokens were supervised and aligned.
     """
 
@@ -182,6 +183,7 @@ class DistillationCollator:
             "row": torch.tensor([row for row, _ in flat], dtype=torch.long),
             "turn": torch.tensor([token.turn for _, token in flat], dtype=torch.long),
             "categories": [samples[row].record.category(token.turn) for row, token in flat],
+            "sources": [sample.record.source for sample in samples],
         }
         for adapter in self.adapters:
             role, side = adapter.role, encoded[adapter.role]

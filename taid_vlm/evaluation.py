@@ -68,14 +68,27 @@ class Moments:
 Table = dict[str, dict[str, Moments]]  # category -> figure -> moments
 
 
+@dataclass(frozen=True)
+class AnswerTotals:
+    """One answer's sums over its tokens: what paired comparisons between runs need."""
+
+    source: str
+    turn: int
+    category: str
+    tokens: int
+    totals: dict[str, float]
+
+
 @dataclass
 class Tally:
-    """What one process has seen so far."""
+    """What one process has seen so far; single answers only where `keep_answers`."""
 
     table: Table = field(default_factory=lambda: defaultdict(lambda: defaultdict(Moments)))
     dropped: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     aligned_tokens: int = 0
     supervised_tokens: int = 0
+    keep_answers: bool = False
+    answers: list[AnswerTotals] = field(default_factory=list)
 
     def add(self, batch: dict[str, Any], figures: dict[str, Tensor]) -> None:
         counts = batch["counts"]
@@ -83,11 +96,17 @@ class Tally:
         self.supervised_tokens += counts["supervised_tokens"]
         for reason, number in counts["dropped"].items():
             self.dropped[reason] += number
+        local = {name: values.double().cpu() for name, values in figures.items()}
         for index in _groups(batch):
-            for name, values in figures.items():
-                chosen = values[index.to(values.device)].double()
-                for category in {ALL, batch["categories"][int(index[0])]}:
-                    self.table[category][name].add(float(chosen.sum()), len(index))
+            first, category = int(index[0]), batch["categories"][int(index[0])]
+            totals = {name: float(values[index].sum()) for name, values in local.items()}
+            for name, total in totals.items():
+                for part in {ALL, category}:
+                    self.table[part][name].add(total, len(index))
+            if self.keep_answers:
+                source = batch["sources"][int(batch["row"][first])]
+                self.answers.append(AnswerTotals(
+                    source, int(batch["turn"][first]), category, len(index), totals))
 
     def merge(self, other: Tally) -> None:
         for category, figures in other.table.items():
@@ -97,6 +116,7 @@ class Tally:
             self.dropped[reason] += number
         self.aligned_tokens += other.aligned_tokens
         self.supervised_tokens += other.supervised_tokens
+        self.answers.extend(other.answers)
 
 
 def _groups(batch: dict[str, Any]) -> Iterator[Tensor]:
@@ -121,6 +141,7 @@ def evaluate_pair(
     device: torch.device | str = "cpu",
     process: tuple[int, int] = (0, 1),
     progress: bool = False,
+    keep_answers: bool = False,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Tally:
     """Figures of one process's share of the held-out records.
@@ -135,7 +156,7 @@ def evaluate_pair(
     share = Subset(records, range(rank, len(records), world))  # type: ignore[arg-type]
     # a generator of its own: a DataLoader draws its base seed from the global one otherwise
     loader = DataLoader(share, batch_size, collate_fn=collator, generator=torch.Generator())
-    tally, was_training = Tally(), student.training
+    tally, was_training = Tally(keep_answers=keep_answers), student.training
     student.eval()
     for batch in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
         batch = to_device(batch, device)

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -439,4 +439,4 @@ def _resolve(
 def _picklable(tally: Tally) -> Tally:
     """Without the default factories, which cannot travel between processes."""
     table: Any = {category: dict(figures) for category, figures in tally.table.items()}
-    return Tally(table, dict(tally.dropped), tally.aligned_tokens, tally.supervised_tokens)
+    return replace(tally, table=table, dropped=dict(tally.dropped))

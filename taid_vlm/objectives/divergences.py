@@ -27,6 +27,8 @@ from torch import Tensor
 from taid_vlm.errors import RecipeError, nearest
 
 LOG_SMALLEST = -149 * math.log(2)  # log of the smallest positive float32
+# where |r| is smaller, a series of five terms is exact to the dtype's digits
+SERIES_BELOW = {torch.float32: 0.1, torch.float64: 1e-3}
 CHUNK_ELEMENTS = 2**24  # rows are worked on in chunks of about this many logits (64 MiB float32)
 
 
@@ -92,7 +94,7 @@ def _forward_terms(log_q: Tensor, r: Tensor) -> Tensor:
     """q (r e^r - e^r + 1): sums to KL(p || q), and every term is >= 0."""
     near = r * r * (1 / 2 + r * (1 / 3 + r * (1 / 8 + r * (1 / 30 + r / 144))))
     e = r.clamp(max=1.0).expm1()
-    middle = torch.where(r.abs() < 0.1, near, (1 + e) * r - e)
+    middle = torch.where(r.abs() < SERIES_BELOW[r.dtype], near, (1 + e) * r - e)
     q = log_q.exp()
     return torch.where(r > 1.0, (log_q + r).exp() * (r - 1) + q, q * middle)
 
@@ -100,7 +102,7 @@ def _forward_terms(log_q: Tensor, r: Tensor) -> Tensor:
 def _reverse_terms(log_q: Tensor, r: Tensor) -> Tensor:
     """q (e^r - 1 - r): sums to KL(q || p), and every term is >= 0."""
     near = r * r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r / 720))))
-    middle = torch.where(r.abs() < 0.1, near, r.clamp(max=1.0).expm1() - r)
+    middle = torch.where(r.abs() < SERIES_BELOW[r.dtype], near, r.clamp(max=1.0).expm1() - r)
     q = log_q.exp()
     return torch.where(r > 1.0, (log_q + r).exp() - q * (1 + r), q * middle)
 
@@ -161,6 +163,8 @@ def skew_kl(pair: Pair, lam: float = 0.1) -> Result:
 
 def skew_rkl(pair: Pair, lam: float = 0.1) -> Result:
     """KL(q || lam q + (1 - lam) p) (DistiLLM, Ko et al., 2024)."""
+    if lam == 0.0:
+        return reverse_kl(pair)
     d = _log_mixture(pair.r, 1 - lam)
     return _reverse_terms(pair.log_q, d).sum(-1), -pair.q * (d + lam * torch.expm1(-d))
 
@@ -223,7 +227,7 @@ def ce(pair: Pair) -> Result:
     assert pair.labels is not None
     index = pair.labels[:, None]
     one_hot = torch.zeros_like(pair.log_q).scatter_(-1, index, -1.0)
-    return -pair.log_q.gather(-1, index)[:, 0], one_hot
+    return -_floored(pair.log_q).gather(-1, index)[:, 0], one_hot
 
 
 # ----- their names --------------------------------------------------------------------------

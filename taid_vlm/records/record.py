@@ -144,7 +144,8 @@ def _chat(value: Any, column: str, source: str) -> list[RawMessage]:
     for index, item in enumerate(_expect_list(value, column, source)):
         where = f"{column}[{index}]"
         if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
-            raise RecordError(f"{source}: {where} must hold 'role' and 'content', got {item!r:.80}.")
+            raise RecordError(f"{source}: {where} must hold 'role' and 'content', got "
+                              f"{item!r:.80}.")
         role = str(item["role"])
         if role not in ROLES:
             raise RecordError(f"{source}: {where}.role = '{role}'.{nearest(role, ROLES)}")
@@ -168,7 +169,8 @@ def _llava(value: Any, source: str) -> list[RawMessage]:
 
 def _categories(row: Mapping[str, Any]) -> tuple[str, ...]:
     if "categories" in row:
-        return tuple(str(category) for category in row["categories"])
+        given = row["categories"]
+        return tuple(str(category) for category in ([given] if isinstance(given, str) else given))
     return (str(row["category"]),) if "category" in row else ()
 
 

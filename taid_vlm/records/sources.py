@@ -56,6 +56,7 @@ class Records(torch.utils.data.Dataset[Record]):
         return self._length
 
     def __getitem__(self, index: int) -> Record:
+        index = range(len(self))[index]  # IndexError past max_records ends iteration
         row = self.rows[index]
         return parse_record(_renamed(row, self.columns), self.where(index), self.root)
 

@@ -1,7 +1,7 @@
 """Small real training runs, in this process or (as a script) in processes of their own.
 
 As a script: `python runs.py OPTIONS.json` with a list of `make_trainer` options, also under
-torch.distributed.run; rank 0 leaves `final.safetensors` and `trajectory.json` in each output folder.
+torch.distributed.run; rank 0 leaves `final.safetensors` and `trajectory.json` in every output.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from zoo.images import images
 
 from taid_vlm import DistillationConfig, DistillationTrainer
 
-WORDS = "a red green blue square circle left right above of the two three naïve 图片".split()
+WORDS = ("a", "red", "green", "blue", "square", "circle", "left", "right", "above", "of", "the",
+         "two", "three", "naïve", "图片")
 
 
 def rows(number: int = 32, seed: int = 0, text_only: bool = False) -> list[dict[str, Any]]:

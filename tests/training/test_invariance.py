@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-
 from training.runs import make_trainer, rows, step_gradient, weights
 
 TOLERANCE = 1e-5

@@ -1,0 +1,18 @@
+"""Distil a vision-language model, on one or many devices:
+
+    accelerate launch scripts/distill_vlm.py recipes/internvl3_8b_to_1b.yaml [KEY=VALUE ...]
+
+The same as `taid-vlm distill`, for launchers that want a file. `--resume` goes on from the last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from taid_vlm.cli import main
+
+if __name__ == "__main__":
+    default = [] if sys.argv[1:2] and sys.argv[1].endswith((".yaml", ".yml", "-h", "--help")) else [
+        "recipes/internvl3_8b_to_1b.yaml"]
+    sys.exit(main(["distill", *default, *sys.argv[1:]]))

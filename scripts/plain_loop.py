@@ -1,0 +1,86 @@
+"""The training of DistillationTrainer on one screen: accelerate, no Trainer.
+
+    accelerate launch scripts/plain_loop.py recipe.yaml [train.max_steps=100 ...]
+
+A test asserts that both give equal weights. What it leaves out: logging, checkpoints, evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from taid_vlm.models import load_model
+from taid_vlm.objectives import parse_objective
+from taid_vlm.recipe import load_recipe
+from taid_vlm.run import gather
+from taid_vlm.step import student_forward, teacher_forward, token_losses
+from taid_vlm.trainer import pair_for_training
+
+
+def train(student, teacher, collator, pairing, dataset, args):  # noqa: RET503
+    """Train `student` in place; `args` is a DistillationConfig with max_steps."""
+    set_seed(args.seed)
+    accelerator = Accelerator(
+        cpu=args.use_cpu, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    loader = DataLoader(dataset, args.per_device_train_batch_size, shuffle=True,
+                        collate_fn=collator)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), args.learning_rate, (args.adam_beta1, args.adam_beta2),
+        args.adam_epsilon, args.weight_decay, fused=True)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(
+        args.max_steps), args.max_steps)  # not prepared: one step of it per optimizer step
+    student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
+    teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+    pairing = pairing.to(accelerator.device)
+    objective = parse_objective(args.objective)
+    schedule, step = objective.schedule(args.max_steps), 0
+    student.train()
+    for epoch in itertools.count():  # until max_steps
+        loader.set_epoch(epoch)
+        stream = iter(loader)
+        while batches := list(itertools.islice(stream, args.gradient_accumulation_steps)):
+            count = torch.tensor(sum(len(b["labels"]) for b in batches), device=accelerator.device)
+            tokens = accelerator.reduce(count, "sum")  # of the whole step, over all processes
+            taid_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+            for index, batch in enumerate(batches):
+                last = index == len(batches) - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(student):
+                    losses = token_losses(
+                        objective, batch, student_forward(student, batch),
+                        teacher_forward(teacher, batch), pairing, schedule and schedule.t)
+                    loss = objective.weighted({name: x.sum() for name, x in losses.items()})
+                    accelerator.backward(loss * accelerator.num_processes / tokens)
+                    if schedule:
+                        taid_sum += losses["taid"].sum().detach().double()
+            accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if schedule:  # t moves once per optimizer step, on the global mean
+                schedule.update(float(accelerator.reduce(taid_sum, "sum") / tokens), step)
+            step += 1
+            if step == args.max_steps:
+                return accelerator.unwrap_model(student)
+
+
+def main() -> None:
+    recipe = load_recipe(sys.argv[1], sys.argv[2:])
+    data, args = gather(recipe), recipe.training_arguments()
+    student, teacher = load_model(recipe.student, "student"), load_model(recipe.teacher, "teacher")
+    pairing, collator = pair_for_training(
+        student, teacher, data.student_processor, data.teacher_processor, args, [data.train])
+    trained = train(student, teacher, collator, pairing, data.train, args)
+    trained.save_pretrained(recipe.output_dir)
+    data.student_processor.save_pretrained(recipe.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""docs/architecture.md says which file may know which; here it is held to it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "taid_vlm"
+
+
+def listed() -> list[str]:
+    """Module paths in the order of the page's tree, for example 'objectives/schedule'."""
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("```text\n")[1].split("```")[0]
+    found, folder = [], ""
+    for line in tree.splitlines()[1:]:
+        match = re.match(r"^( +)([\w.]+)(/?)\s", line + " ")
+        if not match:
+            continue
+        indent, name, is_folder = len(match[1]), match[2], match[3]
+        if is_folder:
+            folder = name
+        elif name.endswith(".py"):
+            stem = name.removesuffix(".py")
+            found.append(stem if indent == 2 else f"{folder}/{stem}")
+    return found
+
+
+def modules() -> dict[str, Path]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return {str(p.relative_to(PACKAGE).with_suffix("")): p for p in paths
+            if p.name != "__init__.py"}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports at its top, folders as 'records/'."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("taid_vlm"):
+            base = (node.module or "").removeprefix("taid_vlm").strip(".").replace(".", "/")
+            is_folder = (PACKAGE / base).is_dir()
+            for alias in node.names:
+                inner = f"{base}/{alias.name}".strip("/")
+                is_module = is_folder and (PACKAGE / f"{inner}.py").exists()
+                names.add(inner if is_module else base + "/" * is_folder)
+    return names - {"", "/"}
+
+
+ORDER = listed()
+
+
+def test_the_tree_names_every_file_once() -> None:
+    assert sorted(ORDER) == sorted(modules())
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_what_stands_before_it(name: str) -> None:
+    place = {module: index for index, module in enumerate(ORDER)}
+    for target in imported(modules()[name]):
+        if target.endswith("/"):
+            inside = [m for m in ORDER if m.startswith(target)]
+            if name.startswith(target):
+                continue
+            assert max(place[m] for m in inside) < place[name], f"{name} imports {target}"
+        else:
+            assert place[target] < place[name], f"{name} imports {target}"
+
+
+def test_files_and_functions_stay_short() -> None:
+    """A file fits in the head, a function on a screen."""
+    for name, path in modules().items():
+        source = path.read_text()
+        assert len(source.splitlines()) <= 500, name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{name}.{node.name}: {length} lines"
