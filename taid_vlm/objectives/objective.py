@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,9 +102,9 @@ def parse_objective(config: str | Mapping[str, Any]) -> Objective:
     """
     if isinstance(config, str):
         config = {"name": config}
-    config = dict(config)
+    config = _mapping(config, "objective")
     temperature = config.pop("kd_temperature", 1.0)
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
+    if not _is_number(temperature) or not temperature > 0:
         raise RecipeError(f"objective.kd_temperature = {temperature!r}, but it must be positive.")
     if "terms" in config and "name" not in config:
         listed = config.pop("terms")
@@ -121,7 +122,8 @@ def parse_objective(config: str | Mapping[str, Any]) -> Objective:
 def _parse_terms(listed: Any) -> tuple[Term, ...]:
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
         raise RecipeError("objective.terms must be a list of {name: ..., weight: ...}.")
-    terms = tuple(_parse_term({"name": t} if isinstance(t, str) else dict(t)) for t in listed)
+    terms = tuple(_parse_term({"name": t} if isinstance(t, str) else _mapping(t, "a term"))
+                  for t in listed)
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
         raise RecipeError(f"objective.terms names a loss twice: {', '.join(names)}.")
@@ -133,7 +135,7 @@ def _parse_term(config: dict[str, Any]) -> Term:
         raise RecipeError("every objective term needs a 'name'.")
     name = canonical_name(config.pop("name"))
     weight = config.pop("weight", 1.0)
-    if not isinstance(weight, (int, float)) or weight < 0:
+    if not _is_number(weight) or weight < 0:
         raise RecipeError(f"objective.{name}.weight = {weight!r}, but it must be >= 0.")
     if name != "taid":
         check_parameters(name, config)
@@ -143,3 +145,13 @@ def _parse_term(config: dict[str, Any]) -> Term:
             raise RecipeError(f"objective 'taid' has no key '{key}'.{nearest(key, SCHEDULE_KEYS)}")
     TaidSchedule(1, **config)  # the values are checked before anything is loaded
     return Term(name, float(weight), {}, config)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{where} must be a name or a mapping with 'name', got {value!r:.60}.")
+    return dict(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,16 +50,18 @@ class TaidSchedule:
         momentum: float = 0.99,
         adaptive: bool = True,
     ) -> None:
-        self.total_steps = _checked("total_steps", total_steps, total_steps >= 1, ">= 1")
-        self.t_start = _checked("t_start", t_start, 0 <= t_start <= 1, "in [0, 1]")
-        self.t_end = _checked("t_end", t_end, 0 <= t_end <= 1, "in [0, 1]")
+        self.total_steps = _checked("total_steps", total_steps, lambda x: x >= 1, ">= 1")
+        self.t_start = _checked("t_start", t_start, lambda x: 0 <= x <= 1, "in [0, 1]")
+        self.t_end = _checked("t_end", t_end, lambda x: 0 <= x <= 1, "in [0, 1]")
         if t_start > t_end:
             raise RecipeError(
                 f"t_start = {t_start} is greater than t_end = {t_end}; t only rises, so swap them."
             )
         self.alpha = _resolve_alpha(alpha, total_steps)
-        self.momentum = _checked("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
-        self.adaptive = bool(adaptive)
+        self.momentum = _checked("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+        if not isinstance(adaptive, bool):
+            raise RecipeError(f"adaptive = {adaptive!r}, but it must be true or false.")
+        self.adaptive = adaptive
         self.state = ScheduleState(t=float(t_start))
 
     @property
@@ -116,13 +119,12 @@ class TaidSchedule:
 def _resolve_alpha(alpha: str | float, total_steps: int) -> float:
     if alpha == "auto":
         return min(1.0, PAPER_ALPHA_STEPS / total_steps)
-    if isinstance(alpha, str):
-        raise RecipeError(f"alpha = '{alpha}', but it must be 'auto' or a number >= 0.")
-    return float(_checked("alpha", alpha, alpha >= 0, "'auto' or a number >= 0"))
+    return float(_checked("alpha", alpha, lambda x: x >= 0, "'auto' or a number >= 0"))
 
 
-def _checked(key: str, value: Any, ok: bool, wanted: str) -> Any:
-    if not ok:
+def _checked(key: str, value: Any, ok: Callable[[float], bool], wanted: str) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not ok(value):
         raise RecipeError(f"{key} = {value!r}, but it must be {wanted}.")
     return value
 

@@ -21,10 +21,10 @@ from PIL import Image, ImageOps
 from taid_vlm.errors import RecordError, SampleDropped, nearest
 
 IMAGE_TAG = "<image>"
+CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
 ROLES = ("system", "user", "assistant")
 _LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
                 "system": "system"}
-_TEXT_COLUMNS = ("messages", "conversations", "prompt", "completion", "text")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def parse_record(row: Mapping[str, Any], source: str, root: Path | None = None) 
     row = {key: value for key, value in row.items() if value is not None}
     images = _image_column(row, source, root)
     categories = _categories(row)
-    if "text" in row and not images and not any(c in row for c in ("messages", "conversations")):
+    if "text" in row and not images and not any(column in row for column in CHAT_COLUMNS):
         text = _expect_str(row["text"], "text", source)
         return Record(source, text=text, categories=categories)
     messages, inline = _resolve_images(_read_messages(row, source), images, source, root)
@@ -219,8 +219,7 @@ def _resolve_images(
         parts: list[str | None] = []
         for part in _as_parts(content):
             if _is_image_part(part):
-                inline = part.get("image") or part.get("path") or part.get("url")
-                images.append(_next_image(inline, waiting, source, root))
+                images.append(_next_image(_inline_image(part), waiting, source, root))
                 parts.append(None)
             else:
                 texts = _split_tags(_part_text(part, role, source), split=not typed)
@@ -243,6 +242,13 @@ def _as_parts(content: Any) -> Sequence[Any]:
 
 def _is_image_part(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+
+
+def _inline_image(part: Mapping[str, Any]) -> Any:
+    """The image a typed part carries itself, or None; `image_url` as chat APIs write it."""
+    url = part.get("image_url")
+    inline = url.get("url") if isinstance(url, Mapping) else url
+    return part.get("image") or part.get("path") or part.get("url") or inline
 
 
 def _part_text(part: Any, role: str, source: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -14,9 +15,9 @@ import torch.utils.data
 from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest
 from taid_vlm.records.record import Record, parse_record
 
-_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _JSON_LINES = (".jsonl", ".ndjson")
-_FILE_TYPES = (*_JSON_LINES, ".json", *_BUILDERS)
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_FILE_TYPES = (*_JSON_LINES, ".json", ".parquet", *_DELIMITERS)
 PROBED_ROWS = 256  # rows of a table that are checked before training; JSONL is checked whole
 PROBED_IMAGES = 8
 
@@ -128,22 +129,27 @@ def open_records(source: DataSource | str, base: Path | None = None) -> Records 
         RecordError: a malformed record, with file and line.
     """
     source = DataSource(source) if isinstance(source, str) else source
-    path = Path(base or ".") / Path(source.path).expanduser()
-    records = _open_path(path, source) if path.exists() else _open_hub(path, source)
+    base = Path(base or ".")
+    path = base / Path(source.path).expanduser()
+    records = _open_path(path, source, base) if path.exists() else _open_hub(path, source)
     _check(records, source)
     return records
 
 
-def _open_path(path: Path, source: DataSource) -> Records | StreamedRecords:
-    root = Path(source.image_root) if source.image_root else (
-        path if path.is_dir() else path.parent)
+def _open_path(path: Path, source: DataSource, base: Path) -> Records | StreamedRecords:
+    root = path if path.is_dir() else path.parent
+    if source.image_root is not None:
+        root = base / Path(source.image_root).expanduser()
+    suffix = path.suffix.lower()
     if path.is_dir():
         return _open_folder(path, source, root)
-    if path.suffix in _JSON_LINES:
+    if suffix in _JSON_LINES:
         return Records(JsonLines(path), source, path.name, root)
-    if path.suffix == ".json":
+    if suffix == ".json":
         return Records(_json_list(path), source, path.name, root)
-    if path.suffix in _BUILDERS:
+    if suffix in _DELIMITERS:
+        return Records(_delimited(path, _DELIMITERS[suffix]), source, path.name, root)
+    if suffix == ".parquet":
         return _open_table(path, source, root)
     raise TaidError(f"{path}: file type '{path.suffix}' is not supported."
                     f"{nearest(path.suffix, _FILE_TYPES)}")
@@ -152,12 +158,16 @@ def _open_path(path: Path, source: DataSource) -> Records | StreamedRecords:
 def _open_table(path: Path, source: DataSource, root: Path) -> Records | StreamedRecords:
     import datasets
 
-    extra = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    rows = _guarded(
-        path.name, datasets.load_dataset, _BUILDERS[path.suffix], data_files=str(path),
-        split="train", streaming=source.streaming, **extra,
-    )
+    rows = _guarded(path.name, datasets.load_dataset, "parquet", data_files=str(path),
+                    split="train", streaming=source.streaming)
     return _wrap(rows, source, path.name, root)
+
+
+def _delimited(path: Path, delimiter: str) -> list[dict[str, Any]]:
+    """CSV or TSV with a header; every cell stays text ("2" and "None" are answers too)."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file, delimiter=delimiter))
+    return [{key: value or None for key, value in row.items()} for row in rows]
 
 
 def _json_list(path: Path) -> list[dict[str, Any]]:
@@ -182,7 +192,7 @@ def _open_folder(path: Path, source: DataSource, root: Path) -> Records | Stream
             f"{path.name}/metadata.jsonl", root)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         rows = _guarded(path.name, datasets.load_from_disk, str(path))
-        rows = rows[source.split] if isinstance(rows, Mapping) else rows
+        rows = _split(rows, source) if isinstance(rows, Mapping) else rows
     elif any(next(path.rglob("*" + kind), None) for kind in (".parquet", ".jsonl", ".csv")):
         rows = _guarded(path.name, datasets.load_dataset, str(path), source.name,
                         split=source.split, streaming=source.streaming)
@@ -190,6 +200,13 @@ def _open_folder(path: Path, source: DataSource, root: Path) -> Records | Stream
         raise TaidError(f"{path}: a folder needs metadata.jsonl (one line per image, with "
                         "'file_name'), or Parquet, JSONL or CSV files, or a saved dataset.")
     return _wrap(rows, source, path.name, root)
+
+
+def _split(parts: Mapping[str, Any], source: DataSource) -> Any:
+    if source.split not in parts:
+        raise TaidError(f"data: '{source.path}' has no split '{source.split}'."
+                        f"{nearest(source.split, parts)}")
+    return parts[source.split]
 
 
 def _open_hub(path: Path, source: DataSource) -> Records | StreamedRecords:

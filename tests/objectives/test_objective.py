@@ -223,3 +223,12 @@ def test_diagnostics_at_agreement():
     assert not figures["kl"].any()
     assert not figures["reverse_kl"].any()
     assert figures["agreement"].all()
+
+
+@pytest.mark.parametrize("config", [
+    None, 3, {"terms": [1]}, {"terms": [None]}, {"name": "fkl", "weight": float("nan")},
+    {"name": "fkl", "kd_temperature": float("inf")},
+])
+def test_values_of_a_wrong_kind(config):
+    with pytest.raises(RecipeError):
+        parse_objective(config)

@@ -193,3 +193,12 @@ def test_equal_ends_hold_t():
     schedule = TaidSchedule(20, t_start=0.7, t_end=0.7)
     assert set(follow(schedule, falling(20))) == {0.7}
     assert schedule.active_share == 0.0
+
+
+@pytest.mark.parametrize("change", [
+    {"t_start": "0.4"}, {"t_start": None}, {"momentum": "0.9"}, {"alpha": None},
+    {"alpha": float("nan")}, {"adaptive": "no"},
+])
+def test_values_of_a_wrong_kind(change):
+    with pytest.raises(RecipeError, match=next(iter(change))):
+        TaidSchedule(10, **change)

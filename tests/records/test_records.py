@@ -266,3 +266,15 @@ def test_text_keeps_its_category():
 def test_mistakes_name_file_line_and_way_out(row, message):
     with pytest.raises(RecordError, match=f"^data.jsonl:3: .*{message}"):
         parse_record(row, "data.jsonl:3")
+
+
+def test_prompt_and_completion_win_over_text():
+    row = {"prompt": "a", "completion": "b", "text": "a b"}
+    assert parse_record(row, "x").answers == ["b"]
+
+
+@pytest.mark.parametrize("url", ["a.png", {"url": "a.png"}])
+def test_image_url_parts(url):
+    part = {"type": "image_url", "image_url": url}
+    row = {"messages": [{"role": "user", "content": [part]}]}
+    assert str(parse_record(row, "x").images[0].value) == "a.png"

@@ -379,9 +379,35 @@ def test_no_records_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("a.csv", ""), ("a.csv", "prompt,completion\n"), ("a.parquet", "not parquet"),
+    ("a.parquet", ""), ("a.parquet", "not parquet"),
 ])
 def test_unreadable_table_is_one_message(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(TaidError, match=f"'{name}' cannot be loaded: .+"):
         open_records(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", ["", "prompt,completion\n"])
+def test_empty_csv_is_one_message(content, tmp_path):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(TaidError, match="holds no records"):
+        open_records(str(tmp_path / "a.csv"))
+
+
+def test_csv_cells_stay_text(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\n1+1?,2\nWhich?,None\n")
+    records = open_records(str(tmp_path / "a.csv"))
+    assert [record.answers for record in records] == [["2"], ["None"]]
+
+
+def test_saved_dataset_without_the_split_names_the_others(tmp_path):
+    parts = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"text": "a"}])})
+    parts.save_to_disk(tmp_path / "d")
+    with pytest.raises(TaidError, match="no split 'train'.*test"):
+        open_records(str(tmp_path / "d"))
+
+
+def test_image_root_starts_where_the_path_starts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    records = open_records(DataSource("a.jsonl", image_root="pics"), base=tmp_path)
+    assert records.root == tmp_path / "pics"
