@@ -214,11 +214,11 @@ def _targets(rows: list[EncodedRow], positions: list[tuple[int, int]]) -> Tensor
 _reported: set[str] = set()
 
 
-def _count(problem: Exception, counts: Counter[str], source: str = "") -> None:
+def _count(problem: Any, counts: Counter[str], source: str = "") -> None:
     """Count a dropped record; the first one of each kind is told in full."""
-    reason = problem.reason if isinstance(problem, SampleDropped) else {
-        RecordError: "malformed record", AlignmentError: "cannot be aligned",
-    }.get(type(problem), "refused by the processor")
+    named = {RecordError: "malformed record", AlignmentError: "cannot be aligned",
+             TaidError: "refused by the processor"}
+    reason = problem.reason if isinstance(problem, SampleDropped) else named[type(problem)]
     counts[reason] += 1
     if reason not in _reported:
         _reported.add(reason)

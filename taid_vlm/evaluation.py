@@ -153,7 +153,7 @@ def evaluate_pair(
         process: (rank, world size); this call takes every world-size-th record.
     """
     rank, world = process
-    share = Subset(records, range(rank, len(records), world))  # type: ignore[arg-type]
+    share: Any = Subset(records, range(rank, len(records), world))  # type: ignore[arg-type]
     # a generator of its own: a DataLoader draws its base seed from the global one otherwise
     loader = DataLoader(share, batch_size, collate_fn=collator, generator=torch.Generator())
     tally, was_training = Tally(keep_answers=keep_answers), student.training

@@ -30,7 +30,8 @@ def generate_answers(
     Earlier turns of a conversation are given with their reference answers. The student's mode is
     restored; no random state is touched.
     """
-    names, was_training, answers = forward_names(type(model)), model.training, []
+    names, was_training = forward_names(type(model)), model.training
+    answers: list[str] = []
     stops = [i for i in {adapter.end_of_turn_id, adapter.tokenizer.eos_token_id} if i is not None]
     model.eval()
     starts = range(0, len(questions), batch_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -159,10 +159,15 @@ def _check_folder(name: str, role: str) -> None:
     if path.is_dir():
         if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
             raise TaidError(f"{role}: folder '{name}' holds no config.json, so it is no model.")
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")) or path.exists():
-        siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings) if siblings else ""
-        raise TaidError(f"{role}: no model at '{name}'.{hint}")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or path.exists():
+        raise TaidError(f"{role}: no model at '{name}'.{_similar_folder(path)}")
+
+
+def _similar_folder(path: Path) -> str:
+    """A hint for a mistyped path: hub names and relative paths look alike."""
+    names = [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
+    match = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f" Did you mean the folder '{path.parent / match[0]}'?" if match else ""
 
 
 def _guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
@@ -172,13 +177,14 @@ def _guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     except (OSError, ValueError, ImportError, KeyError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__
-        raise TaidError(f"{role}: cannot load '{name}': {reason}") from error
+        hint = "" if Path(name).exists() else _similar_folder(Path(name))
+        raise TaidError(f"{role}: cannot load '{name}': {reason}{hint}") from error
 
 
 # ----- forward ------------------------------------------------------------------------------
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The transformers model inside DDP, PEFT and torch.compile wrappers."""
     while True:
         if hasattr(model, "get_base_model"):
@@ -197,8 +203,7 @@ def head_rows(model: nn.Module) -> int:
     return int(head.weight.shape[0])
 
 
-@functools.lru_cache(maxsize=32)
-def forward_names(kind: type[nn.Module]) -> frozenset[str]:
+def forward_names(kind: Any) -> frozenset[str]:
     """Names of forward's arguments; processors give more, and `generate` refuses what is more."""
     return frozenset(inspect.signature(kind.forward).parameters)
 
@@ -217,7 +222,7 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor) 
         [number of True, V], rows in row-major order of the mask.
     """
     names = forward_names(type(unwrap(model)))
-    accepted = {key: value for key, value in inputs.items() if key in names}
+    accepted: dict[str, Any] = {key: value for key, value in inputs.items() if key in names}
     if "use_cache" in names:
         accepted["use_cache"] = False
     if "logits_to_keep" in names:

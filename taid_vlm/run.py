@@ -47,7 +47,7 @@ def gather(recipe: Recipe) -> Ingredients:
     if recipe.teacher is not None:
         configs["teacher"] = load_config(recipe.teacher, "teacher")
     train = _open(recipe.data.train, recipe)
-    held_out = None if recipe.data.eval is None else _open(recipe.data.eval, recipe)
+    held_out: Any = None if recipe.data.eval is None else _open(recipe.data.eval, recipe)
     if isinstance(train, StreamedRecords) and args.max_steps <= 0:
         raise TaidError("data.train is streamed, so its length is not known: set train.max_steps.")
     if isinstance(held_out, StreamedRecords):
@@ -238,7 +238,7 @@ def _answers(
 ) -> list[str]:
     """Greedy answers, on the main process only (nothing is trained or sharded here)."""
     model = trainer.teacher if role == "teacher" else trainer.model
-    adapter = getattr(trainer.data_collator, role)
+    adapter = getattr(trainer.collator, role)
     if not questions or model is None or not trainer.is_world_process_zero():
         return []
     plain: PreTrainedModel = trainer.accelerator.unwrap_model(model)
@@ -279,7 +279,7 @@ def _check_reload(trainer: DistillationTrainer, folder: Path) -> None:
     """Some tokenizers are rebuilt differently when they are loaded by their model's type."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    ours = trainer.data_collator.student
+    ours = trainer.collator.student
     auto = AutoProcessor if ours.sees_images else AutoTokenizer
     again = make_adapter(auto.from_pretrained(str(folder)), "student")
     for text in ("The quick brown fox, 1,234.5 times.", " naïve 数量\n\n  a_b", "What's this?"):

@@ -100,6 +100,7 @@ class DistillationTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    control: TrainerControl
 
     def __init__(
         self,
@@ -138,6 +139,7 @@ class DistillationTrainer(Trainer):
             eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.collator: DistillationCollator = collator
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
         self.teacher = None if teacher is None else self._freeze(teacher)
         self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
@@ -248,7 +250,7 @@ class DistillationTrainer(Trainer):
     def held_out(self, dataset: Sequence[Any]) -> dict[str, Any]:
         """`taid_vlm.evaluation.summarise` over all processes."""
         tally = evaluate_pair(
-            self.model, self.teacher, dataset, self.data_collator, self.pairing,
+            self.model, self.teacher, dataset, self.collator, self.pairing,
             batch_size=self.args.per_device_eval_batch_size, device=self.args.device,
             process=(self.accelerator.process_index, self.accelerator.num_processes),
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),

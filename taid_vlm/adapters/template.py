@@ -9,14 +9,14 @@ and gives an all-zero mask without a word otherwise.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Record
 
-Processor = ProcessorMixin | PreTrainedTokenizerBase
+Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 Supervise = Literal["answers", "all"]
 ContentForm = Literal["parts", "string"]
 
@@ -134,7 +134,9 @@ def _message(role: str, parts: list[str | None], form: ContentForm) -> dict[str,
 
 
 def _unmark(raw: str, owners: list[tuple[bool, str]], source: str) -> Rendered:
-    pieces, spans, length, start, turn = [], [], 0, 0, -1
+    pieces: list[str] = []
+    spans: list[TextSpan] = []
+    length, start, turn = 0, 0, -1
     for piece in _split_marks(raw):
         if piece == OPEN:
             start = length

@@ -75,10 +75,12 @@ class Objective:
         losses = {}
         for term in self.terms:
             if LOSSES[term.name].needs_teacher:
-                extra = {"t": float(t)} if term.name == "taid" and t is not None else {}
+                extra: dict[str, Any] = dict(term.parameters)
+                if term.name == "taid" and t is not None:
+                    extra["t"] = float(t)
                 losses[term.name] = divergence(
                     term.name, student_logits, teacher_logits,
-                    kd_temperature=self.kd_temperature, **term.parameters, **extra,
+                    kd_temperature=self.kd_temperature, **extra,
                 )
             else:
                 logits = student_logits if own_logits is None else own_logits

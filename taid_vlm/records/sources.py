@@ -274,7 +274,7 @@ def _check(records: Records | StreamedRecords, source: DataSource) -> None:
         raise TaidError(f"data: '{source.path}' holds no records.")
     whole = isinstance(records.rows, (JsonLines, list))
     checked = range(len(records) if whole else min(len(records), PROBED_ROWS))
-    probed = []
+    probed: list[Record] = []
     for record in (records[index] for index in checked):
         if record.images and len(probed) < PROBED_IMAGES:
             probed.append(record)
