@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         sys.stderr.close()
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint, if there is one",
+              file=sys.stderr)
+        return 130
     return 0
 
 

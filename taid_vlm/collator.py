@@ -25,7 +25,8 @@ from taid_vlm.records import Record, parse_record
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
-TOO_LONG, CUT, UNALIGNED = "longer than max_length", "texts cut to max_length", "nothing aligned"
+TOO_LONG, UNALIGNED = "longer than max_length", "nothing aligned"
+CUT = "cut"  # not dropped: plain texts that were shortened
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class DistillationCollator:
         labels, teacher_labels: [N] the next token, in each model's own ids.
         map_index: [N] which vocabulary map; turn, row: [N]; categories: list of N names;
         sources: list of B names of the records.
-        counts: {reason: rows dropped}, and how many tokens were supervised and aligned.
+        counts: `dropped` {reason: rows}, `cut` texts, and tokens supervised and aligned.
     """
 
     student: ModelAdapter
@@ -96,7 +97,7 @@ class DistillationCollator:
         while samples:
             try:
                 encoded = {a.role: self._run(a, samples) for a in self.adapters}
-            except TaidError as error:
+            except (TaidError, SampleDropped) as error:
                 self._drop_failing(samples, counts, error)
                 continue
             if not self._shorten(samples, encoded, counts):
@@ -111,13 +112,13 @@ class DistillationCollator:
         images = [sample.images for sample in samples]
         try:
             return adapter.encode(rendered, images, self.padding_side)
-        except (TaidError, SampleDropped) as error:
-            raise AlignmentError(str(error)) from error
+        except (TaidError, SampleDropped):
+            raise
         except Exception as error:  # processors raise anything; the cause stays attached
             raise TaidError(f"{adapter.role}: the processor failed: {error}") from error
 
     def _drop_failing(
-        self, samples: list[_Sample], counts: Counter[str], error: TaidError
+        self, samples: list[_Sample], counts: Counter[str], error: Exception
     ) -> None:
         """Find the rows that fail by themselves; if none does, the batch's error is raised."""
         kept = []
@@ -126,7 +127,7 @@ class DistillationCollator:
                 for adapter in self.adapters:
                     self._run(adapter, [sample])
                 kept.append(sample)
-            except TaidError as problem:
+            except (TaidError, SampleDropped) as problem:
                 _count(problem, counts, sample.record.source)
         if len(kept) == len(samples):
             raise error
@@ -159,11 +160,9 @@ class DistillationCollator:
         self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str]
     ) -> list[AlignedToken]:
         student = encoded["student"].rows[index]
-        if self.teacher is None:
-            return align_alone(student)
-        assert self.pairing is not None
         try:
-            found = self.pairing.align(encoded["teacher"].rows[index], student)
+            found = align_alone(student) if self.pairing is None else self.pairing.align(
+                encoded["teacher"].rows[index], student)
         except AlignmentError as problem:
             _count(problem, counts)
             return []
@@ -193,7 +192,8 @@ class DistillationCollator:
             name = "labels" if role == "student" else "teacher_labels"
             batch[name] = _targets(side.rows, positions)
         supervised = sum(supervised_tokens(row) for row in encoded["student"].rows) if flat else 0
-        batch["counts"] = {"dropped": dict(counts), "supervised_tokens": supervised,
+        cut = counts.pop(CUT, 0)
+        batch["counts"] = {"dropped": dict(counts), "cut": cut, "supervised_tokens": supervised,
                            "aligned_tokens": len(flat), "rows": len(samples) if flat else 0}
         return batch
 

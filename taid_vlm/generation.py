@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from taid_vlm.adapters import ModelAdapter
-from taid_vlm.models import forward_names
+from taid_vlm.models import forward_names, unwrap
 from taid_vlm.records import Record
 
 Question = tuple[Record, int]  # a record, and which of its answers is asked for
@@ -30,7 +30,7 @@ def generate_answers(
     Earlier turns of a conversation are given with their reference answers. The student's mode is
     restored; no random state is touched.
     """
-    names, was_training = forward_names(type(model)), model.training
+    names, was_training = forward_names(type(unwrap(model))), model.training
     answers: list[str] = []
     stops = [i for i in {adapter.end_of_turn_id, adapter.tokenizer.eos_token_id} if i is not None]
     model.eval()

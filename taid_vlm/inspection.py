@@ -5,7 +5,7 @@ from __future__ import annotations
 from taid_vlm.adapters import EncodedRow, ModelAdapter, make_adapter
 from taid_vlm.alignment import AlignedToken, Pairing, align_alone, pair_models, supervised_tokens
 from taid_vlm.collator import DistillationCollator
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.models import load_config
 from taid_vlm.recipe import Recipe
 from taid_vlm.records import Record
@@ -56,6 +56,15 @@ def _encode(
     collator: DistillationCollator, record: Record
 ) -> tuple[dict[str, EncodedRow], list[AlignedToken]]:
     """One record through every adapter; a record that would be left out says why."""
+    try:
+        return _encode_usable(collator, record)
+    except SampleDropped as problem:
+        raise TaidError(f"{record.source} would be left out: {problem}") from None
+
+
+def _encode_usable(
+    collator: DistillationCollator, record: Record
+) -> tuple[dict[str, EncodedRow], list[AlignedToken]]:
     images = [[image.load() for image in record.images]]
     rows = {a.role: a.encode([a.render(record)], images).rows[0] for a in collator.adapters}
     if collator.pairing is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,7 +27,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from taid_vlm.adapters import Processor
-from taid_vlm.errors import TaidError, nearest
+from taid_vlm.errors import TaidError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def load_config(spec: ModelSpec, role: str) -> PretrainedConfig:
             "decoder never sees the prompt in its own token stream, so streams cannot be aligned; "
             "choose a decoder-only model."
         )
+    _auto_class(config, spec, role)
     return config
 
 
@@ -108,6 +112,9 @@ def load_processor(spec: ModelSpec, role: str) -> Processor:
     name = spec.processor_name_or_path or spec.model_name_or_path
     processor = _guarded(role, name, auto.from_pretrained, name, revision=spec.revision,
                          trust_remote_code=spec.trust_remote_code)
+    if len(getattr(processor, "tokenizer", processor)) == 0:
+        raise TaidError(f"{role}: '{name}' holds no tokenizer; save it beside the model, or set "
+                        f"{role}.processor_name_or_path.")
     if spec.chat_template is not None:
         processor.chat_template = read_template(spec.chat_template, role)
     return processor
@@ -144,9 +151,6 @@ def _auto_class(config: PretrainedConfig, spec: ModelSpec, role: str) -> Any:
 
 def _dtype(spec: ModelSpec, role: str, config: PretrainedConfig) -> Any:
     if spec.dtype is not None:
-        valid = ("auto", "float32", "bfloat16", "float16")
-        if spec.dtype not in valid:
-            raise TaidError(f"{role}.dtype = '{spec.dtype}'.{nearest(spec.dtype, valid)}")
         return spec.dtype
     stored_half = getattr(config, "dtype", None) == torch.float16
     if role == "student" or (stored_half and not torch.cuda.is_available()):
@@ -157,8 +161,14 @@ def _dtype(spec: ModelSpec, role: str, config: PretrainedConfig) -> Any:
 def _check_folder(name: str, role: str) -> None:
     path = Path(name).expanduser()
     if path.is_dir():
-        if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
-            raise TaidError(f"{role}: folder '{name}' holds no config.json, so it is no model.")
+        if not (path / "config.json").exists():
+            adapter = (path / "adapter_config.json").exists()
+            found = "a PEFT adapter; merge it into its base model first" if adapter else \
+                "no config.json, so it is no model"
+            raise TaidError(f"{role}: folder '{name}' holds {found}.")
+        if not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
+            raise TaidError(f"{role}: '{name}' holds pickled weights only (*.bin), which can run "
+                            "code when they are loaded; save the model as safetensors.")
     elif name.count("/") > 1 or name.startswith((".", "/", "~")) or path.exists():
         raise TaidError(f"{role}: no model at '{name}'.{_similar_folder(path)}")
 
@@ -174,7 +184,7 @@ def _guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a loader of transformers; its many exceptions become one message."""
     try:
         return load(*args, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__
         hint = "" if Path(name).exists() else _similar_folder(Path(name))

@@ -17,14 +17,15 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from taid_vlm.errors import RecipeError, nearest
-from taid_vlm.models import ModelSpec
+from taid_vlm.errors import RecipeError, TaidError, nearest
+from taid_vlm.models import DTYPES, ModelSpec
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import DataSource
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from taid_vlm.trainer import DistillationConfig
 
 # TrainingArguments that act in parts of transformers' Trainer which distillation replaces
+WHOLE_NUMBERS = frozenset({"max_steps", "max_length", "save_total_limit", "eval_steps"})
+AT_LEAST_ONE = frozenset({"per_device_train_batch_size", "per_device_eval_batch_size",
+                          "gradient_accumulation_steps"})
 WITHOUT_EFFECT = frozenset({
     "average_tokens_across_devices", "batch_eval_metrics", "do_eval", "do_predict", "do_train",
     "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
@@ -83,7 +87,7 @@ class Recipe:
     def to_yaml(self) -> str:
         """The resolved recipe, as it is written beside the results."""
         plain = {key: value for key, value in asdict(self).items() if key != "base"}
-        return yaml.safe_dump(_pruned(plain), sort_keys=False, allow_unicode=True)
+        return yaml.dump(_pruned(plain), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def digest(self) -> str:
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:16]
@@ -98,9 +102,27 @@ class Recipe:
             "logging_steps": max(1, steps // 100) if steps else 10,
             "dataloader_pin_memory": _has_accelerator(),
         }
-        return DistillationConfig(**{
-            **defaults, **self.train, "output_dir": self.output_dir, "objective": self.objective,
-        })
+        own = {"output_dir": self.output_dir, "objective": self.objective}
+        try:
+            return DistillationConfig(**{**defaults, **self.train, **own})
+        except TaidError:
+            raise
+        except Exception as error:  # transformers checks values and combinations its own way
+            raise RecipeError(f"train: {error}") from error
+
+    def resolved(self) -> Recipe:
+        """The recipe with data paths that hold from anywhere, to be written with the run."""
+        sides = {name: replace(side, path=str(self.locate(side)))
+                 for name, side in vars(self.data).items() if side is not None}
+        return replace(self, data=DataSpec(**sides))
+
+    def locate(self, source: DataSource) -> Path | str:
+        """Relative data paths start at the working directory, or else at the recipe's folder."""
+        for start in (Path("."), self.base):
+            path = start / Path(source.path).expanduser()
+            if path.exists():
+                return path.resolve()
+        return source.path
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -120,8 +142,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         hint = nearest(path.name, siblings) if siblings else ""
         raise RecipeError(f"recipe '{path}' does not exist.{hint}")
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
-    except yaml.YAMLError as error:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with 'student', 'data', ...")
@@ -136,6 +158,8 @@ def parse_recipe(tree: Mapping[str, Any], base: Path = Path(".")) -> Recipe:
     for key in ("student", "data", "output_dir"):
         if tree.get(key) is None:
             raise RecipeError(f"recipe: '{key}' is missing.")
+    if not isinstance(tree["output_dir"], str) or not tree["output_dir"]:
+        raise RecipeError(f"output_dir = {tree['output_dir']!r}, but it must be a folder's path.")
     teacher = tree.get("teacher")
     recipe = Recipe(
         student=_model(StudentSpec, tree["student"], "student"),
@@ -160,18 +184,25 @@ class _Loader(yaml.SafeLoader):
     """YAML in which 1e-4 is a number, and a key may stand only once."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that _Loader would take for numbers."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)$"),
+        list("-+0123456789."),
+    )
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise RecipeError(f"the key '{key}' stands twice{node.start_mark}.")
+    own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    names = [loader.construct_object(key) for key in own]
+    for key, name in zip(own, names, strict=True):
+        if names.count(name) > 1:
+            raise RecipeError(f"the key '{name}' stands twice (line {key.start_mark.line + 1}).")
+    loader.flatten_mapping(node)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
@@ -190,7 +221,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise RecipeError(f"override '{override}': '{parent}' is no mapping.")
         tree = inner
-    tree[last] = yaml.load(value, Loader=_Loader)
+    try:
+        tree[last] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override '{override}': not valid YAML: {error}") from None
 
 
 # ----- sections -----------------------------------------------------------------------------
@@ -199,9 +233,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _model(kind: type, value: Any, where: str) -> Any:
     value = {"model_name_or_path": value} if isinstance(value, str) else value
     spec = _build(kind, value, where)
-    if not isinstance(spec.model_name_or_path, str) or not spec.model_name_or_path:
+    if not spec.model_name_or_path:
         raise RecipeError(f"{where}.model_name_or_path = {spec.model_name_or_path!r}, but it must "
                           "be a folder or a hub name.")
+    if spec.dtype is not None and spec.dtype not in DTYPES:
+        raise RecipeError(f"{where}.dtype = '{spec.dtype}'.{nearest(spec.dtype, DTYPES)}")
     return spec
 
 
@@ -234,11 +270,24 @@ def _train(value: Any) -> dict[str, Any]:
         if key in WITHOUT_EFFECT:
             raise RecipeError(f"train.{key} has no effect on a distillation; take it out.")
     _known(value, [name for name in fields if name not in elsewhere], "train")
-    for key, given in value.items():
-        if isinstance(given, str) and isinstance(fields[key].default, (int, float)) \
-                and not isinstance(fields[key].default, bool):
-            raise RecipeError(f"train.{key} = '{given}', but it must be a number.")
-    return dict(value)
+    return {key: _training_value(key, given, fields[key].default) for key, given in value.items()}
+
+
+def _training_value(key: str, given: Any, default: Any) -> Any:
+    """Check a training argument against the kind of its default; 1e3 is a fine whole number."""
+    whole = isinstance(given, float) and given.is_integer()
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if key in WHOLE_NUMBERS or (isinstance(default, int) and not isinstance(default, bool)):
+        if given is not None and not (number and (whole or isinstance(given, int) or given < 1)):
+            raise RecipeError(f"train.{key} = {given!r}, but it must be a whole number.")
+        given = int(given) if whole else given
+    elif isinstance(default, bool) and not isinstance(given, bool):
+        raise RecipeError(f"train.{key} = {given!r}, but it must be true or false.")
+    elif isinstance(default, float) and not number:
+        raise RecipeError(f"train.{key} = {given!r}, but it must be a number.")
+    if key in AT_LEAST_ONE and given < 1:
+        raise RecipeError(f"train.{key} = {given!r}, but it must be at least 1.")
+    return given
 
 
 def _build(kind: type, value: Any, where: str) -> Any:
@@ -251,7 +300,30 @@ def _build(kind: type, value: Any, where: str) -> Any:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in value:
             raise RecipeError(f"{where}.{f.name} is missing.")
+    hints = get_type_hints(kind)
+    for key, given in value.items():
+        _check_type(given, hints[key], f"{where}.{key}")
     return kind(**value)
+
+
+_KINDS: dict[Any, tuple[Any, str]] = {
+    str: (str, "text"), bool: (bool, "true or false"), int: (int, "a whole number"),
+    Mapping: (Mapping, "a mapping"),
+}
+
+
+def _check_type(given: Any, hint: Any, where: str) -> None:
+    """A value must be of the kind its field declares ('no' is a text, not false)."""
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    plain = [get_origin(option) or option for option in options]
+    if given is None and type(None) in plain:
+        return
+    kinds = [_KINDS[option] for option in plain if option in _KINDS]
+    fits = any(isinstance(given, kind) and (kind is bool or not isinstance(given, bool))
+               for kind, _ in kinds)
+    if kinds and not fits:
+        wanted = " or ".join(name for _, name in kinds)
+        raise RecipeError(f"{where} = {given!r:.60}, but it must be {wanted}.")
 
 
 def _known(value: Mapping[str, Any], valid: Sequence[str], where: str) -> None:

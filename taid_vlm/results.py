@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from taid_vlm.errors import TaidError
+
 SCHEMA = 1
 PACKAGES = ("taid-vlm", "torch", "transformers", "accelerate", "datasets", "tokenizers", "timm",
             "pillow", "peft")
@@ -55,7 +57,14 @@ def write_json(value: Any, path: Path) -> Path:
 
 
 def write_text(text: str, path: Path) -> Path:
-    """Write through a temporary file in the same folder."""
+    """Write through a temporary file in the same folder; raises TaidError."""
+    try:
+        return _write_text(text, path)
+    except OSError as error:
+        raise TaidError(f"'{path}' could not be written: {error.strerror or error}") from error
+
+
+def _write_text(text: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

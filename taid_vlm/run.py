@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import logging
 import shutil
 import time
@@ -50,12 +52,14 @@ def gather(recipe: Recipe) -> Ingredients:
     held_out: Any = None if recipe.data.eval is None else _open(recipe.data.eval, recipe)
     if isinstance(train, StreamedRecords) and args.max_steps <= 0:
         raise TaidError("data.train is streamed, so its length is not known: set train.max_steps.")
+    if held_out is None and args.eval_strategy != "no":
+        raise TaidError(f"train.eval_strategy = '{args.eval_strategy}', but there is no data.eval.")
     if isinstance(held_out, StreamedRecords):
         if recipe.data.eval is None or recipe.data.eval.max_records is None:
             raise TaidError("data.eval is streamed: set data.eval.max_records.")
         held_out = list(held_out)
-    images = any(_has_images(side) for side in (train, held_out) if side is not None)
-    _refuse_blind(configs, images)
+    sides = [side for side in (train, held_out) if side is not None]
+    _refuse_blind(configs, any(_has_images(side) for side in sides))
     student = load_processor(recipe.student, "student")
     teacher = None if recipe.teacher is None else load_processor(recipe.teacher, "teacher")
     return Ingredients(train, held_out, student, teacher)
@@ -86,13 +90,17 @@ def distill(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         peft_config=_peft(recipe.student.peft),
     )
     if trainer.is_world_process_zero():
-        write_text(recipe.to_yaml(), output / "recipe.yaml")
+        write_text(recipe.resolved().to_yaml(), output / "recipe.yaml")
+        (output / "results.json").unlink(missing_ok=True)  # of an earlier run: this one is not done
     results = _measure(trainer, recipe, ingredients, checkpoint)
     save_student(trainer, output / STUDENT_FOLDER)
     if trainer.is_world_process_zero():
         examples = results.pop("_examples")
         write_json(results, output / "results.json")
-        write_report(run_report(results, examples, recipe.to_yaml()), output / "report.html")
+        try:
+            write_report(run_report(results, examples, recipe.to_yaml()), output / "report.html")
+        except OSError as error:
+            raise TaidError(f"'{output / 'report.html'}' could not be written: {error}") from error
     trainer.accelerator.wait_for_everyone()
     return results
 
@@ -124,6 +132,7 @@ def _measure(
             "resumed_from": checkpoint and checkpoint.name,
             "seconds": seconds,
             "records_left_out": trainer.all_dropped(),
+            "texts_cut": trainer.cut,
             "t": schedule and schedule.t,
             "alpha": schedule and schedule.alpha,
             "adaptive_share": schedule and schedule.active_share,
@@ -144,13 +153,17 @@ def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
     """Relative paths start at the working directory, or else at the recipe's folder."""
     here = Path(source.path).expanduser()
     beside = recipe.base / here
-    return open_records(source, recipe.base if not here.exists() and beside.exists() else None)
+    try:
+        return open_records(source, recipe.base if not here.exists() and beside.exists() else None)
+    except TaidError as error:
+        side = "train" if source is recipe.data.train else "eval"
+        raise type(error)(str(error).replace("data: ", f"data.{side}: ", 1)) from error
 
 
 def _has_images(records: Any) -> bool:
-    if isinstance(records, StreamedRecords):
-        return any(record.images for record, _ in zip(records, range(8), strict=False))
-    return any(records[index].images for index in range(min(8, len(records))))
+    if isinstance(records, list):
+        return any(record.images for record in records)
+    return records.has_images
 
 
 def _refuse_blind(configs: Mapping[str, Any], images: bool) -> None:
@@ -191,10 +204,13 @@ def _peft(config: Mapping[str, Any] | None) -> Any:
     except ImportError:
         raise TaidError("student.peft needs the peft library: pip install 'taid-vlm[peft]'."
                         ) from None
-    try:
-        return LoraConfig(**config)
-    except TypeError as error:
-        raise TaidError(f"student.peft: {error}") from None
+    valid = [f.name for f in dataclasses.fields(LoraConfig)]
+    for key in config:
+        if key not in valid:
+            match = difflib.get_close_matches(key, [*valid, "rank"], n=1)
+            hint = "r" if match == ["rank"] else "".join(match)
+            raise TaidError(f"student.peft has no key '{key}'. Did you mean '{hint}'?")
+    return LoraConfig(**config)
 
 
 # ----- figures ------------------------------------------------------------------------------

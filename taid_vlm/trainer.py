@@ -48,6 +48,7 @@ from taid_vlm.step import student_forward, teacher_forward, token_figures, token
 logger = logging.getLogger(__name__)
 
 PROBED_RECORDS = 32
+EMPTY_STEPS = 20  # optimizer steps without one usable record, after which a run gives up
 
 
 @dataclass
@@ -128,9 +129,7 @@ class DistillationTrainer(Trainer):
             [d for d in (train_dataset, eval_dataset) if d is not None],
         )
         if peft_config is not None:
-            from peft import get_peft_model
-
-            student = get_peft_model(student, peft_config)
+            student = _with_adapter(student, peft_config)
         if args.n_gpu > 1:
             logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
             args._n_gpu = 1
@@ -144,8 +143,10 @@ class DistillationTrainer(Trainer):
         self.teacher = None if teacher is None else self._freeze(teacher)
         self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
         self.schedule: TaidSchedule | None = None
-        self.dropped: dict[str, int] = defaultdict(int)
+        self.dropped: dict[str, int] = defaultdict(int)  # records left out, by reason
+        self.cut = 0  # plain texts shortened to max_length
         self._step_sums: dict[str, Tensor] = {}
+        self._empty_steps = 0
         self._window = _Window()
         self.add_callback(ScheduleCallback(self))
 
@@ -195,6 +196,7 @@ class DistillationTrainer(Trainer):
         counts = batch["counts"]
         for reason, number in counts["dropped"].items():
             self.dropped[reason] += number
+        self.cut += counts["cut"]
 
     def _logs_this_step(self) -> bool:
         step = self.state.global_step + 1
@@ -208,6 +210,10 @@ class DistillationTrainer(Trainer):
         sums = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
         self._step_sums = {}
         self._window.add(sums)
+        self._empty_steps = 0 if sums["tokens"] else self._empty_steps + 1
+        if self._empty_steps == EMPTY_STEPS:
+            told = ", ".join(f"{n} x {reason}" for reason, n in self.dropped.items())
+            raise TaidError(f"{EMPTY_STEPS} optimizer steps in a row had no usable record: {told}.")
         if self.schedule is not None:
             mean = sums["loss/taid"] / sums["tokens"] if sums["tokens"] else float("nan")
             self.schedule.update(mean, self.state.global_step - 1)
@@ -382,7 +388,10 @@ def pair_for_training(
     if teacher is not None:
         assert teacher_processing_class is not None
         theirs = make_adapter(teacher_processing_class, "teacher", _limit(teacher, args))
-    probed = [record for dataset in datasets for record in _first_records(dataset)]
+    parts = [part for dataset in datasets
+             for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
+    firsts = [_first_records(part) for part in parts]
+    probed = [record for first in firsts for record in first]
     adapters = [a for a in (theirs, ours) if a is not None]
     check_modalities([a.role for a in adapters if not a.sees_images],
                      any(record.images for record in probed))
@@ -394,7 +403,8 @@ def pair_for_training(
             logger.warning(warning)
     collator = DistillationCollator(
         ours, theirs, pairing, args.supervise, args.padding_side)  # type: ignore[arg-type]
-    _refuse_empty(collator, probed)
+    for first in firsts:
+        _refuse_empty(collator, first)
     return pairing, collator
 
 
@@ -426,6 +436,15 @@ def _refuse_empty(collator: DistillationCollator, probed: Sequence[Record]) -> N
     if probed:
         told = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
         raise TaidError(f"none of the first {len(probed)} records can be used: {told}.")
+
+
+def _with_adapter(student: PreTrainedModel, config: Any) -> Any:
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(student, config)
+    except ValueError as error:
+        raise TaidError(f"student.peft: {error}") from error
 
 
 def _resolve(

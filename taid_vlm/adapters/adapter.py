@@ -54,12 +54,17 @@ class AnswerToken:
 
 @dataclass(frozen=True)
 class AnswerSpan:
-    """One supervised text as this model's tokens; `end_of_turn` is a position, or None."""
+    """One supervised text as this model's tokens.
+
+    end_of_turn: position of the special token that closes it, or None; `tail` are the template's
+        bytes between the two.
+    """
 
     turn: int
     is_answer: bool
     tokens: tuple[AnswerToken, ...]
     end_of_turn: int | None
+    tail: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -121,18 +126,17 @@ class ModelAdapter:
             return self._render_text(record.text, record.source)
         if self.form is None:
             return self._render_without_template(record)
-        rendered = render(self.processor, record, self.form, supervise)
-        return self._with_bos(rendered, wanted=self._template_needs_bos)
+        return self._after_template(render(self.processor, record, self.form, supervise))
 
-    _template_needs_bos = False  # text tokenizers: the template is all there is
+    def _after_template(self, rendered: Rendered) -> Rendered:
+        """For tokenizers the template is all there is; processors may add a BOS."""
+        return rendered
 
     def _render_text(self, text: str, source: str) -> Rendered:
         """A plain document: everything is learned, and then that it ends."""
         if not text.strip():
             raise SampleDropped("empty text", source)
-        end = self.tokenizer.eos_token if self.tokenizer.eos_token and not self._adds_eos else ""
-        span = TextSpan(0, len(text), 0, True)
-        return self._with_bos(Rendered(text + end, (span,)), wanted=True)
+        return self._with_special(Rendered(text, (TextSpan(0, len(text), 0, True),)), ends=True)
 
     def _render_without_template(self, record: Record) -> Rendered:
         """A base model: one question and one answer, simply joined."""
@@ -147,9 +151,8 @@ class ModelAdapter:
         if not answer:
             raise SampleDropped("empty answer", record.source)
         prompt += completion[: completion.index(answer[0])]  # the space before the answer
-        text = prompt + answer + (self.tokenizer.eos_token or "")
         span = TextSpan(len(prompt), len(prompt) + len(answer), 0, True)
-        return self._with_bos(Rendered(text, (span,)), wanted=True)
+        return self._with_special(Rendered(prompt + answer, (span,)), ends=True)
 
     def cut(self, rendered: Rendered, row: EncodedRow) -> Rendered:
         """A plain text shortened to `max_length` tokens (without the end that it now lacks)."""
@@ -158,18 +161,30 @@ class ModelAdapter:
         text = row.text.encode()[:end_byte].decode(errors="ignore")
         spans = tuple(TextSpan(s.start, min(s.end, len(text)), s.turn, s.is_answer)
                       for s in rendered.spans)
-        return Rendered(text, spans)
+        return Rendered(text, spans, rendered.add_special)
 
-    def _with_bos(self, rendered: Rendered, wanted: bool) -> Rendered:
-        """Write the BOS into the text, so that tokenizing never has to add it (or double it)."""
-        bos = self.tokenizer.bos_token or ""
-        if not wanted or not self._adds_bos or rendered.text.startswith(bos):
-            return rendered
-        spans = tuple(
-            TextSpan(s.start + len(bos), s.end + len(bos), s.turn, s.is_answer)
-            for s in rendered.spans
-        )
-        return Rendered(bos + rendered.text, spans)
+    def _with_special(self, rendered: Rendered, ends: bool = False) -> Rendered:
+        """Let the tokenizer add its BOS; where a document `ends`, make sure that an EOS follows."""
+        eos = self.tokenizer.eos_token or ""
+        text = rendered.text + (eos if ends and not self._adds_eos else "")
+        return Rendered(text, rendered.spans, add_special=self._adds_bos or self._adds_eos)
+
+    def _alike(self, rendered: Sequence[Rendered]) -> tuple[Sequence[Rendered], bool]:
+        """One setting of `add_special_tokens` for the batch.
+
+        Where rows differ (chats beside plain texts), the special tokens are written out instead.
+        """
+        flags = {item.add_special for item in rendered}
+        if len(flags) == 1:
+            return rendered, flags.pop()
+        return [self._written_out(item) if item.add_special else item for item in rendered], False
+
+    def _written_out(self, rendered: Rendered) -> Rendered:
+        bos = (self.tokenizer.bos_token or "") if self._adds_bos else ""
+        eos = (self.tokenizer.eos_token or "") if self._adds_eos else ""
+        spans = tuple(TextSpan(s.start + len(bos), s.end + len(bos), s.turn, s.is_answer)
+                      for s in rendered.spans)
+        return Rendered(bos + rendered.text + eos, spans)
 
     @cached_property
     def _adds_bos(self) -> bool:
@@ -197,7 +212,9 @@ class ModelAdapter:
         Raises:
             AlignmentError: a row whose tokens do not spell its text.
         """
-        inputs, replacements = self._process([r.text for r in rendered], images, padding_side)
+        rendered, add_special = self._alike(rendered)
+        texts = [item.text for item in rendered]
+        inputs, replacements = self._process(texts, images, padding_side, add_special)
         mask = inputs["attention_mask"].bool()
         rows = []
         for index, item in enumerate(rendered):
@@ -210,18 +227,20 @@ class ModelAdapter:
         self, records: Sequence[tuple[Record, int]], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, Tensor]:
         """Left-padded inputs of conversations cut before their `turn`-th answer."""
-        texts = []
-        for record, turn in records:
-            if self.form is None:
-                rendered = Rendered(record.messages[0].text if record.messages else "", ())
-                texts.append(self._with_bos(rendered, wanted=True).text)
-                continue
+        rendered = [self._prompt(record, turn) for record, turn in records]
+        alike, add_special = self._alike(rendered)
+        return self._process([item.text for item in alike], images, "left", add_special)[0]
+
+    def _prompt(self, record: Record, turn: int) -> Rendered:
+        if self.form is not None:
             text = render_prompt(self.processor, record, turn, self.form)
-            texts.append(self._with_bos(Rendered(text, ()), self._template_needs_bos).text)
-        return self._process(texts, images, "left")[0]
+            return self._after_template(Rendered(text, ()))
+        text = record.messages[0].text if record.messages else ""
+        return Rendered(text, (), add_special=self._adds_bos)
 
     def _process(
-        self, texts: list[str], images: Sequence[Sequence[Image.Image]], padding_side: Side
+        self, texts: list[str], images: Sequence[Sequence[Image.Image]], padding_side: Side,
+        add_special: bool,
     ) -> tuple[dict[str, Tensor], list[list[dict[str, Any]]]]:
         """Padded inputs, and per row the image expansions ({span, new_span, replacement})."""
         raise NotImplementedError
@@ -258,8 +277,10 @@ class ModelAdapter:
                 ))
             index += 1
         ends_at = self._end_of_turn(ids, index) if span.is_answer else None
-        end_of_turn = None if ends_at is None else ends_at + offset
-        return AnswerSpan(span.turn, span.is_answer, tuple(tokens), end_of_turn)
+        if ends_at is None:
+            return AnswerSpan(span.turn, span.is_answer, tuple(tokens), None)
+        tail = data[end : max(end, byte_spans[ends_at][0])]
+        return AnswerSpan(span.turn, True, tuple(tokens), ends_at + offset, tail)
 
     def _end_of_turn(self, ids: list[int], index: int) -> int | None:
         """The special token that closes the answer; spaces may stand before it."""
@@ -289,10 +310,10 @@ class ModelAdapter:
 class TextAdapter(ModelAdapter):
     """Any causal language model with its tokenizer."""
 
-    def _process(self, texts, images, padding_side):  # type: ignore[no-untyped-def]
+    def _process(self, texts, images, padding_side, add_special):  # type: ignore[no-untyped-def]
         encoded = self.tokenizer(
             texts, padding=True, padding_side=padding_side, return_tensors="pt",
-            add_special_tokens=False,
+            add_special_tokens=add_special,
         )
         return dict(encoded), [[] for _ in texts]
 
@@ -302,20 +323,27 @@ class ImageTextAdapter(ModelAdapter):
 
     prefer: ContentForm = "parts"
     sees_images = True
-    _template_needs_bos = True  # as ProcessorMixin.apply_chat_template does
 
     def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
         super().__init__(processor, role, max_length)
         if self.form is None:
             raise TaidError(f"{role}: the processor has no chat template; set "
                             f"{role}.chat_template to a jinja file.")
+        if self.form == "string":
+            raise TaidError(f"{role}: the chat template prints no typed parts, so images cannot be "
+                            f"placed; set {role}.chat_template to one that does.")
 
-    def _process(self, texts, images, padding_side):  # type: ignore[no-untyped-def]
+    def _after_template(self, rendered: Rendered) -> Rendered:
+        """As ProcessorMixin.apply_chat_template: a BOS unless the template wrote one."""
+        bos = self.tokenizer.bos_token
+        return rendered if bos and rendered.text.startswith(bos) else self._with_special(rendered)
+
+    def _process(self, texts, images, padding_side, add_special):  # type: ignore[no-untyped-def]
         given = [list(row) for row in images] if any(images) else None
         with _recorded_expansions(self.processor) as expansions:
             encoded = self.processor(
                 text=list(texts), images=given, padding=True, padding_side=padding_side,
-                add_special_tokens=False, return_tensors="pt", return_mm_token_type_ids=True,
+                add_special_tokens=add_special, return_tensors="pt", return_mm_token_type_ids=True,
             )
         inputs = {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
         return inputs, expansions or [[] for _ in texts]

@@ -8,6 +8,7 @@ and gives an all-zero mask without a word otherwise.)
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -35,10 +36,14 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A record as one model sees it, before its processor expands the images."""
+    """A record as one model sees it, before its processor expands the images.
+
+    add_special: whether the tokenizer is to add its own BOS (and EOS) around the text.
+    """
 
     text: str
     spans: tuple[TextSpan, ...]
+    add_special: bool = False
 
 
 def has_chat_template(processor: Processor) -> bool:
@@ -88,9 +93,9 @@ def render(
     messages = [_message(m.role, parts, form)
                 for m, parts in zip(record.messages, marked, strict=True)]
     raw = apply_template(processor, messages, record.source)
-    owners = [(message.role == "assistant", part.strip(OPEN + CLOSE))
+    owners = [(message.role == "assistant", part[part.index(OPEN) + 1 : part.index(CLOSE)])
               for message, parts in zip(record.messages, marked, strict=True)
-              for part in parts if part is not None and part.startswith(OPEN)]
+              for part in parts if part is not None and OPEN in part]
     return _unmark(raw, owners, record.source)
 
 
@@ -104,7 +109,9 @@ def render_prompt(
             if answers == turn:
                 break
             answers += 1
-        messages.append(_message(message.role, list(message.parts), form))
+        answer = message.role == "assistant"
+        parts = [message.text.strip()] if answer else list(message.parts)
+        messages.append(_message(message.role, parts, form))
     return apply_template(processor, messages, record.source, add_generation_prompt=True)
 
 
@@ -122,7 +129,14 @@ def _marked(message: Any, supervise: Supervise) -> list[str | None]:
         return [OPEN + message.text.strip() + CLOSE]
     if supervise == "answers":
         return list(message.parts)
-    return [OPEN + part + CLOSE if part else part for part in message.parts]
+    return [_around(part) if part and part.strip() else part for part in message.parts]
+
+
+def _around(part: str) -> str:
+    """The marks inside the outer whitespace, so that a template's `| trim` still trims."""
+    core = part.strip()
+    before, after = part.split(core, 1)
+    return before + OPEN + core + CLOSE + after
 
 
 def _message(role: str, parts: list[str | None], form: ContentForm) -> dict[str, Any]:
@@ -137,7 +151,7 @@ def _unmark(raw: str, owners: list[tuple[bool, str]], source: str) -> Rendered:
     pieces: list[str] = []
     spans: list[TextSpan] = []
     length, start, turn = 0, 0, -1
-    for piece in _split_marks(raw):
+    for piece in re.split(f"([{OPEN}{CLOSE}])", raw):
         if piece == OPEN:
             start = length
         elif piece == CLOSE:
@@ -154,7 +168,3 @@ def _unmark(raw: str, owners: list[tuple[bool, str]], source: str) -> Rendered:
             "tokens cannot be found; use a template that prints answers as they are."
         )
     return Rendered(text, tuple(spans))
-
-
-def _split_marks(raw: str) -> list[str]:
-    return raw.replace(OPEN, f"\0{OPEN}\0").replace(CLOSE, f"\0{CLOSE}\0").split("\0")

@@ -36,11 +36,13 @@ class TokenTable:
     text: id -> bytes, None for special tokens and ids without a token.
     special: id -> the bytes of its name, for special tokens.
     strings: id -> the token as the vocabulary spells it (None without a token).
+    added: ids of tokens that were added to the vocabulary, special or not.
     """
 
     text: list[bytes | None]
     special: dict[int, bytes]
     strings: list[str | None]
+    added: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.text)
@@ -66,8 +68,9 @@ def token_table(tokenizer: PreTrainedTokenizerBase) -> TokenTable:
         if token is None or index in special_ids:
             continue
         text[index] = token.encode() if index in added else _token_bytes(token, byte_level)
-    special = {i: strings[i].encode() for i in special_ids if i < size and strings[i] is not None}
-    return TokenTable(text, special, strings)
+    named = ((index, strings[index]) for index in special_ids if index < size)
+    special = {index: name.encode() for index, name in named if name is not None}
+    return TokenTable(text, special, strings, frozenset(added))
 
 
 def _token_bytes(token: str, byte_level: bool) -> bytes:
@@ -84,23 +87,26 @@ def tile(table: TokenTable, ids: list[int], text: str) -> list[tuple[int, int]]:
     """Byte span (start, end) of every token in `text`.
 
     Tokens the tokenizer added by itself (BOS, the virtual space at the start of a word) get an
-    empty span; whitespace that a special token swallows is skipped.
+    empty span; whitespace beside a special token, which may swallow it, is skipped.
 
     Raises:
         AlignmentError: the tokens' bytes are not the text's, for example because the tokenizer
             normalises the text (NFC, lower case) or met an unknown character.
     """
-    data, cursor, spans = text.encode(), 0, []
+    data, cursor, spans, after_special = text.encode(), 0, [], False
     for index in ids:
-        start, end = _place(table, index, data, cursor)
+        start, end = _place(table, index, data, cursor, after_special)
         spans.append((start, end))
-        cursor = end
-    if data[cursor:].strip():
+        cursor, after_special = end, index >= len(table) or table.text[index] is None
+    rest = data[cursor:]
+    if rest.strip() or (rest and not after_special):
         raise _mismatch(data, cursor, "the end of the tokens")
     return spans
 
 
-def _place(table: TokenTable, index: int, data: bytes, cursor: int) -> tuple[int, int]:
+def _place(
+    table: TokenTable, index: int, data: bytes, cursor: int, after_special: bool
+) -> tuple[int, int]:
     token = table.text[index] if index < len(table) else None
     if token is None:
         name = table.special.get(index, b"\0")
@@ -110,9 +116,10 @@ def _place(table: TokenTable, index: int, data: bytes, cursor: int) -> tuple[int
         return cursor, cursor + len(token)
     if token[:1] == b" " and data.startswith(token[1:], cursor):
         return cursor, cursor + len(token) - 1
-    start = _skip_space(data, cursor)
-    if start > cursor and data.startswith(token, start):
-        return start, start + len(token)
+    start = _skip_space(data, cursor) if after_special else cursor
+    for spelled in (token, token[1:] if token[:1] == b" " else token):
+        if start > cursor and data.startswith(spelled, start):
+            return start, start + len(spelled)
     raise _mismatch(data, cursor, f"token {table.strings[index]!r}")
 
 

@@ -46,6 +46,7 @@ class Pairing:
     maps: the vocabulary map, and where templates glue different bytes to an answer's first token
         a second map for that position.
     glue: (teacher's, student's) glued bytes that the second map stands for.
+    ends: (teacher's, student's) ids that end a turn or a document and share an entry.
     """
 
     case: Literal["a", "b"]
@@ -53,6 +54,7 @@ class Pairing:
     maps: tuple[VocabularyMap, ...]
     glue: tuple[bytes, bytes] | None = None
     warnings: tuple[str, ...] = ()
+    ends: frozenset[tuple[int, int]] = frozenset()
 
     def to(self, device: torch.device | str) -> Pairing:
         """The same pairing with its maps on a device."""
@@ -66,11 +68,24 @@ class Pairing:
         """
         if len(teacher.answers) != len(student.answers):
             raise AlignmentError("the two templates print different numbers of texts")
-        aligned: list[AlignedToken] = []
+        aligned: dict[int, AlignedToken] = {}  # a token across two texts counts once
         for t, s in zip(teacher.answers, student.answers, strict=True):
-            aligned.extend(self._align_answer(t, s))
+            found = [*self._align_answer(t, s), *self._align_end(t, s, teacher, student)]
+            aligned |= {token.student: token for token in found if token.student not in aligned}
         # position 0 has no prediction before it
-        return [a for a in aligned if a.teacher > teacher.offset and a.student > student.offset]
+        return [a for a in aligned.values()
+                if a.teacher > teacher.offset and a.student > student.offset]
+
+    def _align_end(
+        self, t: AnswerSpan, s: AnswerSpan, teacher: EncodedRow, student: EncodedRow
+    ) -> Iterable[AlignedToken]:
+        """The token that ends the answer, where both predict it after the same bytes."""
+        if t.end_of_turn is None or s.end_of_turn is None or t.tail != s.tail:
+            return
+        ids = (teacher.ids[t.end_of_turn - teacher.offset],
+               student.ids[s.end_of_turn - student.offset])
+        if ids in self.ends:
+            yield AlignedToken(t.end_of_turn, s.end_of_turn, s.turn, 0)
 
     def _align_answer(self, teacher: AnswerSpan, student: AnswerSpan) -> Iterable[AlignedToken]:
         ours = {(token.start, token.end): token for token in teacher.tokens}
@@ -82,8 +97,6 @@ class Pairing:
                 yield AlignedToken(other.position, token.position, student.turn, 0)
             elif (other.prefix, token.prefix) == self.glue:
                 yield AlignedToken(other.position, token.position, student.turn, 1)
-        if teacher.end_of_turn is not None and student.end_of_turn is not None:
-            yield AlignedToken(teacher.end_of_turn, student.end_of_turn, student.turn, 0)
 
 
 def supervised_tokens(row: EncodedRow) -> int:
@@ -130,7 +143,8 @@ def pair_models(
     if glue is not None:
         maps.append(build_vocabulary_map(*tables, *glue))
     case: Literal["a", "b"] = "a" if maps[0].identity else "b"
-    return Pairing(case, _reason(maps[0], glue), tuple(maps), glue, _warnings(teacher, student))
+    warnings = _warnings(teacher, student)
+    return Pairing(case, _reason(maps[0], glue), tuple(maps), glue, warnings, frozenset(roles))
 
 
 def _same_split(teacher: ModelAdapter, student: ModelAdapter, text: str) -> None:
@@ -154,10 +168,18 @@ def _same_split(teacher: ModelAdapter, student: ModelAdapter, text: str) -> None
 
 
 def _roles(teacher: ModelAdapter, student: ModelAdapter) -> list[tuple[int, int]]:
-    """Ids that end a turn, and ids that end a document, on the two sides."""
+    """Ids that end a turn, and ids that end a document, on the two sides.
+
+    If one model ends both with one token and the other does not, only the turn is paired.
+    """
     turn = (teacher.end_of_turn_id, student.end_of_turn_id)
     document = (teacher.tokenizer.eos_token_id, student.tokenizer.eos_token_id)
-    return [pair for pair in (turn, document) if None not in pair]  # type: ignore[misc]
+    roles: list[tuple[int, int]] = []
+    for t, s in (turn, document):
+        taken = any(t == a or s == b for a, b in roles)
+        if t is not None and s is not None and not taken:
+            roles.append((t, s))
+    return roles
 
 
 def _first_token_glue(

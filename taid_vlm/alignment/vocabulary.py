@@ -74,7 +74,7 @@ class VocabularyMap:
         if len(side.rest) == 0:
             rest = torch.full_like(shared[:, :1], -torch.inf)
         else:
-            rest = logits.index_select(-1, side.rest).float().logsumexp(-1, keepdim=True)
+            rest = _logsumexp(logits.index_select(-1, side.rest).float())
         return torch.cat([shared.to(rest.dtype), rest], dim=-1)
 
     @torch.no_grad()
@@ -88,6 +88,12 @@ class VocabularyMap:
             f"{side}_{name}_mass": log_p.index_select(-1, ids).exp().sum(-1)
             for name, ids in (("rest", rows.rest), ("padding", rows.padding)) if len(ids)
         }
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """Over the last dimension, [N, 1]; -inf, with gradient 0, where all entries are."""
+    total = logits.clamp(min=-1e30).logsumexp(-1, keepdim=True)
+    return torch.where(total < -1e29, -torch.inf, total)
 
 
 def build_vocabulary_map(
@@ -136,12 +142,13 @@ def _identity(rows: int) -> VocabularyMap:
 
 
 def _keys(table: TokenTable, prefix: bytes) -> dict[tuple[str, bytes], int]:
-    """(kind, bytes) -> id; byte-fallback tokens keep apart from the characters they spell."""
+    """(kind, bytes) -> id; ids that spell the same bytes keep apart by how they came about."""
     keys: dict[tuple[str, bytes], int] = {}
     for index, text in enumerate(table.text):
         if text is not None and text.startswith(prefix):
             spelled = table.strings[index] or ""
             kind = "byte" if spelled.startswith("<0x") else "text"
+            kind = "added" if index in table.added else kind
             keys.setdefault((kind, text[len(prefix) :]), index)
     for index, name in table.special.items():
         keys.setdefault(("special", name), index)
@@ -155,8 +162,11 @@ def _pair(
     pairs: list[tuple[int, int]] = []
     used_t: set[int] = set()
     used_s: set[int] = set()
-    by_name = ((index, student[key]) for key, index in teacher.items() if key in student)
-    for t, s in (*roles, *by_name):
+    alike = [(index, student[key]) for key, index in teacher.items() if key in student]
+    spelled = {text: index for (kind, text), index in student.items() if kind != "special"}
+    by_bytes = [(index, spelled[text]) for (kind, text), index in teacher.items()
+                if kind != "special" and text in spelled]
+    for t, s in (*roles, *alike, *by_bytes):
         if t not in used_t and s not in used_s:
             pairs.append((t, s))
             used_t.add(t)

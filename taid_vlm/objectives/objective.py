@@ -145,7 +145,10 @@ def _parse_term(config: dict[str, Any]) -> Term:
     for key in config:
         if key not in SCHEDULE_KEYS:
             raise RecipeError(f"objective 'taid' has no key '{key}'.{nearest(key, SCHEDULE_KEYS)}")
-    TaidSchedule(1, **config)  # the values are checked before anything is loaded
+    try:
+        TaidSchedule(1, **config)  # the values are checked before anything is loaded
+    except RecipeError as error:
+        raise RecipeError(f"objective: {error}") from None
     return Term(name, float(weight), {}, config)
 
 

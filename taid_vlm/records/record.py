@@ -45,8 +45,9 @@ class ImageRef:
                 image = Image.open(self.value)
             return ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            shown = "" if isinstance(self.value, (bytes, Image.Image)) else f"{self.value}: "
-            raise SampleDropped("unreadable image", f"{self.source}: {shown}{error}") from None
+            inline = isinstance(self.value, (bytes, Image.Image))
+            shown = "its bytes are no image" if inline else f"{self.value}: {error}"
+            raise SampleDropped("unreadable image", f"{self.source}: {shown}") from None
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,9 @@ def _missing(column: str, row: Mapping[str, Any], source: str) -> RecordError:
 def _side(value: Any, column: str, role: str, source: str) -> list[RawMessage]:
     if isinstance(value, str):
         return [(role, value)]
+    if not isinstance(value, Sequence):
+        raise RecordError(f"{source}: {column} must be text or a list of messages, got "
+                          f"{value!r:.60}.")
     return _chat(value, column, source)
 
 

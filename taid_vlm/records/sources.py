@@ -52,6 +52,7 @@ class Records(torch.utils.data.Dataset[Record]):
         self.columns = dict(source.columns)
         limit = source.max_records
         self._length = len(rows) if limit is None else min(limit, len(rows))
+        self.has_images = False  # known once the rows have been checked
 
     def __len__(self) -> int:
         return self._length
@@ -73,6 +74,7 @@ class StreamedRecords(torch.utils.data.IterableDataset[Record]):
     def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
         self.rows = rows if source.max_records is None else rows.take(source.max_records)
         self.label, self.root, self.columns = label, root, dict(source.columns)
+        self.has_images = False  # known once the first rows have been checked
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.rows, "set_epoch"):
@@ -266,9 +268,10 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
 def _check(records: Records | StreamedRecords, source: DataSource) -> None:
     """Fail before training, not in the middle of it."""
     if isinstance(records, StreamedRecords):
-        first = next(iter(records), None)
-        if first is None:
+        first = [record for record, _ in zip(records, range(PROBED_IMAGES), strict=False)]
+        if not first:
             raise TaidError(f"data: '{source.path}' holds no records.")
+        records.has_images = any(record.images for record in first)
         return
     if len(records) == 0:
         raise TaidError(f"data: '{source.path}' holds no records.")
@@ -276,6 +279,7 @@ def _check(records: Records | StreamedRecords, source: DataSource) -> None:
     checked = range(len(records) if whole else min(len(records), PROBED_ROWS))
     probed: list[Record] = []
     for record in (records[index] for index in checked):
+        records.has_images |= bool(record.images)
         if record.images and len(probed) < PROBED_IMAGES:
             probed.append(record)
     _check_images(probed, source)
