@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter, Rendered, Side, Supervise
-from taid_vlm.alignment import AlignedToken, Pairing, align_alone, supervised_tokens
+from taid_vlm.alignment import AlignedToken, Pairing, align_alone, supervised_positions
 from taid_vlm.errors import AlignmentError, RecordError, SampleDropped, TaidError
 from taid_vlm.records import Record, parse_record
 
@@ -34,6 +34,7 @@ class _Sample:
     record: Record
     images: list[Image.Image]
     rendered: dict[str, Rendered]  # by role
+    cut: bool = False
 
 
 @dataclass
@@ -148,10 +149,10 @@ class DistillationCollator:
                                      f"{long[0].role}"), counts)
                 continue
             if long:
-                counts[CUT] += 1
+                counts[CUT] += not sample.cut
                 cut = {a.role: a.cut(sample.rendered[a.role], encoded[a.role].rows[index])
                        for a in long}
-                sample = replace(sample, rendered={**sample.rendered, **cut})
+                sample = replace(sample, rendered={**sample.rendered, **cut}, cut=True)
             kept.append(sample)
         samples[:] = kept
         return changed
@@ -191,7 +192,8 @@ class DistillationCollator:
             batch[f"{role}_mask"] = _mask(side.inputs["input_ids"], positions)
             name = "labels" if role == "student" else "teacher_labels"
             batch[name] = _targets(side.rows, positions)
-        supervised = sum(supervised_tokens(row) for row in encoded["student"].rows) if flat else 0
+        rows = encoded["student"].rows if flat else []
+        supervised = sum(len(supervised_positions(row)) for row in rows)
         cut = counts.pop(CUT, 0)
         batch["counts"] = {"dropped": dict(counts), "cut": cut, "supervised_tokens": supervised,
                            "aligned_tokens": len(flat), "rows": len(samples) if flat else 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from taid_vlm.adapters import EncodedRow, ModelAdapter, make_adapter
-from taid_vlm.alignment import AlignedToken, Pairing, align_alone, pair_models, supervised_tokens
+from taid_vlm.alignment import AlignedToken, Pairing, align_alone, pair_models, supervised_positions
 from taid_vlm.collator import DistillationCollator
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.models import load_config
@@ -75,7 +75,7 @@ def _encode_usable(
 def _verdict(
     pairing: Pairing, rows: dict[str, EncodedRow], aligned: list[AlignedToken]
 ) -> list[str]:
-    total = supervised_tokens(rows["student"])
+    total = len(supervised_positions(rows["student"]))
     lines = [f"case      {pairing.case}: {pairing.reason}",
              f"aligned   {len(aligned)} of {total} answer tokens of the student"]
     return lines + [f"warning   {warning}" for warning in pairing.warnings]

@@ -157,11 +157,12 @@ class ModelAdapter:
     def cut(self, rendered: Rendered, row: EncodedRow) -> Rendered:
         """A plain text shortened to `max_length` tokens (without the end that it now lacks)."""
         assert self.max_length is not None
-        end_byte = row.byte_spans[self.max_length - 1][1]
-        text = row.text.encode()[:end_byte].decode(errors="ignore")
-        spans = tuple(TextSpan(s.start, min(s.end, len(text)), s.turn, s.is_answer)
-                      for s in rendered.spans)
-        return Rendered(text, spans, rendered.add_special)
+        (span,), (answer,) = rendered.spans, row.answers
+        kept = (t.end for t in answer.tokens if t.position - row.offset < self.max_length)
+        whole = rendered.text[span.start : span.end].encode()
+        text = whole[: max(kept, default=0)].decode(errors="ignore")
+        bos = (self.tokenizer.bos_token or "") if self._adds_bos else ""
+        return Rendered(bos + text, (TextSpan(len(bos), len(bos) + len(text), 0, True),))
 
     def _with_special(self, rendered: Rendered, ends: bool = False) -> Rendered:
         """Let the tokenizer add its BOS; where a document `ends`, make sure that an EOS follows."""
@@ -234,9 +235,14 @@ class ModelAdapter:
     def _prompt(self, record: Record, turn: int) -> Rendered:
         if self.form is not None:
             text = render_prompt(self.processor, record, turn, self.form)
-            return self._after_template(Rendered(text, ()))
-        text = record.messages[0].text if record.messages else ""
-        return Rendered(text, (), add_special=self._adds_bos)
+            prompt = self._after_template(Rendered(text, ()))
+        else:
+            text = record.messages[0].text if record.messages else ""
+            prompt = Rendered(text, (), add_special=self._adds_bos)
+        if not (prompt.add_special and self._adds_eos):
+            return prompt
+        bos = (self.tokenizer.bos_token or "") if self._adds_bos else ""
+        return Rendered(bos + text, ())  # an EOS would end what is to be continued
 
     def _process(
         self, texts: list[str], images: Sequence[Sequence[Image.Image]], padding_side: Side,

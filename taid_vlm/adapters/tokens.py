@@ -97,7 +97,10 @@ def tile(table: TokenTable, ids: list[int], text: str) -> list[tuple[int, int]]:
     for index in ids:
         start, end = _place(table, index, data, cursor, after_special)
         spans.append((start, end))
-        cursor, after_special = end, index >= len(table) or table.text[index] is None
+        cursor = end
+        text_of = table.text[index] if index < len(table) else None
+        # a lone (virtual) space may stand between a special token and what it swallowed
+        after_special = text_of is None or (after_special and not text_of.strip())
     rest = data[cursor:]
     if rest.strip() or (rest and not after_special):
         raise _mismatch(data, cursor, "the end of the tokens")

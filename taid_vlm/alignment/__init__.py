@@ -6,7 +6,7 @@ from taid_vlm.alignment.pairing import (
     align_alone,
     check_modalities,
     pair_models,
-    supervised_tokens,
+    supervised_positions,
 )
 from taid_vlm.alignment.vocabulary import SideMap, VocabularyMap, build_vocabulary_map
 
@@ -19,5 +19,5 @@ __all__ = [
     "build_vocabulary_map",
     "check_modalities",
     "pair_models",
-    "supervised_tokens",
+    "supervised_positions",
 ]

@@ -46,7 +46,6 @@ class Pairing:
     maps: the vocabulary map, and where templates glue different bytes to an answer's first token
         a second map for that position.
     glue: (teacher's, student's) glued bytes that the second map stands for.
-    ends: (teacher's, student's) ids that end a turn or a document and share an entry.
     """
 
     case: Literal["a", "b"]
@@ -54,7 +53,6 @@ class Pairing:
     maps: tuple[VocabularyMap, ...]
     glue: tuple[bytes, bytes] | None = None
     warnings: tuple[str, ...] = ()
-    ends: frozenset[tuple[int, int]] = frozenset()
 
     def to(self, device: torch.device | str) -> Pairing:
         """The same pairing with its maps on a device."""
@@ -70,22 +68,16 @@ class Pairing:
             raise AlignmentError("the two templates print different numbers of texts")
         aligned: dict[int, AlignedToken] = {}  # a token across two texts counts once
         for t, s in zip(teacher.answers, student.answers, strict=True):
-            found = [*self._align_answer(t, s), *self._align_end(t, s, teacher, student)]
-            aligned |= {token.student: token for token in found if token.student not in aligned}
-        # position 0 has no prediction before it
-        return [a for a in aligned.values()
-                if a.teacher > teacher.offset and a.student > student.offset]
+            for token in self._align_answer(t, s):
+                if self._comparable(token, teacher, student):
+                    aligned.setdefault(token.student, token)
+        return list(aligned.values())
 
-    def _align_end(
-        self, t: AnswerSpan, s: AnswerSpan, teacher: EncodedRow, student: EncodedRow
-    ) -> Iterable[AlignedToken]:
-        """The token that ends the answer, where both predict it after the same bytes."""
-        if t.end_of_turn is None or s.end_of_turn is None or t.tail != s.tail:
-            return
-        ids = (teacher.ids[t.end_of_turn - teacher.offset],
-               student.ids[s.end_of_turn - student.offset])
-        if ids in self.ends:
-            yield AlignedToken(t.end_of_turn, s.end_of_turn, s.turn, 0)
+    def _comparable(self, token: AlignedToken, teacher: EncodedRow, student: EncodedRow) -> bool:
+        """Both positions have a prediction before them, of one and the same outcome."""
+        t, s = token.teacher - teacher.offset, token.student - student.offset
+        return t > 0 and s > 0 and self.maps[token.map_index].same_entry(
+            teacher.ids[t], student.ids[s])
 
     def _align_answer(self, teacher: AnswerSpan, student: AnswerSpan) -> Iterable[AlignedToken]:
         ours = {(token.start, token.end): token for token in teacher.tokens}
@@ -97,24 +89,25 @@ class Pairing:
                 yield AlignedToken(other.position, token.position, student.turn, 0)
             elif (other.prefix, token.prefix) == self.glue:
                 yield AlignedToken(other.position, token.position, student.turn, 1)
+        ends = (teacher.end_of_turn, student.end_of_turn)
+        if None not in ends and teacher.tail == student.tail:  # both end it after the same bytes
+            yield AlignedToken(*ends, student.turn, 0)  # type: ignore[arg-type]
 
 
-def supervised_tokens(row: EncodedRow) -> int:
-    """Tokens of a row that could be learned from, ends of turns included."""
-    found = sum(len(a.tokens) + (a.end_of_turn is not None) for a in row.answers)
-    starts_row = any(token.position == row.offset for a in row.answers for token in a.tokens)
-    return found - starts_row
+def supervised_positions(row: EncodedRow) -> list[tuple[int, int]]:
+    """(position, turn) of every token of a row that can be learned, ends of turns included."""
+    found: dict[int, int] = {}
+    for answer in row.answers:
+        end = [] if answer.end_of_turn is None else [answer.end_of_turn]
+        for position in (*(token.position for token in answer.tokens), *end):
+            found.setdefault(position, answer.turn)
+    return [(position, turn) for position, turn in found.items() if position > row.offset]
 
 
 def align_alone(student: EncodedRow) -> list[AlignedToken]:
     """The supervised tokens of a student without a teacher."""
-    tokens = [
-        AlignedToken(position, position, answer.turn, 0)
-        for answer in student.answers
-        for position in (*(token.position for token in answer.tokens),
-                         *([] if answer.end_of_turn is None else [answer.end_of_turn]))
-    ]
-    return [token for token in tokens if token.student > student.offset]
+    return [AlignedToken(position, position, turn, 0)
+            for position, turn in supervised_positions(student)]
 
 
 def pair_models(
@@ -143,8 +136,7 @@ def pair_models(
     if glue is not None:
         maps.append(build_vocabulary_map(*tables, *glue))
     case: Literal["a", "b"] = "a" if maps[0].identity else "b"
-    warnings = _warnings(teacher, student)
-    return Pairing(case, _reason(maps[0], glue), tuple(maps), glue, warnings, frozenset(roles))
+    return Pairing(case, _reason(maps[0], glue), tuple(maps), glue, _warnings(teacher, student))
 
 
 def _same_split(teacher: ModelAdapter, student: ModelAdapter, text: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,6 +52,20 @@ class VocabularyMap:
         device = torch.device(device)
         return VocabularyMap(self.teacher.to(device), self.student.to(device), self.identity,
                              self.has_rest)
+
+    def same_entry(self, teacher_id: int, student_id: int) -> bool:
+        """Whether two tokens are one and the same outcome of the comparison."""
+        if self.identity:
+            return teacher_id == student_id
+        theirs, ours = self._entries
+        return theirs.get(teacher_id, -1) == ours.get(student_id, -1)
+
+    @cached_property
+    def _entries(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Shared id -> entry on both sides; what is missing is rest."""
+        sides = (side.shared.tolist() for side in (self.teacher, self.student))
+        theirs, ours = ({token: entry for entry, token in enumerate(ids)} for ids in sides)
+        return theirs, ours
 
     @property
     def width(self) -> int:

@@ -1,0 +1,299 @@
+"""Tokens must tile their text exactly, whatever the tokenizer does; otherwise it is an error."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from zoo import make_tokenizer
+from zoo.tokenizers import CORPUS
+
+from taid_vlm.adapters.tokens import tile, token_table
+from taid_vlm.errors import AlignmentError
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+EXACT = ("byte level", "gpt2 split", "bpe first", "bpe always", "bpe never", "bpe normalizer",
+         "unigram bytes")
+ALPHABET = "aeinst TRpic.,:\n\t 0123é图片🐈ß▄\u0301\u200d"
+
+
+def metaspace(scheme: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Metaspace(prepend_scheme=scheme)
+
+
+def spaced(tokenizer: Tokenizer, scheme: str) -> Tokenizer:
+    """The sentencepiece pipeline; "normalizer" is how Llama 2's tokenizer.json writes it."""
+    if scheme == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = metaspace(scheme)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+@cache
+def trained(kind: str) -> dict[str, Any]:
+    unigram = kind == "unigram"
+    tokenizer = Tokenizer(models.Unigram() if unigram else models.BPE())
+    tokenizer.pre_tokenizer = metaspace("always")
+    trainer = (
+        trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=SPECIAL,
+                                show_progress=False)
+        if unigram
+        else trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, show_progress=False)
+    )
+    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    return json.loads(tokenizer.to_str())["model"]
+
+
+def bpe(scheme: str) -> Tokenizer:
+    found = trained("bpe")
+    vocab = dict(found["vocab"])
+    vocab |= {name: len(vocab) + i for i, name in enumerate(BYTES)}
+    merges = [tuple(pair) for pair in found["merges"]]
+    model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True)
+    return spaced(Tokenizer(model), scheme)
+
+
+def unigram(fallback: bool, scheme: str = "always") -> Tokenizer:
+    vocab = [tuple(entry) for entry in trained("unigram")["vocab"]]
+    vocab += [(name, -20.0) for name in BYTES] if fallback else []
+    return spaced(Tokenizer(models.Unigram(vocab, 0, byte_fallback=fallback)), scheme)
+
+
+def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@cache
+def tokenizer(name: str) -> PreTrainedTokenizerBase:
+    if name in ("byte level", "gpt2 split"):  # the second does not normalise
+        return make_tokenizer("gpt2", "plain" if name == "byte level" else "other")
+    if name.startswith("unigram"):
+        return wrap(unigram(fallback=name.endswith("bytes")))
+    return wrap(bpe(name.split()[1]))
+
+
+def ids_of(name: str, text: str) -> list[int]:
+    return tokenizer(name)(text, add_special_tokens=False)["input_ids"]
+
+
+def spans_of(name: str, text: str) -> list[tuple[int, int]]:
+    return tile(token_table(tokenizer(name)), ids_of(name, text), text)
+
+
+def random_text(seed: int) -> str:
+    rng = random.Random(seed)
+    words = ["picture", "The", "square", "naïve", "  ", "\n\n", "it's"]
+    parts = [rng.choice(words) if rng.random() < 0.3 else rng.choice(ALPHABET) for _ in range(30)]
+    return "".join(parts)
+
+
+def check_tiling(name: str, text: str) -> None:
+    """Spans follow each other without a gap, and every slice is its token's own bytes."""
+    table, ids, data = token_table(tokenizer(name)), ids_of(name, text), text.encode()
+    cursor = 0
+    for index, (start, end) in zip(ids, tile(table, ids, text), strict=True):
+        token = table.text[index]
+        assert start == cursor
+        assert token is not None
+        assert data[start:end] in (token, token.removeprefix(b" "))  # the virtual space
+        cursor = end
+    assert cursor == len(data)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_random_strings_are_tiled_without_gaps(name: str) -> None:
+    for seed in range(60):
+        text = random_text(seed)
+        if name == "byte level":  # this one composes characters: another test
+            text = text.replace("\u0301", "")
+        check_tiling(name, text)
+
+
+@pytest.mark.parametrize("name", ["byte level", "gpt2 split"])
+def test_ascii_spans_are_the_tokenizers_own_offsets(name: str) -> None:
+    for seed in range(20):
+        text = random_text(seed).encode("ascii", "ignore").decode()
+        found = tokenizer(name)(text, return_offsets_mapping=True)["offset_mapping"]
+        assert spans_of(name, text) == [tuple(offsets) for offsets in found]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_tokens_may_end_inside_a_character(name: str) -> None:
+    text = "a🐈b"
+    ends = [end for _, end in spans_of(name, text)]
+    assert any(1 < end < 5 for end in ends)
+    assert ends[-1] == 6
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "normalizer"])
+def test_prepended_space_covers_no_bytes(scheme: str) -> None:
+    text = "picture of the picture"
+    first, *_ = spans_of(f"bpe {scheme}", text)
+    token = token_table(tokenizer(f"bpe {scheme}")).text[ids_of(f"bpe {scheme}", text)[0]]
+    assert token.startswith(b" ")
+    assert first == (0, len(token) - 1)
+
+
+def test_without_prepended_space_the_first_token_is_the_texts() -> None:
+    ids = ids_of("bpe never", "picture of the picture")
+    table = token_table(tokenizer("bpe never"))
+    assert not table.text[ids[0]].startswith(b" ")
+    assert table.text[ids[-1]].startswith(b" ") != table.text[ids[0]].startswith(b" ")
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_table_names_every_id(name: str) -> None:
+    table, known = token_table(tokenizer(name)), tokenizer(name).get_vocab()
+    assert len(table) == max(known.values()) + 1
+    assert {s for s in table.strings if s is not None} == set(known)
+    special = set(tokenizer(name).all_special_ids)
+    assert set(table.special) == special
+    assert all((table.text[i] is None) == (i in special) for i in known.values())
+
+
+def test_table_knows_the_added_tokens() -> None:
+    fast = make_tokenizer("llama")
+    fast.add_tokens([AddedToken(" square", normalized=False)])
+    table, added = token_table(fast), fast.convert_tokens_to_ids(" square")
+    assert table.added == set(fast.added_tokens_decoder)
+    assert table.added - set(table.special) == {added}
+    assert table.text[added] == b" square"
+
+
+def test_byte_tokens_stand_for_one_byte() -> None:
+    fast = tokenizer("bpe first")
+    table = token_table(fast)
+    assert [table.text[fast.convert_tokens_to_ids(name)] for name in BYTES] == [
+        bytes([byte]) for byte in range(256)]
+
+
+STRIPS = [(True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize(("name", "lstrip", "rstrip"), [
+    (name, left, right)
+    for name in EXACT for left, right in STRIPS
+])
+def test_special_token_may_swallow_whitespace(name: str, lstrip: bool, rstrip: bool) -> None:
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer(name).backend_tokenizer.to_str()))
+    fast.add_tokens([AddedToken("<img>", lstrip=lstrip, rstrip=rstrip, special=True,
+                                normalized=False)], special_tokens=True)
+    text = "see  <img> \n now é<img>"
+    ids = fast(text, add_special_tokens=False)["input_ids"]
+    spans, data = tile(token_table(fast), ids, text), text.encode()
+    image = fast.convert_tokens_to_ids("<img>")
+    found = [data[a:b] for index, (a, b) in zip(ids, spans, strict=True) if index == image]
+    assert found == [b"<img>", b"<img>"]
+    seen = b"".join(data[a:b] for a, b in spans)
+    assert seen.replace(b" ", b"").replace(b"\n", b"") == b"see<img>now\xc3\xa9<img>"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "idefics3"])
+def test_bos_that_the_tokenizer_adds_covers_no_bytes(family: str) -> None:
+    fast = make_tokenizer(family)
+    table, text = token_table(fast), "The picture"
+    ids = fast(text)["input_ids"]
+    assert ids[0] == fast.bos_token_id
+    assert tile(table, ids, text)[0] == (0, 0)
+    assert tile(table, ids[1:], text) == tile(table, ids, text)[1:]
+    written = fast.bos_token + text
+    spans = tile(table, fast(written, add_special_tokens=False)["input_ids"], written)
+    assert spans[0] == (0, len(fast.bos_token))
+
+
+def test_eos_that_is_added_covers_no_bytes() -> None:
+    table, text = token_table(tokenizer("bpe first")), "a picture"
+    ids = [*ids_of("bpe first", text), tokenizer("bpe first").eos_token_id]
+    assert tile(table, ids, text)[-1] == (len(text), len(text))
+
+
+def test_decomposed_text_under_nfc_is_an_error() -> None:
+    fast = make_tokenizer("qwen2")
+    composed, decomposed = "un café", "un cafe\u0301"
+    assert fast(composed)["input_ids"] == fast(decomposed)["input_ids"]  # a silent change
+    with pytest.raises(AlignmentError, match="normal"):
+        tile(token_table(fast), fast(decomposed)["input_ids"], decomposed)
+
+
+def normalised(normalizer: Any, text: str) -> list[tuple[int, int]]:
+    backend = bpe("never")
+    backend.normalizer = normalizer
+    fast = wrap(backend)
+    return tile(token_table(fast), fast(text, add_special_tokens=False)["input_ids"], text)
+
+
+@pytest.mark.parametrize(("normalizer", "text"), [
+    (normalizers.Lowercase(), "The picture"),
+    (normalizers.NFKC(), "the ﬁrst picture"),
+    (normalizers.NFD(), "un café"),
+    (normalizers.Replace("``", '"'), "``the picture"),
+    (normalizers.Replace(Regex(" {2,}"), " "), "the  picture"),
+])
+def test_other_normalisers_are_an_error(normalizer: Any, text: str) -> None:
+    with pytest.raises(AlignmentError):
+        normalised(normalizer, text)
+
+
+@pytest.mark.parametrize(("normalizer", "text"), [
+    (normalizers.Replace(Regex(" {2,}"), " "), "the  🐈"),
+    (normalizers.Replace("\n", ""), "the\npicture"),
+    (normalizers.Strip(), "the picture  "),
+])
+def test_whitespace_that_a_normaliser_drops_is_an_error(normalizer: Any, text: str) -> None:
+    with pytest.raises(AlignmentError):
+        normalised(normalizer, text)
+
+
+@pytest.mark.parametrize("text", ["a 🐈 here", "🐈", "picture 🐈"])
+def test_unknown_character_is_an_error(text: str) -> None:
+    ids = ids_of("unigram", text)
+    assert tokenizer("unigram").unk_token_id in ids
+    with pytest.raises(AlignmentError):
+        tile(token_table(tokenizer("unigram")), ids, text)
+
+
+def test_unigram_tiles_what_it_knows() -> None:
+    check_tiling("unigram", "The picture shows a red square on the left.")
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_wrong_tokens_are_an_error(name: str) -> None:
+    text = "The square is blue."
+    table, ids = token_table(tokenizer(name)), ids_of(name, text)
+    wrong = [ids[:-1], ids[1:], [*ids, ids[-1]], ids[::-1], [len(table) + 5, *ids[1:]]]
+    for broken in wrong:
+        with pytest.raises(AlignmentError):
+            tile(table, broken, text)
+
+
+def test_error_names_the_place() -> None:
+    table, ids = token_table(tokenizer("byte level")), ids_of("byte level", "The red square")
+    with pytest.raises(AlignmentError, match=r"byte 3\b.*normalise"):
+        tile(table, ids, "The blue square")
+
+
+def test_tokenizer_without_backend_is_refused() -> None:
+    with pytest.raises(AlignmentError, match="fast tokenizer"):
+        token_table(SimpleNamespace())
