@@ -63,12 +63,17 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _distill(options: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from taid_vlm.recipe import load_recipe
     from taid_vlm.run import distill
 
     recipe = load_recipe(options.recipe, options.overrides)
     results = distill(recipe, resume=options.resume)
-    print(_closing(results, recipe.output_dir))
+    process = PartialState()
+    if process.is_main_process:
+        print(_closing(results, recipe.output_dir))
+    process.destroy_process_group()  # left to the interpreter's exit, processes can abort
 
 
 def _closing(results: dict, output_dir: str) -> str:  # type: ignore[type-arg]

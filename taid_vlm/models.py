@@ -112,7 +112,7 @@ def load_processor(spec: ModelSpec, role: str) -> Processor:
     name = spec.processor_name_or_path or spec.model_name_or_path
     processor = _guarded(role, name, auto.from_pretrained, name, revision=spec.revision,
                          trust_remote_code=spec.trust_remote_code)
-    if len(getattr(processor, "tokenizer", processor)) == 0:
+    if not getattr(processor, "tokenizer", processor)("a b", add_special_tokens=False)["input_ids"]:
         raise TaidError(f"{role}: '{name}' holds no tokenizer; save it beside the model, or set "
                         f"{role}.processor_name_or_path.")
     if spec.chat_template is not None:
@@ -184,7 +184,8 @@ def _guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a loader of transformers; its many exceptions become one message."""
     try:
         return load(*args, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError,
+            SafetensorError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__
         hint = "" if Path(name).exists() else _similar_folder(Path(name))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # TrainingArguments that act in parts of transformers' Trainer which distillation replaces
 WHOLE_NUMBERS = frozenset({"max_steps", "max_length", "save_total_limit", "eval_steps"})
+SHARES_OF_STEPS = frozenset({"logging_steps", "save_steps", "eval_steps", "warmup_steps"})
 AT_LEAST_ONE = frozenset({"per_device_train_batch_size", "per_device_eval_batch_size",
                           "gradient_accumulation_steps"})
 WITHOUT_EFFECT = frozenset({
@@ -112,17 +113,24 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """The recipe with data paths that hold from anywhere, to be written with the run."""
-        sides = {name: replace(side, path=str(self.locate(side)))
-                 for name, side in vars(self.data).items() if side is not None}
+        sides = {}
+        for name, side in vars(self.data).items():
+            start = None if side is None else self.start_of(side)
+            if start is not None:
+                root = side.image_root and str((start / side.image_root).resolve())
+                side = replace(side, path=str((start / side.path).resolve()), image_root=root)
+            sides[name] = side
         return replace(self, data=DataSpec(**sides))
 
-    def locate(self, source: DataSource) -> Path | str:
-        """Relative data paths start at the working directory, or else at the recipe's folder."""
+    def start_of(self, source: DataSource) -> Path | None:
+        """Where a relative data path starts: the working directory, or else the recipe's folder.
+
+        None if it is at neither place (a name on the hub).
+        """
         for start in (Path("."), self.base):
-            path = start / Path(source.path).expanduser()
-            if path.exists():
-                return path.resolve()
-        return source.path
+            if (start / Path(source.path).expanduser()).exists():
+                return start
+        return None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -167,8 +175,8 @@ def parse_recipe(tree: Mapping[str, Any], base: Path = Path(".")) -> Recipe:
         data=_data(tree["data"]),
         output_dir=str(tree["output_dir"]),
         objective=tree.get("objective", {"name": "taid"}),
-        train=_train(tree.get("train") or {}),
-        evaluate=_build(EvaluateSpec, tree.get("evaluate") or {}, "evaluate"),
+        train=_train({} if tree.get("train") is None else tree["train"]),
+        evaluate=_evaluate({} if tree.get("evaluate") is None else tree["evaluate"]),
         base=base,
     )
     objective = parse_objective(recipe.objective)
@@ -252,7 +260,21 @@ def _data(value: Any) -> DataSpec:
 
 
 def _source(value: Any, where: str) -> DataSource:
-    return _build(DataSource, {"path": value} if isinstance(value, str) else value, where)
+    source = _build(DataSource, {"path": value} if isinstance(value, str) else value, where)
+    _at_least(source.max_records, 1, f"{where}.max_records")
+    return source
+
+
+def _evaluate(value: Any) -> EvaluateSpec:
+    spec = _build(EvaluateSpec, value, "evaluate")
+    _at_least(spec.examples, 0, "evaluate.examples")
+    _at_least(spec.max_new_tokens, 1, "evaluate.max_new_tokens")
+    return spec
+
+
+def _at_least(given: int | None, least: int, where: str) -> None:
+    if given is not None and given < least:
+        raise RecipeError(f"{where} = {given}, but it must be at least {least}.")
 
 
 def _train(value: Any) -> dict[str, Any]:
@@ -277,8 +299,11 @@ def _training_value(key: str, given: Any, default: Any) -> Any:
     """Check a training argument against the kind of its default; 1e3 is a fine whole number."""
     whole = isinstance(given, float) and given.is_integer()
     number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if given is None and default is None:
+        return None
     if key in WHOLE_NUMBERS or (isinstance(default, int) and not isinstance(default, bool)):
-        if given is not None and not (number and (whole or isinstance(given, int) or given < 1)):
+        share = key in SHARES_OF_STEPS and number and 0 < given < 1
+        if not (number and (whole or share or isinstance(given, int))):
             raise RecipeError(f"train.{key} = {given!r}, but it must be a whole number.")
         given = int(given) if whole else given
     elif isinstance(default, bool) and not isinstance(given, bool):

@@ -90,8 +90,10 @@ def distill(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         peft_config=_peft(recipe.student.peft),
     )
     if trainer.is_world_process_zero():
+        if checkpoint is None:
+            _clear(output)
         write_text(recipe.resolved().to_yaml(), output / "recipe.yaml")
-        (output / "results.json").unlink(missing_ok=True)  # of an earlier run: this one is not done
+    trainer.accelerator.wait_for_everyone()
     results = _measure(trainer, recipe, ingredients, checkpoint)
     save_student(trainer, output / STUDENT_FOLDER)
     if trainer.is_world_process_zero():
@@ -150,11 +152,8 @@ def _measure(
 
 
 def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
-    """Relative paths start at the working directory, or else at the recipe's folder."""
-    here = Path(source.path).expanduser()
-    beside = recipe.base / here
     try:
-        return open_records(source, recipe.base if not here.exists() and beside.exists() else None)
+        return open_records(source, recipe.start_of(source))
     except TaidError as error:
         side = "train" if source is recipe.data.train else "eval"
         raise type(error)(str(error).replace("data: ", f"data.{side}: ", 1)) from error
@@ -173,6 +172,9 @@ def _refuse_blind(configs: Mapping[str, Any], images: bool) -> None:
 
 def _checkpoint(output: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from; a fresh start never walks over an unfinished run."""
+    blocking = next((p for p in (output, *output.parents) if p.exists() and not p.is_dir()), None)
+    if blocking is not None:
+        raise TaidError(f"output_dir = '{output}', but '{blocking}' is a file.")
     last, finished = last_checkpoint(output), (output / "results.json").exists()
     if resume:
         if last is None:
@@ -181,11 +183,16 @@ def _checkpoint(output: Path, resume: bool) -> Path | None:
     if last is not None and not finished:
         raise TaidError(f"'{output}' holds {last.name} of an unfinished run: continue it with "
                         "--resume, or choose another output_dir.")
-    if last is not None:
-        logger.warning("'%s' holds a finished run; its checkpoints are replaced.", output)
-        for folder in output.glob("checkpoint-*"):
-            shutil.rmtree(folder)
     return None
+
+
+def _clear(output: Path) -> None:
+    """Take away what an earlier, finished run left, so that this one cannot pass for finished."""
+    if (output / "results.json").exists():
+        logger.warning("'%s' holds a finished run; its results are replaced.", output)
+        (output / "results.json").unlink()
+    for folder in output.glob("checkpoint-*"):
+        shutil.rmtree(folder)
 
 
 def last_checkpoint(output: Path) -> Path | None:

@@ -74,6 +74,8 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # every process makes its own batches: a batch of aligned tokens cannot be cut in two
+        self.accelerator_config.dispatch_batches = False
         for key, value, valid in (("supervise", self.supervise, ("answers", "all")),
                                   ("padding_side", self.padding_side, ("left", "right"))):
             if value not in valid:
@@ -317,7 +319,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
     ) -> None:
         trainer = self.trainer
         trainer.schedule = trainer.objective.schedule(state.max_steps)
-        trainer._window = _Window()
+        trainer._window, trainer._empty_steps = _Window(), 0
         saved = state.stateful_callbacks.get("ScheduleCallback")
         if trainer.schedule is not None and state.global_step > 0 and saved:
             trainer.schedule.load_state_dict(saved["attributes"]["schedule"])

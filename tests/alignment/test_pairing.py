@@ -119,7 +119,8 @@ def test_aligned_tokens_are_the_same_text(teacher: str, student: str, side: Side
 @EVERY
 def test_nothing_is_left_out_where_templates_glue_alike(teacher: str, student: str) -> None:
     conversations = aligned(teacher, student)[:-1]
-    missing = [s.text for _, s, found in conversations if len(supervised_positions(s)) != len(found)]
+    missing = [s.text for _, s, found in conversations
+               if len(supervised_positions(s)) != len(found)]
     assert not missing or glued(teacher, student)
     for _, s, found in conversations:
         lost = {p.student for p in align_alone(s)} - {a.student for a in found}

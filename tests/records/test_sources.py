@@ -403,7 +403,7 @@ def test_csv_cells_stay_text(tmp_path):
 def test_saved_dataset_without_the_split_names_the_others(tmp_path):
     parts = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"text": "a"}])})
     parts.save_to_disk(tmp_path / "d")
-    with pytest.raises(TaidError, match="no split 'train'.*test"):
+    with pytest.raises(TaidError, match=r"no split 'train'.*test"):
         open_records(str(tmp_path / "d"))
 
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -74,9 +75,9 @@ class Recorder(TrainerCallback):
 def make_trainer(
     output: str | Path, *, teacher: str = "internvl", student: str = "llava",
     tokenizer: str = "permuted", dropout: float = 0.0, data: list[dict[str, Any]] | None = None,
-    kill_at: int | None = None, changes: dict[str, Any] | None = None, **arguments: Any,
+    kill_at: int | None = None, streamed: bool = False, **arguments: Any,
 ) -> DistillationTrainer:
-    """A trainer on a small cross-family pair; `changes` are set on the student's text config."""
+    """A trainer on a small cross-family pair; `streamed` data are texts without a length."""
     defaults = {
         "per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-3, "seed": 7,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
@@ -89,10 +90,11 @@ def make_trainer(
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = dropout
     recorder = Recorder(kill_at)
-    data = rows() if data is None else data
+    data = rows(text_only=streamed) if data is None else data
+    train = datasets.Dataset.from_list(data).to_iterable_dataset() if streamed else data
     trainer = DistillationTrainer(
         ours.model, theirs.model, DistillationConfig(str(output), **{**defaults, **arguments}),
-        data, data[:6], ours.processor, theirs.processor, callbacks=[recorder],
+        train, data[:6], ours.processor, theirs.processor, callbacks=[recorder],
     )
     recorder.trainer = trainer
     trainer.recorder = recorder
@@ -122,6 +124,8 @@ def main() -> None:
             output = Path(options["output"])
             save_file(weights(trainer), output / "final.safetensors")
             (output / "trajectory.json").write_text(json.dumps(trainer.recorder.t))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # processes that leave one by one can abort each other
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch of two processes, for the gradient and for the trajectory of t."""
     folder = tmp_path_factory.mktemp("two")
     in_processes(2, folder, gradient={**SGD, "per_device_train_batch_size": 4},
-                 trajectory={"max_steps": 6, "per_device_train_batch_size": 4})
+                 trajectory={"max_steps": 6, "per_device_train_batch_size": 4},
+                 streamed={"max_steps": 3, "per_device_train_batch_size": 4, "streamed": True})
     return folder
 
 
@@ -108,6 +109,13 @@ def test_t_moves_the_same_way_under_any_split(two_processes: Path, tmp_path: Pat
         assert other == pytest.approx(plain, abs=1e-6), name
     two = json.loads((two_processes / "trajectory" / "trajectory.json").read_text())
     assert two == pytest.approx(plain, abs=1e-6)
+
+
+def test_streams_are_shared_between_processes(two_processes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=3, streamed=True)
+    trainer.train()
+    two = json.loads((two_processes / "streamed" / "trajectory.json").read_text())
+    assert two == pytest.approx(trainer.recorder.t, abs=1e-6)
 
 
 def test_evaluation_moves_no_state(tmp_path: Path) -> None:

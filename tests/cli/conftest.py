@@ -1,0 +1,41 @@
+"""One set of saved checkpoints for all command-line tests; nothing may reach the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import pytest
+import torch
+from cli.recipes import Checkpoints, Outcome, command
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One thread, no hub, and no traces in the user's cache of data sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        torch.set_num_threads(1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Call the command and catch what it prints."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        status = command(*arguments)
+        caught = capsys.readouterr()
+        return Outcome(status, caught.out, caught.err)
+
+    return call

@@ -1,0 +1,72 @@
+"""Real weights and real images, where TAID_VLM_EXTRA_DATA names a folder that holds them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli.recipes import Checkpoints, Outcome, loaded, write_jsonl, write_recipe
+from safetensors.torch import load_file, save_file
+
+EXTRA = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent"))
+TRAIN = {"max_steps": 25, "learning_rate": 1e-3, "use_cpu": True, "disable_tqdm": True}
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    missing = [name for name in names if not (EXTRA / name).exists()]
+    return pytest.mark.skipif(bool(missing), reason=f"TAID_VLM_EXTRA_DATA lacks {missing}")
+
+
+def shaken(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint whose weights are a little off."""
+    shutil.copytree(checkpoint, folder)
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: x + 0.3 * x.std() * torch.randn(x.shape, generator=generator)
+               for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@needs("stories260K", "text/tinyshakespeare.txt")
+def test_a_shaken_llama_finds_back(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    """The teacher is the model the student was before: KL must fall towards 0."""
+    text = (EXTRA / "text/tinyshakespeare.txt").read_text()[:60_000]
+    scenes = [{"text": scene} for scene in text.split("\n\n") if len(scene) > 80]
+    tree = {
+        "teacher": str(EXTRA / "stories260K"),
+        "student": str(shaken(EXTRA / "stories260K", tmp_path / "shaken")),
+        "data": {side: str(write_jsonl(tmp_path / f"{side}.jsonl", part))
+                 for side, part in (("train", scenes[:120]), ("eval", scenes[120:140]))},
+        "train": {**TRAIN, "max_length": 128},
+        "evaluate": {"examples": 2, "max_new_tokens": 8}, "output_dir": str(tmp_path / "out"),
+    }
+    done = cli("distill", write_recipe(tmp_path, tree))
+    assert done.status == 0, done.err
+    results = loaded(tmp_path / "out/results.json")
+    before, after = results["eval"]["before"], results["eval"]["after"]
+    assert results["alignment"]["case"] == "a"
+    assert after["kl"] + 3 * after["kl_stderr"] < before["kl"] - 3 * before["kl_stderr"]
+    assert after["agreement"] > before["agreement"]
+
+
+@needs("nlvr_test.parquet")
+def test_real_pictures_from_a_table(
+    cli: Callable[..., Outcome], checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    columns = {"prompt": "statement", "completion": "label", "category": "label"}
+    source = {"path": str(EXTRA / "nlvr_test.parquet"), "columns": columns, "max_records": 24}
+    tree = {
+        "teacher": checkpoints("internvl"), "student": checkpoints("llava", "permuted", seed=1),
+        "data": {"train": source, "eval": source}, "train": {**TRAIN, "learning_rate": 5e-3},
+        "evaluate": {"examples": 2, "max_new_tokens": 4}, "output_dir": str(tmp_path / "out"),
+    }
+    done = cli("distill", write_recipe(tmp_path, tree))
+    assert done.status == 0, done.err
+    results = loaded(tmp_path / "out/results.json")
+    assert results["train"]["records_left_out"] == {}
+    assert results["eval"]["after"]["n_answers"] == 24
+    assert results["eval"]["after"]["kl"] < results["eval"]["before"]["kl"]
