@@ -110,7 +110,7 @@ def render_prompt(
                 break
             answers += 1
         answer = message.role == "assistant"
-        parts = [message.text.strip()] if answer else list(message.parts)
+        parts: list[str | None] = [message.text.strip()] if answer else list(message.parts)
         messages.append(_message(message.role, parts, form))
     return apply_template(processor, messages, record.source, add_generation_prompt=True)
 

@@ -256,7 +256,7 @@ def test_text_keeps_its_category():
     ({"conversations": [{"role": "user"}]}, r"conversations\[0\] must hold 'from' and 'value'"),
     ({"conversations": [{"from": "humman", "value": "a"}]},
      r"conversations\[0\].from = 'humman'. Did you mean 'human'"),
-    ({"prompt": 5, "completion": "a"}, "prompt must be a non-empty list"),
+    ({"prompt": 5, "completion": "a"}, "prompt must be text or a list of messages"),
     ({"text": 5}, "text must be text, got int"),
     ({"text": ["a"], "image": "a.png"}, "text must be text, got list"),
     ({"text": "a", "image": 5}, "an image must be a path, bytes or a PIL image, got int"),
