@@ -93,7 +93,8 @@ def _section(name: str, world: dict[str, Any], data: Path) -> Section:
         text=[
             f"Every arm starts from the same warm start and takes {world['steps']} steps of "
             f"{world['batch_size']} conversations in the same order; only the objective differs. "
-            "Errors are one standard error over held-out answers, captions or questions.",
+            "One seed and one learning rate for all; errors are one standard error over held-out "
+            "answers, captions or questions, and say nothing about other seeds.",
             f"Alignment of teacher and student, {taid['alignment']}.",
             f"TAID's adaptive term acted in {taid['adaptive_share']:.0%} of the steps.",
         ],
