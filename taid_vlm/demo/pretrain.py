@@ -39,7 +39,7 @@ class Recipe:
 RECIPES = {
     "scenes-teacher": Recipe(steps=4500, batch=24),
     "scenes-student": Recipe(steps=1050, learning_rate=2e-3),
-    "words-teacher": Recipe(steps=2500, learning_rate=1.5e-3),
+    "words-teacher": Recipe(steps=3700, learning_rate=1.5e-3),
     "words-student": Recipe(steps=350, learning_rate=3e-3),
 }
 
