@@ -326,6 +326,7 @@ def divergence(
         RecipeError: unknown name or parameter, value out of range, shapes that do not match.
     """
     name = canonical_name(name)
+    parameters = {key: getattr(x, "item", lambda x=x: x)() for key, x in parameters.items()}
     check_parameters(name, parameters)
     if name == "taid" and "t" not in parameters:
         raise RecipeError("loss 'taid' needs t, the interpolation parameter in [0, 1].")

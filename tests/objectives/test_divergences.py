@@ -449,3 +449,9 @@ def test_mistakes_are_explained(mistake):
     positional, named, message = MISTAKES[mistake]
     with pytest.raises(RecipeError, match=message):
         divergence(*positional, **named)
+
+
+@pytest.mark.parametrize("t", [torch.tensor(0.4), torch.tensor([0.4])])
+def test_parameters_may_be_tensors_of_one_number(t):
+    s, u = torch.randn(3, 5), torch.randn(3, 5)
+    assert torch.equal(divergence("taid", s, u, t=t), divergence("taid", s, u, t=t.item()))
