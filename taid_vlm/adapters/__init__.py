@@ -1,6 +1,7 @@
 """Modality adapters: a record through one model's own template, processor and tokenizer."""
 
 from taid_vlm.adapters.adapter import (
+    PROBE_WORDS,
     AnswerSpan,
     AnswerToken,
     EncodedBatch,
@@ -16,6 +17,7 @@ from taid_vlm.adapters.template import Processor, Rendered, Supervise
 from taid_vlm.adapters.tokens import TokenTable
 
 __all__ = [
+    "PROBE_WORDS",
     "AnswerSpan",
     "AnswerToken",
     "EncodedBatch",

@@ -30,10 +30,12 @@ from taid_vlm.adapters.template import (
     render_prompt,
 )
 from taid_vlm.adapters.tokens import TokenTable, tile, token_table
-from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Message, Record
 
 Side = Literal["left", "right"]
+# whether a template's space is glued to an answer depends on the word having such a token
+PROBE_WORDS = ("yes", "The", "the", "a", "is", "in", "It", "A")
 
 
 @dataclass(frozen=True)
@@ -302,15 +304,24 @@ class ModelAdapter:
     @cached_property
     def end_of_turn_id(self) -> int | None:
         """The special token this model ends an answer with."""
-        row = self.probe()
-        position = row.answers[0].end_of_turn
-        return None if position is None else row.ids[position - row.offset]
+        if self.form is None:
+            return self.tokenizer.eos_token_id
+        for row in filter(None, map(self.probe, PROBE_WORDS)):
+            position = row.answers[0].end_of_turn
+            return None if position is None else row.ids[position - row.offset]
+        return self.tokenizer.eos_token_id
 
-    def probe(self, answer: str = "yes") -> EncodedRow:
-        """A small conversation in this model's tokens, to read its conventions off."""
-        messages = (Message("user", ("Is it?",)), Message("assistant", (answer,)))
+    def probe(self, answer: str) -> EncodedRow | None:
+        """A small conversation in this model's tokens, to read its conventions off.
+
+        None if the tokenizer cannot spell it.
+        """
+        messages = (Message("user", (answer,)), Message("assistant", (answer,)))
         record = Record("probe", messages)
-        return self.encode([self.render(record)], [[]]).rows[0]
+        try:
+            return self.encode([self.render(record)], [[]]).rows[0]
+        except (AlignmentError, SampleDropped):
+            return None
 
 
 class TextAdapter(ModelAdapter):

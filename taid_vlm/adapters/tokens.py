@@ -37,19 +37,21 @@ class TokenTable:
     special: id -> the bytes of its name, for special tokens.
     strings: id -> the token as the vocabulary spells it (None without a token).
     added: ids of tokens that were added to the vocabulary, special or not.
+    drops_space: whether the tokenizer splits at whitespace and forgets it (word-level models).
     """
 
     text: list[bytes | None]
     special: dict[int, bytes]
     strings: list[str | None]
     added: frozenset[int] = frozenset()
+    drops_space: bool = False
 
     def __len__(self) -> int:
         return len(self.text)
 
 
 def token_table(tokenizer: PreTrainedTokenizerBase) -> TokenTable:
-    """Read the table off a tokenizer (byte-level BPE, or metaspace with byte fallback)."""
+    """Read the table off a tokenizer (byte-level BPE, metaspace with byte fallback, words)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise AlignmentError(
@@ -70,7 +72,9 @@ def token_table(tokenizer: PreTrainedTokenizerBase) -> TokenTable:
         text[index] = token.encode() if index in added else _token_bytes(token, byte_level)
     named = ((index, strings[index]) for index in special_ids if index < size)
     special = {index: name.encode() for index, name in named if name is not None}
-    return TokenTable(text, special, strings, frozenset(added))
+    splitter = str(backend.pre_tokenizer)
+    drops_space = not byte_level and ("Whitespace" in splitter or "BertPreTokenizer" in splitter)
+    return TokenTable(text, special, strings, frozenset(added), drops_space)
 
 
 def _token_bytes(token: str, byte_level: bool) -> bytes:
@@ -93,14 +97,15 @@ def tile(table: TokenTable, ids: list[int], text: str) -> list[tuple[int, int]]:
         AlignmentError: the tokens' bytes are not the text's, for example because the tokenizer
             normalises the text (NFC, lower case) or met an unknown character.
     """
-    data, cursor, spans, after_special = text.encode(), 0, [], False
+    data, cursor, spans, after_special = text.encode(), 0, [], table.drops_space
     for index in ids:
         start, end = _place(table, index, data, cursor, after_special)
         spans.append((start, end))
         cursor = end
         text_of = table.text[index] if index < len(table) else None
         # a lone (virtual) space may stand between a special token and what it swallowed
-        after_special = text_of is None or (after_special and not text_of.strip())
+        after_special = table.drops_space or text_of is None or (
+            after_special and not text_of.strip())
     rest = data[cursor:]
     if rest.strip() or (rest and not after_special):
         raise _mismatch(data, cursor, "the end of the tokens")

@@ -12,7 +12,13 @@ from typing import Literal
 
 import torch
 
-from taid_vlm.adapters import AnswerSpan, EncodedRow, ModelAdapter, check_spelled
+from taid_vlm.adapters import (
+    PROBE_WORDS,
+    AnswerSpan,
+    EncodedRow,
+    ModelAdapter,
+    check_spelled,
+)
 from taid_vlm.alignment.vocabulary import VocabularyMap, build_vocabulary_map
 from taid_vlm.errors import AlignmentError, TaidError
 
@@ -21,7 +27,6 @@ PROBES = (
     "In 2025 they paid $1,234.50 (about 3.14 times more).\nYes: no; a_b c-d.",
     "naïve café — 数量 图片 Привет",
 )
-PROBE_WORDS = ("The", "the", "a", "yes", "is", "in", "It", "A")
 
 
 @dataclass(frozen=True)
@@ -178,10 +183,11 @@ def _first_token_glue(
     teacher: ModelAdapter, student: ModelAdapter
 ) -> tuple[bytes, bytes] | None:
     """Bytes glued to an answer's first token on one side only, as in "Assistant: The"."""
-    for word in PROBE_WORDS:  # whether a space is glued depends on the word having such a token
-        glued = tuple(m.probe(word).answers[0].tokens[0].prefix for m in (teacher, student))
-        if glued[0] != glued[1]:
-            return glued  # type: ignore[return-value]
+    for word in PROBE_WORDS:
+        rows = [model.probe(word) for model in (teacher, student)]
+        firsts = [row.answers[0].tokens[0].prefix for row in rows if row and row.answers[0].tokens]
+        if len(firsts) == 2 and firsts[0] != firsts[1]:
+            return firsts[0], firsts[1]
     return None
 
 

@@ -297,3 +297,15 @@ def test_error_names_the_place() -> None:
 def test_tokenizer_without_backend_is_refused() -> None:
     with pytest.raises(AlignmentError, match="fast tokenizer"):
         token_table(SimpleNamespace())
+
+
+def test_word_level_tokenizers_forget_their_spaces() -> None:
+    words = {word: i for i, word in enumerate(("<unk>", "</s>", "a", "red", "square", "."))}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    text = "a  red square. "
+    spans = tile(token_table(fast), fast(text)["input_ids"], text)
+    assert [text[start:end] for start, end in spans] == ["a", "red", "square", "."]
+    with pytest.raises(AlignmentError):
+        tile(token_table(fast), fast("a blue square")["input_ids"], "a blue square")
