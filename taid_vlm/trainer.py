@@ -363,13 +363,17 @@ class _Window:
             self.sums[name] += value
 
     def take(self) -> dict[str, float]:
-        tokens, elapsed = self.sums.pop("tokens", 0.0), time.perf_counter() - self.started
+        """Means since the last call: losses over all tokens, figures over those they were
+        computed on (the logged steps')."""
+        now, tokens = time.perf_counter(), self.sums.pop("tokens", 0.0)
         shown = self.sums.pop("figure_tokens", 0.0)
-        logs = {name: value / (tokens if name.startswith("loss/") else shown)
-                for name, value in self.sums.items()
-                if (tokens if name.startswith("loss/") else shown)}
-        logs["answer_tokens_per_second"] = tokens / elapsed
-        self.__init__()  # type: ignore[misc]
+        logs = {"answer_tokens_per_second": tokens / (now - self.started)}
+        for name, total in self.sums.items():
+            count = tokens if name.startswith("loss/") else shown
+            if count:
+                logs[name] = total / count
+        self.sums.clear()
+        self.started = now
         return logs
 
 
