@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from taid_vlm.cli import main
+from taid_vlm.cli import distill_script
 
 if __name__ == "__main__":
-    default = [] if sys.argv[1:2] and sys.argv[1].endswith((".yaml", ".yml", "-h", "--help")) else [
-        "recipes/internvl3_8b_to_1b.yaml"]
-    sys.exit(main(["distill", *default, *sys.argv[1:]]))
+    sys.exit(distill_script("recipes/internvl3_8b_to_1b.yaml"))

@@ -73,11 +73,12 @@ def train(student, teacher, collator, pairing, dataset, args):  # noqa: RET503
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1], sys.argv[2:])
-    data, args = gather(recipe), recipe.training_arguments()
+    data = gather(recipe)
     student, teacher = load_model(recipe.student, "student"), load_model(recipe.teacher, "teacher")
     pairing, collator = pair_for_training(
-        student, teacher, data.student_processor, data.teacher_processor, args, [data.train])
-    trained = train(student, teacher, collator, pairing, data.train, args)
+        student, teacher, data.student_processor, data.teacher_processor, data.args,
+        [data.train])
+    trained = train(student, teacher, collator, pairing, data.train, data.args)
     trained.save_pretrained(recipe.output_dir)
     data.student_processor.save_pretrained(recipe.output_dir)
 

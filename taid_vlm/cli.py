@@ -31,6 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def distill_script(default_recipe: str) -> int:
+    """`taid-vlm distill` for a script that brings a recipe of its own."""
+    arguments = sys.argv[1:]
+    named = arguments[:1] and arguments[0].endswith((".yaml", ".yml", "-h", "--help"))
+    return main(["distill", *([] if named else [default_recipe]), *arguments])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="taid-vlm", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class TaidError(ValueError):
@@ -39,3 +40,9 @@ def nearest(name: object, valid: Iterable[str]) -> str:
     match = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean '{match[0]}'?" if match else ""
     return f"{hint} Valid: {', '.join(names)}." if len(names) <= MANY else hint
+
+
+def nearest_sibling(path: Path, pattern: str = "*") -> str:
+    """The same for a path that does not exist: what lies beside it; "" where nothing does."""
+    names = [p.name for p in path.parent.glob(pattern)] if path.parent.is_dir() else []
+    return nearest(path.name, names) if names else ""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -68,6 +69,11 @@ class Moments:
 Table = dict[str, dict[str, Moments]]  # category -> figure -> moments
 
 
+def _figures() -> dict[str, Moments]:
+    """Named, unlike a lambda, so that a Tally can travel between processes."""
+    return defaultdict(Moments)
+
+
 @dataclass(frozen=True)
 class AnswerTotals:
     """One answer's sums over its tokens: what paired comparisons between runs need."""
@@ -83,8 +89,8 @@ class AnswerTotals:
 class Tally:
     """What one process has seen so far; single answers only where `keep_answers`."""
 
-    table: Table = field(default_factory=lambda: defaultdict(lambda: defaultdict(Moments)))
-    dropped: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    table: Table = field(default_factory=lambda: defaultdict(_figures))
+    dropped: Counter[str] = field(default_factory=Counter)
     aligned_tokens: int = 0
     supervised_tokens: int = 0
     keep_answers: bool = False
@@ -94,8 +100,7 @@ class Tally:
         counts = batch["counts"]
         self.aligned_tokens += counts["aligned_tokens"]
         self.supervised_tokens += counts["supervised_tokens"]
-        for reason, number in counts["dropped"].items():
-            self.dropped[reason] += number
+        self.dropped.update(counts["dropped"])
         local = {name: values.double().cpu() for name, values in figures.items()}
         for index in _groups(batch):
             first, category = int(index[0]), batch["categories"][int(index[0])]
@@ -112,8 +117,7 @@ class Tally:
         for category, figures in other.table.items():
             for name, moments in figures.items():
                 self.table[category][name].merge(moments)
-        for reason, number in other.dropped.items():
-            self.dropped[reason] += number
+        self.dropped.update(other.dropped)
         self.aligned_tokens += other.aligned_tokens
         self.supervised_tokens += other.supervised_tokens
         self.answers.extend(other.answers)
@@ -159,22 +163,13 @@ def evaluate_pair(
     tally, was_training = Tally(keep_answers=keep_answers), student.training
     student.eval()
     for batch in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
-        batch = to_device(batch, device)
+        batch = send_to_device(batch, device)
         with autocast():
             s = student_forward(student, batch)
             u = teacher_forward(teacher, batch) if teacher is not None else None
         tally.add(batch, token_figures(batch, s, u, pairing))
     student.train(was_training)
     return tally
-
-
-def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Move the tensors of a batch, nested dicts included."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    return batch
 
 
 def summarise(tally: Tally) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from taid_vlm.adapters import ModelAdapter
 from taid_vlm.models import forward_names, unwrap
-from taid_vlm.records import Record
+from taid_vlm.records import ImageRef, Record
 
 Question = tuple[Record, int]  # a record, and which of its answers is asked for
 
@@ -51,13 +51,7 @@ def generate_answers(
     return answers
 
 
-def _images_before(record: Record, turn: int) -> list:  # type: ignore[type-arg]
+def _images_before(record: Record, turn: int) -> list[ImageRef]:
     """Images of the messages before the `turn`-th answer."""
-    count, answers = 0, 0
-    for message in record.messages:
-        if message.role == "assistant":
-            if answers == turn:
-                break
-            answers += 1
-        count += sum(part is None for part in message.parts)
+    count = sum(part is None for message in record.before(turn) for part in message.parts)
     return list(record.images[:count])

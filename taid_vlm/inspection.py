@@ -6,7 +6,6 @@ from taid_vlm.adapters import EncodedRow, ModelAdapter, make_adapter
 from taid_vlm.alignment import AlignedToken, Pairing, align_alone, pair_models, supervised_positions
 from taid_vlm.collator import DistillationCollator
 from taid_vlm.errors import SampleDropped, TaidError
-from taid_vlm.models import load_config
 from taid_vlm.recipe import Recipe
 from taid_vlm.records import Record
 from taid_vlm.run import Ingredients, gather
@@ -32,9 +31,9 @@ def inspect_recipe(recipe: Recipe, index: int = 0, colour: bool = False) -> str:
         return "\n".join(_side(student, rows["student"], [a.student for a in aligned], colour))
     teacher = make_adapter(ingredients.teacher_processor, "teacher")
     samples = record.answers or [record.text or ""]
-    rows_of = {role: load_config(spec, role).get_text_config().vocab_size
-               for role, spec in (("teacher", recipe.teacher), ("student", recipe.student))}
-    pairing = pair_models(teacher, student, rows_of["teacher"], rows_of["student"], samples)
+    head_rows = {role: config.get_text_config().vocab_size
+                 for role, config in ingredients.configs.items()}
+    pairing = pair_models(teacher, student, head_rows["teacher"], head_rows["student"], samples)
     rows, aligned = _encode(DistillationCollator(student, teacher, pairing), record)
     lines = [f"record    {record.source}", *_verdict(pairing, rows, aligned), ""]
     for adapter in (teacher, student):

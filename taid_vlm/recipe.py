@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from taid_vlm.errors import RecipeError, TaidError, nearest
+from taid_vlm.errors import RecipeError, TaidError, nearest, nearest_sibling
 from taid_vlm.models import DTYPES, ModelSpec
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import DataSource
@@ -32,11 +32,11 @@ from taid_vlm.records import DataSource
 if TYPE_CHECKING:
     from taid_vlm.trainer import DistillationConfig
 
-# TrainingArguments that act in parts of transformers' Trainer which distillation replaces
 WHOLE_NUMBERS = frozenset({"max_steps", "max_length", "save_total_limit", "eval_steps"})
 SHARES_OF_STEPS = frozenset({"logging_steps", "save_steps", "eval_steps", "warmup_steps"})
 AT_LEAST_ONE = frozenset({"per_device_train_batch_size", "per_device_eval_batch_size",
                           "gradient_accumulation_steps"})
+# TrainingArguments that act in parts of transformers' Trainer which distillation replaces
 WITHOUT_EFFECT = frozenset({
     "average_tokens_across_devices", "batch_eval_metrics", "do_eval", "do_predict", "do_train",
     "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
@@ -146,9 +146,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings) if siblings else ""
-        raise RecipeError(f"recipe '{path}' does not exist.{hint}")
+        raise RecipeError(f"recipe '{path}' does not exist.{nearest_sibling(path, '*.y*ml')}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -59,16 +59,17 @@ def write_json(value: Any, path: Path) -> Path:
 def write_text(text: str, path: Path) -> Path:
     """Write through a temporary file in the same folder; raises TaidError."""
     try:
-        return _write_text(text, path)
+        return replace_file(text, path)
     except OSError as error:
         raise TaidError(f"'{path}' could not be written: {error.strerror or error}") from error
 
 
-def _write_text(text: str, path: Path) -> Path:
+def replace_file(text: str, path: Path) -> Path:
+    """The same with the bare OSError: readers see the old file or the new one, nothing else."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from taid_vlm.adapters import Processor, make_adapter
 from taid_vlm.alignment import check_modalities
@@ -25,7 +25,7 @@ from taid_vlm.records import DataSource, Record, Records, StreamedRecords, open_
 from taid_vlm.report import write_report
 from taid_vlm.report.run import run_report
 from taid_vlm.results import SCHEMA, machine, peak_memory, versions, write_json, write_text
-from taid_vlm.trainer import DistillationTrainer
+from taid_vlm.trainer import DistillationConfig, DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ STUDENT_FOLDER = "student"
 class Ingredients:
     """What a recipe names, found and checked, before any weights are loaded."""
 
+    args: DistillationConfig
+    configs: Mapping[str, PretrainedConfig]  # by role
     train: Records | StreamedRecords
     eval: Any
     student_processor: Processor
@@ -62,7 +64,7 @@ def gather(recipe: Recipe) -> Ingredients:
     _refuse_blind(configs, any(_has_images(side) for side in sides))
     student = load_processor(recipe.student, "student")
     teacher = None if recipe.teacher is None else load_processor(recipe.teacher, "teacher")
-    return Ingredients(train, held_out, student, teacher)
+    return Ingredients(args, configs, train, held_out, student, teacher)
 
 
 def distill(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def distill(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         TaidError: anything a user can mend, with nothing half-written left behind.
     """
     ingredients, output = gather(recipe), Path(recipe.output_dir)
-    args = recipe.training_arguments()
+    args = ingredients.args
     checkpoint = _checkpoint(output, resume)
     set_seed(args.seed)
     student = load_model(recipe.student, "student")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ class DistillationTrainer(Trainer):
         self.teacher = None if teacher is None else self._freeze(teacher)
         self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
         self.schedule: TaidSchedule | None = None
-        self.dropped: dict[str, int] = defaultdict(int)  # records left out, by reason
+        self.dropped: Counter[str] = Counter()  # records left out, by reason
         self.cut = 0  # plain texts shortened to max_length
         self._step_sums: dict[str, Tensor] = {}
         self._empty_steps = 0
@@ -196,8 +196,7 @@ class DistillationTrainer(Trainer):
         for name, value in sums.items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.double()
         counts = batch["counts"]
-        for reason, number in counts["dropped"].items():
-            self.dropped[reason] += number
+        self.dropped.update(counts["dropped"])
         self.cut += counts["cut"]
 
     def _logs_this_step(self) -> bool:
@@ -265,17 +264,13 @@ class DistillationTrainer(Trainer):
             autocast=self.accelerator.autocast,
         )
         merged = Tally()
-        for part in gather_object([_picklable(tally)]):
+        for part in gather_object([tally]):
             merged.merge(part)
         return summarise(merged)
 
     def all_dropped(self) -> dict[str, int]:
         """Training records left out so far, by reason, over all processes."""
-        total: dict[str, int] = defaultdict(int)
-        for part in gather_object([dict(self.dropped)]):
-            for reason, number in part.items():
-                total[reason] += number
-        return dict(total)
+        return dict(sum(gather_object([self.dropped]), Counter()))
 
     # ----- checkpoints ----------------------------------------------------------------------
 
@@ -432,13 +427,12 @@ def _first_records(dataset: Any) -> list[Record]:
 
 def _refuse_empty(collator: DistillationCollator, probed: Sequence[Record]) -> None:
     """Training on nothing must not start: some of the first records have to be usable."""
-    reasons: dict[str, int] = defaultdict(int)
+    reasons: Counter[str] = Counter()
     for record in probed:
         batch = collator([record])
         if len(batch["labels"]):
             return
-        for reason, number in batch["counts"]["dropped"].items():
-            reasons[reason] += number
+        reasons.update(batch["counts"]["dropped"])
     if probed:
         told = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
         raise TaidError(f"none of the first {len(probed)} records can be used: {told}.")
@@ -461,9 +455,3 @@ def _resolve(
         return model, processor
     spec = ModelSpec(model, init_kwargs=dict(init_kwargs or {}))
     return load_model(spec, role), processor or load_processor(spec, role)
-
-
-def _picklable(tally: Tally) -> Tally:
-    """Without the default factories, which cannot travel between processes."""
-    table: Any = {category: dict(figures) for category, figures in tally.table.items()}
-    return replace(tally, table=table, dropped=dict(tally.dropped))

@@ -344,7 +344,7 @@ def test_a_failed_replacement_leaves_no_draft(
     def fail(*_: object) -> None:
         raise OSError("disk")
 
-    monkeypatch.setattr(page.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk"):
         write_report(full_report(), tmp_path / "report.html")
     assert os.listdir(tmp_path) == []

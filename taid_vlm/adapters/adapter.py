@@ -163,7 +163,7 @@ class ModelAdapter:
         kept = (t.end for t in answer.tokens if t.position - row.offset < self.max_length)
         whole = rendered.text[span.start : span.end].encode()
         text = whole[: max(kept, default=0)].decode(errors="ignore")
-        bos = (self.tokenizer.bos_token or "") if self._adds_bos else ""
+        bos = self._added_bos
         return Rendered(bos + text, (TextSpan(len(bos), len(bos) + len(text), 0, True),))
 
     def _with_special(self, rendered: Rendered, ends: bool = False) -> Rendered:
@@ -183,8 +183,7 @@ class ModelAdapter:
         return [self._written_out(item) if item.add_special else item for item in rendered], False
 
     def _written_out(self, rendered: Rendered) -> Rendered:
-        bos = (self.tokenizer.bos_token or "") if self._adds_bos else ""
-        eos = (self.tokenizer.eos_token or "") if self._adds_eos else ""
+        bos, eos = self._added_bos, (self.tokenizer.eos_token or "") if self._adds_eos else ""
         spans = tuple(TextSpan(s.start + len(bos), s.end + len(bos), s.turn, s.is_answer)
                       for s in rendered.spans)
         return Rendered(bos + rendered.text + eos, spans)
@@ -193,6 +192,11 @@ class ModelAdapter:
     def _adds_bos(self) -> bool:
         ids = self.tokenizer("a")["input_ids"]
         return self.tokenizer.bos_token_id is not None and ids[0] == self.tokenizer.bos_token_id
+
+    @property
+    def _added_bos(self) -> str:
+        """What the tokenizer puts before a text by itself, as text."""
+        return (self.tokenizer.bos_token or "") if self._adds_bos else ""
 
     @cached_property
     def _adds_eos(self) -> bool:
@@ -243,8 +247,7 @@ class ModelAdapter:
             prompt = Rendered(text, (), add_special=self._adds_bos)
         if not (prompt.add_special and self._adds_eos):
             return prompt
-        bos = (self.tokenizer.bos_token or "") if self._adds_bos else ""
-        return Rendered(bos + text, ())  # an EOS would end what is to be continued
+        return Rendered(self._added_bos + text, ())  # an EOS would end what is to be continued
 
     def _process(
         self, texts: list[str], images: Sequence[Sequence[Image.Image]], padding_side: Side,
@@ -272,8 +275,8 @@ class ModelAdapter:
         self, span: TextSpan, start: int, end: int, ids: list[int], offset: int,
         byte_spans: list[tuple[int, int]], data: bytes,
     ) -> AnswerSpan:
-        first = bisect.bisect_right([b for _, b in byte_spans], start)
-        tokens, index = [], first
+        index = bisect.bisect_right(byte_spans, start, key=lambda covered: covered[1])
+        tokens = []
         while index < len(ids) and byte_spans[index][0] < end:
             a, b = byte_spans[index]
             if b > a:
@@ -306,10 +309,11 @@ class ModelAdapter:
         """The special token this model ends an answer with."""
         if self.form is None:
             return self.tokenizer.eos_token_id
-        for row in filter(None, map(self.probe, PROBE_WORDS)):
-            position = row.answers[0].end_of_turn
-            return None if position is None else row.ids[position - row.offset]
-        return self.tokenizer.eos_token_id
+        row = next(filter(None, map(self.probe, PROBE_WORDS)), None)
+        if row is None:
+            return self.tokenizer.eos_token_id
+        position = row.answers[0].end_of_turn
+        return None if position is None else row.ids[position - row.offset]
 
     def probe(self, answer: str) -> EncodedRow | None:
         """A small conversation in this model's tokens, to read its conventions off.

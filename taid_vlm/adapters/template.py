@@ -103,12 +103,8 @@ def render_prompt(
     processor: Processor, record: Record, turn: int, form: ContentForm
 ) -> str:
     """The conversation up to the assistant's `turn`-th answer, ready to be continued."""
-    messages, answers = [], 0
-    for message in record.messages:
-        if message.role == "assistant":
-            if answers == turn:
-                break
-            answers += 1
+    messages = []
+    for message in record.before(turn):
         answer = message.role == "assistant"
         parts: list[str | None] = [message.text.strip()] if answer else list(message.parts)
         messages.append(_message(message.role, parts, form))

@@ -82,7 +82,7 @@ def run_arm(job: Job) -> dict[str, Any]:
     assert recipe.teacher is not None
     trainer = DistillationTrainer(
         load_model(recipe.student, "student"), load_model(recipe.teacher, "teacher"),
-        recipe.training_arguments(), ingredients.train, ingredients.eval,
+        ingredients.args, ingredients.train, ingredients.eval,
         ingredients.student_processor, ingredients.teacher_processor)
     if job.arm in OBJECTIVES:
         trainer.train()

@@ -77,6 +77,11 @@ class Record:
         """The assistant's texts."""
         return [message.text.strip() for message in self.messages if message.role == "assistant"]
 
+    def before(self, turn: int) -> list[Message]:
+        """The messages that stand before the `turn`-th assistant answer."""
+        answers = [i for i, message in enumerate(self.messages) if message.role == "assistant"]
+        return list(self.messages[: answers[turn]] if turn < len(answers) else self.messages)
+
     def category(self, turn: int) -> str:
         """Category of the `turn`-th assistant answer, "" where none is known."""
         if not self.categories:

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch.utils.data
 
-from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest
+from taid_vlm.errors import (
+    RecordError,
+    SampleDropped,
+    TaidError,
+    nearest,
+    nearest_sibling,
+)
 from taid_vlm.records.record import Record, parse_record
 
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -213,8 +219,7 @@ def _split(parts: Mapping[str, Any], source: DataSource) -> Any:
 
 def _open_hub(path: Path, source: DataSource) -> Records | StreamedRecords:
     if path.suffix in _FILE_TYPES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
-        siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings) if siblings else f" No folder {path.parent}."
+        hint = nearest_sibling(path) or f" No folder {path.parent}."
         raise TaidError(f"data: '{source.path}' does not exist.{hint}")
     import datasets
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from taid_vlm.report import charts, judge, palette
 from taid_vlm.report.data import Column, Curve, Example, Figure, Report, Row, Section, Table
 from taid_vlm.report.palette import Style
+from taid_vlm.results import replace_file
 
 TEMPLATES = Path(__file__).with_name("templates")
 MISSING = "\u2013"  # en dash
@@ -75,16 +75,7 @@ def render(report: Report) -> str:
 
 def write_report(report: Report, path: Path) -> Path:
     """Write the page to ``path`` in one step: readers see the old page or the new one."""
-    html = render(report)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(html, encoding="utf-8", newline="\n")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
+    return replace_file(render(report), Path(path))
 
 
 def _environment() -> Environment:

@@ -111,16 +111,9 @@ def png(image: Any) -> bytes:
 
 
 def _question(record: Any, turn: int) -> str:
-    """The user's words before the `turn`-th answer."""
-    asked, answers = "", 0
-    for message in record.messages:
-        if message.role == "assistant":
-            if answers == turn:
-                break
-            answers += 1
-        elif message.role == "user":
-            asked = message.text.strip()
-    return asked
+    """The user's last words before the `turn`-th answer."""
+    asked = [message for message in record.before(turn) if message.role == "user"]
+    return asked[-1].text.strip() if asked else ""
 
 
 def _summary(results: dict[str, Any]) -> list[str]:
