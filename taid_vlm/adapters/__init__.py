@@ -2,17 +2,15 @@
 
 from taid_vlm.adapters.adapter import (
     PROBE_WORDS,
-    AnswerSpan,
-    AnswerToken,
-    EncodedBatch,
-    EncodedRow,
     ImageTextAdapter,
     ModelAdapter,
     Side,
     TextAdapter,
     check_spelled,
-    make_adapter,
 )
+from taid_vlm.adapters.encoded import AnswerSpan, AnswerToken, EncodedBatch, EncodedRow
+from taid_vlm.adapters.families import make_adapter
+from taid_vlm.adapters.grids import GlobalViews, View
 from taid_vlm.adapters.template import Processor, Rendered, Supervise
 from taid_vlm.adapters.tokens import TokenTable
 
@@ -22,6 +20,7 @@ __all__ = [
     "AnswerToken",
     "EncodedBatch",
     "EncodedRow",
+    "GlobalViews",
     "ImageTextAdapter",
     "ModelAdapter",
     "Processor",
@@ -30,6 +29,7 @@ __all__ = [
     "Supervise",
     "TextAdapter",
     "TokenTable",
+    "View",
     "check_spelled",
     "make_adapter",
 ]

@@ -1,24 +1,33 @@
 """Modality adapters: how one model sees a record, and where the answer's tokens are in it.
 
 Two implementations of one interface: `TextAdapter` for any causal LM, `ImageTextAdapter` for any
-model with a transformers processor. Both give padded model inputs and, for every row, the byte
-span of each supervised token relative to its answer, which is all that alignment needs.
+model with a transformers processor (`families.py` has the exceptions). Both give padded model
+inputs and, for every row, the byte span of each supervised token relative to its answer, which is
+all that alignment needs.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
+from taid_vlm.adapters.encoded import (
+    AnswerSpan,
+    AnswerToken,
+    EncodedBatch,
+    EncodedRow,
+    byte_index,
+    expand,
+)
 from taid_vlm.adapters.template import (
+    THOUGHT,
     ContentForm,
     Processor,
     Rendered,
@@ -36,57 +45,6 @@ from taid_vlm.records import Message, Record
 Side = Literal["left", "right"]
 # whether a template's space is glued to an answer depends on the word having such a token
 PROBE_WORDS = ("yes", "The", "the", "a", "is", "in", "It", "A")
-
-
-@dataclass(frozen=True)
-class AnswerToken:
-    """One token of a supervised text.
-
-    position: index in the padded row (the predicting position is the one before).
-    start, end: bytes of the answer it covers, relative to the answer's start.
-    prefix, suffix: bytes of template text glued to it before or after the answer.
-    """
-
-    position: int
-    start: int
-    end: int
-    prefix: bytes = b""
-    suffix: bytes = b""
-
-
-@dataclass(frozen=True)
-class AnswerSpan:
-    """One supervised text as this model's tokens.
-
-    end_of_turn: position of the special token that closes it, or None; `tail` are the template's
-        bytes between the two.
-    """
-
-    turn: int
-    is_answer: bool
-    tokens: tuple[AnswerToken, ...]
-    end_of_turn: int | None
-    tail: bytes = b""
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """One record in one model's tokens, without padding; `offset` is the padding on its left."""
-
-    ids: list[int]
-    offset: int
-    text: str
-    byte_spans: list[tuple[int, int]]
-    answers: tuple[AnswerSpan, ...]
-    images: tuple[tuple[int, int], ...]  # byte spans of the expanded images
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """Padded inputs of one model, and its rows."""
-
-    inputs: dict[str, Tensor]
-    rows: list[EncodedRow]
 
 
 class ModelAdapter:
@@ -112,6 +70,7 @@ class ModelAdapter:
             self.tokenizer.pad_token = self.tokenizer.eos_token or "<pad>"
         self.table: TokenTable = token_table(self.tokenizer)
         self.form: ContentForm | None = None
+        self._openings: dict[bool, tuple[str, str]] = {}
         if has_chat_template(processor):
             self.form = content_form(processor, self.prefer, role)
 
@@ -220,8 +179,7 @@ class ModelAdapter:
             AlignmentError: a row whose tokens do not spell its text.
         """
         rendered, add_special = self._alike(rendered)
-        texts = [item.text for item in rendered]
-        inputs, replacements = self._process(texts, images, padding_side, add_special)
+        inputs, replacements = self._process(rendered, images, padding_side, add_special)
         mask = inputs["attention_mask"].bool()
         rows = []
         for index, item in enumerate(rendered):
@@ -236,11 +194,13 @@ class ModelAdapter:
         """Left-padded inputs of conversations cut before their `turn`-th answer."""
         rendered = [self._prompt(record, turn) for record, turn in records]
         alike, add_special = self._alike(rendered)
-        return self._process([item.text for item in alike], images, "left", add_special)[0]
+        return self._process(alike, images, "left", add_special)[0]
 
     def _prompt(self, record: Record, turn: int) -> Rendered:
         if self.form is not None:
-            text = render_prompt(self.processor, record, turn, self.form)
+            thinks = any(THOUGHT.match(answer) for answer in record.answers[turn : turn + 1])
+            asked = render_prompt(self.processor, record, turn, self.form)
+            text = self._as_learned(asked, thinks)
             prompt = self._after_template(Rendered(text, ()))
         else:
             text = record.messages[0].text if record.messages else ""
@@ -249,9 +209,37 @@ class ModelAdapter:
             return prompt
         return Rendered(self._added_bos + text, ())  # an EOS would end what is to be continued
 
+    def _as_learned(self, prompt: str, thinks: bool) -> str:
+        """The prompt ending as the text does that answers are learned after."""
+        if thinks not in self._openings:
+            self._openings[thinks] = self._opening(thinks)
+        asked, learned = self._openings[thinks]
+        return prompt.removesuffix(asked) + learned if prompt.endswith(asked) else prompt
+
+    def _opening(self, thinks: bool) -> tuple[str, str]:
+        """Where the generation prompt is not what stands before an answer in a conversation: the
+        two endings that differ.
+
+        Qwen3 prints an empty thought before an answer without one and none in its prompt, Gemma 4
+        does the reverse, LLaVA-OneVision has a space more. Whitespace that only the answer's first
+        token can hold ("Assistant:", " The") stays with the answer.
+        """
+        assert self.form is not None
+        word = PROBE_WORDS[0]
+        answer = f"<think>\n{word}\n</think>\n\n{word}" if thinks else word
+        record = Record("probe", (Message("user", (word,)), Message("assistant", (answer,))))
+        asked = render_prompt(self.processor, record, 0, self.form)
+        rendered = render(self.processor, record, self.form)
+        learned = rendered.text[: rendered.spans[0].start]
+        if learned.startswith(asked) and not learned[len(asked) :].strip():
+            return "", ""
+        pairs = enumerate(zip(asked, learned, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(asked), len(learned)))
+        return asked[shared:], learned[shared:]
+
     def _process(
-        self, texts: list[str], images: Sequence[Sequence[Image.Image]], padding_side: Side,
-        add_special: bool,
+        self, rendered: Sequence[Rendered], images: Sequence[Sequence[Image.Image]],
+        padding_side: Side, add_special: bool,
     ) -> tuple[dict[str, Tensor], list[list[dict[str, Any]]]]:
         """Padded inputs, and per row the image expansions ({span, new_span, replacement})."""
         raise NotImplementedError
@@ -259,8 +247,8 @@ class ModelAdapter:
     def _row(
         self, rendered: Rendered, ids: list[int], offset: int, expansions: list[dict[str, Any]]
     ) -> EncodedRow:
-        text, shift = _expand(rendered.text, expansions)
-        to_byte = _byte_index(text)
+        text, shift = expand(rendered.text, expansions)
+        to_byte = byte_index(text)
         byte_spans = tile(self.table, ids, text)
         data = text.encode()
         answers = tuple(
@@ -275,16 +263,17 @@ class ModelAdapter:
         self, span: TextSpan, start: int, end: int, ids: list[int], offset: int,
         byte_spans: list[tuple[int, int]], data: bytes,
     ) -> AnswerSpan:
-        index = bisect.bisect_right(byte_spans, start, key=lambda covered: covered[1])
+        first = bisect.bisect_right(byte_spans, start, key=lambda covered: covered[1])
+        index = self._head_start(first, start, ids, byte_spans) if span.is_answer else first
         tokens = []
         while index < len(ids) and byte_spans[index][0] < end:
             a, b = byte_spans[index]
-            if b > a:
+            if b > a or index < first:
                 if self.table.text[ids[index]] is None:
                     raise SampleDropped("special token inside an answer", repr(data[a:b]))
                 tokens.append(AnswerToken(
-                    index + offset, max(a, start) - start, min(b, end) - start,
-                    prefix=data[a:start], suffix=data[end:b],
+                    index + offset, max(a - start, 0), max(min(b, end) - start, 0),
+                    prefix=data[a : min(b, start)], suffix=data[end:b],
                 ))
             index += 1
         ends_at = self._end_of_turn(ids, index) if span.is_answer else None
@@ -292,6 +281,34 @@ class ModelAdapter:
             return AnswerSpan(span.turn, span.is_answer, tuple(tokens), None)
         tail = data[end : max(end, byte_spans[ends_at][0])]
         return AnswerSpan(span.turn, True, tuple(tokens), ends_at + offset, tail)
+
+    def _head_start(
+        self, index: int, start: int, ids: list[int], byte_spans: list[tuple[int, int]]
+    ) -> int:
+        """Index of the first token that has to be generated for an answer.
+
+        Space that the template puts between prompt and answer, or that the tokenizer puts in front
+        of a word, can be a token of its own ("Assistant:", " ", "21").
+        """
+        while index > 0:
+            a, b = byte_spans[index - 1]
+            token = self.table.text[ids[index - 1]]
+            if token is None or token.strip() or not start - self._head <= a <= b <= start:
+                break
+            index -= 1
+        return index
+
+    @cached_property
+    def _head(self) -> int:
+        """Bytes of whitespace between the generation prompt and an answer."""
+        if self.form is None:
+            return 0
+        word = PROBE_WORDS[0]
+        record = Record("probe", (Message("user", (word,)), Message("assistant", (word,))))
+        asked = render_prompt(self.processor, record, 0, self.form)
+        rendered = render(self.processor, record, self.form)
+        head = rendered.text[: rendered.spans[0].start].removeprefix(asked)
+        return 0 if head.strip() else len(head.encode())
 
     def _end_of_turn(self, ids: list[int], index: int) -> int | None:
         """The special token that closes the answer; spaces may stand before it."""
@@ -331,12 +348,25 @@ class ModelAdapter:
 class TextAdapter(ModelAdapter):
     """Any causal language model with its tokenizer."""
 
-    def _process(self, texts, images, padding_side, add_special):  # type: ignore[no-untyped-def]
+    def encode(
+        self,
+        rendered: Sequence[Rendered],
+        images: Sequence[Sequence[Image.Image]],
+        padding_side: Side = "right",
+    ) -> EncodedBatch:
+        """As everywhere; left padding must not move learned positions (GPT-2 counts it in)."""
+        batch = super().encode(rendered, images, padding_side)
+        if padding_side == "left":
+            counted = batch.inputs["attention_mask"].cumsum(-1) - 1
+            batch.inputs["position_ids"] = counted.clamp(min=0)
+        return batch
+
+    def _process(self, rendered, images, padding_side, add_special):  # type: ignore[no-untyped-def]
         encoded = self.tokenizer(
-            texts, padding=True, padding_side=padding_side, return_tensors="pt",
-            add_special_tokens=add_special,
+            [item.text for item in rendered], padding=True, padding_side=padding_side,
+            return_tensors="pt", add_special_tokens=add_special,
         )
-        return dict(encoded), [[] for _ in texts]
+        return dict(encoded), [[] for _ in rendered]
 
 
 class ImageTextAdapter(ModelAdapter):
@@ -344,6 +374,7 @@ class ImageTextAdapter(ModelAdapter):
 
     prefer: ContentForm = "parts"
     sees_images = True
+    return_tensors: str | None = "pt"
 
     def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
         super().__init__(processor, role, max_length)
@@ -359,15 +390,19 @@ class ImageTextAdapter(ModelAdapter):
         bos = self.tokenizer.bos_token
         return rendered if bos and rendered.text.startswith(bos) else self._with_special(rendered)
 
-    def _process(self, texts, images, padding_side, add_special):  # type: ignore[no-untyped-def]
+    def _process(self, rendered, images, padding_side, add_special):  # type: ignore[no-untyped-def]
         given = [list(row) for row in images] if any(images) else None
         with _recorded_expansions(self.processor) as expansions:
             encoded = self.processor(
-                text=list(texts), images=given, padding=True, padding_side=padding_side,
-                add_special_tokens=add_special, return_tensors="pt", return_mm_token_type_ids=True,
+                text=[item.text for item in rendered], images=given, padding=True,
+                padding_side=padding_side, add_special_tokens=add_special,
+                return_tensors=self.return_tensors, return_mm_token_type_ids=True,
             )
-        inputs = {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
-        return inputs, expansions or [[] for _ in texts]
+        return self._tensors(encoded), expansions or [[] for _ in rendered]
+
+    def _tensors(self, encoded: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the processor gave, without what is no tensor."""
+        return {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
 
 
 @contextlib.contextmanager
@@ -389,37 +424,6 @@ def _recorded_expansions(processor: Any) -> Iterator[list[list[dict[str, Any]]]]
         yield recorded
     finally:
         del processor.get_text_with_replacements
-
-
-def make_adapter(processor: Processor, role: str, max_length: int | None = None) -> ModelAdapter:
-    """TextAdapter for a tokenizer, ImageTextAdapter for a processor."""
-    if isinstance(processor, PreTrainedTokenizerBase):
-        return TextAdapter(processor, role, max_length)
-    if isinstance(processor, ProcessorMixin) and hasattr(processor, "tokenizer"):
-        return ImageTextAdapter(processor, role, max_length)
-    raise TaidError(
-        f"{role}: {type(processor).__name__} is neither a tokenizer nor a processor with one."
-    )
-
-
-def _expand(text: str, expansions: list[dict[str, Any]]):  # type: ignore[no-untyped-def]
-    """The text after image expansion, and a function from old to new character offsets."""
-    ends = [e["span"][1] for e in expansions]
-    gains = [0, *(e["new_span"][1] - e["span"][1] for e in expansions)]
-    for e in reversed(expansions):
-        text = text[: e["span"][0]] + e["replacement"] + text[e["span"][1] :]
-    return text, lambda offset: offset + gains[bisect.bisect_right(ends, offset)]
-
-
-def _byte_index(text: str) -> list[int]:
-    """Byte offset of every character, and of the end."""
-    if text.isascii():
-        return list(range(len(text) + 1))
-    offsets, total = [0], 0
-    for character in text:
-        total += len(character.encode())
-        offsets.append(total)
-    return offsets
 
 
 def check_spelled(adapter: ModelAdapter, text: str) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ Supervise = Literal["answers", "all"]
 ContentForm = Literal["parts", "string"]
 
 OPEN, CLOSE = "\ue000", "\ue001"
+THOUGHT = re.compile(r"<think>\n(?=.*</think>)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def render(
     messages = [_message(m.role, parts, form)
                 for m, parts in zip(record.messages, marked, strict=True)]
     raw = apply_template(processor, messages, record.source)
-    owners = [(message.role == "assistant", part[part.index(OPEN) + 1 : part.index(CLOSE)])
+    owners = [_owner(message.role == "assistant", part)
               for message, parts in zip(record.messages, marked, strict=True)
               for part in parts if part is not None and OPEN in part]
     return _unmark(raw, owners, record.source)
@@ -122,10 +123,19 @@ def apply_template(
 
 def _marked(message: Any, supervise: Supervise) -> list[str | None]:
     if message.role == "assistant":
-        return [OPEN + message.text.strip() + CLOSE]
+        answer = message.text.strip()
+        thought = THOUGHT.match(answer)  # a template that takes thoughts apart drops what is before
+        start = thought.end() if thought else 0
+        return [answer[:start] + OPEN + answer[start:] + CLOSE]
     if supervise == "answers":
         return list(message.parts)
     return [_around(part) if part and part.strip() else part for part in message.parts]
+
+
+def _owner(is_answer: bool, part: str) -> tuple[bool, str, str]:
+    """Whose text is marked: what belongs to it before the mark, and after."""
+    before, after = part.split(OPEN)
+    return is_answer, before if is_answer else "", after[: after.index(CLOSE)]
 
 
 def _around(part: str) -> str:
@@ -143,7 +153,7 @@ def _message(role: str, parts: list[str | None], form: ContentForm) -> dict[str,
     return {"role": role, "content": content}
 
 
-def _unmark(raw: str, owners: list[tuple[bool, str]], source: str) -> Rendered:
+def _unmark(raw: str, owners: list[tuple[bool, str, str]], source: str) -> Rendered:
     pieces: list[str] = []
     spans: list[TextSpan] = []
     length, start, turn = 0, 0, -1
@@ -151,14 +161,15 @@ def _unmark(raw: str, owners: list[tuple[bool, str]], source: str) -> Rendered:
         if piece == OPEN:
             start = length
         elif piece == CLOSE:
-            is_answer = owners[len(spans)][0] if len(spans) < len(owners) else False
+            is_answer, before, _ = owners[len(spans)] if len(spans) < len(owners) else (
+                False, "", "")
             turn += is_answer
-            spans.append(TextSpan(start, length, max(turn, 0), is_answer))
+            spans.append(TextSpan(start - len(before), length, max(turn, 0), is_answer))
         else:
             pieces.append(piece)
             length += len(piece)
     text = "".join(pieces)
-    if [text[span.start : span.end] for span in spans] != [text for _, text in owners]:
+    if [text[span.start : span.end] for span in spans] != [a + b for _, a, b in owners]:
         raise AlignmentError(
             f"{source}: the chat template changes or drops part of an answer, so the answer's "
             "tokens cannot be found; use a template that prints answers as they are."

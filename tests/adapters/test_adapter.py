@@ -22,8 +22,8 @@ from adapters.samples import (
     with_eos,
 )
 from torch import Tensor
-from zoo import TEXT_FAMILIES, VLM_FAMILIES, build
-from zoo.tokenizers import END_OF_TURN, SPECS
+from zoo import CORE_FAMILIES, CORE_TEXT_FAMILIES, build
+from zoo.specs import END_OF_TURN, SPECS
 
 from taid_vlm.adapters import (
     AnswerSpan,
@@ -36,19 +36,17 @@ from taid_vlm.adapters import (
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.records import Record, parse_record
 
-TEMPLATED = tuple(f for f in TEXT_FAMILIES if f != "gpt2")
-FAMILIES = VLM_FAMILIES + TEMPLATED
+TEMPLATED = tuple(f for f in CORE_TEXT_FAMILIES if f != "gpt2")
+FAMILIES = CORE_FAMILIES + TEMPLATED
 SIDES: tuple[Side, ...] = ("left", "right")
 BOTH = pytest.mark.parametrize("side", SIDES)
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 Inputs = dict[str, Tensor]
 GLUE = {"smolvlm": b" ", "idefics3": b" "}  # "Assistant: X"
-CHUNKS = pytest.mark.xfail(
-    strict=True, reason="needs chunk alignment (different segmentation)")
 
 
 def kinds(family: str) -> tuple[str, ...]:
-    return (*KINDS, "talk") if family in VLM_FAMILIES else TEXT_KINDS
+    return (*KINDS, "talk") if family in CORE_FAMILIES else TEXT_KINDS
 
 
 @cache
@@ -105,11 +103,7 @@ def test_only_the_first_token_is_glued_and_only_where_the_template_says(family: 
 
 @pytest.mark.parametrize("family", [*FAMILIES])
 @pytest.mark.parametrize("answer", ["The square", pytest.param("21 cats", id="number")])
-def test_all_that_must_be_generated_is_learned(
-    family: str, answer: str, request: pytest.FixtureRequest
-) -> None:
-    if family in GLUE and answer.startswith("21"):
-        request.applymarker(CHUNKS)
+def test_all_that_must_be_generated_is_learned(family: str, answer: str) -> None:
     model, item = adapter(family), talk("How many?", answer)
     prompt = model.encode_prompts([(item, 0)], [[]])["input_ids"][0].tolist()
     (row,) = encode(model, [item]).rows
@@ -179,7 +173,7 @@ IMAGE_TOKENS: dict[str, Callable[[Inputs], int]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", VLM_FAMILIES)
+@pytest.mark.parametrize("family", CORE_FAMILIES)
 def test_image_spans_hold_the_image_tokens(family: str, kind: str) -> None:
     config = built(family).model.config
     image = getattr(config, "image_token_id", None) or config.image_token_index
@@ -197,7 +191,7 @@ def test_image_spans_hold_the_image_tokens(family: str, kind: str) -> None:
 
 
 def own_ids(family: str, kind: str, turns: int | None = None) -> list[int]:
-    processor, vision = built(family).processor, family in VLM_FAMILIES
+    processor, vision = built(family).processor, family in CORE_FAMILIES
     encoded = processor.apply_chat_template(
         chat(kind, vision, turns), tokenize=True, return_dict=True,
         add_generation_prompt=turns is not None)
@@ -215,7 +209,7 @@ def test_ids_are_those_of_the_processor(family: str) -> None:
             assert row.ids.count(bos) == 1
 
 
-@pytest.mark.parametrize("family", VLM_FAMILIES)
+@pytest.mark.parametrize("family", CORE_FAMILIES)
 def test_image_tensors_are_those_of_the_processor(family: str) -> None:
     own = built(family).processor.apply_chat_template(
         chat("two images", True), tokenize=True, return_dict=True, return_tensors="pt")
@@ -239,7 +233,7 @@ def test_prompts_are_left_padded_and_the_processors(family: str) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("family", [*VLM_FAMILIES, *TEXT_FAMILIES])
+@pytest.mark.parametrize("family", [*CORE_FAMILIES, *CORE_TEXT_FAMILIES])
 def test_plain_texts_are_learned_whole_and_end(family: str, side: Side) -> None:
     tokenizer, text = built(family).tokenizer, "The picture: 图片 🐈"
     row, longer = encode(adapter(family), [parse_record({"text": text}, "a"),
@@ -273,7 +267,6 @@ def test_bos_changes_no_other_token(scheme: str) -> None:
     assert row.ids == [*tokenizer("The")["input_ids"], tokenizer.eos_token_id]
 
 
-@CHUNKS
 def test_virtual_space_that_is_a_token_is_learned() -> None:
     """No merge with the prepended space: it is a token without bytes, but must be generated."""
     model = make_adapter(metaspace("always"), "student")
@@ -375,7 +368,7 @@ def test_base_model_drops_empty_answers() -> None:
 # ----- what an adapter refuses -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", TEXT_FAMILIES)
+@pytest.mark.parametrize("family", CORE_TEXT_FAMILIES)
 def test_text_models_refuse_images(family: str) -> None:
     with pytest.raises(TaidError, match="cannot see it"):
         adapter(family).render(record("image"))

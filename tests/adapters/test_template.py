@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 from adapters.samples import KINDS, TEXT_KINDS, answers, built, chat, record, talk
 from transformers import PreTrainedTokenizerBase
-from zoo import TEXT_FAMILIES, VLM_FAMILIES, make_tokenizer
+from zoo import CORE_FAMILIES, CORE_TEXT_FAMILIES, make_tokenizer
 
 from taid_vlm.adapters import make_adapter
 from taid_vlm.adapters.template import CLOSE, OPEN, content_form, render, render_prompt
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Record, parse_record
 
-TEMPLATED = tuple(f for f in TEXT_FAMILIES if f != "gpt2")
-CASES = [(f, kind) for f in VLM_FAMILIES for kind in (*KINDS, "talk")]
+TEMPLATED = tuple(f for f in CORE_TEXT_FAMILIES if f != "gpt2")
+CASES = [(f, kind) for f in CORE_FAMILIES for kind in (*KINDS, "talk")]
 CASES += [(f, kind) for f in TEMPLATED for kind in TEXT_KINDS]
 
 
 def form_of(family: str) -> Any:
-    return "parts" if family in VLM_FAMILIES else "string"
+    return "parts" if family in CORE_FAMILIES else "string"
 
 
 def with_template(content: str, between: str = "|") -> PreTrainedTokenizerBase:
@@ -60,7 +60,7 @@ def test_prompts_are_how_training_texts_begin(family: str, kind: str) -> None:
             before, tokenize=False, add_generation_prompt=True)
 
 
-@pytest.mark.parametrize("family", [*VLM_FAMILIES, *TEMPLATED])
+@pytest.mark.parametrize("family", [*CORE_FAMILIES, *TEMPLATED])
 def test_space_around_answers_is_not_learned(family: str) -> None:
     rendered = render(processor(family), talk("a", "\n  so it is \n", "b", " no "),
                       form_of(family))
@@ -69,14 +69,14 @@ def test_space_around_answers_is_not_learned(family: str) -> None:
     assert [rendered.text[s.start : s.end] for s in rendered.spans] == ["so it is", "no"]
 
 
-@pytest.mark.parametrize("family", [*VLM_FAMILIES, *TEMPLATED])
+@pytest.mark.parametrize("family", [*CORE_FAMILIES, *TEMPLATED])
 def test_prompts_hold_earlier_answers_as_training_does(family: str) -> None:
     spaced = talk("a", " so it is\n", "b", "no")
     whole = render(processor(family), spaced, form_of(family))
     assert whole.text.startswith(render_prompt(processor(family), spaced, 1, form_of(family)))
 
 
-@pytest.mark.parametrize("family", [*VLM_FAMILIES, *TEMPLATED])
+@pytest.mark.parametrize("family", [*CORE_FAMILIES, *TEMPLATED])
 def test_supervise_all_marks_every_text(family: str) -> None:
     rendered = render(processor(family), record("talk"), form_of(family), "all")
     texts = [m["content"] for m in chat("talk", typed=False)]
@@ -86,7 +86,7 @@ def test_supervise_all_marks_every_text(family: str) -> None:
     assert rendered.text == render(processor(family), record("talk"), form_of(family)).text
 
 
-@pytest.mark.parametrize("family", VLM_FAMILIES)
+@pytest.mark.parametrize("family", CORE_FAMILIES)
 def test_supervise_all_leaves_images_alone(family: str) -> None:
     rendered = render(processor(family), record("two images"), "parts", "all")
     shown = [rendered.text[s.start : s.end] for s in rendered.spans]
@@ -94,7 +94,7 @@ def test_supervise_all_leaves_images_alone(family: str) -> None:
     assert rendered.text == render(processor(family), record("two images"), "parts").text
 
 
-@pytest.mark.parametrize("family", [*VLM_FAMILIES, *TEMPLATED])
+@pytest.mark.parametrize("family", [*CORE_FAMILIES, *TEMPLATED])
 def test_supervise_all_renders_the_same_text(family: str) -> None:
     spaced = talk("  Is it? \n", "Yes")
     texts = {render(processor(family), spaced, form_of(family), s).text

@@ -29,7 +29,7 @@ from taid_vlm.errors import AlignmentError
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 EXACT = ("byte level", "gpt2 split", "bpe first", "bpe always", "bpe never", "bpe normalizer",
-         "unigram bytes")
+         "unigram bytes", "zoo metaspace", "zoo unigram")
 ALPHABET = "aeinst TRpic.,:\n\t 0123é图片🐈ß▄\u0301\u200d"
 
 
@@ -88,6 +88,8 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
 def tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name in ("byte level", "gpt2 split"):  # the second does not normalise
         return make_tokenizer("gpt2", "plain" if name == "byte level" else "other")
+    if name.startswith("zoo"):
+        return make_tokenizer("gpt2", name.split()[1])
     if name.startswith("unigram"):
         return wrap(unigram(fallback=name.endswith("bytes")))
     return wrap(bpe(name.split()[1]))

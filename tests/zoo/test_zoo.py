@@ -18,11 +18,30 @@ from transformers import (
     AutoTokenizer,
 )
 
-from . import TEXT_FAMILIES, VLM_FAMILIES, Built, build, make_tokenizer, save
+from . import (
+    CORE_FAMILIES,
+    TEXT_FAMILIES,
+    VLM_FAMILIES,
+    Built,
+    build,
+    make_tokenizer,
+    save,
+)
 from .images import image
+from .specs import SPECS
 from .tokenizers import VARIANTS
 
 FAMILIES = VLM_FAMILIES + TEXT_FAMILIES
+# Not with their processors alone: PaliGemma's has no template and refuses texts without an image,
+# PerceptionLM's cannot stack images of unequal numbers of tiles.
+NEED_AN_ADAPTER = ("paligemma", "perception_lm")
+BY_PROCESSOR = tuple(family for family in FAMILIES if family not in NEED_AN_ADAPTER)
+# AutoTokenizer rebuilds the byte-level pipeline from code beside these models' configs, whatever
+# tokenizer.json says: a sentencepiece tokenizer saved there comes back with other ids.
+REBUILT = {(family, variant) for family in ("qwen2", "qwen3_5")
+           for variant in ("metaspace", "unigram")}
+# The generation prompt is no prefix of the whole: a space after the role, an empty thought.
+OTHER_PROMPT = ("llava_onevision", "gemma4")
 ANSWER = "A red square, 21 naïve cats 图片."
 PROBES = (
     "What is in this picture? Describe it, please.",
@@ -94,7 +113,7 @@ def logits(model: Built, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor:
     return model.model(**inputs, **kwargs).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_PROCESSOR)
 def test_forward_gives_spread_finite_logits(family: str) -> None:
     model = built(family)
     inputs = inputs_of(model)
@@ -106,7 +125,7 @@ def test_forward_gives_spread_finite_logits(family: str) -> None:
     assert not model.model.training
 
 
-@pytest.mark.parametrize("family", VLM_FAMILIES)
+@pytest.mark.parametrize("family", [f for f in VLM_FAMILIES if f in BY_PROCESSOR])
 def test_logits_depend_on_the_image(family: str) -> None:
     model = built(family)
     one, two = vlm_inputs(model), vlm_inputs(model, seed=1)
@@ -116,7 +135,7 @@ def test_logits_depend_on_the_image(family: str) -> None:
     assert change[1].max() < 1e-4  # the text-only row
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_PROCESSOR)
 def test_padding_side_does_not_change_logits(family: str) -> None:
     model = built(family)
     rows = []
@@ -125,10 +144,12 @@ def test_padding_side_does_not_change_logits(family: str) -> None:
         out = logits(model, inputs)
         rows.append([o[m.bool()] for o, m in zip(out, inputs["attention_mask"], strict=True)])
     for left, right in zip(*rows, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
+        # Qwen3.5's linear attention is in float32 over chunks that padding moves
+        atol = 2e-3 if family == "qwen3_5" else 1e-4
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=atol)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_PROCESSOR)
 def test_a_mask_selects_logits(family: str) -> None:
     model = built(family)
     inputs = inputs_of(model)
@@ -138,7 +159,7 @@ def test_a_mask_selects_logits(family: str) -> None:
     torch.testing.assert_close(part, logits(model, inputs)[mask], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_PROCESSOR)
 def test_reload_gives_the_same_ids_and_logits(family: str, tmp_path: Path) -> None:
     model = built(family)
     folder = save(model, tmp_path)
@@ -161,6 +182,9 @@ def test_tokenizer_reloads_beside_its_config(family: str, variant: str, tmp_path
     tokenizer = make_tokenizer(family, variant)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
+    if (family, variant) in REBUILT:
+        assert all(again(probe).input_ids != tokenizer(probe).input_ids for probe in PROBES)
+        return
     assert again.get_vocab() == tokenizer.get_vocab()
     assert set(again.all_special_tokens) == set(tokenizer.all_special_tokens)
     special = "".join(tokenizer.get_added_vocab())
@@ -191,7 +215,7 @@ def test_permuted_moves_the_ids() -> None:
 
 def test_image_token_counts_differ_between_families() -> None:
     counts = {}
-    for family in VLM_FAMILIES:
+    for family in CORE_FAMILIES:
         kinds = vlm_inputs(built(family))
         kinds = kinds.get("mm_token_type_ids", kinds.get("token_type_ids"))
         counts[family] = tuple((kinds != 0).sum(-1).tolist())
@@ -199,7 +223,7 @@ def test_image_token_counts_differ_between_families() -> None:
     assert all(row[1] == 0 and row[0] > 0 and row[2] > 0 for row in counts.values())
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt2"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if SPECS[f].template is not None])
 def test_template_keeps_the_answers_and_opens_a_turn(family: str) -> None:
     processor = built(family).processor
     for conversation in CONVERSATIONS:
@@ -208,11 +232,11 @@ def test_template_keeps_the_answers_and_opens_a_turn(family: str) -> None:
         prompt = processor.apply_chat_template(
             messages[:-1], tokenize=False, add_generation_prompt=True
         )
-        assert conversation[-1]["content"][0]["text"] in full[len(prompt) :]
-        assert full.startswith(prompt)
+        assert full.count(conversation[-1]["content"][0]["text"]) == 1
+        assert full.startswith(prompt) != (family in OTHER_PROMPT)
 
 
-@pytest.mark.parametrize("family", ["idefics3", "gemma3", "llama", "gemma2"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if SPECS[f].adds_bos])
 def test_bos_comes_twice_unless_asked_not_to(family: str) -> None:
     tokenizer = built(family).tokenizer
     prompt = tokenizer.bos_token + "Hello"  # what their templates' output begins with
@@ -237,3 +261,28 @@ def test_the_seed_alone_decides() -> None:
     state = torch.get_rng_state()
     assert torch.equal(weights(3), weights(3)) and not torch.equal(weights(3), weights(4))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_thoughts_are_kept_in_the_last_answer_alone() -> None:
+    tokenizer = built("qwen3").tokenizer
+    said = ["<think>\nA hat?\n</think>\n\nNo.", "<think>\nTwo.\n</think>\n\nYes."]
+    turns = [{"role": role, "content": text} for role, text in zip(
+        ("user", "assistant") * 2, ("Is it?", said[0], "And now?", said[1]), strict=True)]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert "A hat?" not in text and "assistant\nNo." in text and text.count("<think>") == 1
+    assert text.endswith("assistant\n" + said[1] + "<|im_end|>\n")
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith("assistant\n")
+    for family, asked in (("qwen3", False), ("qwen3_5", False), ("qwen3_5", None)):
+        end = "<think>\n\n</think>\n\n" if asked is False else "<think>\n"
+        options = {} if asked is None else {"enable_thinking": asked}
+        prompt = built(family).processor.apply_chat_template(
+            [{"role": "user", "content": "Is it?"}], tokenize=False, add_generation_prompt=True,
+            **options)
+        assert prompt.endswith("assistant\n" + end)
+
+
+def test_phi3s_marks_swallow_the_newline_behind_them() -> None:
+    tokenizer = built("phi3").tokenizer
+    ids = tokenizer("<|assistant|>\nYes<|end|>\n", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == "<|assistant|>Yes<|end|>"

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 
 from tokenizers import (
@@ -26,10 +24,13 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-VARIANTS: tuple[str, ...] = ("plain", "permuted", "other")
+from .specs import SPECS, Spec
+
+VARIANTS: tuple[str, ...] = ("plain", "permuted", "other", "metaspace", "unigram")
+BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 SPARE_TOKENS = ("<|spare_0|>", "<|spare_1|>", "<|spare_2|>")
 
 CORPUS = """\
@@ -58,213 +59,6 @@ El perro pequeño corre por la calle mientras el gato rojo duerme encima de la m
 In 2024 there were 1500 houses, 320 shops and 75 schools standing near the river.
 天气很冷、小老鼠出去找面包。
 """
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a family adds to the shared BPE. `special` is in id order."""
-
-    special: tuple[str, ...]
-    eos: str
-    pad: str | None
-    bos: str | None = None
-    named: Mapping[str, str] = field(default_factory=dict)  # tokenizer attribute -> token
-    template: str | None = None
-    adds_bos: bool = False  # the tokenizer itself prepends bos, as Llama 3's and Gemma's do
-    qwen_class: bool = False
-    padding_side: str | None = None  # None: whatever the classes default to
-
-
-# --- chat templates, each in its real family's manner -------------------------------------------
-
-_PARTS = (
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-)
-
-
-def _string_or_parts(text: str, parts: str) -> str:
-    return f"{{% if message['content'] is string %}}{text}{{% else %}}{parts}{{% endif %}}"
-
-
-def _chatml(image: str | None = None, system: bool = False) -> str:
-    """ChatML; without `image`, string content only: a list is an error, as in Qwen2's own."""
-    content = "{{ '' + message['content'] }}"
-    if image is not None:
-        content = _string_or_parts("{{ message['content'] }}", _PARTS.replace("IMAGE", image))
-    default = (
-        "{% if loop.first and message['role'] != 'system' %}"
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    )
-    return (
-        "{% for message in messages %}" + (default if system else "") + "<|im_start|>"
-        "{{ message['role'] + '\n' }}" + content + "{{ '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-
-
-# Images first, then the texts, each after a newline; the one template with {% generation %}.
-_LLAVA_TEXT = (
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ '\n' + part['text'] }}{% endfor %}"
-)
-_LLAVA = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
-    "{% if message['content'] is string %}{{ '\n' + message['content'] }}{% else %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>' }}{% endfor %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}"
-    + _LLAVA_TEXT
-    + "{% endgeneration %}{% else %}"
-    + _LLAVA_TEXT
-    + "{% endif %}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def _idefics(bos: str) -> str:
-    """`User: ...<end_of_utterance>`. As upstream, string content renders as nothing, silently."""
-    return (
-        bos + "{% for message in messages %}{{ message['role'] | capitalize }}"
-        "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
-        + _PARTS.replace("IMAGE", "<image>")
-        + "{{ '<end_of_utterance>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-    )
-
-
-def _gemma(image: str | None = None) -> str:
-    """Gemma trims every text, calls the assistant `model` and insists on alternating turns."""
-    content = "{{ message['content'] | trim }}"
-    if image is not None:
-        parts = _PARTS.replace("IMAGE", image).replace("part['text']", "part['text'] | trim")
-        content = _string_or_parts(content, parts)
-    return (
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}"
-        "{{ '<start_of_turn>' + message['role'].replace('assistant', 'model') + '\n' }}"
-        + content
-        + "{{ '<end_of_turn>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-    )
-
-
-_LLAMA = (
-    "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-
-
-# --- the families -------------------------------------------------------------------------------
-
-_CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_QWEN_VISION = {
-    "vision_bos_token": "<|vision_start|>",
-    "vision_eos_token": "<|vision_end|>",
-    "image_token": "<|image_pad|>",
-    "video_token": "<|video_pad|>",
-}
-_INTERN_VISION = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
-_GEMMA_VISION = {
-    "boi_token": "<start_of_image>",
-    "eoi_token": "<end_of_image>",
-    "image_token": "<image_soft_token>",
-}
-_LLAMA_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
-_GEMMA_TOKENS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
-_TILES = tuple(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5))
-_IDEFICS_TOKENS = (
-    "<fake_token_around_image>",
-    "<image>",
-    "<end_of_utterance>",
-    "<global-img>",
-    *_TILES,
-)
-
-
-def _qwen(template: str, vision: Mapping[str, str] | None = None, side: str | None = None) -> Spec:
-    named = dict(vision or {})
-    return Spec(
-        special=(*_CHATML_TOKENS, *named.values()),
-        eos="<|im_end|>",
-        pad="<|endoftext|>",
-        named=named,
-        template=template,
-        qwen_class=True,
-        padding_side=side,
-    )
-
-
-SPECS: dict[str, Spec] = {
-    "llava": _qwen(_LLAVA, {"image_token": "<image>"}, side="left"),
-    "qwen2_5_vl": _qwen(
-        _chatml("<|vision_start|><|image_pad|><|vision_end|>", system=True), _QWEN_VISION
-    ),
-    "qwen3_vl": _qwen(_chatml("<|vision_start|><|image_pad|><|vision_end|>"), _QWEN_VISION),
-    "internvl": _qwen(_chatml("{{ '<IMG_CONTEXT>\n' }}"), _INTERN_VISION),
-    "qwen2": _qwen(_chatml(system=True)),
-    "smolvlm": Spec(
-        special=(*_CHATML_TOKENS, *_IDEFICS_TOKENS),
-        bos="<|im_start|>",
-        eos="<end_of_utterance>",
-        pad="<|im_end|>",
-        template=_idefics("<|im_start|>"),
-    ),
-    # The end of a turn is NOT the eos token: the generation config lists both.
-    "idefics3": Spec(
-        special=(*_LLAMA_TOKENS, "<|eot_id|>", *_IDEFICS_TOKENS),
-        bos="<|begin_of_text|>",
-        eos="<|end_of_text|>",
-        pad="<|eot_id|>",
-        template=_idefics("<|begin_of_text|>"),
-        adds_bos=True,
-    ),
-    "gemma3": Spec(
-        special=(*_GEMMA_TOKENS, *_GEMMA_VISION.values()),
-        bos="<bos>",
-        eos="<eos>",
-        pad="<pad>",
-        named=_GEMMA_VISION,
-        template=_gemma("<start_of_image>"),
-        adds_bos=True,
-        padding_side="left",
-    ),
-    "gemma2": Spec(
-        special=_GEMMA_TOKENS,
-        bos="<bos>",
-        eos="<eos>",
-        pad="<pad>",
-        template=_gemma(),
-        adds_bos=True,
-        padding_side="left",
-    ),
-    "llama": Spec(
-        special=(*_LLAMA_TOKENS, "<|eot_id|>", "<|finetune_right_pad_id|>"),
-        bos="<|begin_of_text|>",
-        eos="<|eot_id|>",
-        pad="<|finetune_right_pad_id|>",
-        template=_LLAMA,
-        adds_bos=True,
-    ),
-    # A base model: no chat template and, like the real one, no padding token.
-    "gpt2": Spec(special=("<|endoftext|>",), bos="<|endoftext|>", eos="<|endoftext|>", pad=None),
-}
-
-# The token that closes a turn where it is not the eos token.
-END_OF_TURN: dict[str, str] = {
-    "idefics3": "<end_of_utterance>",
-    "gemma3": "<end_of_turn>",
-    "gemma2": "<end_of_turn>",
-}
 
 
 # --- building -----------------------------------------------------------------------------------
@@ -308,12 +102,73 @@ def _vocab_and_merges(variant: str) -> tuple[dict[str, int], list[tuple[str, str
     return vocab, [tuple(merge) for merge in model["merges"]]
 
 
+def _sentencepiece_pipeline(tokenizer: Tokenizer, scheme: str) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+
+
+@cache
+def _metaspace_model() -> models.BPE:
+    """Characters, not bytes, are merged, as in Llama 2; a newline has no piece but its byte."""
+    tokenizer = Tokenizer(models.BPE())
+    _sentencepiece_pipeline(tokenizer, "first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=768, special_tokens=["<unk>", *BYTE_TOKENS], show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    found = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in found["merges"]]
+    return models.BPE(
+        vocab=found["vocab"], merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+
+
+@cache
+def _unigram_model() -> models.Unigram:
+    """The most probable pieces win, not merges; bytes are the last resort."""
+    tokenizer = Tokenizer(models.Unigram())
+    _sentencepiece_pipeline(tokenizer, "always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=512, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    unknown, *pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
+    # threads add the scores up in any order: rounded, and sorted by hand, they are always the same
+    scored = sorted(((piece, round(score, 2)) for piece, score in pieces), key=_by_score)
+    vocab = [tuple(unknown), *((name, -20.0) for name in BYTE_TOKENS), *scored]
+    return models.Unigram(vocab, 0, byte_fallback=True)
+
+
+def _by_score(scored: tuple[str, float]) -> tuple[float, str]:
+    return -scored[1], scored[0]
+
+
+def _core(variant: str) -> Tokenizer:
+    """Model and pipeline of a variant, without the family's own tokens."""
+    if variant == "metaspace":
+        tokenizer = Tokenizer(_metaspace_model())
+        _sentencepiece_pipeline(tokenizer, "first")
+    elif variant == "unigram":
+        tokenizer = Tokenizer(_unigram_model())
+        _sentencepiece_pipeline(tokenizer, "always")
+    else:
+        vocab, merges = _vocab_and_merges(variant)
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        # `other` differs in everything that a reload respects: split and normalisation, too.
+        (_gpt2_pipeline if variant == "other" else _qwen_pipeline)(tokenizer)
+    return tokenizer
+
+
 def _backend(spec: Spec, variant: str, added: list[AddedToken]) -> Tokenizer:
-    vocab, merges = _vocab_and_merges(variant)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    # `other` differs in everything that a reload respects: split and normalisation, too.
-    (_gpt2_pipeline if variant == "other" else _qwen_pipeline)(tokenizer)
-    tokenizer.add_special_tokens(added)
+    tokenizer = _core(variant)
+    tokenizer.add_tokens(added)
     if spec.adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{spec.bos} $A",
@@ -328,26 +183,32 @@ def make_tokenizer(family: str, variant: str = "plain") -> PreTrainedTokenizerBa
 
     `plain`: the shared merges. `permuted`: the same merges, every ordinary id moved and spare
     added tokens in front of the family's own. `other`: other merges and (except in the Qwen
-    classes, whose pipeline is code) the GPT-2 split without NFC.
+    classes, whose pipeline is code) the GPT-2 split without NFC. `metaspace`: characters merged as
+    by Llama 2, and `unigram`: pieces chosen as by T5, both with "▁" for a space and bytes for what
+    has no piece; Qwen's class cannot hold them, so they are generic fast tokenizers there, too.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown tokenizer variant {variant!r}; one of {VARIANTS}")
-    spec = SPECS[family]
+    spec, sentencepiece = SPECS[family], variant in ("metaspace", "unigram")
     names = (SPARE_TOKENS if variant == "permuted" else ()) + spec.special
-    added = [AddedToken(name, normalized=False, special=True) for name in names]
+    added = [
+        AddedToken(name, normalized=False, special=True, rstrip=name in spec.rstrip)
+        for name in names
+    ]
+    added += [AddedToken(name, normalized=False) for name in spec.added]
     kwargs = {
         "bos_token": spec.bos,
         "eos_token": spec.eos,
         "pad_token": spec.pad,
-        "unk_token": None,
+        "unk_token": "<unk>" if sentencepiece else None,
         "extra_special_tokens": dict(spec.named),
         "chat_template": spec.template,
         "model_max_length": 2048,
     }
     if spec.padding_side is not None:  # saying it here outranks the processor's own default
         kwargs["padding_side"] = spec.padding_side
-    if not spec.qwen_class:
+    if sentencepiece or spec.qwen_class is None:
         return PreTrainedTokenizerFast(tokenizer_object=_backend(spec, variant, added), **kwargs)
     vocab, merges = _vocab_and_merges(variant)
     decoder = {len(vocab) + index: token for index, token in enumerate(added)}
-    return Qwen2Tokenizer(vocab=vocab, merges=merges, added_tokens_decoder=decoder, **kwargs)
+    return spec.qwen_class(vocab=vocab, merges=merges, added_tokens_decoder=decoder, **kwargs)

@@ -1,0 +1,81 @@
+"""What an adapter gives: a record in one model's tokens, with the answers' tokens marked."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """One token of a supervised text.
+
+    position: index in the padded row (the predicting position is the one before).
+    start, end: bytes of the answer it covers, relative to the answer's start; none for space that
+        has to be generated before it.
+    prefix, suffix: bytes of template text glued to it before or after the answer.
+    """
+
+    position: int
+    start: int
+    end: int
+    prefix: bytes = b""
+    suffix: bytes = b""
+
+
+@dataclass(frozen=True)
+class AnswerSpan:
+    """One supervised text as this model's tokens.
+
+    end_of_turn: position of the special token that closes it, or None; `tail` are the template's
+        bytes between the two.
+    """
+
+    turn: int
+    is_answer: bool
+    tokens: tuple[AnswerToken, ...]
+    end_of_turn: int | None
+    tail: bytes = b""
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One record in one model's tokens, without padding; `offset` is the padding on its left."""
+
+    ids: list[int]
+    offset: int
+    text: str
+    byte_spans: list[tuple[int, int]]
+    answers: tuple[AnswerSpan, ...]
+    images: tuple[tuple[int, int], ...]  # byte spans of the expanded images
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Padded inputs of one model, and its rows."""
+
+    inputs: dict[str, Tensor]
+    rows: list[EncodedRow]
+
+
+def expand(text: str, expansions: list[dict[str, Any]]):  # type: ignore[no-untyped-def]
+    """The text after image expansion, and a function from old to new character offsets."""
+    ends = [e["span"][1] for e in expansions]
+    gains = [0, *(e["new_span"][1] - e["span"][1] for e in expansions)]
+    for e in reversed(expansions):
+        text = text[: e["span"][0]] + e["replacement"] + text[e["span"][1] :]
+    return text, lambda offset: offset + gains[bisect.bisect_right(ends, offset)]
+
+
+def byte_index(text: str) -> list[int]:
+    """Byte offset of every character, and of the end."""
+    if text.isascii():
+        return list(range(len(text) + 1))
+    offsets, total = [0], 0
+    for character in text:
+        total += len(character.encode())
+        offsets.append(total)
+    return offsets

@@ -1,0 +1,127 @@
+"""The adapter of a processor: generic, or one of the few exceptions that have to be spelled out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from taid_vlm.adapters.adapter import ImageTextAdapter, ModelAdapter, Side, TextAdapter
+from taid_vlm.adapters.template import Processor, Rendered, Supervise, TextSpan, has_chat_template
+from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.records import Record
+
+
+class TileListAdapter(ImageTextAdapter):
+    """PerceptionLM: its processor cannot stack images with unequal numbers of tiles.
+
+    The model only ever looks at all tiles in a row, so they are given as those of one image.
+    """
+
+    return_tensors = None
+
+    def _tensors(self, encoded: Mapping[str, Any]) -> dict[str, Tensor]:
+        inputs = {key: torch.as_tensor(value) for key, value in encoded.items()
+                  if key != "pixel_values"}
+        if "pixel_values" in encoded:
+            inputs["pixel_values"] = torch.cat(list(encoded["pixel_values"]))[None]
+        return inputs
+
+
+class PrefixAdapter(ImageTextAdapter):
+    """PaliGemma: images, BOS, the question and a newline, then the answer.
+
+    The prefix is seen both ways and the answer only backwards, which `token_type_ids` say (0 and
+    1). The processor writes this text itself and has no place for records without an image (it
+    refuses them, or in a batch puts their BOS in the middle of the text), so the same text is
+    written here and only its tokenizer and its image processor are used.
+    """
+
+    def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
+        if has_chat_template(processor):
+            raise TaidError(f"{role}: PaliGemma takes a question and gives an answer, in a text of "
+                            f"its own; it cannot use a chat template. Remove {role}.chat_template.")
+        ModelAdapter.__init__(self, processor, role, max_length)
+
+    @property
+    def _added_bos(self) -> str:
+        return self.tokenizer.bos_token
+
+    def render(self, record: Record, supervise: Supervise = "answers") -> Rendered:
+        if record.text is not None:
+            if not record.text.strip():
+                raise SampleDropped("empty text", record.source)
+            return self._with_answer(self._added_bos, record.text)
+        roles = [message.role for message in record.messages]
+        if roles != ["user", "assistant"]:
+            raise TaidError(
+                f"{record.source} is a conversation ({', '.join(roles)}), but the {self.role} is "
+                "PaliGemma, which answers one question; give records of one user's and one "
+                "assistant's turn, or choose another model."
+            )
+        (answer,) = record.answers
+        if not answer:
+            raise SampleDropped("empty answer", record.source)
+        return self._with_answer(self._prefix(record), answer)
+
+    def _with_answer(self, prefix: str, answer: str) -> Rendered:
+        end = len(prefix) + len(answer)
+        return Rendered(prefix + answer + self.tokenizer.eos_token,
+                        (TextSpan(len(prefix), end, 0, True),))
+
+    def _prefix(self, record: Record) -> str:
+        images = self.processor.image_token * len(record.images)
+        return images + self._added_bos + record.messages[0].text.strip() + "\n"
+
+    def _prompt(self, record: Record, turn: int) -> Rendered:
+        return Rendered(self._prefix(record), ())
+
+    def _process(  # type: ignore[no-untyped-def]
+        self, rendered: Sequence[Rendered], images: Sequence[Sequence[Image.Image]],
+        padding_side: Side, add_special: bool,
+    ):
+        prefixes, answers = [], []
+        expansions = [self._image_spans(len(row)) for row in images]
+        for item, spans in zip(rendered, expansions, strict=True):
+            start = item.spans[0].start if item.spans else len(item.text)
+            shown = "".join(span["replacement"] for span in spans)
+            prefixes.append(shown + item.text[spans[-1]["span"][1] if spans else 0 : start])
+            answers.append(item.text[start:])
+        inputs = dict(self.tokenizer(
+            prefixes, text_pair=answers if any(answers) else None, padding=True,
+            padding_side=padding_side, add_special_tokens=False, return_token_type_ids=True,
+            return_tensors="pt",
+        ))
+        flat = [image for row in images for image in row]
+        if flat:
+            inputs |= self.processor.image_processor(flat, return_tensors="pt")
+        return inputs, expansions
+
+    def _image_spans(self, count: int) -> list[dict[str, Any]]:
+        """The expansions of `count` images in front, as a processor's text replacements."""
+        token, each = self.processor.image_token, self.processor.image_seq_length
+        old, new = len(token), len(token) * each
+        return [{"span": (i * old, (i + 1) * old), "new_span": (i * new, (i + 1) * new),
+                 "replacement": token * each} for i in range(count)]
+
+
+EXCEPTIONS: dict[str, type[ImageTextAdapter]] = {
+    "PaliGemmaProcessor": PrefixAdapter,
+    "PerceptionLMProcessor": TileListAdapter,
+}
+
+
+def make_adapter(processor: Processor, role: str, max_length: int | None = None) -> ModelAdapter:
+    """TextAdapter for a tokenizer, ImageTextAdapter (or an exception) for a processor."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return TextAdapter(processor, role, max_length)
+    if isinstance(processor, ProcessorMixin) and hasattr(processor, "tokenizer"):
+        adapter = EXCEPTIONS.get(type(processor).__name__, ImageTextAdapter)
+        return adapter(processor, role, max_length)
+    raise TaidError(
+        f"{role}: {type(processor).__name__} is neither a tokenizer nor a processor with one."
+    )
