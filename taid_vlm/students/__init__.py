@@ -1,0 +1,1 @@
+"""Students: small models made from larger ones, or put together from parts."""

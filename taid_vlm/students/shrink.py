@@ -1,0 +1,394 @@
+"""`shrink`: a student that is its teacher with fewer layers or fewer image tokens."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from taid_vlm.adapters import ModelAdapter, Processor, make_adapter
+from taid_vlm.alignment import check_modalities
+from taid_vlm.collator import DistillationCollator
+from taid_vlm.errors import TaidError, nearest
+from taid_vlm.generation import generate_answers
+from taid_vlm.models import (
+    ModelSpec,
+    answer_logits,
+    load_config,
+    load_model,
+    load_processor,
+    sees_images,
+)
+from taid_vlm.records import (
+    DataSource,
+    ImageRef,
+    Message,
+    Record,
+    StreamedRecords,
+    open_records,
+)
+from taid_vlm.students.image_tokens import (
+    Narrowing,
+    choose_tokens,
+    narrow_model,
+    narrow_processor,
+)
+from taid_vlm.students.layers import (
+    Kept,
+    Stack,
+    best_choice,
+    block_influence,
+    checked_list,
+    checked_number,
+    cut_layers,
+    even_choice,
+    language_stack,
+    skipping,
+    tower_stack,
+)
+
+Choice = Literal["even", "importance"]
+CHOICES = ("even", "importance")
+PARTS = ("vision tower", "projector", "language model")
+CALIBRATION_BATCH = 4
+PROBE_SIDE = 448
+TOKENIZED = "What's this? A naïve 数量\n\n  a_b, 1,234.5 times."
+EXACT = 1e-5  # logits that are to be equal may differ by this share of the largest
+NOISE = 4  # and by so many times what a model's own logits differ by from run to run
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What was made.
+
+    parameters: by part, (teacher, student). layers, tower_layers: the teacher's numbers of those
+    that were kept. image_tokens: by what they are counted for, (teacher, student). importance:
+    every language model layer's score where it was measured. checks: what was found to hold.
+    """
+
+    output_dir: Path
+    parameters: Mapping[str, tuple[int, int]]
+    layers: Kept | None
+    tower_layers: Kept | None
+    image_tokens: Mapping[str, tuple[int, int]]
+    importance: tuple[float, ...] | None
+    checks: tuple[str, ...]
+
+    def table(self) -> str:
+        """Everything as text for a terminal."""
+        rows = [("parameters", "teacher", "student"),
+                *((part, f"{a:,}", f"{b:,}") for part, (a, b) in self.parameters.items()),
+                *((f"image tokens {what}", f"{a:,}", f"{b:,}")
+                  for what, (a, b) in self.image_tokens.items())]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [f"{name:<{widths[0]}}  {a:>{widths[1]}}  {b:>{widths[2]}}" for name, a, b in rows]
+        for name, kept in (("layers kept", self.layers), ("tower layers kept", self.tower_layers)):
+            if kept is not None:
+                lines.append(f"{name}: {', '.join(map(str, kept))}")
+        if self.importance is not None:
+            scores = (f"{i}: {score:.4f}" for i, score in enumerate(self.importance))
+            lines.append(f"importance: {', '.join(scores)}")
+        return "\n".join([*lines, *(f"checked: {check}" for check in self.checks),
+                          f"student: {self.output_dir}"])
+
+
+def shrink(
+    teacher: str | ModelSpec, output_dir: str | Path, *, layers: int | None = None,
+    keep: Sequence[int] | None = None, choose: Choice = "even",
+    calibration: str | DataSource | None = None, calibration_records: int = 64,
+    tower_layers: int | None = None, image_tokens: int | None = None,
+) -> Shrunk:
+    """Make a student from its teacher: config, weights, processor and generation settings.
+
+    Args:
+        teacher: folder or hub name, of a model with vision or a text model.
+        output_dir: a new or empty folder.
+        layers: how many layers of the language model to keep, or `keep`: which, from 0.
+        choose: which of them: "even" (`layers.even_choice` has the rule) or "importance", the
+            largest block influence on `calibration_records` records of `calibration`.
+        tower_layers: how many layers of the vision tower to keep, evenly.
+        image_tokens: how many tokens an image (or tile) becomes; `image_tokens.py` has the rule.
+
+    Raises:
+        TaidError: nothing to do, a choice that does not fit, or an architecture that cannot be cut
+            so; nothing is left in `output_dir` then.
+    """
+    wishes = _Wishes(layers, keep, choose, calibration, calibration_records, tower_layers,
+                     image_tokens)
+    folder = _check(wishes, Path(output_dir).expanduser().absolute())
+    spec = ModelSpec(teacher, dtype="auto") if isinstance(teacher, str) else teacher
+    config, processor = load_config(spec, "teacher"), load_processor(spec, "teacher")
+    if getattr(config, "quantization_config", None) is not None:
+        raise TaidError(f"teacher: '{spec.model_name_or_path}' is quantized, and only plain "
+                        "weights can be cut; give the model it was made from.")
+    stacks = _stacks(config, wishes)
+    narrowing = None if image_tokens is None else choose_tokens(config, processor, image_tokens)
+    make_adapter(processor, "teacher")  # a processor without a template is refused before loading
+    records = _records(wishes, sees_images(config))
+    model = load_model(spec, "teacher").to(_device()).eval()
+    scores = _scores(model, processor, stacks, records) if records else None
+    cuts = {stack: _kept(stack, wishes, scores) for stack in stacks}
+    return replace(_written(model, processor, cuts, narrowing, folder), importance=scores)
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """The options of `shrink`."""
+
+    layers: int | None
+    keep: Sequence[int] | None
+    choose: str
+    calibration: str | DataSource | None
+    calibration_records: int
+    tower_layers: int | None
+    image_tokens: int | None
+
+
+# ----- before anything is loaded ------------------------------------------------------------
+
+
+def _check(wishes: _Wishes, folder: Path) -> Path:
+    """The output folder, where options fit together and it can be written."""
+    if wishes.choose not in CHOICES:
+        raise TaidError(f"choose = '{wishes.choose}'.{nearest(wishes.choose, CHOICES)}")
+    if wishes.layers is not None and wishes.keep is not None:
+        raise TaidError("layers says how many and keep says which: give one of them.")
+    if wishes.layers is wishes.keep is wishes.tower_layers is wishes.image_tokens is None:
+        raise TaidError("nothing to shrink: give layers, keep, tower_layers or image_tokens.")
+    measured = wishes.choose == "importance"
+    if measured and (wishes.layers is None or wishes.calibration is None):
+        raise TaidError("choose = 'importance' needs layers (how many to keep) and calibration "
+                        "(records to measure them on).")
+    if not measured and wishes.calibration is not None:
+        raise TaidError("calibration is only for choose = 'importance'.")
+    if wishes.calibration_records < 1:
+        raise TaidError(f"calibration_records = {wishes.calibration_records}, but it must be at "
+                        "least 1.")
+    blocking = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if blocking is not None:
+        raise TaidError(f"output_dir = '{folder}', but '{blocking}' is a file.")
+    if folder.exists() and any(folder.iterdir()):
+        raise TaidError(f"output_dir = '{folder}' is not empty; choose another folder.")
+    return folder
+
+
+def _stacks(config: PretrainedConfig, wishes: _Wishes) -> list[Stack]:
+    """The sides that lose layers, with the numbers checked."""
+    stacks = []
+    if wishes.layers is not None or wishes.keep is not None:
+        stacks.append(language_stack(config))
+    if wishes.tower_layers is not None:
+        stacks.append(tower_stack(config))
+    for stack in stacks:
+        if stack.side == "vision tower" and wishes.tower_layers is not None:
+            checked_number(stack, wishes.tower_layers, "tower_layers")
+        elif wishes.keep is not None:
+            checked_list(stack, wishes.keep, "keep")
+        elif wishes.layers is not None:
+            checked_number(stack, wishes.layers, "layers")
+    return stacks
+
+
+def _records(wishes: _Wishes, sees: bool) -> list[Record]:
+    """The first records of the calibration data; none without."""
+    source = wishes.calibration
+    if source is None:
+        return []
+    source = DataSource(source) if isinstance(source, str) else source
+    number = min(wishes.calibration_records, source.max_records or wishes.calibration_records)
+    records = open_records(replace(source, max_records=number))
+    check_modalities([] if sees else ["teacher"], records.has_images)
+    if isinstance(records, StreamedRecords):
+        return list(records)
+    return [records[index] for index in range(len(records))]
+
+
+# ----- choosing -----------------------------------------------------------------------------
+
+
+def _device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def _scores(
+    model: PreTrainedModel, processor: Processor, stacks: Sequence[Stack],
+    records: Sequence[Record],
+) -> tuple[float, ...]:
+    """Block influence of the language model's layers."""
+    collator = DistillationCollator(make_adapter(processor, "student"))
+    batches = (records[i : i + CALIBRATION_BATCH]
+               for i in range(0, len(records), CALIBRATION_BATCH))
+    return tuple(block_influence(model, stacks[0], collator, batches))
+
+
+def _kept(stack: Stack, wishes: _Wishes, scores: Sequence[float] | None) -> Kept:
+    if stack.side == "vision tower":
+        assert wishes.tower_layers is not None
+        return even_choice(stack, wishes.tower_layers)
+    if wishes.keep is not None:
+        return checked_list(stack, wishes.keep, "keep")
+    assert wishes.layers is not None
+    if scores is None:
+        return even_choice(stack, wishes.layers)
+    return best_choice(stack, wishes.layers, scores)
+
+
+# ----- making and checking ------------------------------------------------------------------
+
+
+def _written(
+    model: PreTrainedModel, processor: Processor, cuts: Mapping[Stack, Kept],
+    narrowing: Narrowing | None, folder: Path,
+) -> Shrunk:
+    """The student in its folder, which is whole or not there."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shrunk = _make(model, processor, cuts, narrowing, partial)
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        partial.replace(folder)
+    except TaidError:
+        raise
+    except Exception as error:  # transformers checks what it saves in ways of its own
+        raise TaidError(f"the student could not be saved to '{folder}': {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return replace(shrunk, output_dir=folder)
+
+
+def _make(
+    model: PreTrainedModel, processor: Processor, cuts: Mapping[Stack, Kept],
+    narrowing: Narrowing | None, folder: Path,
+) -> Shrunk:
+    """Build the student, write it and check it."""
+    probes = _probes(make_adapter(processor, "teacher"))
+    student, checks, tokens = model, [], {}
+    if cuts:
+        student = cut_layers(model, cuts)
+        _check_cut(model, student, probes, cuts)
+        checks.append("logits are the teacher's with the dropped layers skipped")
+    if narrowing is not None:
+        student = narrow_model(student, narrowing)
+        narrow_processor(processor, narrowing)
+        tokens[narrowing.family.per] = (narrowing.before, narrowing.after)
+    student.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    after = _check_saved(student, processor, folder)
+    checks.append("plain Auto classes load the same weights, token ids and logits; it answers")
+    if sees_images(model.config):
+        tokens[f"of a {PROBE_SIDE} x {PROBE_SIDE} image"] = (
+            _image_tokens(model, probes[0]), _image_tokens(student, after[0]))
+    kept = {stack.side: layers for stack, layers in cuts.items()}
+    return Shrunk(folder, _parameters(model, student), kept.get("language model"),
+                  kept.get("vision tower"), tokens, None, tuple(checks))
+
+
+def _questions(sees: bool) -> list[Record]:
+    """A question without a picture and, for a model that sees, first one about a picture."""
+    ramp = torch.arange(PROBE_SIDE**2 * 3).view(PROBE_SIDE, PROBE_SIDE, 3) * 7 % 256
+    picture = ImageRef(Image.fromarray(ramp.byte().numpy()), "probe")
+    answer = Message("assistant", ("A red circle.",))
+    with_image = Message("user", (None, "What is in this picture?"))
+    seen = [Record("probe", (with_image, answer), (picture,))] if sees else []
+    return [*seen, Record("probe", (Message("user", ("What is it?",)), answer))]
+
+
+def _probes(adapter: ModelAdapter) -> list[dict[str, Tensor]]:
+    """The questions as inputs of the model."""
+    return [adapter.encode([adapter.render(record)], [[image.load() for image in record.images]]
+                           ).inputs for record in _questions(adapter.sees_images)]
+
+
+def _image_tokens(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> int:
+    names = ("image_token_id", "image_token_index")
+    token = next(x for x in (getattr(model.config, n, None) for n in names) if x is not None)
+    return int((probe["input_ids"] == token).sum())
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    moved = {key: x.to(model.device) for key, x in inputs.items()}
+    return answer_logits(model, moved, moved["attention_mask"].bool()).float()
+
+
+def _check_cut(
+    teacher: PreTrainedModel, student: PreTrainedModel, probes: Sequence[Mapping[str, Tensor]],
+    cuts: Mapping[Stack, Kept],
+) -> None:
+    """The student must compute what the teacher does without the dropped layers."""
+    for inputs in probes:
+        with skipping(teacher, cuts):
+            wanted = [_logits(teacher, inputs) for _ in range(2)]
+        _check_equal(_logits(student, inputs), wanted,
+                     f"{teacher.config.model_type} cannot be cut to these layers: the result is "
+                     "not the teacher without the others (its layers depend on their numbers or on "
+                     "each other in a way its config cannot express). Choose others with keep.")
+
+
+def _check_saved(
+    student: PreTrainedModel, processor: Processor, folder: Path
+) -> list[dict[str, Tensor]]:
+    """Load what was written as a user would: the same weights, ids and logits, and an answer.
+
+    Returns the probes as the loaded processor makes them.
+    """
+    before = make_adapter(processor, "teacher").tokenizer(TOKENIZED)["input_ids"]
+    spec = ModelSpec(str(folder), dtype="auto")
+    again = load_model(spec, "student").to(student.device).eval()
+    processor = load_processor(spec, "student")
+    ours, theirs = student.state_dict(), again.state_dict()
+    changed = [name for name in ours.keys() | theirs.keys()
+               if name not in ours or name not in theirs or not ours[name].equal(theirs[name])]
+    if changed:
+        raise TaidError(f"the student's {min(changed)} is not the same after saving and loading.")
+    adapter = make_adapter(processor, "student")
+    if adapter.tokenizer(TOKENIZED)["input_ids"] != before:
+        raise TaidError("the student's tokenizer splits text differently after saving and loading.")
+    probes = _probes(adapter)
+    for inputs in probes:
+        _check_equal(_logits(again, inputs), [_logits(student, inputs) for _ in range(2)],
+                     "the student's logits are not the same after saving and loading.")
+    question = _questions(adapter.sees_images)[0]
+    generate_answers(again, adapter, [(question, 0)], max_new_tokens=4)
+    return probes
+
+
+def _check_equal(found: Tensor, wanted: Sequence[Tensor], message: str) -> None:
+    """Raise TaidError unless `found` is what was `wanted` (two runs of the same model)."""
+    first, second = wanted
+    allowed = EXACT * first.abs().max() + NOISE * (first - second).abs().max()
+    same = found.shape == first.shape and bool(found.isfinite().all())
+    if not same or (found - first).abs().max() > allowed:
+        raise TaidError(message)
+
+
+def _parameters(
+    teacher: PreTrainedModel, student: PreTrainedModel
+) -> dict[str, tuple[int, int]]:
+    """Parameters by part, of both; tied ones once."""
+    both = [_counts(model) for model in (teacher, student)]
+    total = tuple(sum(counts.values()) for counts in both)
+    parts = {part: (both[0][part], both[1][part]) for part in PARTS if both[0][part]}
+    return {**parts, "all": (total[0], total[1])}
+
+
+def _counts(model: PreTrainedModel) -> dict[str, int]:
+    tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
+    if tower is model or decoder is model:
+        return dict.fromkeys(PARTS, 0) | {"language model": model.num_parameters()}
+    owned = {id(p): "vision tower" for p in tower.parameters()}
+    head = model.get_output_embeddings()
+    owned |= {id(p): "language model" for module in (decoder, head) for p in module.parameters()}
+    counts = dict.fromkeys(PARTS, 0)
+    for parameter in model.parameters():
+        counts[owned.get(id(parameter), "projector")] += parameter.numel()
+    return counts
