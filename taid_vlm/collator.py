@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter, Rendered, Side, Supervise
-from taid_vlm.alignment import AlignedToken, Pairing, align_alone, supervised_positions
+from taid_vlm.adapters import (
+    EncodedBatch,
+    EncodedRow,
+    GlobalViews,
+    ModelAdapter,
+    Rendered,
+    Side,
+    Supervise,
+)
+from taid_vlm.alignment import (
+    Aligned,
+    AlignedChunk,
+    AlignedToken,
+    Pairing,
+    align_alone,
+    student_positions,
+    supervised_positions,
+    teacher_positions,
+)
 from taid_vlm.errors import AlignmentError, RecordError, SampleDropped, TaidError
 from taid_vlm.records import Record, parse_record
 
@@ -46,14 +63,25 @@ class DistillationCollator:
         pairing: how the two are compared; needed with a teacher.
         supervise: "answers" (the assistant's texts) or "all" (every text of the conversation).
         padding_side: of both models' inputs.
+        degrade: makes an image that says nothing, of the same size; the teacher is then shown
+            these, too.
+        views: by role, what finds the images' global views.
 
     A batch holds, for N aligned tokens in B rows:
         student_inputs, teacher_inputs: what the models take.
         student_mask, teacher_mask: bool [B, T], the predicting positions.
         labels, teacher_labels: [N] the next token, in each model's own ids.
         map_index: [N] which vocabulary map; turn, row: [N]; categories: list of N names;
-        sources: list of B names of the records.
+        sources: list of B names of the records; images: [B] how many each has.
+        teacher_degraded: with `degrade`, those of the teacher's inputs in which degraded images
+            differ; {} where no row has an image.
+        student_views, teacher_views: with `views`, a View per image, in the same order.
         counts: `dropped` {reason: rows}, `cut` texts, and tokens supervised and aligned.
+    Where texts are split differently (`Pairing.has_chunks`) the two models' tokens differ in
+    number, N counts the student's, map_index has one entry per pair of tokens, and there are also:
+        pair_student, pair_teacher: [P] which tokens are compared entry by entry.
+        chunk_student [N], chunk_teacher: the chunk of every token, -1 for none;
+        chunk_last: [C] the student's last token of every chunk.
     """
 
     student: ModelAdapter
@@ -61,6 +89,8 @@ class DistillationCollator:
     pairing: Pairing | None = None
     supervise: Supervise = "answers"
     padding_side: Side = "right"
+    degrade: Callable[[Image.Image], Image.Image] | None = None
+    views: Mapping[str, GlobalViews] | None = None
 
     def __call__(self, rows: Sequence[Record | Mapping[str, Any]]) -> Batch:
         counts: Counter[str] = Counter()
@@ -93,7 +123,7 @@ class DistillationCollator:
 
     def _encode(
         self, samples: list[_Sample], counts: Counter[str]
-    ) -> tuple[dict[str, EncodedBatch], list[list[AlignedToken]]]:
+    ) -> tuple[dict[str, EncodedBatch], list[list[Aligned]]]:
         """Encode until every row fits and aligns; `samples` shrinks in place."""
         while samples:
             try:
@@ -159,7 +189,7 @@ class DistillationCollator:
 
     def _align(
         self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str]
-    ) -> list[AlignedToken]:
+    ) -> list[Aligned]:
         student = encoded["student"].rows[index]
         try:
             found = align_alone(student) if self.pairing is None else self.pairing.align(
@@ -175,32 +205,98 @@ class DistillationCollator:
 
     def _assemble(
         self, samples: Sequence[_Sample], encoded: dict[str, EncodedBatch],
-        aligned: list[list[AlignedToken]], counts: Counter[str],
+        aligned: list[list[Aligned]], counts: Counter[str],
     ) -> Batch:
-        flat = [(row, token) for row, tokens in enumerate(aligned) for token in tokens]
+        flat = [(row, found) for row, one in enumerate(aligned) for found in one]
+        tokens = {"student": [(row, position, found.turn) for row, found in flat
+                              for position in student_positions(found)],
+                  "teacher": [(row, position, found.turn) for row, found in flat
+                              for position in teacher_positions(found)]}
+        rows = [row for row, _, _ in tokens["student"]]
+        turns = [turn for _, _, turn in tokens["student"]]
         batch: Batch = {
-            "map_index": torch.tensor([token.map_index for _, token in flat], dtype=torch.long),
-            "row": torch.tensor([row for row, _ in flat], dtype=torch.long),
-            "turn": torch.tensor([token.turn for _, token in flat], dtype=torch.long),
-            "categories": [samples[row].record.category(token.turn) for row, token in flat],
+            "map_index": _long(found.map_index for _, found in flat
+                               if found.map_index is not None),
+            "row": _long(rows),
+            "turn": _long(turns),
+            "categories": [samples[row].record.category(turn)
+                           for row, turn in zip(rows, turns, strict=True)],
             "sources": [sample.record.source for sample in samples],
+            "images": _long(len(sample.images) for sample in samples),
         }
         for adapter in self.adapters:
             role, side = adapter.role, encoded[adapter.role]
-            positions = [(row, getattr(token, role)) for row, token in flat]
+            positions = [(row, position) for row, position, _ in tokens[role]]
             batch[f"{role}_inputs"] = side.inputs
-            batch[f"{role}_mask"] = _mask(side.inputs["input_ids"], positions)
+            batch[f"{role}_mask"] = predicting_mask(side.inputs["input_ids"], positions)
             name = "labels" if role == "student" else "teacher_labels"
-            batch[name] = _targets(side.rows, positions)
-        rows = encoded["student"].rows if flat else []
-        supervised = sum(len(supervised_positions(row)) for row in rows)
-        cut = counts.pop(CUT, 0)
-        batch["counts"] = {"dropped": dict(counts), "cut": cut, "supervised_tokens": supervised,
-                           "aligned_tokens": len(flat), "rows": len(samples) if flat else 0}
+            batch[name] = target_ids(side.rows, positions)
+        if self.pairing is not None and self.pairing.has_chunks:
+            batch |= _partners([found for _, found in flat])
+        if self.degrade is not None:
+            batch["teacher_degraded"] = self._degraded(samples, encoded["teacher"])
+        for role, views in (self.views or {}).items():
+            batch[f"{role}_views"] = views(encoded[role])
+        encoded_rows = encoded["student"].rows if flat else []
+        batch["counts"] = {
+            "dropped": {key: n for key, n in counts.items() if key != CUT},
+            "cut": counts[CUT],
+            "supervised_tokens": sum(len(supervised_positions(row)) for row in encoded_rows),
+            "aligned_tokens": len(rows),
+            "chunk_tokens": sum(len(found.student) for _, found in flat
+                                if isinstance(found, AlignedChunk)),
+            "rows": len(samples) if flat else 0,
+        }
         return batch
 
 
-def _mask(ids: Tensor, positions: list[tuple[int, int]]) -> Tensor:
+    def _degraded(
+        self, samples: Sequence[_Sample], real: EncodedBatch
+    ) -> dict[str, Tensor]:
+        """The teacher's inputs that change with the pixels; its tokens and their places do not."""
+        if not any(sample.images for sample in samples):
+            return {}
+        assert self.teacher is not None
+        assert self.degrade is not None
+        other = self._run(self.teacher, [
+            replace(sample, images=[self.degrade(image) for image in sample.images])
+            for sample in samples])
+        changed = {key: value for key, value in other.inputs.items()
+                   if not torch.equal(value, real.inputs[key])}
+        for key, value in changed.items():
+            if value.shape != real.inputs[key].shape or not value.is_floating_point():
+                raise TaidError(f"teacher: its processor's '{key}' depends on what an image shows, "
+                                "so a degraded image cannot take its place; leave out "
+                                "objective.token_weights.")
+        return changed
+
+
+def _partners(flat: list[Aligned]) -> dict[str, Tensor]:
+    """Which tokens are compared one by one, and which form chunks, by their place in the batch."""
+    pairs: list[tuple[int, int]] = []
+    chunk_s: list[int] = []
+    chunk_t: list[int] = []
+    last: list[int] = []
+    for found in flat:
+        if found.map_index is not None:
+            pairs.append((len(chunk_s), len(chunk_t)))
+        if isinstance(found, AlignedToken):
+            chunk_s.append(-1)
+            chunk_t.append(-1)
+            continue
+        chunk_s += [len(last)] * len(found.student)
+        chunk_t += [len(last)] * len(found.teacher)
+        last.append(len(chunk_s) - 1)
+    return {"pair_student": _long(s for s, _ in pairs), "pair_teacher": _long(t for _, t in pairs),
+            "chunk_student": _long(chunk_s), "chunk_teacher": _long(chunk_t),
+            "chunk_last": _long(last)}
+
+
+def _long(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.long)
+
+
+def predicting_mask(ids: Tensor, positions: list[tuple[int, int]]) -> Tensor:
     """bool [B, T], True one before every predicted token."""
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for row, position in positions:
@@ -208,7 +304,7 @@ def _mask(ids: Tensor, positions: list[tuple[int, int]]) -> Tensor:
     return mask
 
 
-def _targets(rows: list[EncodedRow], positions: list[tuple[int, int]]) -> Tensor:
+def target_ids(rows: list[EncodedRow], positions: list[tuple[int, int]]) -> Tensor:
     targets = [rows[row].ids[position - rows[row].offset] for row, position in positions]
     return torch.tensor(targets, dtype=torch.long)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from taid_vlm.alignment import Pairing
 from taid_vlm.collator import DistillationCollator
-from taid_vlm.step import student_forward, teacher_forward, token_figures
+from taid_vlm.step import Measured, student_forward, teacher_forward, token_figures
 
 ALL = ""  # the category that holds every token
 
@@ -93,25 +93,31 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     aligned_tokens: int = 0
     supervised_tokens: int = 0
+    chunk_tokens: int = 0
     keep_answers: bool = False
     answers: list[AnswerTotals] = field(default_factory=list)
 
-    def add(self, batch: dict[str, Any], figures: dict[str, Tensor]) -> None:
+    def add(self, batch: dict[str, Any], figures: Mapping[str, Measured]) -> None:
         counts = batch["counts"]
         self.aligned_tokens += counts["aligned_tokens"]
         self.supervised_tokens += counts["supervised_tokens"]
+        self.chunk_tokens += counts["chunk_tokens"]
         self.dropped.update(counts["dropped"])
-        local = {name: values.double().cpu() for name, values in figures.items()}
-        for index in _groups(batch):
-            first, category = int(index[0]), batch["categories"][int(index[0])]
-            totals = {name: float(values[index].sum()) for name, values in local.items()}
-            for name, total in totals.items():
-                for part in {ALL, category}:
-                    self.table[part][name].add(total, len(index))
+        if not len(batch["row"]):
+            return
+        answer, first = _answers(batch)
+        sums = {name: _per_answer(figure, answer, len(first)) for name, figure in figures.items()}
+        for index, token in enumerate(first):
+            category, totals = batch["categories"][token], {}
+            for name, (total, tokens) in sums.items():
+                if tokens[index]:
+                    totals[name] = total[index]
+                    for part in {ALL, category}:
+                        self.table[part][name].add(total[index], tokens[index])
             if self.keep_answers:
-                source = batch["sources"][int(batch["row"][first])]
+                source = batch["sources"][int(batch["row"][token])]
                 self.answers.append(AnswerTotals(
-                    source, int(batch["turn"][first]), category, len(index), totals))
+                    source, int(batch["turn"][token]), category, sums["nll"][1][index], totals))
 
     def merge(self, other: Tally) -> None:
         for category, figures in other.table.items():
@@ -120,17 +126,25 @@ class Tally:
         self.dropped.update(other.dropped)
         self.aligned_tokens += other.aligned_tokens
         self.supervised_tokens += other.supervised_tokens
+        self.chunk_tokens += other.chunk_tokens
         self.answers.extend(other.answers)
 
 
-def _groups(batch: dict[str, Any]) -> Iterator[Tensor]:
-    """Token indices of every answer in the batch."""
-    if not len(batch["row"]):
-        return
+def _answers(batch: dict[str, Any]) -> tuple[Tensor, list[int]]:
+    """Which answer every token belongs to [N], and the first token of every answer."""
     key = torch.stack([batch["row"].cpu(), batch["turn"].cpu()])
-    _, inverse = torch.unique(key, dim=1, return_inverse=True)
-    for group in range(int(inverse.max()) + 1):
-        yield (inverse == group).nonzero()[:, 0]
+    _, answer = torch.unique(key, dim=1, return_inverse=True)
+    number = int(answer.max()) + 1
+    return answer, [int((answer == index).nonzero()[0, 0]) for index in range(number)]
+
+
+def _per_answer(figure: Measured, answer: Tensor, number: int) -> tuple[list[float], list[int]]:
+    """A figure's sum over every answer's tokens, and over how many of them."""
+    if figure.tokens is not None:
+        answer = answer[figure.tokens.cpu()]
+    values = figure.values.double().cpu()
+    total = values.new_zeros(number).index_add(0, answer, values)
+    return total.tolist(), torch.bincount(answer, minlength=number).tolist()
 
 
 @torch.no_grad()
@@ -178,21 +192,25 @@ def summarise(tally: Tally) -> dict[str, Any]:
     Returns:
         {figure: mean, figure_stderr: ..., n_tokens, n_answers, coverage, dropped,
         by_category: {...}}; `kl` is KL(teacher || student) in nats per answer token,
-        `agreement` the share of tokens where both models' most likely entry is the same.
+        `agreement` the share of tokens where both models' most likely entry is the same. With
+        different tokenizers these are over the tokens that both models have, `chunk_kl` is per
+        chunk, both `nll` are per token of the student, and `chunk_coverage` is the share of its
+        tokens that is compared by likelihood only.
     """
     overall = _means(tally.table.get(ALL, {}))
     categories = {name: _means(figures) for name, figures in sorted(tally.table.items())
                   if name != ALL}
-    coverage = tally.aligned_tokens / tally.supervised_tokens if tally.supervised_tokens else 0.0
-    return {**overall, "coverage": coverage, "dropped": dict(tally.dropped),
+    supervised = max(tally.supervised_tokens, 1)
+    return {**overall, "coverage": tally.aligned_tokens / supervised,
+            "chunk_coverage": tally.chunk_tokens / supervised, "dropped": dict(tally.dropped),
             "by_category": categories}
 
 
 def _means(figures: dict[str, Moments]) -> dict[str, float | int]:
     if not figures:
         return {"n_tokens": 0, "n_answers": 0}
-    first = next(iter(figures.values()))
-    out: dict[str, float | int] = {"n_tokens": int(first.tokens), "n_answers": first.records}
+    every = figures["nll"]
+    out: dict[str, float | int] = {"n_tokens": int(every.tokens), "n_answers": every.records}
     for name, moments in figures.items():
         out[name], out[f"{name}_stderr"] = moments.mean, moments.stderr
     return out

@@ -67,23 +67,23 @@ def test_labels_are_the_next_tokens_of_both_models(side: Any, supervise: Any) ->
         assert mask.shape == ids.shape
         assert torch.equal(ids.roll(-1, 1)[mask], batch[labels])
         assert not mask[:, -1].any()
-        assert torch.equal(mask.nonzero()[:, 0], batch["row"])
-    lengths = {len(batch[k]) for k in ("labels", "teacher_labels", "map_index", "turn", "row",
-                                       "categories")}
+    assert torch.equal(batch["student_mask"].nonzero()[:, 0], batch["row"])
+    lengths = {len(batch[k]) for k in ("labels", "turn", "row", "categories", "chunk_student")}
     assert lengths == {batch["counts"]["aligned_tokens"]}
+    assert len(batch["teacher_labels"]) == len(batch["chunk_teacher"])
+    assert len(batch["map_index"]) == len(batch["pair_student"]) == len(batch["pair_teacher"])
 
 
 @BOTH
 def test_labels_spell_the_answers(side: Any) -> None:
     batch = collator(padding_side=side)(GOOD)
-    for role, labels in ((1, "labels"), (0, "teacher_labels")):
-        tokenizer = paired(*FAMILIES)[role].tokenizer
-        for index, kind in enumerate(KINDS):
-            for turn, answer in enumerate(answers(kind)):
-                own = batch[labels][(batch["row"] == index) & (batch["turn"] == turn)]
-                text = tokenizer.decode(own, skip_special_tokens=True).strip()
-                assert text
-                assert text.replace(" ", "") in answer.replace(" ", "")
+    for index, role in enumerate(("teacher", "student")):
+        tokenizer = paired(*FAMILIES)[index].tokenizer
+        rows = batch[f"{role}_mask"].nonzero()[:, 0]
+        for place, kind in enumerate(KINDS):
+            own = batch["labels" if role == "student" else "teacher_labels"][rows == place]
+            text = tokenizer.decode(own, skip_special_tokens=True)
+            assert text.replace(" ", "") == "".join(answers(kind)).replace(" ", "")
 
 
 def test_map_index_marks_the_glued_tokens() -> None:
@@ -92,15 +92,20 @@ def test_map_index_marks_the_glued_tokens() -> None:
     marked = batch["map_index"] == 1
     assert 0 < marked.sum() <= sum(len(answers(kind)) for kind in KINDS)
     student, teacher = pairing.maps[1].student.shared, pairing.maps[1].teacher.shared
-    for s, t in zip(batch["labels"][marked], batch["teacher_labels"][marked], strict=True):
-        assert (student == s).nonzero().item() == (teacher == t).nonzero().item()
+    ours, theirs = (batch[labels][batch[pairs][marked]] for labels, pairs in (
+        ("labels", "pair_student"), ("teacher_labels", "pair_teacher")))
+    for s, t in zip(ours, theirs, strict=True):
+        found = [(ids == token).nonzero().flatten().tolist()
+                 for ids, token in ((student, s), (teacher, t))]
+        assert found[0] == found[1]
 
 
 def test_counts_of_a_good_batch() -> None:
     counts = collator()([*GOOD, DOCUMENT])["counts"]
     assert counts["rows"] == len(GOOD) + 1
     assert counts["dropped"] == {}
-    assert 0 <= counts["supervised_tokens"] - counts["aligned_tokens"] <= 4  # of the glue
+    assert counts["supervised_tokens"] == counts["aligned_tokens"]
+    assert 0 < counts["chunk_tokens"] < 12  # first words that no token holds with their space
 
 
 def test_all_texts_cover_the_questions() -> None:
@@ -211,13 +216,14 @@ def test_batch_of_bad_rows_has_no_loss_but_a_gradient(
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
     assert all((g == 0).all() for g in gradients)
-    assert all(len(v) == 0 for v in token_figures(batch, s, t, pairing).values())
+    assert all(len(figure.values) == 0 for figure in token_figures(batch, s, t, pairing).values())
     model.zero_grad(set_to_none=True)
 
 
 def test_empty_list_is_a_placeholder_too() -> None:
     assert collator()([])["counts"] == {
-        "dropped": {}, "cut": 0, "supervised_tokens": 0, "aligned_tokens": 0, "rows": 0}
+        "dropped": {}, "cut": 0, "supervised_tokens": 0, "aligned_tokens": 0,
+        "chunk_tokens": 0, "rows": 0}
 
 
 # ----- too long ----------------------------------------------------------------------------------

@@ -256,8 +256,8 @@ def test_moments_merge_as_they_add() -> None:
 
 def test_no_records() -> None:
     summary = summarise(evaluated([]))
-    assert summary == {"n_tokens": 0, "n_answers": 0, "coverage": 0.0, "dropped": {},
-                       "by_category": {}}
+    assert summary == {"n_tokens": 0, "n_answers": 0, "coverage": 0.0, "chunk_coverage": 0.0,
+                       "dropped": {}, "by_category": {}}
 
 
 def test_unusable_records_are_counted_and_change_nothing() -> None:

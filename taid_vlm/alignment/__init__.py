@@ -1,16 +1,22 @@
 """Alignment: which predictions of teacher and student are about the same thing."""
 
 from taid_vlm.alignment.pairing import (
+    Aligned,
+    AlignedChunk,
     AlignedToken,
     Pairing,
     align_alone,
     check_modalities,
     pair_models,
+    student_positions,
     supervised_positions,
+    teacher_positions,
 )
 from taid_vlm.alignment.vocabulary import SideMap, VocabularyMap, build_vocabulary_map
 
 __all__ = [
+    "Aligned",
+    "AlignedChunk",
     "AlignedToken",
     "Pairing",
     "SideMap",
@@ -19,5 +25,7 @@ __all__ = [
     "build_vocabulary_map",
     "check_modalities",
     "pair_models",
+    "student_positions",
     "supervised_positions",
+    "teacher_positions",
 ]

@@ -1,24 +1,29 @@
 """Which predictions of two models may be compared: the same next token after the same text.
 
 Cases: (a) same tokenizer, compared as it is; (b) same way of splitting text but other rows, ids
-or added tokens, compared through the vocabulary map, exactly; (c) different tokenizers, refused.
+or added tokens, compared through the vocabulary map, exactly; (c) different tokenizers, compared
+through the map where both say the same token, and by likelihood where they cut the text
+differently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
 from taid_vlm.adapters import (
     PROBE_WORDS,
     AnswerSpan,
+    AnswerToken,
     EncodedRow,
     ModelAdapter,
     check_spelled,
 )
+from taid_vlm.alignment.cells import build_cell_map
+from taid_vlm.alignment.segments import common_segments, same_glue
 from taid_vlm.alignment.vocabulary import VocabularyMap, build_vocabulary_map
 from taid_vlm.errors import AlignmentError, TaidError
 
@@ -45,6 +50,24 @@ class AlignedToken:
 
 
 @dataclass(frozen=True)
+class AlignedChunk:
+    """The same bytes of an answer, in tokens that are not the same; compared by likelihood.
+
+    teacher, student: positions of its tokens in the padded rows, in order.
+    map_index: where the first tokens are in one cell, the map under which they are compared, too.
+    """
+
+    teacher: tuple[int, ...]
+    student: tuple[int, ...]
+    turn: int
+    map_index: int | None = None
+
+
+Aligned: TypeAlias = AlignedToken | AlignedChunk
+Case = Literal["a", "b", "c"]
+
+
+@dataclass(frozen=True)
 class Pairing:
     """How one teacher and one student are compared; made once per run by `pair_models`.
 
@@ -53,30 +76,97 @@ class Pairing:
     glue: (teacher's, student's) glued bytes that the second map stands for.
     """
 
-    case: Literal["a", "b"]
+    case: Case
     reason: str
     maps: tuple[VocabularyMap, ...]
     glue: tuple[bytes, bytes] | None = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def has_chunks(self) -> bool:
+        """Whether texts can be split differently: by other tokenizers, or by a space that only one
+        template puts before an answer and that cannot always be part of its first token."""
+        return self.case == "c" or self.glue is not None
+
     def to(self, device: torch.device | str) -> Pairing:
         """The same pairing with its maps on a device."""
         return replace(self, maps=tuple(vocabulary.to(device) for vocabulary in self.maps))
 
-    def align(self, teacher: EncodedRow, student: EncodedRow) -> list[AlignedToken]:
-        """All comparable tokens of one record, in order of position.
+    def align(self, teacher: EncodedRow, student: EncodedRow) -> list[Aligned]:
+        """All that is comparable in one record, in order of position; chunks if `has_chunks`.
 
         Raises:
             AlignmentError: the two models were shown different answers.
         """
         if len(teacher.answers) != len(student.answers):
             raise AlignmentError("the two templates print different numbers of texts")
-        aligned: dict[int, AlignedToken] = {}  # a token across two texts counts once
+        find = self._chunked if self.has_chunks else self._token_by_token
+        aligned: list[Aligned] = []
+        taken: set[int] = set()  # a token across two texts counts once
         for t, s in zip(teacher.answers, student.answers, strict=True):
-            for token in self._align_answer(t, s):
-                if self._comparable(token, teacher, student):
-                    aligned.setdefault(token.student, token)
-        return list(aligned.values())
+            for found in find(t, s, teacher, student):
+                positions = student_positions(found)
+                if taken.isdisjoint(positions):
+                    taken.update(positions)
+                    aligned.append(found)
+        return aligned
+
+    def _token_by_token(
+        self, t: AnswerSpan, s: AnswerSpan, teacher: EncodedRow, student: EncodedRow
+    ) -> Iterator[Aligned]:
+        theirs = {(token.start, token.end): token for token in t.tokens}
+        for ours in s.tokens:
+            other = theirs.get((ours.start, ours.end))
+            if other is not None and (found := self._token(other, ours, s.turn)) is not None \
+                    and self._comparable(found, teacher, student):
+                yield found
+        yield from self._ends(t, s, teacher, student)
+
+    def _chunked(
+        self, t: AnswerSpan, s: AnswerSpan, teacher: EncodedRow, student: EncodedRow
+    ) -> Iterator[Aligned]:
+        for theirs, ours in common_segments(t, s):
+            # nothing stands before the first token of a row, so nothing predicts it
+            predicted = theirs[0].position > teacher.offset and ours[0].position > student.offset
+            if not predicted or not same_glue((theirs, ours)):
+                continue
+            first = self._token(theirs[0], replace(ours[0], suffix=theirs[0].suffix), s.turn)
+            if first is not None and not self._comparable(first, teacher, student):
+                first = None
+            one_each = len(theirs) == len(ours) == 1
+            if first is not None and one_each and self._alone(first, teacher, student):
+                yield first
+            else:
+                yield AlignedChunk(tuple(token.position for token in theirs),
+                                   tuple(token.position for token in ours), s.turn,
+                                   None if first is None else first.map_index)
+        yield from self._ends(t, s, teacher, student)
+
+    def _alone(self, token: AlignedToken, teacher: EncodedRow, student: EncodedRow) -> bool:
+        """Whether the entry of two tokens holds nothing but these two."""
+        theirs = teacher.ids[token.teacher - teacher.offset]
+        ours = student.ids[token.student - student.offset]
+        return self.maps[token.map_index].same_token(theirs, ours)
+
+    def _token(self, theirs: AnswerToken, ours: AnswerToken, turn: int) -> AlignedToken | None:
+        """The map under which two tokens of the same bytes may be compared."""
+        if theirs.suffix != ours.suffix:
+            return None
+        if theirs.prefix == ours.prefix:
+            return AlignedToken(theirs.position, ours.position, turn, 0)
+        if (theirs.prefix, ours.prefix) == self.glue:
+            return AlignedToken(theirs.position, ours.position, turn, 1)
+        return None
+
+    def _ends(
+        self, t: AnswerSpan, s: AnswerSpan, teacher: EncodedRow, student: EncodedRow
+    ) -> Iterator[AlignedToken]:
+        """Both models end the turn after the same bytes."""
+        if t.end_of_turn is None or s.end_of_turn is None or t.tail != s.tail:
+            return
+        found = AlignedToken(t.end_of_turn, s.end_of_turn, s.turn, 0)
+        if self._comparable(found, teacher, student):
+            yield found
 
     def _comparable(self, token: AlignedToken, teacher: EncodedRow, student: EncodedRow) -> bool:
         """Both positions have a prediction before them, of one and the same outcome."""
@@ -84,19 +174,15 @@ class Pairing:
         return t > 0 and s > 0 and self.maps[token.map_index].same_entry(
             teacher.ids[t], student.ids[s])
 
-    def _align_answer(self, teacher: AnswerSpan, student: AnswerSpan) -> Iterable[AlignedToken]:
-        ours = {(token.start, token.end): token for token in teacher.tokens}
-        for token in student.tokens:
-            other = ours.get((token.start, token.end))
-            if other is None or other.suffix != token.suffix:
-                continue
-            if other.prefix == token.prefix:
-                yield AlignedToken(other.position, token.position, student.turn, 0)
-            elif (other.prefix, token.prefix) == self.glue:
-                yield AlignedToken(other.position, token.position, student.turn, 1)
-        ends = (teacher.end_of_turn, student.end_of_turn)
-        if None not in ends and teacher.tail == student.tail:  # both end it after the same bytes
-            yield AlignedToken(*ends, student.turn, 0)  # type: ignore[arg-type]
+
+def student_positions(found: Aligned) -> tuple[int, ...]:
+    """Positions of the student's tokens in one comparison."""
+    return found.student if isinstance(found, AlignedChunk) else (found.student,)
+
+
+def teacher_positions(found: Aligned) -> tuple[int, ...]:
+    """Positions of the teacher's tokens in one comparison."""
+    return found.teacher if isinstance(found, AlignedChunk) else (found.teacher,)
 
 
 def supervised_positions(row: EncodedRow) -> list[tuple[int, int]]:
@@ -109,7 +195,7 @@ def supervised_positions(row: EncodedRow) -> list[tuple[int, int]]:
     return [(position, turn) for position, turn in found.items() if position > row.offset]
 
 
-def align_alone(student: EncodedRow) -> list[AlignedToken]:
+def align_alone(student: EncodedRow) -> list[Aligned]:
     """The supervised tokens of a student without a teacher."""
     return [AlignedToken(position, position, turn, 0)
             for position, turn in supervised_positions(student)]
@@ -121,47 +207,72 @@ def pair_models(
     teacher_rows: int,
     student_rows: int,
     samples: Sequence[str] = (),
+    alignment: str = "auto",
 ) -> Pairing:
     """Decide how two models can be compared.
 
     Args:
         teacher, student: the adapters.
         teacher_rows, student_rows: rows of the two heads.
-        samples: answers from the data; the tokenizers must split them in the same places.
+        samples: answers from the data; whether the tokenizers split them in the same places
+            decides between cases b and c.
+        alignment: "exact" (case a or refuse), "shared" (a or b), "chunks" (c, also where the
+            tokenizers agree), or "auto" (the first of a, b, c that holds).
 
     Raises:
-        AlignmentError: different tokenizers (case c), with the first text split differently.
+        AlignmentError: the pair does not allow the alignment asked for, with the reason.
     """
-    for text in (*PROBES, *samples):
-        _same_split(teacher, student, text)
+    difference, warnings = _compare_splits(teacher, student, samples)
+    if difference is not None and alignment in ("exact", "shared"):
+        raise AlignmentError(
+            f"alignment: {alignment}, but teacher and student split text differently, so their "
+            "next-token distributions are not over the same events. Use alignment: chunks (or "
+            f"auto), or a student of the teacher's tokenizer family. {difference}."
+        )
     roles = _roles(teacher, student)
     glue = _first_token_glue(teacher, student)
-    tables = (teacher.table, student.table, teacher_rows, student_rows, roles)
-    maps = [build_vocabulary_map(*tables)]
-    if glue is not None:
-        maps.append(build_vocabulary_map(*tables, *glue))
-    case: Literal["a", "b"] = "a" if maps[0].identity else "b"
-    return Pairing(case, _reason(maps[0], glue), tuple(maps), glue, _warnings(teacher, student))
+    rows = (teacher_rows, student_rows)
+    if difference is not None or alignment == "chunks":
+        case: Case = "c"
+        maps = [build_cell_map(teacher, student, *rows, roles, around)
+                for around in ((b"", b""), glue) if around is not None]
+    else:
+        tables = (teacher.table, student.table, *rows, roles)
+        maps = [build_vocabulary_map(*tables, *around)
+                for around in ((b"", b""), glue) if around is not None]
+        case = "a" if maps[0].identity else "b"
+    if alignment == "exact" and case != "a":
+        raise AlignmentError(
+            f"alignment: exact, but the two vocabularies are not the same ({_counts(maps[0])}). "
+            "Use alignment: shared (or auto).")
+    reason = _reason(case, maps[0], glue, difference)
+    return Pairing(case, reason, tuple(maps), glue, (*_warnings(teacher, student), *warnings))
 
 
-def _same_split(teacher: ModelAdapter, student: ModelAdapter, text: str) -> None:
-    spans = {}
-    for adapter in (teacher, student):
+def _compare_splits(
+    teacher: ModelAdapter, student: ModelAdapter, samples: Sequence[str]
+) -> tuple[str | None, list[str]]:
+    """The first text that is split differently, shown; and a warning about unspellable samples."""
+    difference, problems = None, []
+    for index, text in enumerate((*samples, *PROBES)):
         try:
-            spans[adapter.role] = check_spelled(adapter, text.strip())
-        except AlignmentError:
-            spans[adapter.role] = []  # unknown characters, or another normal form
-    if spans["teacher"] == spans["student"]:
-        return
-    data = text.strip().encode()
-    shown = {role: "|".join(data[a:b].decode(errors="replace") for a, b in found[:12])
-             for role, found in spans.items()}
-    raise AlignmentError(
-        "teacher and student split text differently, so their next-token distributions are not "
-        "over the same events. Different tokenizers are not supported yet; choose a student (or "
-        f"teacher) of the same tokenizer family. Teacher: '{shown['teacher']}'; student: "
-        f"'{shown['student']}'."
-    )
+            spans = [check_spelled(adapter, text.strip()) for adapter in (teacher, student)]
+        except AlignmentError as error:  # unknown characters, or another normal form
+            problems += [str(error)] if index < len(samples) else []
+            continue
+        if spans[0] != spans[1] and difference is None:
+            shown = [_cut_at(text.strip().encode(), found) for found in spans]
+            difference = f"Teacher: '{shown[0]}'; student: '{shown[1]}'"
+    if not problems:
+        return difference, []
+    told = f"{len(problems)} of {len(samples)} probed answers cannot be spelled by both tokenizers"
+    if len(problems) == len(samples):
+        raise AlignmentError(f"{told}, so nothing can be aligned: {problems[0]}")
+    return difference, [f"{told}; such records are left out: {problems[0]}"]
+
+
+def _cut_at(data: bytes, spans: list[tuple[int, int]]) -> str:
+    return "|".join(data[a:b].decode(errors="replace") for a, b in spans[:12])
 
 
 def _roles(teacher: ModelAdapter, student: ModelAdapter) -> list[tuple[int, int]]:
@@ -191,20 +302,32 @@ def _first_token_glue(
     return None
 
 
-def _reason(vocabulary: VocabularyMap, glue: tuple[bytes, bytes] | None) -> str:
-    if vocabulary.identity:
+def _reason(
+    case: Case, vocabulary: VocabularyMap, glue: tuple[bytes, bytes] | None,
+    difference: str | None,
+) -> str:
+    if case == "c":
+        why = f"different splits ({difference})" if difference else "asked for"
+        text = (f"{why}: compared where both models begin the same bytes, over "
+                f"{_counts(vocabulary)}; where the text is cut differently, also by the "
+                "likelihood of the same bytes")
+    elif case == "a":
         text = "same tokenizer and same rows: logits are compared as they are"
     else:
-        text = (
-            f"same splits, other rows: {len(vocabulary.student.shared):,} shared tokens; rest "
-            f"{len(vocabulary.teacher.rest):,} (teacher) and {len(vocabulary.student.rest):,} "
-            f"(student); padding rows {len(vocabulary.teacher.padding):,} and "
-            f"{len(vocabulary.student.padding):,}"
-        )
+        text = f"same splits, other rows: {_counts(vocabulary)}"
     if glue is None:
         return text
     return (f"{text}. The templates glue {glue[0].decode()!r} (teacher) and {glue[1].decode()!r} "
-            "(student) to an answer's first token; it is compared through a map of its own")
+            "(student) to an answer's first token; it is compared through a map of its own, or by "
+            "likelihood")
+
+
+def _counts(vocabulary: VocabularyMap) -> str:
+    teacher, student = vocabulary.teacher, vocabulary.student
+    cells = f" and {vocabulary.cells:,} groups of tokens" if vocabulary.cells else ""
+    return (f"{len(student.shared):,} shared tokens{cells}; rest {len(teacher.rest):,} (teacher) "
+            f"and {len(student.rest):,} (student); padding rows {len(teacher.padding):,} and "
+            f"{len(student.padding):,}")
 
 
 def _warnings(teacher: ModelAdapter, student: ModelAdapter) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 K tokens that both models have are compared one by one. What only one of them has is summed up,
 exactly, in one more entry ("rest": the logsumexp of its logits), so softmax over the K + 1
-entries is the exact coarse-graining of the model's own softmax. Two limits are drawn:
+entries is the exact coarse-graining of the model's own softmax. With different tokenizers, groups
+of tokens that begin the same texts (`cells.py`) are entries too. Two limits are drawn:
 
 - Rows that no token names (padding of the embedding matrix) are no outcomes of a language model.
   They are left out on both sides, and the probability a model wastes on them is reported.
@@ -13,7 +14,7 @@ entries is the exact coarse-graining of the model's own softmax. Two limits are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -21,18 +22,24 @@ from torch import Tensor
 
 from taid_vlm.adapters import TokenTable
 from taid_vlm.errors import AlignmentError
+from taid_vlm.objectives.divergences import upcast
 
 
 @dataclass(frozen=True)
 class SideMap:
-    """One model's rows: shared [K] in common order, rest and padding (ids; may be empty)."""
+    """One model's rows: shared [K] in common order, rest and padding (ids; may be empty).
+
+    members, cell: [M] ids that are compared in groups, and the group (0, 1, ...) of each.
+    """
 
     shared: Tensor
     rest: Tensor
     padding: Tensor
+    members: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    cell: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def to(self, device: torch.device) -> SideMap:
-        return SideMap(*(x.to(device) for x in (self.shared, self.rest, self.padding)))
+        return SideMap(*(x.to(device) for x in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -40,18 +47,19 @@ class VocabularyMap:
     """Brings logits [N, V] of teacher and student to the same width.
 
     identity: both models have the same rows, nothing is mapped.
-    has_rest: the student has tokens the teacher lacks, so entry K holds the rest.
+    has_rest: the student has tokens the teacher lacks, so the last entry holds the rest.
+    cells: how many entries between the K shared ones and the rest are groups of tokens.
     """
 
     teacher: SideMap
     student: SideMap
     identity: bool
     has_rest: bool
+    cells: int = 0
 
     def to(self, device: torch.device | str) -> VocabularyMap:
         device = torch.device(device)
-        return VocabularyMap(self.teacher.to(device), self.student.to(device), self.identity,
-                             self.has_rest)
+        return replace(self, teacher=self.teacher.to(device), student=self.student.to(device))
 
     def same_entry(self, teacher_id: int, student_id: int) -> bool:
         """Whether two tokens are one and the same outcome of the comparison."""
@@ -60,17 +68,26 @@ class VocabularyMap:
         theirs, ours = self._entries
         return theirs.get(teacher_id, -1) == ours.get(student_id, -1)
 
+    def same_token(self, teacher_id: int, student_id: int) -> bool:
+        """Whether that outcome is this token alone, on both sides."""
+        shared = len(self.student.shared)
+        return self.same_entry(teacher_id, student_id) and (
+            self.identity or self._entries[0].get(teacher_id, shared) < shared)
+
     @cached_property
     def _entries(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Shared id -> entry on both sides; what is missing is rest."""
-        sides = (side.shared.tolist() for side in (self.teacher, self.student))
-        theirs, ours = ({token: entry for entry, token in enumerate(ids)} for ids in sides)
+        """Id -> entry on both sides, of shared tokens and members; what is missing is rest."""
+        theirs, ours = (
+            {token: entry for entry, token in enumerate(side.shared.tolist())}
+            | {token: len(side.shared) + cell for token, cell in
+               zip(side.members.tolist(), side.cell.tolist(), strict=True)}
+            for side in (self.teacher, self.student))
         return theirs, ours
 
     @property
     def width(self) -> int:
-        """Entries after mapping: V, K or K + 1."""
-        return len(self.student.shared) + self.has_rest
+        """Entries after mapping: V, or K + cells (+ 1 with a rest)."""
+        return len(self.student.shared) + self.cells + self.has_rest
 
     def map_teacher(self, logits: Tensor) -> Tensor:
         """[N, V_teacher] -> [N, width]."""
@@ -83,32 +100,42 @@ class VocabularyMap:
     def _map(self, logits: Tensor, side: SideMap) -> Tensor:
         if self.identity:
             return logits
-        shared = logits.index_select(-1, side.shared)
-        if not self.has_rest:
-            return shared
-        if len(side.rest) == 0:
-            rest = torch.full_like(shared[:, :1], -torch.inf)
-        else:
-            rest = _logsumexp(logits.index_select(-1, side.rest).float())
-        return torch.cat([shared.to(rest.dtype), rest], dim=-1)
+        parts = [logits.index_select(-1, side.shared)]
+        if self.cells:
+            parts.append(_grouped_logsumexp(
+                upcast(logits.index_select(-1, side.members)), side.cell, self.cells))
+        if self.has_rest:
+            one = torch.zeros_like(side.rest)
+            parts.append(_grouped_logsumexp(
+                upcast(logits.index_select(-1, side.rest)), one, 1))
+        return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=-1)
 
     @torch.no_grad()
     def unshared_mass(self, logits: Tensor, side: str) -> dict[str, Tensor]:
-        """Probability on `rest` and on `padding` rows per token, each [N]; {} for the identity."""
+        """Probability on `rest`, `padding` rows and cells per token, each [N]; {} for the identity.
+        """
         if self.identity:
             return {}
         rows: SideMap = getattr(self, side)
         log_p = logits.float().log_softmax(-1)
         return {
             f"{side}_{name}_mass": log_p.index_select(-1, ids).exp().sum(-1)
-            for name, ids in (("rest", rows.rest), ("padding", rows.padding)) if len(ids)
+            for name, ids in (("rest", rows.rest), ("padding", rows.padding),
+                              ("cell", rows.members)) if len(ids)
         }
 
 
-def _logsumexp(logits: Tensor) -> Tensor:
-    """Over the last dimension, [N, 1]; -inf, with gradient 0, where all entries are."""
-    total = logits.clamp(min=-1e30).logsumexp(-1, keepdim=True)
-    return torch.where(total < -1e29, -torch.inf, total)
+def _grouped_logsumexp(logits: Tensor, group: Tensor, groups: int) -> Tensor:
+    """logsumexp of [N, M] within groups [M] of columns, [N, groups]; differentiable.
+
+    -inf, with gradient 0, where a group has no column or only -inf.
+    """
+    x = logits.clamp(min=-1e30)
+    index = group.expand(len(x), -1)
+    top = x.detach().new_full((len(x), groups), -1e30).scatter_reduce(1, index, x.detach(), "amax")
+    # one term of a group with members is e^0, so the clamp acts on empty groups only
+    total = torch.zeros_like(top).index_add(1, group, (x - top.gather(1, index)).exp())
+    return torch.where(top < -1e29, -torch.inf, top + total.clamp(min=1e-30).log())
 
 
 def build_vocabulary_map(
@@ -133,21 +160,29 @@ def build_vocabulary_map(
     Raises:
         AlignmentError: a head with fewer rows than its tokenizer has tokens, or nothing shared.
     """
+    check_rows(teacher, student, teacher_rows, student_rows)
+    plain = teacher_prefix == student_prefix
+    same = plain and teacher_rows == student_rows and teacher.strings == student.strings
+    if same and all(t == s for t, s in roles):
+        return _identity(teacher_rows)
+    pairs = pair_tokens(token_keys(teacher, teacher_prefix),
+                        token_keys(student, student_prefix), roles)
+    if not pairs:
+        raise AlignmentError("teacher and student share no token at all.")
+    teacher_side = side_map([t for t, _ in pairs], teacher, teacher_rows)
+    student_side = side_map([s for _, s in pairs], student, student_rows)
+    return VocabularyMap(teacher_side, student_side, False, len(student_side.rest) > 0)
+
+
+def check_rows(
+    teacher: TokenTable, student: TokenTable, teacher_rows: int, student_rows: int
+) -> None:
+    """Every token needs a logit."""
     for role, table, rows in (("teacher", teacher, teacher_rows), ("student", student,
                                                                    student_rows)):
         if rows < len(table):
             raise AlignmentError(f"{role}: the head has {rows} rows, but the tokenizer names "
                                  f"{len(table)} tokens; resize the embeddings.")
-    plain = teacher_prefix == student_prefix
-    same = plain and teacher_rows == student_rows and teacher.strings == student.strings
-    if same and all(t == s for t, s in roles):
-        return _identity(teacher_rows)
-    pairs = _pair(_keys(teacher, teacher_prefix), _keys(student, student_prefix), roles)
-    if not pairs:
-        raise AlignmentError("teacher and student share no token at all.")
-    teacher_side = _side([t for t, _ in pairs], teacher, teacher_rows)
-    student_side = _side([s for _, s in pairs], student, student_rows)
-    return VocabularyMap(teacher_side, student_side, False, len(student_side.rest) > 0)
 
 
 def _identity(rows: int) -> VocabularyMap:
@@ -156,7 +191,7 @@ def _identity(rows: int) -> VocabularyMap:
     return VocabularyMap(side, side, True, False)
 
 
-def _keys(table: TokenTable, prefix: bytes) -> dict[tuple[str, bytes], int]:
+def token_keys(table: TokenTable, prefix: bytes) -> dict[tuple[str, bytes], int]:
     """(kind, bytes) -> id; ids that spell the same bytes keep apart by how they came about."""
     keys: dict[tuple[str, bytes], int] = {}
     for index, text in enumerate(table.text):
@@ -170,7 +205,7 @@ def _keys(table: TokenTable, prefix: bytes) -> dict[tuple[str, bytes], int]:
     return keys
 
 
-def _pair(
+def pair_tokens(
     teacher: dict[tuple[str, bytes], int], student: dict[tuple[str, bytes], int],
     roles: Sequence[tuple[int, int]],
 ) -> list[tuple[int, int]]:
@@ -189,13 +224,17 @@ def _pair(
     return pairs
 
 
-def _side(shared: list[int], table: TokenTable, rows: int) -> SideMap:
+def side_map(
+    shared: list[int], table: TokenTable, rows: int, members: Sequence[tuple[int, int]] = ()
+) -> SideMap:
     named = torch.zeros(rows, dtype=torch.bool)
     named[[i for i, string in enumerate(table.strings) if string is not None]] = True
     taken = torch.zeros(rows, dtype=torch.bool)
-    taken[shared] = True
+    taken[[*shared, *(token for token, _ in members)]] = True
     return SideMap(
         torch.tensor(shared, dtype=torch.long),
         (named & ~taken).nonzero()[:, 0],
         (~named).nonzero()[:, 0],
+        torch.tensor([token for token, _ in members], dtype=torch.long),
+        torch.tensor([cell for _, cell in members], dtype=torch.long),
     )

@@ -2,16 +2,32 @@
 
 from taid_vlm.objectives.diagnostics import DIAGNOSTICS, diagnose
 from taid_vlm.objectives.divergences import LOSSES, divergence
-from taid_vlm.objectives.objective import Objective, Term, parse_objective
+from taid_vlm.objectives.likelihood import chunk_logits, label_log_prob
+from taid_vlm.objectives.objective import (
+    ALIGNMENTS,
+    Objective,
+    Term,
+    VisualTerm,
+    parse_objective,
+)
 from taid_vlm.objectives.schedule import TaidSchedule
+from taid_vlm.objectives.visual import advantage_weight, feature_loss, pool, relation_loss
 
 __all__ = [
+    "ALIGNMENTS",
     "DIAGNOSTICS",
     "LOSSES",
     "Objective",
     "TaidSchedule",
     "Term",
+    "VisualTerm",
+    "advantage_weight",
+    "chunk_logits",
     "diagnose",
     "divergence",
+    "feature_loss",
+    "label_log_prob",
     "parse_objective",
+    "pool",
+    "relation_loss",
 ]

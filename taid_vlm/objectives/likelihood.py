@@ -1,0 +1,85 @@
+"""Comparing likelihoods of the same bytes, for models whose tokens differ.
+
+A chunk is a piece of an answer that teacher and student say in different tokens. Its probability
+under a model is the product over its tokens (chain rule); "this chunk, or anything else" is then
+a distribution over two outcomes, on which every loss of the package works unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from taid_vlm.objectives.divergences import row_chunks, upcast
+
+CERTAIN = -1e-30  # log-probability nearest to 0: log(1 - p) and its gradient stay finite
+LOG_HALF = -0.6931471805599453
+
+
+def label_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
+    """log softmax(logits)[label], accurate to its own size also where it is nearly 0.
+
+    Args:
+        logits: [N, V]; differentiable.
+        labels: [N] token ids.
+
+    Returns:
+        [N] nats, float32 (float64 for float64 logits).
+    """
+    return _LabelLogProb.apply(logits, labels)
+
+
+class _LabelLogProb(torch.autograd.Function):
+    """Through the log odds z = s_y - logsumexp(s without y): log p = -log(1 + e^-z).
+
+    With the plain log-softmax, 1 - p of a confident model would be rounding noise, and the
+    gradient of a chunk's loss divides by it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):  # type: ignore[no-untyped-def]
+        others, odds = (upcast(logits.new_empty(len(logits))) for _ in range(2))
+        for rows in row_chunks(*logits.shape):
+            s, y = upcast(logits[rows]), labels[rows, None]
+            others[rows] = s.scatter(1, y, -torch.inf).logsumexp(-1)
+            odds[rows] = s.gather(1, y)[:, 0] - others[rows]
+        ctx.save_for_backward(logits, labels, others, odds)
+        return logsigmoid(odds)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        logits, labels, others, odds = ctx.saved_tensors
+        weight = (upstream * torch.sigmoid(-odds))[:, None]
+        gradient = torch.empty_like(logits)
+        for rows in row_chunks(*logits.shape):
+            w = weight[rows]
+            g = -(upcast(logits[rows]) - others[rows, None]).exp() * w
+            g = torch.where(w == 0, 0.0, g).scatter(1, labels[rows, None], w)
+            gradient[rows] = g.to(gradient.dtype)
+        return gradient, None
+
+
+def chunk_logits(log_prob: Tensor, chunk: Tensor, chunks: int) -> Tensor:
+    """Two logits per chunk: log p(chunk) and log(1 - p(chunk)).
+
+    Args:
+        log_prob: [N] log-probabilities of tokens; differentiable.
+        chunk: [N] which chunk each token belongs to; -1 for none.
+        chunks: how many chunks there are.
+
+    Returns:
+        [chunks, 2], normalised.
+    """
+    inside = chunk >= 0
+    total = log_prob.new_zeros(chunks).index_add(0, chunk[inside], log_prob[inside])
+    total = total.clamp(max=CERTAIN)
+    return torch.stack([total, _log1mexp(total)], dim=-1)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, in the form that is accurate on either side of log(1/2)."""
+    near = torch.log(-torch.expm1(x.clamp(min=LOG_HALF)))
+    far = torch.log1p(-torch.exp(x.clamp(max=LOG_HALF)))
+    return torch.where(x > LOG_HALF, near, far)
