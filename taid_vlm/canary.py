@@ -1,0 +1,324 @@
+"""The vision canary: does a model look at its images?
+
+A model's own answer distributions with the real image are compared with those with a blank image,
+and with another record's image. A model that does not look (its projector is untrained, its
+processor is not its own, ...) can still have a fine loss, but both differences are 0.
+
+Both substitutes take the size of the image they stand for, so that tokens and positions stay as
+they are and nothing but the pixels differs: a model to which they mean nothing gives exactly 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, send_to_device
+from PIL import Image
+from torch import Tensor, nn
+
+from taid_vlm.adapters import ModelAdapter, Rendered
+from taid_vlm.alignment import supervised_positions
+from taid_vlm.collator import DistillationCollator, predicting_mask, target_ids
+from taid_vlm.errors import RecordError
+from taid_vlm.evaluation import ALL, Tally
+from taid_vlm.models import answer_logits
+from taid_vlm.objectives import diagnose, divergence
+from taid_vlm.records import Record, parse_record
+
+logger = logging.getLogger(__name__)
+
+# Nats per answer token below which a model counts as blind. By Pinsker's inequality the image then
+# moves at most sqrt(0.001 / 2) = 2.2 % of a token's probability on average. Rounding logits around
+# 20 to bfloat16 alone gives 0.0006, so less could not be told from nothing.
+BLIND_BELOW = 1e-3
+GREY = (128, 128, 128)
+REAL, BLANK, SHUFFLED = "real", "blank", "shuffled"
+CHECKS = (
+    "Check that the processor is the model's own, that its chat template puts the images before "
+    "the answers, that the checkpoint held the weights of its vision tower and projector, that "
+    "training reaches what connects the two (peft), and that the answers of the data cannot be "
+    "given without the images."
+)
+
+Figures = dict[str, float | int]
+Looks = dict[str, Figures]  # by role
+
+
+# ----- substitutes --------------------------------------------------------------------------
+
+
+def blank(image: Image.Image) -> Image.Image:
+    """Mid grey of the same size, which is about 0 once a processor has normalised it.
+
+    One colour for all records says nothing about any of them; an image's own mean colour would
+    still answer what is asked about colours.
+    """
+    return Image.new("RGB", image.size, GREY)
+
+
+def shuffled(records: Sequence[Record]) -> list[Record | None]:
+    """For every record the next one, in a circle, that has as many images and not the same.
+
+    None where there is none. Without repeated images this is a permutation without fixed points
+    of all records with the same number of images.
+    """
+    return [
+        next((other for other in (*records[index + 1 :], *records[:index])
+              if len(other.images) == len(record.images) and _values(other) != _values(record)),
+             None)
+        for index, record in enumerate(records)
+    ]
+
+
+def _values(record: Record) -> list[Any]:
+    return [image.value for image in record.images]
+
+
+def choose(dataset: Sequence[Any], number: int, collator: DistillationCollator) -> list[Record]:
+    """The first `number` records with an image before an answer that every model can use.
+
+    What cannot be used is told and counted by the evaluation of the same records.
+    """
+    usable = (record for record in map(_read, (dataset[i] for i in range(len(dataset))))
+              if record is not None and _answers_after_images(record)
+              and collator([record])["counts"]["rows"])
+    return [record for _, record in zip(range(number), usable, strict=False)]
+
+
+def _read(row: Any) -> Record | None:
+    try:
+        return row if isinstance(row, Record) else parse_record(row, "a row")
+    except RecordError:
+        return None
+
+
+def _answers_after_images(record: Record) -> frozenset[int]:
+    """Turns of the answers that an image stands before; no image can change an earlier one."""
+    return frozenset(
+        turn for turn in range(len(record.answers) if record.images else 0)
+        if any(None in message.parts for message in record.before(turn)))
+
+
+# ----- one model ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One record as a model is shown it: its real images and their substitutes."""
+
+    rendered: Rendered
+    turns: frozenset[int]
+    images: Mapping[str, list[Image.Image]]
+    has_partner: bool
+
+
+def canary(
+    model: nn.Module, adapter: ModelAdapter, records: Sequence[Record], **options: Any
+) -> Figures:
+    """How much the images of `records` matter to a model, over all processes.
+
+    Args:
+        records: with images that can be read, as `choose` finds them; the same in all processes.
+        options: of `look`.
+
+    Returns:
+        kl_blank, kl_shuffled: KL(real || substitute) in nats per answer token, over the model's
+        whole vocabulary. gain_blank, gain_shuffled: nats per token that the real image adds to
+        the log-likelihood of the reference answer; looking helps where it is above 0. Each with
+        its standard error (`kl_blank_stderr`, ...) over records. n_records, n_tokens, and
+        without_partner: records that the figures of shuffled images (absent if there are none)
+        do without, as no other record has as many images. {} without any records.
+    """
+    merged = Tally()
+    for part in gather_object([look(model, adapter, records, **options)]):
+        merged.merge(part)
+    return _summarise(merged)
+
+
+@torch.no_grad()
+def look(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    records: Sequence[Record],
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    process: tuple[int, int] = (0, 1),
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Tally:
+    """One process's share of `canary`, as sums per record.
+
+    Touches no random state and no gradient; the model's mode is restored.
+
+    Args:
+        process: (rank, world size); this call takes every world-size-th record.
+    """
+    rank, world = process
+    share = list(zip(records, shuffled(records), strict=True))[rank::world]
+    tally, was_training = Tally(), model.training
+    model.eval()
+    for start in range(0, len(share), batch_size):
+        samples = [_sample(adapter, *pair) for pair in share[start : start + batch_size]]
+        with autocast():
+            for name, values in _differences(model, adapter, samples, device):
+                if len(values):
+                    tally.table[ALL][name].add(float(values.sum()), len(values))
+    model.train(was_training)
+    return tally
+
+
+def _sample(adapter: ModelAdapter, record: Record, partner: Record | None) -> _Sample:
+    real = [image.load() for image in record.images]
+    # without a partner its own images fill the place, so that all three batches have one shape
+    others = [image.load() for image in (partner or record).images]
+    images = {
+        REAL: real,
+        BLANK: [blank(image) for image in real],
+        SHUFFLED: [other.resize(image.size) for other, image in zip(others, real, strict=True)],
+    }
+    turns = _answers_after_images(record)
+    return _Sample(adapter.render(record), turns, images, partner is not None)
+
+
+def _differences(
+    model: nn.Module, adapter: ModelAdapter, samples: Sequence[_Sample], device: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """For every sample: a figure's name, and its values over the sample's tokens."""
+    real, labels, rows = _predict(model, adapter, samples, REAL, device)
+    for version in (BLANK, SHUFFLED):
+        figures = _compared(real, labels, _predict(model, adapter, samples, version, device))
+        for index, sample in enumerate(samples):
+            if version == BLANK or sample.has_partner:
+                for name, values in figures.items():
+                    yield f"{name}_{version}", values[rows == index]
+
+
+def _compared(
+    real: Tensor, labels: Tensor, substituted: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """KL(real || substitute), and what the real image adds to the answer's log-likelihood."""
+    logits, again, _ = substituted
+    assert torch.equal(labels, again), "an answer's tokens do not depend on the pixels"
+    seeing, without = (divergence("ce", x, None, labels=labels) for x in (real, logits))
+    figures = {"kl": diagnose(logits, real)["kl"], "gain": without - seeing}
+    return {name: values.double().cpu() for name, values in figures.items()}
+
+
+def _predict(
+    model: nn.Module, adapter: ModelAdapter, samples: Sequence[_Sample], version: str, device: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, V], the tokens [N] they are to predict, and whose they are [N]."""
+    encoded = adapter.encode([s.rendered for s in samples], [s.images[version] for s in samples])
+    positions = [
+        (index, position) for index, sample in enumerate(samples)
+        for position, turn in supervised_positions(encoded.rows[index]) if turn in sample.turns
+    ]
+    mask = predicting_mask(encoded.inputs["input_ids"], positions)
+    labels = target_ids(encoded.rows, positions).to(device)
+    inputs = send_to_device(encoded.inputs, device)
+    rows = torch.tensor([index for index, _ in positions])
+    return answer_logits(model, inputs, mask.to(device)), labels, rows
+
+
+def _summarise(tally: Tally) -> Figures:
+    table = tally.table.get(ALL)
+    if not table:
+        return {}
+    seen = table["kl_blank"]
+    partners = table["kl_shuffled"].records if "kl_shuffled" in table else 0
+    out: Figures = {"n_records": seen.records, "n_tokens": int(seen.tokens),
+                    "without_partner": seen.records - partners}
+    for name, moments in table.items():
+        out[name], out[f"{name}_stderr"] = moments.mean, moments.stderr
+    return out
+
+
+# ----- a run --------------------------------------------------------------------------------
+
+
+class Canary:
+    """Asks both models of a run at every evaluation; the teacher, which does not change, once.
+
+    Args:
+        number: records with images that are asked about; 0 asks nothing.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        # by identity; a data set is kept beside it, so that no other one can take its place
+        self._first: dict[int, tuple[Any, list[Record], Looks]] = {}
+
+    def ask(
+        self, dataset: Sequence[Any], student: nn.Module, teacher: nn.Module | None,
+        collator: DistillationCollator, **options: Any,
+    ) -> Looks:
+        """Figures by role, {} where no record has an image; a model that is blind is told.
+
+        Args:
+            options: of `look`.
+        """
+        if not self.number:
+            return {}
+        if id(dataset) in self._first:
+            _, records, first = self._first[id(dataset)]
+            looks = dict(first)
+        else:
+            records, looks = choose(dataset, self.number, collator), {}
+            if records and teacher is not None and collator.teacher is not None:
+                looks["teacher"] = canary(teacher, collator.teacher, records, **options)
+        if records:
+            looks["student"] = canary(student, collator.student, records, **options)
+        _, _, first = self._first.setdefault(id(dataset), (dataset, records, looks))
+        if options.get("process", (0, 1))[0] == 0:
+            for sentence in told(looks, first.get("student")).values():
+                logger.warning("%s %s", sentence, CHECKS)
+        return looks
+
+
+def is_blind(figures: Mapping[str, float | int]) -> bool:
+    """Whether neither a blank image nor another record's changes the answers."""
+    found = [figures[name] for name in ("kl_blank", "kl_shuffled") if name in figures]
+    return bool(found) and max(found) < BLIND_BELOW
+
+
+def told(looks: Looks, start: Figures | None = None) -> dict[str, str]:
+    """A warning for every role whose model does not look.
+
+    Args:
+        start: the student's figures at first; perhaps it looked then.
+    """
+    return {role: _warning(role, looks, start or {}) for role, figures in looks.items()
+            if is_blind(figures)}
+
+
+def _warning(role: str, looks: Looks, start: Figures) -> str:
+    figures, teacher = looks[role], looks.get("teacher", {})
+    other = f" and another record's image by {figures['kl_shuffled']:.2g}" \
+        if "kl_shuffled" in figures else ""
+    text = (f"The {role} DOES NOT LOOK at its images: over {figures['n_records']} records, a blank "
+            f"image in place of the real one changes its answers by {figures['kl_blank']:.2g}"
+            f"{other} nats per token, which is below {BLIND_BELOW:g}.")
+    if role == "student" and start and not is_blind(start):
+        text += f" It did look at first ({start['kl_blank']:.2g})."
+    if role == "student" and teacher and not is_blind(teacher):
+        text += f" The teacher does look ({teacher['kl_blank']:.2g})."
+    return text
+
+
+def account(before: Looks, after: Looks) -> dict[str, Any] | None:
+    """What results.json says about looking: figures, and the warnings as sentences."""
+    if not after:
+        return None
+    start = before["student"]
+    first, last = told(before), told(after, start)
+    warnings = [last["teacher"]] if "teacher" in last else []
+    warnings += [f"{when} training: {found['student']}"
+                 for when, found in (("Before", first), ("After", last)) if "student" in found]
+    return {"teacher": after.get("teacher"),
+            "student": {"before": start, "after": after["student"]},
+            "warnings": [*warnings, CHECKS] if warnings else []}
