@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -37,11 +37,12 @@ from taid_vlm.alignment import (
     teacher_positions,
 )
 from taid_vlm.errors import AlignmentError, RecordError, SampleDropped, TaidError
-from taid_vlm.records import Record, parse_record
+from taid_vlm.records import Malformed, Record, parse_record
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+Row: TypeAlias = Record | Malformed | Mapping[str, Any]
 TOO_LONG, UNALIGNED = "longer than max_length", "nothing aligned"
 CUT = "cut"  # not dropped: plain texts that were shortened
 
@@ -92,7 +93,7 @@ class DistillationCollator:
     degrade: Callable[[Image.Image], Image.Image] | None = None
     views: Mapping[str, GlobalViews] | None = None
 
-    def __call__(self, rows: Sequence[Record | Mapping[str, Any]]) -> Batch:
+    def __call__(self, rows: Sequence[Row]) -> Batch:
         counts: Counter[str] = Counter()
         samples = [s for s in (self._attempt(row, counts) for row in rows) if s is not None]
         encoded, aligned = self._encode(samples, counts)
@@ -107,10 +108,11 @@ class DistillationCollator:
 
     # ----- one record -----------------------------------------------------------------------
 
-    def _attempt(self, row: Record | Mapping[str, Any], counts: Counter[str]) -> _Sample | None:
+    def _attempt(self, row: Row, counts: Counter[str]) -> _Sample | None:
         try:
-            record = row if isinstance(row, Record) else parse_record(row, "a row")
-            return self._prepare(record)
+            if isinstance(row, Malformed):
+                raise RecordError(row.problem)
+            return self._prepare(row if isinstance(row, Record) else parse_record(row, "a row"))
         except (SampleDropped, RecordError, AlignmentError) as problem:
             _count(problem, counts)
             return None

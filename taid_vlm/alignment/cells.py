@@ -102,8 +102,11 @@ def _first_tokens(
     texts = {data: text for data in source if (text := _as_text(glue + data)) is not None}
     splits = target.tokenizer([ANCHOR + text for text in texts.values()],
                               add_special_tokens=False)["input_ids"] if texts else []
-    begun = {data: _token_after_anchor(target.table, ids, ANCHOR + text)
-             for (data, text), ids in zip(texts.items(), splits, strict=True)}
+    alone = target.tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
+    begun = {}
+    for (data, text), ids in zip(texts.items(), splits, strict=True):
+        whole = ids[:-1] == alone and ids[-1:] == [spelled.get(data)]  # saves laying out most texts
+        begun[data] = ids[-1] if whole else _token_after_anchor(target.table, ids, ANCHOR + text)
     known = set(spelled.values())
     found = {}
     for data in source:

@@ -17,20 +17,28 @@ Segment = tuple[tuple[AnswerToken, ...], tuple[AnswerToken, ...]]
 def common_segments(teacher: AnswerSpan, student: AnswerSpan) -> Iterator[Segment]:
     """The finest pieces of an answer that end with a token on both sides.
 
-    A piece holds at least one token of each side. Tokens without bytes of the answer (a virtual
-    space at its start) belong to the piece that follows them. Bytes that only one side covers at
-    the end make no piece.
+    A piece holds at least one token of each side. Tokens in front of the answer's bytes (a space
+    that stands alone) are a piece where both sides have the same ones, and else belong to the
+    piece that follows them. Bytes that only one side covers at the end make no piece.
     """
     ours, theirs = _ends(student), _ends(teacher)
+    common = ours.keys() & theirs.keys()
+    if _head(teacher) != _head(student):
+        common -= {0}
     start_t = start_s = 0
-    for end in sorted(ours.keys() & theirs.keys()):
+    for end in sorted(common):
         yield (teacher.tokens[start_t : theirs[end]], student.tokens[start_s : ours[end]])
         start_t, start_s = theirs[end], ours[end]
 
 
 def _ends(answer: AnswerSpan) -> dict[int, int]:
     """Byte -> how many tokens have ended there; the last of those that end at one byte counts."""
-    return {token.end: index for index, token in enumerate(answer.tokens, 1) if token.end > 0}
+    return {token.end: index for index, token in enumerate(answer.tokens, 1)}
+
+
+def _head(answer: AnswerSpan) -> bytes:
+    """What the tokens in front of the answer's bytes spell."""
+    return b"".join(token.prefix for token in answer.tokens if token.end == 0)
 
 
 def same_glue(segment: Segment) -> bool:

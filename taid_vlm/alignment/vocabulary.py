@@ -22,7 +22,7 @@ from torch import Tensor
 
 from taid_vlm.adapters import TokenTable
 from taid_vlm.errors import AlignmentError
-from taid_vlm.objectives.divergences import upcast
+from taid_vlm.objectives.divergences import row_chunks, upcast
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,31 @@ class VocabularyMap:
             return logits
         parts = [logits.index_select(-1, side.shared)]
         if self.cells:
-            parts.append(_grouped_logsumexp(
-                upcast(logits.index_select(-1, side.members)), side.cell, self.cells))
+            parts.append(_GroupedLogSumExp.apply(logits, side.members, side.cell, self.cells))
         if self.has_rest:
             one = torch.zeros_like(side.rest)
-            parts.append(_grouped_logsumexp(
-                upcast(logits.index_select(-1, side.rest)), one, 1))
+            parts.append(_GroupedLogSumExp.apply(logits, side.rest, one, 1))
         return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=-1)
+
+    @torch.no_grad()
+    def unmap_student(self, gradient: Tensor, logits: Tensor, mapped: Tensor) -> Tensor:
+        """The gradient in the student's logits [N, V] from that in `map_student`'s [N, width].
+
+        Args:
+            logits, mapped: what went into the map, and what came out.
+        """
+        if self.identity:
+            return gradient
+        side, shared = self.student, len(self.student.shared)
+        out = torch.zeros_like(logits, dtype=gradient.dtype)
+        out[:, side.shared] = gradient[:, :shared]
+        groups = [(side.members, shared + side.cell)]
+        if self.has_rest:
+            groups.append((side.rest, torch.full_like(side.rest, self.width - 1)))
+        for ids, entry in groups:
+            share = group_shares(logits[:, ids], mapped, entry)
+            out[:, ids] = (gradient[:, entry] * share).to(out.dtype)
+        return out
 
     @torch.no_grad()
     def unshared_mass(self, logits: Tensor, side: str) -> dict[str, Tensor]:
@@ -125,17 +143,43 @@ class VocabularyMap:
         }
 
 
-def _grouped_logsumexp(logits: Tensor, group: Tensor, groups: int) -> Tensor:
-    """logsumexp of [N, M] within groups [M] of columns, [N, groups]; differentiable.
-
-    -inf, with gradient 0, where a group has no column or only -inf.
-    """
+def grouped_logsumexp(logits: Tensor, group: Tensor, groups: int) -> Tensor:
+    """logsumexp of [N, M] within groups [M] of columns, [N, groups]; -inf for an empty group."""
     x = logits.clamp(min=-1e30)
     index = group.expand(len(x), -1)
-    top = x.detach().new_full((len(x), groups), -1e30).scatter_reduce(1, index, x.detach(), "amax")
+    top = x.new_full((len(x), groups), -1e30).scatter_reduce(1, index, x.detach(), "amax")
     # one term of a group with members is e^0, so the clamp acts on empty groups only
     total = torch.zeros_like(top).index_add(1, group, (x - top.gather(1, index)).exp())
     return torch.where(top < -1e29, -torch.inf, top + total.clamp(min=1e-30).log())
+
+
+class _GroupedLogSumExp(torch.autograd.Function):
+    """`grouped_logsumexp` of some columns, a few rows at a time: nothing as large as the logits is
+    kept for backward but the logits themselves."""
+
+    @staticmethod
+    def forward(ctx, logits, ids, group, groups):  # type: ignore[no-untyped-def]
+        out = logits.new_empty(len(logits), groups, dtype=upcast(logits[:0]).dtype)
+        for rows in row_chunks(len(logits), len(ids)):
+            out[rows] = grouped_logsumexp(upcast(logits[rows][:, ids]), group, groups)
+        ctx.save_for_backward(logits, ids, group, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        logits, ids, group, out = ctx.saved_tensors
+        gradient = torch.zeros_like(logits)
+        for rows in row_chunks(len(logits), len(ids)):
+            share = group_shares(logits[rows][:, ids], out[rows], group)
+            part = gradient[rows]  # a view
+            part[:, ids] = (share * upstream[rows][:, group]).to(logits.dtype)
+        return gradient, None, None, None
+
+
+def group_shares(logits: Tensor, totals: Tensor, group: Tensor) -> Tensor:
+    """Each column's share [N, M] of its group's probability; `totals` [N, groups]."""
+    return (upcast(logits) - totals[:, group]).exp().nan_to_num(0.0)  # -inf minus -inf
 
 
 def build_vocabulary_map(

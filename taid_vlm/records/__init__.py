@@ -1,11 +1,12 @@
 """Records: what users have on disk or on the hub, in one shape."""
 
-from taid_vlm.records.record import ImageRef, Message, Record, parse_record
+from taid_vlm.records.record import ImageRef, Malformed, Message, Record, parse_record
 from taid_vlm.records.sources import DataSource, Records, StreamedRecords, open_records
 
 __all__ = [
     "DataSource",
     "ImageRef",
+    "Malformed",
     "Message",
     "Record",
     "Records",

@@ -51,6 +51,13 @@ class ImageRef:
 
 
 @dataclass(frozen=True)
+class Malformed:
+    """Stands for a row that is no record; `problem` names file and line."""
+
+    problem: str
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn; `parts` are texts, and None where an image stands."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from taid_vlm.errors import (
     nearest,
     nearest_sibling,
 )
-from taid_vlm.records.record import Record, parse_record
+from taid_vlm.records.record import Malformed, Record, parse_record
 
 _JSON_LINES = (".jsonl", ".ndjson")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -67,6 +67,16 @@ class Records(torch.utils.data.Dataset[Record]):
         index = range(len(self))[index]  # IndexError past max_records ends iteration
         row = self.rows[index]
         return parse_record(_renamed(row, self.columns), self.where(index), self.root)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record | Malformed]:
+        """What a DataLoader asks for: a malformed row must not end a run, but be counted."""
+        return [self._attempt(index) for index in indices]
+
+    def _attempt(self, index: int) -> Record | Malformed:
+        try:
+            return self[index]
+        except RecordError as problem:
+            return Malformed(str(problem))
 
     def where(self, index: int) -> str:
         """What messages call a row: file and line where there are lines."""

@@ -26,6 +26,7 @@ from taid_vlm.models import (
     load_processor,
     sees_images,
 )
+from taid_vlm.parts import count_parameters
 from taid_vlm.records import (
     DataSource,
     ImageRef,
@@ -56,7 +57,6 @@ from taid_vlm.students.layers import (
 
 Choice = Literal["even", "importance"]
 CHOICES = ("even", "importance")
-PARTS = ("vision tower", "projector", "language model")
 CALIBRATION_BATCH = 4
 PROBE_SIDE = 448
 TOKENIZED = "What's this? A naïve 数量\n\n  a_b, 1,234.5 times."
@@ -375,20 +375,8 @@ def _parameters(
     teacher: PreTrainedModel, student: PreTrainedModel
 ) -> dict[str, tuple[int, int]]:
     """Parameters by part, of both; tied ones once."""
-    both = [_counts(model) for model in (teacher, student)]
+    both = [{part: numbers["parameters"] for part, numbers in count_parameters(model).items()}
+            for model in (teacher, student)]
     total = tuple(sum(counts.values()) for counts in both)
-    parts = {part: (both[0][part], both[1][part]) for part in PARTS if both[0][part]}
+    parts = {part: (count, both[1][part]) for part, count in both[0].items()}
     return {**parts, "all": (total[0], total[1])}
-
-
-def _counts(model: PreTrainedModel) -> dict[str, int]:
-    tower, decoder = model.get_encoder(modality="image"), model.get_decoder()
-    if tower is model or decoder is model:
-        return dict.fromkeys(PARTS, 0) | {"language model": model.num_parameters()}
-    owned = {id(p): "vision tower" for p in tower.parameters()}
-    head = model.get_output_embeddings()
-    owned |= {id(p): "language model" for module in (decoder, head) for p in module.parameters()}
-    counts = dict.fromkeys(PARTS, 0)
-    for parameter in model.parameters():
-        counts[owned.get(id(parameter), "projector")] += parameter.numel()
-    return counts

@@ -8,9 +8,20 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torch.utils.data import DataLoader
+from zoo import make_tokenizer
 
+from taid_vlm.adapters import make_adapter
+from taid_vlm.collator import DistillationCollator
 from taid_vlm.errors import RecordError, SampleDropped, TaidError
-from taid_vlm.records import DataSource, Records, StreamedRecords, open_records
+from taid_vlm.records import (
+    DataSource,
+    Malformed,
+    Record,
+    Records,
+    StreamedRecords,
+    open_records,
+)
 
 QA = [{"prompt": f"{n} + 1 = ?", "completion": f"It is {n + 1}."} for n in range(5)]
 ANSWERS = [[row["completion"]] for row in QA]
@@ -411,3 +422,19 @@ def test_image_root_starts_where_the_path_starts(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     records = open_records(DataSource("a.jsonl", image_root="pics"), base=tmp_path)
     assert records.root == tmp_path / "pics"
+
+
+def test_a_malformed_row_deep_in_a_table_is_counted_and_not_fatal(tmp_path):
+    """Only the first rows are checked when a table is opened."""
+    rows = [{"prompt": "a", "completion": "b"} for _ in range(300)]
+    rows[290]["prompt"] = None
+    records = open_records(write_table(tmp_path / "deep.parquet", rows))
+    with pytest.raises(RecordError, match="290"):
+        records[290]
+    good, bad = records.__getitems__([289, 290])
+    assert isinstance(good, Record) and isinstance(bad, Malformed)
+    assert "290" in bad.problem
+    collator = DistillationCollator(make_adapter(make_tokenizer("llama"), "student"))
+    (batch,) = DataLoader(records, 2, collate_fn=collator, sampler=[290, 289])
+    assert batch["counts"]["dropped"] == {"malformed record": 1}
+    assert batch["counts"]["rows"] == 1
