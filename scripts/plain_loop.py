@@ -19,10 +19,10 @@ from transformers import get_scheduler
 
 from taid_vlm.models import load_model
 from taid_vlm.objectives import parse_objective
+from taid_vlm.pair import pair_for_training
 from taid_vlm.recipe import load_recipe
 from taid_vlm.run import gather
 from taid_vlm.step import student_forward, teacher_forward, token_losses
-from taid_vlm.trainer import pair_for_training
 
 
 def train(student, teacher, collator, pairing, dataset, args):  # noqa: RET503

@@ -49,10 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     distill.set_defaults(run=_distill)
 
     inspect = commands.add_parser(
-        "inspect", help="show one aligned example per side, before any training")
-    _recipe_arguments(inspect)
-    inspect.add_argument("--record", type=int, default=0, metavar="N", help="which record")
-    inspect.set_defaults(run=_inspect)
+        "inspect", help="say whether a recipe can work, what is compared, and what to change")
+    _inspect_arguments(inspect)
+
+    _shrink_arguments(commands.add_parser(
+        "shrink", help="make a student of a teacher: fewer layers, fewer image tokens"))
+
+    _compose_arguments(commands.add_parser(
+        "compose", help="make a student of a vision tower and a language model"))
 
     demo = commands.add_parser("demo", help="distil a VLM and a text LLM offline, in minutes")
     demo.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
@@ -69,14 +73,75 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
                         help="for example train.max_steps=100")
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--record", type=int, default=0, metavar="N",
+                        help="which training record is shown token by token, from 0")
+    parser.add_argument("--all", action="store_true",
+                        help="go over all records: how many are left out, how long they are")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(run=_inspect)
+
+
+def _shrink_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder or hub name, of a VLM or a text LLM")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--layers", type=int, metavar="N",
+                        help="how many layers of the language model to keep")
+    parser.add_argument("--choose", default="even", metavar="{even,importance}",
+                        help="which: evenly spaced (the default), or those that change the hidden "
+                             "state most on --calibration")
+    parser.add_argument("--calibration", metavar="DATA", help="records, as data.train of a recipe")
+    parser.add_argument("--calibration-records", type=int, default=64, metavar="N")
+    parser.add_argument("--keep", type=_numbers, metavar="I,J,...",
+                        help="exactly these layers, counted from 0")
+    parser.add_argument("--tower-layers", type=int, metavar="N",
+                        help="how many layers of the vision tower to keep, evenly spaced")
+    parser.add_argument("--image-tokens", type=int, metavar="N",
+                        help="how many tokens an image (or tile) becomes")
+    parser.add_argument("--revision", default="main", help="hub revision of the teacher")
+    parser.add_argument("--chat-template", metavar="FILE", help="jinja file, if it has none")
+    parser.set_defaults(run=_shrink)
+
+
+def _compose_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tower", help="timm:NAME, or a folder or hub name of CLIP, SigLIP, ViT ...")
+    parser.add_argument("language_model", help="folder or hub name of a causal language model")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--architecture", default="auto", 
+                        metavar="{auto,llava,perception_lm,fast_vlm}")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--tower-weights", metavar="FILE",
+                         help="safetensors for a timm tower; otherwise its weights on the hub")
+    weights.add_argument("--random-tower", action="store_true", help="no pretrained weights")
+    parser.add_argument("--vision-feature-layer", type=_numbers, metavar="I[,J...]",
+                        help="hidden states that LLaVA projects, for example -2; several as =-2,-1")
+    parser.add_argument("--projector-activation", metavar="NAME", help="default gelu")
+    parser.add_argument("--pooling-ratio", type=int, metavar="N",
+                        help="of PerceptionLM: 2 leaves a quarter of the image tokens")
+    parser.add_argument("--chat-template", metavar="FILE",
+                        help="jinja file in place of the language model's own template")
+    parser.add_argument("--dtype", default="auto", help="default: the language model's")
+    parser.add_argument("--seed", type=int, default=0, help="of the projector, and a random tower")
+    parser.set_defaults(run=_compose)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers like 0,1,5") from None
+
+
 def _distill(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from taid_vlm.recipe import load_recipe
-    from taid_vlm.run import distill
+    from taid_vlm.stages import distill_stages
 
     recipe = load_recipe(options.recipe, options.overrides)
-    results = distill(recipe, resume=options.resume)
+    results = distill_stages(recipe, resume=options.resume)
     process = PartialState()
     if process.is_main_process:
         print(_closing(results, recipe.output_dir))
@@ -96,11 +161,41 @@ def _closing(results: dict, output_dir: str) -> str:  # type: ignore[type-arg]
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from taid_vlm.inspection import inspect_recipe
+    from taid_vlm.doctor.doctor import inspect_recipe
+    from taid_vlm.doctor.page import write_page
+    from taid_vlm.doctor.text import as_text
     from taid_vlm.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    print(inspect_recipe(recipe, options.record, colour=sys.stdout.isatty()))
+    inspection = inspect_recipe(recipe, options.record, everything=options.all)
+    if options.html is not None:
+        write_page(inspection, options.html)
+    print(inspection.to_json() if options.json else
+          as_text(inspection, colour=sys.stdout.isatty()))
+    if inspection.problem:
+        raise TaidError(inspection.problem)
+
+
+def _shrink(options: argparse.Namespace) -> None:
+    from taid_vlm.models import ModelSpec
+    from taid_vlm.students.shrink import shrink
+
+    teacher = ModelSpec(options.teacher, revision=options.revision, dtype="auto",
+                        chat_template=options.chat_template)
+    names = ("layers", "choose", "calibration", "calibration_records", "keep", "tower_layers",
+             "image_tokens")
+    made = shrink(teacher, options.output_dir, **{name: getattr(options, name) for name in names})
+    print(made.table())
+
+
+def _compose(options: argparse.Namespace) -> None:
+    from taid_vlm.students.compose import compose
+
+    arguments = {key: value for key, value in vars(options).items() if key != "run"}
+    layers = arguments["vision_feature_layer"]
+    if layers is not None and len(layers) == 1:
+        arguments["vision_feature_layer"] = layers[0]
+    print(compose(**arguments).table())
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -58,13 +58,18 @@ class ModelSpec:
     init_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_config(spec: ModelSpec, role: str) -> PretrainedConfig:
-    """The model's configuration; cheap, so that a wrong name fails before anything is loaded."""
+def read_config(spec: ModelSpec, role: str) -> PretrainedConfig:
+    """The configuration of a model of any kind, a vision tower's too."""
     _check_folder(spec.model_name_or_path, role)
-    config = _guarded(
+    return guarded(
         role, spec.model_name_or_path, AutoConfig.from_pretrained, spec.model_name_or_path,
         revision=spec.revision, trust_remote_code=spec.trust_remote_code,
     )
+
+
+def load_config(spec: ModelSpec, role: str) -> PretrainedConfig:
+    """The model's configuration; cheap, so that a wrong name fails before anything is loaded."""
+    config = read_config(spec, role)
     if getattr(config, "is_encoder_decoder", False):
         raise TaidError(
             f"{role}: '{spec.model_name_or_path}' ({config.model_type}) is an encoder-decoder. Its "
@@ -83,14 +88,23 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
     """
     config = load_config(spec, role)
     auto = _auto_class(config, spec, role)
-    options: dict[str, Any] = {"dtype": _dtype(spec, role, config), **spec.init_kwargs}
+    options: dict[str, Any] = {"dtype": weights_dtype(spec, role, config), **spec.init_kwargs}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
-    return _guarded(
+    return guarded(
         role, spec.model_name_or_path, auto.from_pretrained, spec.model_name_or_path,
         revision=spec.revision, trust_remote_code=spec.trust_remote_code, use_safetensors=True,
         **options,
     )
+
+
+def load_skeleton(spec: ModelSpec, role: str) -> PreTrainedModel:
+    """The model with shapes only (on torch's meta device): nothing is read but its config."""
+    config = load_config(spec, role)
+    auto = _auto_class(config, spec, role)
+    with torch.device("meta"):
+        return guarded(role, spec.model_name_or_path, auto.from_config, config,
+                       trust_remote_code=spec.trust_remote_code)
 
 
 def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
@@ -107,11 +121,15 @@ def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
 
 def load_processor(spec: ModelSpec, role: str) -> Processor:
     """A processor for models with vision, a tokenizer for text models."""
-    config = load_config(spec, role)
+    return read_processor(load_config(spec, role), spec, role)
+
+
+def read_processor(config: PretrainedConfig, spec: ModelSpec, role: str) -> Processor:
+    """The same beside a configuration of any kind."""
     auto = AutoProcessor if sees_images(config) else AutoTokenizer
     name = spec.processor_name_or_path or spec.model_name_or_path
-    processor = _guarded(role, name, auto.from_pretrained, name, revision=spec.revision,
-                         trust_remote_code=spec.trust_remote_code)
+    processor = guarded(role, name, auto.from_pretrained, name, revision=spec.revision,
+                        trust_remote_code=spec.trust_remote_code)
     if not getattr(processor, "tokenizer", processor)("a b", add_special_tokens=False)["input_ids"]:
         raise TaidError(f"{role}: '{name}' holds no tokenizer; save it beside the model, or set "
                         f"{role}.processor_name_or_path.")
@@ -149,7 +167,8 @@ def _auto_class(config: PretrainedConfig, spec: ModelSpec, role: str) -> Any:
     )
 
 
-def _dtype(spec: ModelSpec, role: str, config: PretrainedConfig) -> Any:
+def weights_dtype(spec: ModelSpec, role: str, config: PretrainedConfig) -> Any:
+    """What `load_model` loads a model's weights as; "auto": as its configuration says."""
     if spec.dtype is not None:
         return spec.dtype
     stored_half = getattr(config, "dtype", None) == torch.float16
@@ -180,12 +199,12 @@ def _similar_folder(path: Path) -> str:
     return f" Did you mean the folder '{path.parent / match[0]}'?" if match else ""
 
 
-def _guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
+def guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a loader of transformers; its many exceptions become one message."""
     try:
         return load(*args, **kwargs)
     except (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError,
-            SafetensorError) as error:
+            AssertionError, SafetensorError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__
         hint = "" if Path(name).exists() else _similar_folder(Path(name))

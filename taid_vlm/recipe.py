@@ -66,10 +66,27 @@ class EvaluateSpec:
 
     examples: how many of them teacher and student answer for the report's gallery.
     max_new_tokens: length of those answers.
+    canary: at how many records with images it is asked whether the models look; 0 asks nothing.
     """
 
     examples: int = 12
     max_new_tokens: int = 64
+    canary: int = 64
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of a run in stages; what it leaves out is as in the rest of the recipe.
+
+    train: keys that replace those of the recipe's `train`.
+    objective: instead of the recipe's.
+    data: `train` or `eval` (or both) instead of the recipe's.
+    """
+
+    name: str
+    train: Mapping[str, Any] = field(default_factory=dict)
+    objective: Any = None
+    data: Mapping[str, DataSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,7 @@ class Recipe:
     objective: Any = field(default_factory=lambda: {"name": "taid"})
     train: Mapping[str, Any] = field(default_factory=dict)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+    stages: tuple[StageSpec, ...] | None = None  # one after the other; see `taid_vlm.stages`
     base: Path = field(default=Path("."), compare=False)  # where relative data paths start
 
     def to_yaml(self) -> str:
@@ -103,7 +121,8 @@ class Recipe:
             "logging_steps": max(1, steps // 100) if steps else 10,
             "dataloader_pin_memory": _has_accelerator(),
         }
-        own = {"output_dir": self.output_dir, "objective": self.objective}
+        own = {"output_dir": self.output_dir, "objective": self.objective,
+               "canary_records": self.evaluate.canary}
         try:
             return DistillationConfig(**{**defaults, **self.train, **own})
         except TaidError:
@@ -113,14 +132,18 @@ class Recipe:
 
     def resolved(self) -> Recipe:
         """The recipe with data paths that hold from anywhere, to be written with the run."""
-        sides = {}
-        for name, side in vars(self.data).items():
-            start = None if side is None else self.start_of(side)
-            if start is not None:
-                root = side.image_root and str((start / side.image_root).resolve())
-                side = replace(side, path=str((start / side.path).resolve()), image_root=root)
-            sides[name] = side
-        return replace(self, data=DataSpec(**sides))
+        sides = {name: self._resolved_source(side) for name, side in vars(self.data).items()}
+        stages = self.stages and tuple(replace(stage, data={
+            name: self._resolved_source(side) for name, side in stage.data.items()
+        }) for stage in self.stages)
+        return replace(self, data=DataSpec(**sides), stages=stages)
+
+    def _resolved_source(self, source: DataSource | None) -> Any:
+        start = None if source is None else self.start_of(source)
+        if source is None or start is None:
+            return source
+        root = source.image_root and str((start / source.image_root).resolve())
+        return replace(source, path=str((start / source.path).resolve()), image_root=root)
 
     def start_of(self, source: DataSource) -> Path | None:
         """Where a relative data path starts: the working directory, or else the recipe's folder.
@@ -175,11 +198,14 @@ def parse_recipe(tree: Mapping[str, Any], base: Path = Path(".")) -> Recipe:
         objective=tree.get("objective", {"name": "taid"}),
         train=_train({} if tree.get("train") is None else tree["train"]),
         evaluate=_evaluate({} if tree.get("evaluate") is None else tree["evaluate"]),
+        stages=None if tree.get("stages") is None else _stages(tree["stages"]),
         base=base,
     )
-    objective = parse_objective(recipe.objective)
-    if objective.needs_teacher and teacher is None:
-        raise RecipeError("recipe: 'teacher' is missing; only the objective 'ce' (SFT) needs none.")
+    for objective in (recipe.objective, *(stage.objective for stage in recipe.stages or ())):
+        needed = objective is not None and parse_objective(objective).needs_teacher
+        if needed and teacher is None:
+            raise RecipeError("recipe: 'teacher' is missing; only the objective 'ce' (SFT) needs "
+                              "none.")
     return recipe
 
 
@@ -257,6 +283,36 @@ def _data(value: Any) -> DataSpec:
     return DataSpec(**sides)
 
 
+def _stages(value: Any) -> tuple[StageSpec, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise RecipeError("stages must be a list of {name: ..., train: {...}}.")
+    stages: list[StageSpec] = []
+    for number, given in enumerate(value):
+        stage = _build(StageSpec, given, f"stages[{number}]")
+        if not re.fullmatch(r"\w[\w.-]*", stage.name):
+            raise RecipeError(f"stages[{number}].name = {stage.name!r}, but it must be letters, "
+                              "digits, '_', '-' and '.' (it names a folder).")
+        if stage.name in (earlier.name for earlier in stages):
+            raise RecipeError(f"stages: the name '{stage.name}' stands twice.")
+        stages.append(_stage(stage))
+    return tuple(stages)
+
+
+def _stage(stage: StageSpec) -> StageSpec:
+    where = f"stages '{stage.name}'"
+    _known(stage.data, ["train", "eval"], f"{where}: data")
+    for section, given in (("train", stage.train), ("data", stage.data)):
+        for key, value in given.items():
+            if value is None:  # a resolved recipe holds no null, so it would not be the same
+                raise RecipeError(f"{where}: {section}.{key} has no value; leave it out.")
+    try:
+        train = _train(stage.train)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    data = {side: _source(given, f"{where}: data.{side}") for side, given in stage.data.items()}
+    return replace(stage, train=train, data=data)
+
+
 def _source(value: Any, where: str) -> DataSource:
     source = _build(DataSource, {"path": value} if isinstance(value, str) else value, where)
     _at_least(source.max_records, 1, f"{where}.max_records")
@@ -267,6 +323,7 @@ def _evaluate(value: Any) -> EvaluateSpec:
     spec = _build(EvaluateSpec, value, "evaluate")
     _at_least(spec.examples, 0, "evaluate.examples")
     _at_least(spec.max_new_tokens, 1, "evaluate.max_new_tokens")
+    _at_least(spec.canary, 0, "evaluate.canary")
     return spec
 
 
@@ -281,7 +338,7 @@ def _train(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise RecipeError("train must be a mapping of transformers' TrainingArguments.")
     elsewhere = {"output_dir": "output_dir", "objective": "objective",
-                 "model_init_kwargs": "student.init_kwargs",
+                 "model_init_kwargs": "student.init_kwargs", "canary_records": "evaluate.canary",
                  "teacher_model_init_kwargs": "teacher.init_kwargs"}
     fields = {f.name: f for f in dataclasses.fields(DistillationConfig) if f.init}
     for key in value:
@@ -290,7 +347,17 @@ def _train(value: Any) -> dict[str, Any]:
         if key in WITHOUT_EFFECT:
             raise RecipeError(f"train.{key} has no effect on a distillation; take it out.")
     _known(value, [name for name in fields if name not in elsewhere], "train")
+    _check_parts(value)
     return {key: _training_value(key, given, fields[key].default) for key, given in value.items()}
+
+
+def _check_parts(train: Mapping[str, Any]) -> None:
+    from taid_vlm.parts import check_parts
+
+    try:
+        check_parts(train.get("freeze"), train.get("learning_rates"), "train.")
+    except TaidError as error:
+        raise RecipeError(str(error)) from None
 
 
 def _training_value(key: str, given: Any, default: Any) -> Any:

@@ -7,7 +7,7 @@ import difflib
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,17 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from taid_vlm.adapters import Processor, make_adapter
 from taid_vlm.alignment import check_modalities
+from taid_vlm.canary import Looks, account
 from taid_vlm.errors import TaidError
 from taid_vlm.generation import generate_answers
-from taid_vlm.models import load_config, load_model, load_processor, sees_images
+from taid_vlm.models import (
+    load_config,
+    load_model,
+    load_processor,
+    load_skeleton,
+    sees_images,
+)
+from taid_vlm.parts import count_parameters, freeze_parts
 from taid_vlm.recipe import Recipe
 from taid_vlm.records import DataSource, Record, Records, StreamedRecords, open_records
 from taid_vlm.report import write_report
@@ -44,9 +52,20 @@ class Ingredients:
     teacher_processor: Processor | None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands among the stages of a recipe; the last one speaks for all of them."""
+
+    whole: Recipe
+    earlier: Sequence[Mapping[str, Any]]  # accounts of the stages before
+    later: Sequence[Path]  # folders of the stages after, whose results no longer hold
+
+
 def gather(recipe: Recipe) -> Ingredients:
     """Open data and processors; every mistake that can show without weights shows here."""
     args = recipe.training_arguments()
+    if args.freeze or args.learning_rates:
+        freeze_parts(load_skeleton(recipe.student, "student"), args.freeze, args.learning_rates)
     configs = {"student": load_config(recipe.student, "student")}
     if recipe.teacher is not None:
         configs["teacher"] = load_config(recipe.teacher, "teacher")
@@ -67,11 +86,12 @@ def gather(recipe: Recipe) -> Ingredients:
     return Ingredients(args, configs, train, held_out, student, teacher)
 
 
-def distill(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
-    """Carry out a recipe.
+def distill(recipe: Recipe, resume: bool = False, place: Place | None = None) -> dict[str, Any]:
+    """Carry out a recipe; one with stages is for `taid_vlm.stages.distill_stages`.
 
     Args:
         resume: go on from the last whole checkpoint in `output_dir`.
+        place: which stage `recipe` is, if it is one.
 
     Returns:
         What was written to results.json. On disk: `student/` (loads with plain Auto classes),
@@ -80,29 +100,34 @@ def distill(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     Raises:
         TaidError: anything a user can mend, with nothing half-written left behind.
     """
+    if recipe.stages:
+        raise TaidError("a recipe with stages is carried out by taid_vlm.stages.distill_stages.")
     ingredients, output = gather(recipe), Path(recipe.output_dir)
-    args = ingredients.args
-    checkpoint = _checkpoint(output, resume)
+    args, told = ingredients.args, place.whole if place and not place.later else recipe
+    checkpoint = find_checkpoint(output, resume)
     set_seed(args.seed)
     student = load_model(recipe.student, "student")
     teacher = None if recipe.teacher is None else load_model(recipe.teacher, "teacher")
     trainer = DistillationTrainer(
         student, teacher, args, ingredients.train, ingredients.eval,
         ingredients.student_processor, ingredients.teacher_processor,
-        peft_config=_peft(recipe.student.peft),
+        peft_config=lora_config(recipe.student.peft),
     )
     if trainer.is_world_process_zero():
         if checkpoint is None:
-            _clear(output)
-        write_text(recipe.resolved().to_yaml(), output / "recipe.yaml")
+            clear_results(output)
+        for later in place.later if place else ():
+            clear_results(later)
+        write_text(told.resolved().to_yaml(), output / "recipe.yaml")
     trainer.accelerator.wait_for_everyone()
     results = _measure(trainer, recipe, ingredients, checkpoint)
+    results |= {"recipe_hash": told.digest(), "stages": list(place.earlier) if place else []}
     save_student(trainer, output / STUDENT_FOLDER)
     if trainer.is_world_process_zero():
         examples = results.pop("_examples")
         write_json(results, output / "results.json")
         try:
-            write_report(run_report(results, examples, recipe.to_yaml()), output / "report.html")
+            write_report(run_report(results, examples, told.to_yaml()), output / "report.html")
         except OSError as error:
             raise TaidError(f"'{output / 'report.html'}' could not be written: {error}") from error
     trainer.accelerator.wait_for_everyone()
@@ -114,21 +139,21 @@ def _measure(
 ) -> dict[str, Any]:
     """Evaluate, train, evaluate; and all that there is to say about it."""
     questions = _questions(ingredients.eval, recipe.evaluate.examples)
-    before = _held_out(trainer, ingredients.eval)
+    before, first_look = _held_out(trainer, ingredients.eval), _look(trainer, ingredients.eval)
     answers = {"teacher": _answers(trainer, "teacher", questions, recipe),
                "before": _answers(trainer, "student", questions, recipe)}
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
     answers["after"] = _answers(trainer, "student", questions, recipe)
-    after = _held_out(trainer, ingredients.eval)
+    after, last_look = _held_out(trainer, ingredients.eval), _look(trainer, ingredients.eval)
     schedule = trainer.schedule
     return {
         "schema": SCHEMA,
         "objective": recipe.objective,
         "seed": trainer.args.seed,
-        "recipe_hash": recipe.digest(),
         "eval": {"before": before, "after": after},
+        "canary": account(first_look, last_look),
         "alignment": _alignment(trainer),
         "models": _models(trainer, recipe),
         "train": {
@@ -172,7 +197,7 @@ def _refuse_blind(configs: Mapping[str, Any], images: bool) -> None:
     check_modalities(blind, images)
 
 
-def _checkpoint(output: Path, resume: bool) -> Path | None:
+def find_checkpoint(output: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from; a fresh start never walks over an unfinished run."""
     blocking = next((p for p in (output, *output.parents) if p.exists() and not p.is_dir()), None)
     if blocking is not None:
@@ -188,7 +213,7 @@ def _checkpoint(output: Path, resume: bool) -> Path | None:
     return None
 
 
-def _clear(output: Path) -> None:
+def clear_results(output: Path) -> None:
     """Take away what an earlier, finished run left, so that this one cannot pass for finished."""
     if (output / "results.json").exists():
         logger.warning("'%s' holds a finished run; its results are replaced.", output)
@@ -205,7 +230,8 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(found, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
 
 
-def _peft(config: Mapping[str, Any] | None) -> Any:
+def lora_config(config: Mapping[str, Any] | None) -> Any:
+    """The LoraConfig that `student.peft` stands for; raises TaidError for keys it lacks."""
     if config is None:
         return None
     try:
@@ -229,6 +255,10 @@ def _held_out(trainer: DistillationTrainer, records: Any) -> dict[str, Any] | No
     return None if records is None else trainer.held_out(records)
 
 
+def _look(trainer: DistillationTrainer, records: Any) -> Looks:
+    return {} if records is None else trainer.look(records)
+
+
 def _alignment(trainer: DistillationTrainer) -> dict[str, Any] | None:
     pairing = trainer.pairing
     if pairing is None:
@@ -246,6 +276,7 @@ def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, Any]:
                 "model_type": trainer.accelerator.unwrap_model(model).config.model_type,
                 "parameters": sum(p.numel() for p in model.parameters()),
             }
+    described["student"]["parts"] = count_parameters(trainer.model)
     return described
 
 

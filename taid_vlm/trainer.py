@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,25 +28,30 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from taid_vlm.adapters import Processor, make_adapter
-from taid_vlm.alignment import Pairing, check_modalities, pair_models
+from taid_vlm.adapters import Processor
+from taid_vlm.alignment import Pairing
+from taid_vlm.canary import Canary, Looks
 from taid_vlm.collator import Batch, DistillationCollator
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation import Tally, evaluate_pair, summarise
-from taid_vlm.models import (
-    ModelSpec,
-    head_rows,
-    load_model,
-    load_processor,
-    restore_weights,
-)
+from taid_vlm.models import restore_weights
 from taid_vlm.objectives import TaidSchedule, parse_objective
-from taid_vlm.records import Record, parse_record
-from taid_vlm.step import student_forward, teacher_forward, token_figures, token_losses
+from taid_vlm.pair import pair_for_training, resolve, with_adapter
+from taid_vlm.parts import TrainedParts, check_parts
+from taid_vlm.step import (
+    Measured,
+    advantage_weights,
+    compared_tokens,
+    student_forward,
+    teacher_forward,
+    token_figures,
+    token_losses,
+)
+from taid_vlm.visual import VisualTerms, visual_collator
+from taid_vlm.window import Window
 
 logger = logging.getLogger(__name__)
 
-PROBED_RECORDS = 32
 EMPTY_STEPS = 20  # optimizer steps without one usable record, after which a run gives up
 
 
@@ -60,6 +64,10 @@ class DistillationConfig(TrainingArguments):
         supervise: "answers" (the assistant's texts) or "all".
         max_length: tokens per row after image expansion; None takes each model's own limit.
         padding_side: of both models' inputs in training.
+        canary_records: records with images at which every evaluation asks whether the models look
+            (`taid_vlm.canary`); 0 asks nothing.
+        freeze: parts of the student that stay as they are (`taid_vlm.parts`).
+        learning_rates: {part: learning rate}; the others take `learning_rate`.
         model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
             given by name.
     """
@@ -68,6 +76,9 @@ class DistillationConfig(TrainingArguments):
     supervise: str = field(default="answers")
     max_length: int | None = field(default=None)
     padding_side: str = field(default="right")
+    canary_records: int = field(default=64)
+    freeze: list[str] | None = field(default=None)
+    learning_rates: dict[str, float] | None = field(default=None)
     model_init_kwargs: dict[str, Any] | None = field(default=None)
     teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
     remove_unused_columns: bool = field(default=False)
@@ -82,6 +93,9 @@ class DistillationConfig(TrainingArguments):
                 raise TaidError(f"{key} = '{value}', but it must be one of {', '.join(valid)}.")
         if self.max_length is not None and self.max_length < 2:
             raise TaidError(f"max_length = {self.max_length}, but it must be at least 2.")
+        if self.canary_records < 0:
+            raise TaidError(f"canary_records = {self.canary_records}, but it must be at least 0.")
+        check_parts(self.freeze, self.learning_rates)
         parse_objective(self.objective)
 
 
@@ -120,9 +134,9 @@ class DistillationTrainer(Trainer):
     ) -> None:
         args = args or DistillationConfig(output_dir="distilled")
         self.objective = parse_objective(args.objective)
-        student, processing_class = _resolve(
+        student, processing_class = resolve(
             model, processing_class, "student", args.model_init_kwargs)
-        teacher, teacher_processing_class = _resolve(
+        teacher, teacher_processing_class = resolve(
             teacher_model, teacher_processing_class, "teacher", args.teacher_model_init_kwargs)
         if self.objective.needs_teacher and teacher is None:
             raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
@@ -131,26 +145,32 @@ class DistillationTrainer(Trainer):
             [d for d in (train_dataset, eval_dataset) if d is not None],
         )
         if peft_config is not None:
-            student = _with_adapter(student, peft_config)
+            student = with_adapter(student, peft_config)
+        self.parts = TrainedParts(student, args)
         if args.n_gpu > 1:
             logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
             args._n_gpu = 1
         super().__init__(
-            model=student, args=args, data_collator=collator, train_dataset=train_dataset,
-            eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
-            optimizers=optimizers,
+            model=student, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=visual_collator(collator, self.objective, student, teacher),
+            processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
         )
         self.collator: DistillationCollator = collator
+        self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
         self.teacher = None if teacher is None else self._freeze(teacher)
         self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
+        self.visual = VisualTerms(
+            self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.schedule: TaidSchedule | None = None
         self.dropped: Counter[str] = Counter()  # records left out, by reason
         self.cut = 0  # plain texts shortened to max_length
         self._step_sums: dict[str, Tensor] = {}
+        self._step_images: Tensor | int = 0  # of the optimizer step, over all processes
         self._empty_steps = 0
-        self._window = _Window()
+        self._window = Window()
         self.add_callback(ScheduleCallback(self))
+        self.add_callback(self.parts)
 
     def _freeze(self, teacher: PreTrainedModel) -> nn.Module:
         teacher.requires_grad_(False).eval()
@@ -162,37 +182,56 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the mean over all answer tokens of the optimizer step."""
-        u = None
-        if self.teacher is not None and self.objective.needs_teacher:
-            u = teacher_forward(self.teacher, inputs)
-        s = student_forward(model, inputs)
+        """This micro-batch's share of the mean over all answer tokens of the optimizer step, and
+        of the visual terms' mean over all of its images."""
+        u, weight = None, None
+        with self.visual.watch():
+            if self.teacher is not None and self.objective.needs_teacher:
+                u = teacher_forward(self.teacher, inputs)
+            self.parts.keep_frozen()
+            s = student_forward(model, inputs)
+        if self.objective.visual_advantage and self.teacher is not None and u is not None:
+            weight = advantage_weights(self.objective.visual_advantage, self.teacher, inputs, u)
         t = self.schedule.t if self.schedule else None
         losses = token_losses(self.objective, inputs, s, u, self.pairing, t)
-        loss_sum = self.objective.weighted({name: x.sum() for name, x in losses.items()})
-        self._remember(inputs, losses, s, u)
-        tokens = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
+        loss_sum = self.objective.weighted(
+            {name: x.sum() for name, x in self.objective.reweighted(losses, weight).items()})
+        seen = self.visual.losses(inputs)
+        self._remember(inputs, losses, s, u, weight, seen)
+        tokens, images = (
+            (len(inputs["labels"]), inputs["images"].sum()) if num_items_in_batch is None
+            else (num_items_in_batch, self._step_images))
         # DDP averages gradients over processes; the sum over all tokens must not be averaged
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = loss_sum * processes / max(float(tokens), 1.0)
+        loss = loss + self.visual.weighted(seen) * processes / max(float(images), 1.0)
         return (loss, {"logits": s}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        """Answer tokens of the optimizer step, over all micro-batches and processes."""
-        tokens = torch.tensor(sum(len(b["labels"]) for b in batch_samples), device=device)
-        return self.accelerator.gather(tokens).sum()
+        """Answer tokens of the optimizer step, over all micro-batches and processes; its images
+        are noted."""
+        own = torch.tensor([[sum(len(b["labels"]) for b in batch_samples),
+                             sum(int(b["images"].sum()) for b in batch_samples)]], device=device)
+        tokens, self._step_images = self.accelerator.gather(own).sum(0)
+        return tokens
 
     @torch.no_grad()
     def _remember(
-        self, batch: Batch, losses: Mapping[str, Tensor], s: Tensor, u: Tensor | None
+        self, batch: Batch, losses: Mapping[str, Tensor], s: Tensor, u: Tensor | None,
+        weight: Tensor | None, seen: Mapping[str, Tensor],
     ) -> None:
         """Add up this micro-batch for the schedule and the log; figures only where logged."""
         sums = {f"loss/{name}": x.sum() for name, x in losses.items()}
         sums["tokens"] = torch.tensor(len(batch["labels"]), device=s.device)
+        figures = {f"loss/{name}": Measured(values) for name, values in seen.items()}
+        if weight is not None:
+            tokens = compared_tokens(batch)
+            figures["visual_weight"] = Measured(weight if tokens is None else weight[tokens])
         if self._logs_this_step():
-            figures = token_figures(batch, s, u, self.pairing)
-            sums |= {name: x.sum() for name, x in figures.items()}
-            sums["figure_tokens"] = sums["tokens"]
+            figures |= token_figures(batch, s, u, self.pairing)
+        for name, figure in figures.items():
+            sums[name] = figure.values.sum()
+            sums[f"tokens/{name}"] = torch.tensor(len(figure.values), device=s.device)
         for name, value in sums.items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.double()
         counts = batch["counts"]
@@ -206,6 +245,7 @@ class DistillationTrainer(Trainer):
 
     def finish_step(self) -> None:
         """After an optimizer step: one global mean, one move of t."""
+        self.visual.zero_grad()
         names = sorted(self._step_sums)
         values = torch.stack([self._step_sums[name] for name in names])
         sums = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
@@ -221,11 +261,15 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._window.take()}
+            logs = {**logs, **self._window.take(), **self.parts.rates}
             if self.schedule is not None:
                 logs["t"] = self.schedule.t
                 logs["adaptive_share"] = self.schedule.active_share
         super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        optimizer = self.parts.split_groups(super().create_optimizer(model), model or self.model)
+        return self.visual.add_group(optimizer, self.args.learning_rate, self.args.weight_decay)
 
     def floating_point_ops(self, inputs: Batch) -> int:
         return super().floating_point_ops(inputs["student_inputs"])
@@ -243,11 +287,13 @@ class DistillationTrainer(Trainer):
             for name, part in dataset.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        if dataset is None:
-            raise TaidError("evaluation needs an eval_dataset.")
+        if not hasattr(dataset, "__len__"):
+            raise TaidError("evaluation needs an eval_dataset with a length.")
         figures = self.held_out(dataset)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in figures.items()
                    if isinstance(value, (int, float))}
+        metrics |= {f"{metric_key_prefix}_canary_{role}_{key}": value
+                    for role, found in self.look(dataset).items() for key, value in found.items()}
         metrics[f"{metric_key_prefix}_loss"] = figures.get("kl", figures.get("nll", float("nan")))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -258,15 +304,25 @@ class DistillationTrainer(Trainer):
         """`taid_vlm.evaluation.summarise` over all processes."""
         tally = evaluate_pair(
             self.model, self.teacher, dataset, self.collator, self.pairing,
-            batch_size=self.args.per_device_eval_batch_size, device=self.args.device,
-            process=(self.accelerator.process_index, self.accelerator.num_processes),
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-            autocast=self.accelerator.autocast,
+            **self._evaluation_options(),
         )
         merged = Tally()
         for part in gather_object([tally]):
             merged.merge(part)
         return summarise(merged)
+
+    def look(self, dataset: Sequence[Any]) -> Looks:
+        """`taid_vlm.canary.canary` of teacher and student, by role; {} without images."""
+        return self.canary.ask(
+            dataset, self.model, self.teacher, self.collator, **self._evaluation_options())
+
+    def _evaluation_options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.args.per_device_eval_batch_size, "device": self.args.device,
+            "process": (self.accelerator.process_index, self.accelerator.num_processes),
+            "autocast": self.accelerator.autocast,
+        }
 
     def all_dropped(self) -> dict[str, int]:
         """Training records left out so far, by reason, over all processes."""
@@ -276,6 +332,7 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Trainer matches parameter names literally, and so misses those of most VLMs."""
+        self.visual.load(Path(resume_from_checkpoint))
         target = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded or not isinstance(target, PreTrainedModel):
@@ -295,6 +352,8 @@ class DistillationTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         existed = folder.exists()
         try:
+            if self.is_world_process_zero():
+                self.visual.save(folder)
             super()._save_checkpoint(model, trial)
         except Exception as error:
             if self.is_world_process_zero() and not existed:
@@ -314,7 +373,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
     ) -> None:
         trainer = self.trainer
         trainer.schedule = trainer.objective.schedule(state.max_steps)
-        trainer._window, trainer._empty_steps = _Window(), 0
+        trainer._window, trainer._empty_steps = Window(), 0
         saved = state.stateful_callbacks.get("ScheduleCallback")
         if trainer.schedule is not None and state.global_step > 0 and saved:
             trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
@@ -344,114 +403,3 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         schedule = self.trainer.schedule
         saved = None if schedule is None else schedule.state_dict()
         return {"args": {}, "attributes": {"schedule": saved} if saved else {}}
-
-
-class _Window:
-    """Sums since the last log line, turned into means per token."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.started = time.perf_counter()
-
-    def add(self, sums: Mapping[str, float]) -> None:
-        for name, value in sums.items():
-            self.sums[name] += value
-
-    def take(self) -> dict[str, float]:
-        """Means since the last call: losses over all tokens, figures over those they were
-        computed on (the logged steps')."""
-        now, tokens = time.perf_counter(), self.sums.pop("tokens", 0.0)
-        shown = self.sums.pop("figure_tokens", 0.0)
-        logs = {"answer_tokens_per_second": tokens / (now - self.started)}
-        for name, total in self.sums.items():
-            count = tokens if name.startswith("loss/") else shown
-            if count:
-                logs[name] = total / count
-        self.sums.clear()
-        self.started = now
-        return logs
-
-
-# ----- putting a pair together --------------------------------------------------------------
-
-
-def pair_for_training(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, processing_class: Processor | None,
-    teacher_processing_class: Processor | None, args: DistillationConfig, datasets: Sequence[Any],
-) -> tuple[Pairing | None, DistillationCollator]:
-    """Adapters, pairing and collator for two models, checked against the data."""
-    if processing_class is None or (teacher is not None and teacher_processing_class is None):
-        role = "processing_class" if processing_class is None else "teacher_processing_class"
-        raise TaidError(f"{role} is missing: models given as objects need their tokenizer or "
-                        "processor beside them.")
-    ours = make_adapter(processing_class, "student", _limit(student, args))
-    theirs, pairing = None, None
-    if teacher is not None:
-        assert teacher_processing_class is not None
-        theirs = make_adapter(teacher_processing_class, "teacher", _limit(teacher, args))
-    parts = [part for dataset in datasets
-             for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
-    firsts = [_first_records(part) for part in parts]
-    probed = [record for first in firsts for record in first]
-    adapters = [a for a in (theirs, ours) if a is not None]
-    check_modalities([a.role for a in adapters if not a.sees_images],
-                     any(record.images for record in probed))
-    if teacher is not None and theirs is not None:
-        answers = [text for r in probed for text in (r.answers or [r.text or ""])]
-        pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),
-                              [text[:2000] for text in answers])
-        for warning in pairing.warnings:
-            logger.warning(warning)
-    collator = DistillationCollator(
-        ours, theirs, pairing, args.supervise, args.padding_side)  # type: ignore[arg-type]
-    for first in firsts:
-        _refuse_empty(collator, first)
-    return pairing, collator
-
-
-def _limit(model: PreTrainedModel, args: DistillationConfig) -> int | None:
-    """The shorter of `max_length` and the positions the model was built for."""
-    own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [x for x in (args.max_length, own) if x]
-    return min(limits) if limits else None
-
-
-def _first_records(dataset: Any) -> list[Record]:
-    if hasattr(dataset, "__len__"):
-        rows = (dataset[index] for index in range(min(len(dataset), PROBED_RECORDS)))
-    else:
-        rows = (row for row, _ in zip(dataset, range(PROBED_RECORDS), strict=False))
-    return [row if isinstance(row, Record) else parse_record(row, f"row {index}")
-            for index, row in enumerate(rows)]
-
-
-def _refuse_empty(collator: DistillationCollator, probed: Sequence[Record]) -> None:
-    """Training on nothing must not start: some of the first records have to be usable."""
-    reasons: Counter[str] = Counter()
-    for record in probed:
-        batch = collator([record])
-        if len(batch["labels"]):
-            return
-        reasons.update(batch["counts"]["dropped"])
-    if probed:
-        told = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
-        raise TaidError(f"none of the first {len(probed)} records can be used: {told}.")
-
-
-def _with_adapter(student: PreTrainedModel, config: Any) -> Any:
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(student, config)
-    except ValueError as error:
-        raise TaidError(f"student.peft: {error}") from error
-
-
-def _resolve(
-    model: Any, processor: Processor | None, role: str, init_kwargs: Mapping[str, Any] | None
-) -> tuple[Any, Processor | None]:
-    """Load what was given by name."""
-    if not isinstance(model, str):
-        return model, processor
-    spec = ModelSpec(model, init_kwargs=dict(init_kwargs or {}))
-    return load_model(spec, role), processor or load_processor(spec, role)

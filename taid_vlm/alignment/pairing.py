@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal, TypeAlias
 
 import torch
@@ -261,7 +262,8 @@ def _compare_splits(
             problems += [str(error)] if index < len(samples) else []
             continue
         if spans[0] != spans[1] and difference is None:
-            shown = [_cut_at(text.strip().encode(), found) for found in spans]
+            same = next(i for i, pair in enumerate(zip_longest(*spans)) if pair[0] != pair[1])
+            shown = [_cut_at(text.strip().encode(), found, same) for found in spans]
             difference = f"Teacher: '{shown[0]}'; student: '{shown[1]}'"
     if not problems:
         return difference, []
@@ -271,8 +273,11 @@ def _compare_splits(
     return difference, [f"{told}; such records are left out: {problems[0]}"]
 
 
-def _cut_at(data: bytes, spans: list[tuple[int, int]]) -> str:
-    return "|".join(data[a:b].decode(errors="replace") for a, b in spans[:12])
+def _cut_at(data: bytes, spans: list[tuple[int, int]], same: int) -> str:
+    """A text as a tokenizer cuts it, from shortly before the place where two of them differ."""
+    start = max(0, same - 4)
+    pieces = (data[a:b].decode(errors="replace") for a, b in spans[start : start + 12])
+    return ("…" if start else "") + "|".join(pieces)
 
 
 def _roles(teacher: ModelAdapter, student: ModelAdapter) -> list[tuple[int, int]]:

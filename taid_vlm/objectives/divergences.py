@@ -18,7 +18,7 @@ To add a loss: write its function, and name it in `LOSSES`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -237,8 +237,8 @@ def ce(pair: Pair) -> Result:
     """Cross-entropy with the data's own next token (SFT, the term without a teacher)."""
     assert pair.labels is not None
     index = pair.labels[:, None]
-    one_hot = torch.zeros_like(pair.log_q).scatter_(-1, index, -1.0)
-    return -_floored(pair.log_q).gather(-1, index)[:, 0], one_hot
+    is_label = torch.arange(pair.log_q.shape[-1], device=index.device) == index
+    return -_floored(pair.log_q).gather(-1, index)[:, 0], -is_label.to(pair.log_q.dtype)
 
 
 # ----- their names --------------------------------------------------------------------------
@@ -274,12 +274,16 @@ LOSSES: dict[str, Loss] = {
 _CANONICAL = {alias: name for name, loss in LOSSES.items() for alias in (name, *loss.aliases)}
 
 
-def canonical_name(name: str) -> str:
-    """Resolve a loss name or alias; raises RecipeError with the nearest valid name."""
-    key = str(name).lower().replace("-", "_").replace(" ", "_")
-    if key not in _CANONICAL:
-        raise RecipeError(f"unknown loss '{name}'.{nearest(key, _CANONICAL)}")
-    return _CANONICAL[key]
+def canonical_name(name: str, others: Iterable[str] = ()) -> str:
+    """Resolve a loss name or alias; raises RecipeError with the nearest valid name.
+
+    Args:
+        others: names that are valid beside those of `LOSSES`.
+    """
+    key, known = str(name).lower().replace("-", "_").replace(" ", "_"), set(others)
+    if key not in _CANONICAL and key not in known:
+        raise RecipeError(f"unknown loss '{name}'.{nearest(key, known.union(_CANONICAL))}")
+    return _CANONICAL.get(key, key)
 
 
 def check_parameters(name: str, parameters: dict[str, float]) -> None:
@@ -372,12 +376,12 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, s, u, labels, name, temperature, parameters):  # type: ignore[no-untyped-def]
-        loss = upcast(s).new_zeros(s.shape[0])
+        loss = s.new_zeros(s.shape[0], dtype=upcast(s[:0]).dtype)
         needs_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(s) if needs_grad else None
         for rows in row_chunks(*s.shape):
             y = None if labels is None else labels[rows]
-            value, g = _rows(s[rows], None if u is None else u[rows], y, name, temperature,
+            value, g = closed_form(s[rows], None if u is None else u[rows], y, name, temperature,
                              parameters)
             loss[rows] = value
             if grad is not None:
@@ -392,7 +396,7 @@ class _ClosedForm(torch.autograd.Function):
         return (grad * upstream[:, None]).to(grad.dtype), None, None, None, None, None
 
 
-def _rows(
+def closed_form(
     s: Tensor, u: Tensor | None, labels: Tensor | None, name: str, temperature: float,
     parameters: dict[str, float],
 ) -> Result:

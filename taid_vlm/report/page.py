@@ -60,15 +60,14 @@ def render(report: Report) -> str:
     """The page as HTML text; the same report always gives the same text."""
     styles = palette.assign(report)
     script = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
-    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    template = _environment().get_template("report.html.j2")
+    template = environment(TEMPLATES).get_template("report.html.j2")
     html = template.render(
         report=report,
         styles=styles,
         sections=[_section(s, f"s{i}", styles) for i, s in enumerate(report.sections, start=1)],
-        css=palette.stylesheet() + "\n" + css,
+        css=stylesheet(),
         script=script,
-        script_hash=_csp_hash(script),
+        script_hash=csp_hash(script),
     )
     return charts.clean(html)
 
@@ -78,9 +77,16 @@ def write_report(report: Report, path: Path) -> Path:
     return replace_file(render(report), Path(path))
 
 
-def _environment() -> Environment:
+def stylesheet() -> str:
+    """The look that every page shares, light and dark."""
+    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    return palette.stylesheet() + "\n" + css
+
+
+def environment(*folders: Path) -> Environment:
+    """Templates of these folders, with everything that is printed escaped."""
     return Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader(folders),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -88,7 +94,7 @@ def _environment() -> Environment:
     )
 
 
-def _csp_hash(script: str) -> str:
+def csp_hash(script: str) -> str:
     """Names our script in the content security policy, so that no other one can run."""
     digest = hashlib.sha256(script.encode("utf-8")).digest()
     return "sha256-" + base64.b64encode(digest).decode("ascii")
@@ -220,7 +226,7 @@ def _gallery(examples: list[Example]) -> dict[str, Any] | None:
 
 def _card(example: Example) -> dict[str, Any]:
     return {
-        "image": _data_uri(example.image) if example.image else "",
+        "image": data_uri(example.image) if example.image else "",
         "tiny": _is_tiny(example.image or b""),
         "category": example.category,
         "prompt": clip(example.prompt, PROMPT_LIMIT),
@@ -241,7 +247,8 @@ def clip(text: str, limit: int) -> Clipped:
     return Clipped(text[: limit - 1].rstrip() + "…", text)
 
 
-def _data_uri(image: bytes) -> str:
+def data_uri(image: bytes) -> str:
+    """A PNG or JPEG as the address of an image in the page itself."""
     kind = "jpeg" if image.startswith(b"\xff\xd8") else "png"
     return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"
 

@@ -17,7 +17,17 @@ FIGURES = (
     Column("nll", "NLL of the data", "lower", ".4f", "nats/token"),
     Column("student_entropy", "entropy", "", ".3f", "nats"),
 )
+LOOKS = (
+    Column("kl_blank", "KL(real ‖ blank image)", "", ".4f", "nats/token",
+           "How far a model's answers are from those with a grey image; 0: it does not look."),
+    Column("kl_shuffled", "KL(real ‖ another's image)", "", ".4f", "nats/token",
+           "The same against the image of another record."),
+    Column("gain_blank", "gain over blank", "", ".4f", "nats/token",
+           "Log-likelihood of the reference answer that the real image adds."),
+    Column("gain_shuffled", "gain over another's", "", ".4f", "nats/token"),
+)
 Answers = dict[str, list[str]]
+RATE = "learning_rate/"  # before a part's name, where parts have learning rates of their own
 
 
 def run_report(
@@ -33,7 +43,7 @@ def run_report(
     section = Section(
         title="Held-out evaluation",
         text=_account(results),
-        tables=_tables(evaluation),
+        tables=[*_tables(evaluation), *_stages(results), *_looks(results["canary"])],
         curves=curves(results["history"]),
         examples=gallery(*examples),
     )
@@ -70,11 +80,44 @@ def _tables(evaluation: dict[str, Any]) -> list[Table]:
     return tables
 
 
+def _looks(canary: dict[str, Any] | None) -> list[Table]:
+    """Whether the models look at their images."""
+    if canary is None:
+        return []
+    before, after = (canary["student"][when] for when in ("before", "after"))
+    columns = [column for column in LOOKS if column.key in after]
+    rows = [figures_row("student before", "start", before, columns),
+            figures_row("student after", "main", after, columns)]
+    if canary["teacher"]:
+        rows.insert(0, figures_row("teacher", "teacher", canary["teacher"], columns))
+    partners = f"; {after['without_partner']} of them have no partner to swap images with" \
+        if after["without_partner"] else ""
+    caption = (f"Means per answer token ± standard error over {after['n_records']} records with "
+               f"images{partners}. Every model is compared with itself.")
+    return [Table("Does it look?", columns, rows, caption)]
+
+
+def _stages(results: dict[str, Any]) -> list[Table]:
+    """The way through the stages of a run, this one last."""
+    earlier, evaluation = results["stages"], results["eval"]
+    if not earlier or evaluation["after"] is None:
+        return []
+    done = [(stage["name"], stage["steps"], stage["eval"]["after"]) for stage in earlier]
+    done.append(("this one", results["train"]["steps"], evaluation["after"]))
+    columns = [column for column in FIGURES if column.key in evaluation["after"]]
+    rows = [figures_row("start", "start", earlier[0]["eval"]["before"], columns)]
+    rows += [figures_row(f"after {name} ({steps} steps)", "", after, columns)
+             for name, steps, after in done]
+    return [Table("Stages", columns, rows)]
+
+
 def curves(history: Sequence[dict[str, Any]], name: str = "student") -> list[Curve]:
     """Training and evaluation curves of one run's log history."""
     def points(key: str) -> list[tuple[float, float]]:
         return [(row["step"], row[key]) for row in history if key in row]
 
+    parts = dict.fromkeys(key.removeprefix(RATE) for row in history for key in row
+                          if key.startswith(RATE))
     drawn = [
         Curve("Training loss", "step", "nats/token", {name: points("loss")}),
         Curve("Interpolation t", "step", "t", {name: points("t")}),
@@ -82,6 +125,7 @@ def curves(history: Sequence[dict[str, Any]], name: str = "student") -> list[Cur
               {name: points("agreement"), "held-out": points("eval_agreement")}),
         Curve("KL(teacher ‖ student)", "step", "nats/token",
               {name: points("kl"), "held-out": points("eval_kl")}),
+        Curve("Learning rates", "step", "", {part: points(RATE + part) for part in parts}),
     ]
     kept = (Curve(c.title, c.x_label, c.y_label, {k: v for k, v in c.series.items() if v})
             for c in drawn)
@@ -131,12 +175,18 @@ def _summary(results: dict[str, Any]) -> list[str]:
 def _account(results: dict[str, Any]) -> list[str]:
     """What the run did with the data and the pair, in sentences."""
     text, train, alignment = [], results["train"], results["alignment"]
+    text.extend((results["canary"] or {}).get("warnings", []))
     if alignment:
         after = results["eval"]["after"] or {}
         covered = f" {after['coverage']:.1%} of the held-out answers' tokens are compared." \
             if "coverage" in after else ""
         text.append(f"Alignment, case {alignment['case']}: {alignment['reason']}.{covered}")
         text.extend(alignment["warnings"])
+    parts = results["models"]["student"]["parts"]
+    frozen = [f"{part} ({count['parameters']:,})" for part, count in parts.items()
+              if not count["trained"]]
+    if frozen:
+        text.append(f"Not trained (parameters): {', '.join(frozen)}.")
     left_out = ", ".join(f"{n} x {reason}" for reason, n in train["records_left_out"].items())
     text.append(f"Training records left out: {left_out or 'none'}.")
     if train["adaptive_share"] is not None:

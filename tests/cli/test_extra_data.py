@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from cli.recipes import Checkpoints, Outcome, loaded, write_jsonl, write_recipe
 from safetensors.torch import load_file, save_file
+from students.composing import Parts
 
 EXTRA = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent"))
 TRAIN = {"max_steps": 25, "learning_rate": 1e-3, "use_cpu": True, "disable_tqdm": True}
@@ -70,3 +73,47 @@ def test_real_pictures_from_a_table(
     assert results["train"]["records_left_out"] == {}
     assert results["eval"]["after"]["n_answers"] == 24
     assert results["eval"]["after"]["kl"] < results["eval"]["before"]["kl"]
+
+
+PAIRS = {
+    "internvl -> composed": ("internvl", None),
+    "qwen2_5_vl -> smolvlm, another tokenizer": ("qwen2_5_vl", ("smolvlm", "metaspace")),
+    "gemma3 -> llava": ("gemma3", ("llava", "permuted")),
+}
+
+
+@needs("nlvr_test.parquet")
+@pytest.mark.parametrize("name", PAIRS)
+def test_families_learn_from_each_other_on_real_pictures(
+    cli: Callable[..., Outcome], checkpoints: Checkpoints, tmp_path: Path, name: str
+) -> None:
+    """50 steps: the student comes nearer to its teacher, and both look at the pictures."""
+    teacher, student = PAIRS[name]
+    ours = Parts(tmp_path).composed("siglip") if student is None else checkpoints(*student, seed=1)
+    columns = {"prompt": "statement", "completion": "sentence"}
+    table = pq.read_table(EXTRA / "nlvr_test.parquet").slice(0, 96)
+    answers = pa.array([f"It says: {statement}" for statement in table["statement"].to_pylist()])
+    pq.write_table(table.append_column("sentence", answers), tmp_path / "pictures.parquet")
+    train, held_out = ({"path": str(tmp_path / f"{side}.parquet"), "columns": columns}
+                       for side in ("train", "eval"))
+    rows = pq.read_table(tmp_path / "pictures.parquet")
+    pq.write_table(rows.slice(0, 64), train["path"])
+    pq.write_table(rows.slice(64, 32), held_out["path"])
+    done = cli("distill", write_recipe(tmp_path, {
+        "teacher": checkpoints(teacher), "student": ours,
+        "data": {"train": train, "eval": held_out},
+        "train": {**TRAIN, "max_steps": 50},
+        "evaluate": {"examples": 2, "max_new_tokens": 4, "canary": 16},
+        "output_dir": str(tmp_path / "out"),
+    }))
+    assert done.status == 0, done.err
+    results = loaded(tmp_path / "out/results.json")
+    before, after = results["eval"]["before"], results["eval"]["after"]
+    assert results["alignment"]["case"] == ("c" if "another" in name else "b")
+    assert after["coverage"] == 1.0
+    assert after["kl"] + 3 * after["kl_stderr"] < before["kl"] - 3 * before["kl_stderr"]
+    # an untrained teacher gives a chunk of several tokens almost no probability
+    assert ("chunk_kl" in after) == (results["alignment"]["case"] == "c")
+    assert after.get("chunk_kl", 0.0) <= before.get("chunk_kl", 0.0)
+    for look in (results["canary"]["teacher"], results["canary"]["student"]["after"]):
+        assert look["kl_blank"] > 5 * look["kl_blank_stderr"]

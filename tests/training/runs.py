@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,19 @@ WORDS = ("a", "red", "green", "blue", "square", "circle", "left", "right", "abov
          "two", "three", "naïve", "图片")
 
 
-def rows(number: int = 32, seed: int = 0, text_only: bool = False) -> list[dict[str, Any]]:
+KINDS = ("one", "two", "text", "turns")
+
+
+def rows(
+    number: int = 32, seed: int = 0, text_only: bool = False, kinds: Sequence[str] = KINDS
+) -> list[dict[str, Any]]:
     """Rows with one image, two images or none, one turn or two, answers of unequal length."""
     rng, pictures, made = random.Random(seed), images(3), []
     for index in range(number):
         def answer() -> str:
             return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 12)))
 
-        kind = "text" if text_only else ("one", "two", "text", "turns")[index % 4]
+        kind = "text" if text_only else kinds[index % len(kinds)]
         if kind == "one":
             made.append({"prompt": "<image>what is this", "completion": answer(),
                          "images": [pictures[index % 3]]})
@@ -75,22 +81,28 @@ class Recorder(TrainerCallback):
 def make_trainer(
     output: str | Path, *, teacher: str = "internvl", student: str = "llava",
     tokenizer: str = "permuted", dropout: float = 0.0, data: list[dict[str, Any]] | None = None,
-    kill_at: int | None = None, streamed: bool = False, **arguments: Any,
+    kill_at: int | None = None, streamed: bool = False, kinds: Sequence[str] = KINDS,
+    student_config: dict[str, Any] | None = None, **arguments: Any,
 ) -> DistillationTrainer:
-    """A trainer on a small cross-family pair; `streamed` data are texts without a length."""
+    """A trainer on a small cross-family pair; `streamed` data are texts without a length.
+
+    `student_config` sets attributes of the student's config after it was built.
+    """
     defaults = {
         "per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-3, "seed": 7,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
         "logging_steps": 2, "dataloader_pin_memory": False,
     }
     theirs, ours = build(teacher), build(student, seed=1, tokenizer=tokenizer)
+    for key, value in (student_config or {}).items():
+        setattr(ours.model.config, key, value)
     if dropout:
         ours.model.config.get_text_config().attention_dropout = dropout
         for module in ours.model.modules():
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = dropout
     recorder = Recorder(kill_at)
-    data = rows(text_only=streamed) if data is None else data
+    data = rows(text_only=streamed, kinds=kinds) if data is None else data
     train = datasets.Dataset.from_list(data).to_iterable_dataset() if streamed else data
     trainer = DistillationTrainer(
         ours.model, theirs.model, DistillationConfig(str(output), **{**defaults, **arguments}),
@@ -102,8 +114,11 @@ def make_trainer(
 
 
 def weights(trainer: DistillationTrainer) -> dict[str, Tensor]:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    """All that is trained: the student's, and the map of its visual features."""
+    trained = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    if trainer.visual.map is not None:
+        trained["visual_map"] = next(trainer.visual.map.parameters())
+    return {name: p.detach().clone() for name, p in trained.items()}
 
 
 def step_gradient(output: Path, **options: Any) -> dict[str, Tensor]:

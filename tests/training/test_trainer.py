@@ -135,10 +135,13 @@ def test_no_teacher(student: Built, tmp_path: Path) -> None:
     assert "t" not in logs(trainer)[0]
 
 
-def test_different_tokenizers_are_refused(teacher: Built, tmp_path: Path) -> None:
+def test_different_tokenizers_are_refused_where_tokens_must_be_shared(
+    teacher: Built, tmp_path: Path
+) -> None:
     other = build("qwen2", tokenizer="other")
+    args = config(tmp_path, objective={"name": "taid", "alignment": "shared"})
     with pytest.raises(AlignmentError, match="split text differently"):
-        DistillationTrainer(other.model, teacher.model, config(tmp_path), TEXT_ROWS, None,
+        DistillationTrainer(other.model, teacher.model, args, TEXT_ROWS, None,
                             other.processor, teacher.processor)
 
 

@@ -1,0 +1,80 @@
+"""The collator that training uses, listened to while it works on one record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter
+from taid_vlm.alignment import Aligned
+from taid_vlm.collator import DistillationCollator
+from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.records import Record
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What became of one record.
+
+    reason: why it is left out, "" if it is used; detail: the whole message where there is one.
+    stops: the message with which training would end at this record, "" if it would not.
+    whole: {role: the row before anything was cut}; rows: what is trained on.
+    aligned: the comparisons found, in order of position.
+    """
+
+    source: str
+    reason: str
+    detail: str
+    stops: str
+    cut: bool
+    whole: dict[str, EncodedRow]
+    rows: dict[str, EncodedRow]
+    aligned: list[Aligned]
+    counts: dict[str, Any]
+
+
+class Listener(DistillationCollator):
+    """A DistillationCollator that keeps what it made of the last record."""
+
+    @classmethod
+    def of(cls, collator: DistillationCollator) -> Listener:
+        return cls(**{part.name: getattr(collator, part.name) for part in fields(collator)})
+
+    def check(self, record: Record) -> Checked:
+        """Pass one record through everything that training does to it before the models."""
+        self._record, self._detail, self._found = record, "", list[Aligned]()
+        self._whole: dict[str, EncodedRow] = {}
+        self._rows: dict[str, EncodedRow] = {}
+        try:
+            counts, stops = self([record])["counts"], ""
+        except TaidError as error:  # the collator leaves out what can be; this ends a run
+            counts, stops = {"dropped": {}, "cut": 0}, str(error)
+        reason = next(iter(counts["dropped"]), "")
+        return Checked(record.source, reason, self._detail, stops, bool(counts["cut"]),
+                       self._whole, self._rows, self._found, counts)
+
+    def _prepare(self, record: Record) -> Any:
+        try:
+            return super()._prepare(record)
+        except (TaidError, SampleDropped) as problem:
+            self._detail = str(problem)
+            raise
+
+    def _run(self, adapter: ModelAdapter, samples: Sequence[Any]) -> EncodedBatch:
+        try:
+            encoded = super()._run(adapter, samples)
+        except (TaidError, SampleDropped) as problem:
+            self._detail = str(problem)
+            raise
+        if samples[0].record is self._record:  # a placeholder stands in for what was left out
+            self._whole.setdefault(adapter.role, encoded.rows[0])
+            self._rows[adapter.role] = encoded.rows[0]
+        return encoded
+
+    def _align(
+        self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str]
+    ) -> list[Aligned]:
+        self._found = super()._align(encoded, index, counts)
+        return self._found

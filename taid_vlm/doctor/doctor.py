@@ -1,0 +1,217 @@
+"""`taid-vlm inspect`: a recipe is examined with everything training uses, but no weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from taid_vlm.adapters import ModelAdapter, Processor, make_adapter
+from taid_vlm.alignment import Pairing
+from taid_vlm.collator import DistillationCollator
+from taid_vlm.doctor.checkup import Checked, Listener
+from taid_vlm.doctor.facts import Facts, collect_facts
+from taid_vlm.doctor.preflight import Preflight, check_sized, preflight
+from taid_vlm.doctor.streams import Trace, trace
+from taid_vlm.doctor.verdict import Verdict, accept, refuse
+from taid_vlm.errors import TaidError
+from taid_vlm.models import ModelSpec, load_skeleton, read_config, read_processor
+from taid_vlm.objectives import parse_objective
+from taid_vlm.pair import PROBED_RECORDS, length_limit, pair_for_training
+from taid_vlm.recipe import Recipe
+from taid_vlm.records import Record
+from taid_vlm.run import Ingredients, gather
+from taid_vlm.stages import expand
+from taid_vlm.visual import visual_collator
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that the doctor found.
+
+    problem: the message training would end with, or why there is no `record`; "" if all is well.
+    facts: by role, the teacher first.
+    record: None where the pair is refused, or the record never came as far as tokens.
+    preflight: of every data set; of its first records unless everything was asked for.
+    """
+
+    verdict: Verdict
+    problem: str
+    facts: dict[str, Facts]
+    record: Trace | None = None
+    preflight: tuple[Preflight, ...] = ()
+
+    def to_json(self) -> str:
+        """The same as strict JSON, without the pictures."""
+        plain = asdict(self)
+        if plain["record"] is not None:
+            plain["record"]["images"] = len(plain["record"]["images"])
+        for one, check in zip(plain["preflight"], self.preflight, strict=True):
+            one |= {"sentence": check.sentence, "coverage": check.coverage}
+        return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What training would start with; `stage` is "" in a recipe without stages.
+
+    collator: of the training records; plain: of the held-out ones.
+    """
+
+    stage: str
+    ingredients: Ingredients
+    collator: DistillationCollator
+    plain: DistillationCollator
+    pairing: Pairing | None
+
+
+def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) -> Inspection:
+    """Examine a recipe; of stages, the pair of the first is shown, and all are checked.
+
+    Args:
+        record: which training record is laid out, from 0.
+        everything: pass all records through the collator, not only the first.
+
+    Raises:
+        TaidError: `everything` of a stream without an end. What training would refuse is no error
+            here but the verdict.
+    """
+    with _quiet():
+        skeletons = dict(_skeletons(recipe))
+        try:
+            pairs = [_pair(stage, part, skeletons) for stage, part in _parts(recipe)]
+        except TaidError as error:
+            return Inspection(refuse(str(error)), str(error), _facts(recipe, skeletons, None))
+        checks = tuple(check for pair in pairs for check in _preflight(pair, everything, recipe))
+        facts = _facts(recipe, skeletons, pairs[0])
+        stops = next((check.stops for check in checks if check.stops), "")
+        verdict = refuse(stops) if stops else accept(pairs[0].pairing, facts, checks)
+        traced, problem = _trace(pairs[0], record)
+        return Inspection(verdict, stops or problem, facts, traced, checks)
+
+
+def _parts(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Every stage by name; later ones stand on the first student until theirs is there."""
+    names = [stage.name for stage in recipe.stages or ()] or [""]
+    return [(name, replace(part, student=recipe.student))
+            for name, part in zip(names, expand(recipe), strict=True)]
+
+
+def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
+    """As `run.distill` and `DistillationTrainer` do it, with models that have no weights."""
+    try:
+        found = gather(part)
+        missing = [spec for role, spec in _specs(part).items() if role not in skeletons]
+        if missing:  # gather passed its configuration, so this says why not the model
+            load_skeleton(missing[0], "student" if missing[0] is part.student else "teacher")
+        student, teacher = skeletons["student"], skeletons.get("teacher")
+        pairing, plain = pair_for_training(
+            student, teacher, found.student_processor, found.teacher_processor, found.args,
+            [data for data in (found.train, found.eval) if data is not None])
+        objective = parse_objective(found.args.objective)
+        collator = visual_collator(plain, objective, student, teacher)
+    except TaidError as error:
+        raise type(error)(f"stages '{stage}': {error}" if stage else str(error)) from error
+    return _Pair(stage, found, collator, plain, pairing)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What training would log is part of the account here."""
+    logger = logging.getLogger("taid_vlm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# ----- the two sides ------------------------------------------------------------------------
+
+
+def _specs(recipe: Recipe) -> dict[str, ModelSpec]:
+    sides = {"teacher": recipe.teacher, "student": recipe.student}
+    return {role: spec for role, spec in sides.items() if spec is not None}
+
+
+def _skeletons(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    for role, spec in _specs(recipe).items():
+        with suppress(TaidError):
+            yield role, load_skeleton(spec, role)
+
+
+def _facts(recipe: Recipe, skeletons: Mapping[str, Any], pair: _Pair | None) -> dict[str, Facts]:
+    """Facts of both sides; of a refused pair as many as can be found."""
+    facts = {}
+    for role, spec in _specs(recipe).items():
+        config, processor, adapter = (
+            _found(recipe, role, spec) if pair is None else
+            (pair.ingredients.configs[role], *_of_pair(pair, role)))
+        facts[role] = collect_facts(role, spec, config, skeletons.get(role), processor, adapter)
+    return facts
+
+
+def _of_pair(pair: _Pair, role: str) -> tuple[Processor, ModelAdapter]:
+    adapter: ModelAdapter = getattr(pair.collator, role)
+    return adapter.processor, adapter
+
+
+def _found(recipe: Recipe, role: str, spec: ModelSpec) -> tuple[Any, Any, Any]:
+    """Configuration, processor and adapter of one side, None from the first that cannot be had."""
+    config = processor = adapter = None
+    with suppress(TaidError):
+        config = read_config(spec, role)
+        processor = read_processor(config, spec, role)
+        limit = length_limit(config, recipe.train.get("max_length"))
+        adapter = make_adapter(processor, role, limit)
+    return config, processor, adapter
+
+
+# ----- the records --------------------------------------------------------------------------
+
+
+def _preflight(pair: _Pair, everything: bool, recipe: Recipe) -> Iterator[Preflight]:
+    part = dict(_parts(recipe))[pair.stage]
+    for side, records, collator in (("train", pair.ingredients.train, pair.collator),
+                                    ("eval", pair.ingredients.eval, pair.plain)):
+        if records is None:
+            continue
+        name = f"{pair.stage}: data.{side}" if pair.stage else f"data.{side}"
+        if everything:
+            check_sized(f"data.{side}", records, getattr(part.data, side).max_records)
+        yield preflight(name, records, collator, pair.ingredients.args,
+                        None if everything else PROBED_RECORDS)
+
+
+def _trace(pair: _Pair, index: int) -> tuple[Trace | None, str]:
+    """One training record laid out, or why there is none."""
+    try:
+        record = _record(pair.ingredients.train, index)
+    except TaidError as error:
+        return None, str(error)
+    checked = Listener.of(pair.collator).check(record)
+    return trace(record, checked, pair.collator.adapters), _left_out(checked)
+
+
+def _record(records: Any, index: int) -> Record:
+    try:
+        if hasattr(records, "__len__"):
+            return records[index]
+        return next(record for i, record in enumerate(records) if i == index)
+    except (IndexError, StopIteration):
+        raise TaidError(f"--record {index}: the training data has no such record.") from None
+
+
+def _left_out(checked: Checked) -> str:
+    if checked.stops:
+        return checked.stops
+    if not checked.reason:
+        return ""
+    lengths = ", ".join(f"{len(row.ids):,} tokens for the {role}"
+                        for role, row in checked.whole.items())
+    return f"{checked.source} would be left out: {checked.detail or checked.reason} ({lengths})" \
+        if lengths else f"{checked.source} would be left out: {checked.detail or checked.reason}"

@@ -1,0 +1,229 @@
+"""What one model of a recipe is, as far as it can be told without its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from taid_vlm.adapters import EncodedRow, ModelAdapter, Processor
+from taid_vlm.doctor.conversation import TemplateFacts, template_facts
+from taid_vlm.models import ModelSpec, head_rows
+from taid_vlm.parts import count_parameters, is_tied
+from taid_vlm.records import ImageRef, Message, Record
+
+SIZES = ((224, 224), (336, 336), (448, 448), (640, 480), (1024, 768), (1000, 250))
+TYPICAL = "640x480"  # the size that stands for a picture of a data set
+SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap")
+SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "logits_mup_width_multiplier",
+          "lm_head_multiplier")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """architecture: the class that would be loaded; parameters: by part, "" if none is known."""
+
+    model_type: str
+    architecture: str
+    parameters: dict[str, int]
+    positions: int | None  # that the model was built for
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """softcap, scale: {name in the configuration: value} of what is done to its logits."""
+
+    rows: int
+    tied: bool
+    bias: bool
+    softcap: dict[str, float]
+    scale: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """kind: how it splits text. The special tokens are their texts."""
+
+    name: str
+    kind: str
+    tokens: int
+    special: int  # how many of the tokens are special
+    normalizer: str
+    bos: str | None
+    eos: str | None
+    pad: str | None
+    adds: str  # what it puts around a text by itself
+    padding_side: str
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """tokens: image size -> tokens of one such image after expansion, None where it is refused."""
+
+    processor: str
+    image_processor: str
+    token: str
+    tokens: dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that was found about one side; what could not be found is None.
+
+    max_length: tokens a record may have on this side, None without a limit.
+    end_of_turn: the special token an answer ends with.
+    one_end: whether that token ends a document, too.
+    """
+
+    role: str
+    name: str
+    model: ModelFacts | None = None
+    head: HeadFacts | None = None
+    tokenizer: TokenizerFacts | None = None
+    template: TemplateFacts | None = None
+    images: ImageFacts | None = None
+    end_of_turn: str | None = None
+    one_end: bool | None = None
+    max_length: int | None = None
+
+
+def collect_facts(
+    role: str, spec: ModelSpec, config: PretrainedConfig | None, model: PreTrainedModel | None,
+    processor: Processor | None, adapter: ModelAdapter | None,
+) -> Facts:
+    """Put together what is known of one side.
+
+    Args:
+        config, model, processor, adapter: None where they cannot be had; the model may be on the
+            meta device.
+    """
+    head = None if model is None else model.get_output_embeddings()
+    return Facts(
+        role, spec.model_name_or_path,
+        model=None if config is None else _model_facts(config, model),
+        head=None if model is None or head is None else _head_facts(model),
+        tokenizer=None if processor is None else _tokenizer_facts(
+            getattr(processor, "tokenizer", processor)),
+        template=None if processor is None else template_facts(spec, processor, adapter),
+        images=_image_facts(processor, adapter),
+        end_of_turn=None if adapter is None else _name(adapter, adapter.end_of_turn_id),
+        one_end=None if adapter is None or adapter.end_of_turn_id is None
+        else adapter.end_of_turn_id == adapter.tokenizer.eos_token_id,
+        max_length=None if adapter is None else adapter.max_length,
+    )
+
+
+def _name(adapter: ModelAdapter, index: int | None) -> str | None:
+    return None if index is None else adapter.table.strings[index]
+
+
+def _model_facts(config: PretrainedConfig, model: PreTrainedModel | None) -> ModelFacts:
+    listed = getattr(config, "architectures", None) or [""]
+    counts = {} if model is None else {
+        part: numbers["parameters"] for part, numbers in count_parameters(model).items()}
+    return ModelFacts(
+        config.model_type, listed[0] if model is None else type(model).__name__, counts,
+        getattr(config.get_text_config(), "max_position_embeddings", None))
+
+
+def _head_facts(model: PreTrainedModel) -> HeadFacts:
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    softcap, scale = (
+        {key: float(value) for key in keys
+         if isinstance(value := getattr(config, key, None), (int, float)) and value != neutral}
+        for keys, neutral in ((SOFTCAPS, 0), (SCALES, 1)))
+    return HeadFacts(head_rows(model), is_tied(model), getattr(head, "bias", None) is not None,
+                     softcap, scale)
+
+
+# ----- the tokenizer ------------------------------------------------------------------------
+
+
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
+    added = tokenizer.added_tokens_decoder
+    special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+    return TokenizerFacts(
+        type(tokenizer).__name__, tokenizer_kind(tokenizer), len(tokenizer.get_vocab()),
+        len(special), _normalizer(tokenizer), tokenizer.bos_token, tokenizer.eos_token,
+        tokenizer.pad_token, _adds(tokenizer), tokenizer.padding_side)
+
+
+def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How a tokenizer splits text, in words."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return "not backed by the tokenizers library"
+    model, steps = type(backend.model).__name__, f"{backend.pre_tokenizer} {backend.decoder}"
+    if "ByteLevel" in steps:
+        return f"byte-level {model}"
+    names = {"Unigram": "unigram", "WordLevel": "word-level", "WordPiece": "word pieces"}
+    features = []
+    if "Metaspace" in steps or "▁" in f"{backend.normalizer} {backend.decoder}":
+        features.append("metaspace")
+    if getattr(backend.model, "byte_fallback", False):
+        features.append("byte fallback")
+    return names.get(model, model) + (f" with {' and '.join(features)}" if features else "")
+
+
+def _normalizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is done to a text before it is split; "none" keeps every byte."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.normalizer is None:
+        return "none"
+    state = json.loads(backend.normalizer.__getstate__())
+    steps = state["normalizers"] if state["type"] == "Sequence" else [state]
+    return ", ".join(_step(step) for step in steps) or "none"
+
+
+def _step(step: dict[str, Any]) -> str:
+    if step["type"] == "Replace":
+        pattern = next(iter(step["pattern"].values()))
+        return f"{pattern!r} becomes {step['content']!r}"
+    if step["type"] == "Prepend":
+        return f"{step['prepend']!r} in front"
+    return step["type"]
+
+
+def _adds(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Special tokens that the tokenizer puts around a text of its own accord."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
+    around = tokenizer.convert_ids_to_tokens(ids[:start]), tokenizer.convert_ids_to_tokens(
+        ids[start + len(bare):])
+    told = [f"{' '.join(tokens)} {where}"
+            for tokens, where in zip(around, ("in front", "behind"), strict=True) if tokens]
+    return ", ".join(told) or "nothing"
+
+
+# ----- images -------------------------------------------------------------------------------
+
+
+def _image_facts(processor: Processor | None, adapter: ModelAdapter | None) -> ImageFacts | None:
+    if processor is None or not hasattr(processor, "image_processor"):
+        return None
+    token = getattr(processor, "image_token", None)
+    counts = {f"{width}x{height}": None if adapter is None else count_image_tokens(
+        adapter, width, height) for width, height in SIZES}
+    return ImageFacts(type(processor).__name__, type(processor.image_processor).__name__,
+                      str(token or ""), counts)
+
+
+def count_image_tokens(adapter: ModelAdapter, width: int, height: int) -> int | None:
+    """Tokens that a blank image of this size (in pixels) becomes; None where it is refused."""
+    blank = Image.new("RGB", (width, height), (127, 127, 127))
+    question, answer = Message("user", (None, "what")), Message("assistant", ("yes",))
+    record = Record("probe", (question, answer), (ImageRef(blank, "probe"),))
+    try:
+        row = adapter.encode([adapter.render(record)], [[blank]]).rows[0]
+    except Exception:  # processors raise anything
+        return None
+    return image_tokens(row)
+
+
+def image_tokens(row: EncodedRow) -> int:
+    """Tokens of all images of a row."""
+    return sum(start <= a < end for start, end in row.images for a, _ in row.byte_spans)

@@ -1,0 +1,167 @@
+"""The inspection as text for a terminal, the verdict first."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, zip_longest
+
+from taid_vlm.doctor.doctor import Inspection
+from taid_vlm.doctor.facts import Facts
+from taid_vlm.doctor.preflight import Preflight, Spread
+from taid_vlm.doctor.streams import Piece, StreamToken, Trace
+from taid_vlm.doctor.table import FactRow, fact_rows
+
+SHOWN_ROWS = 24  # of the table of what is compared
+LABEL = 26  # columns of the facts' labels
+_PLAIN, _BOLD, _RED, _GREEN, _YELLOW, _BLUE, _GREY = (
+    f"\033[{code}m" for code in (0, 1, 31, 32, 33, 34, 90))
+_OUTCOMES = {"exact": _GREEN, "shared": _GREEN, "chunks": _YELLOW, "alone": _GREEN, "refused": _RED}
+_MARKS = {"aligned": ("⟦", "⟧", _GREEN), "chunk": ("⟪", "⟫", _BLUE), "unaligned": ("⟨", "⟩", _RED)}
+
+
+class Paint:
+    """Colours of a terminal, or none."""
+
+    def __init__(self, colour: bool) -> None:
+        self.colour = colour
+
+    def __call__(self, text: str, code: str) -> str:
+        return f"{code}{text}{_PLAIN}" if self.colour and text else text
+
+
+def as_text(inspection: Inspection, colour: bool = False, width: int | None = None) -> str:
+    """The whole inspection.
+
+    Answer tokens that are compared stand in ⟦ ⟧, chunks of several in ⟪ | ⟫, and those that are
+    not compared in ⟨ ⟩; the tokens of an image are folded into one mark.
+
+    Args:
+        colour: with the escape codes of a terminal.
+        width: columns; the terminal's by default.
+    """
+    paint = Paint(colour)
+    width = width or shutil.get_terminal_size((110, 24)).columns
+    blocks = [_head(inspection, paint, width), _facts(inspection.facts, paint, width)]
+    blocks += [_preflight(check) for check in inspection.preflight if check.whole or check.dropped]
+    if inspection.record is not None:
+        blocks.append(_trace(inspection.record, paint))
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _head(inspection: Inspection, paint: Paint, width: int) -> list[str]:
+    verdict, record = inspection.verdict, inspection.record
+    name = verdict.outcome.upper()
+    lines = _wrapped("verdict", f"{name}: {verdict.headline}", width)
+    lines[0] = lines[0].replace(name, paint(name, _BOLD + _OUTCOMES[verdict.outcome]), 1)
+    lines += (_wrapped("case", f"{verdict.case}: {verdict.reason}", width) if verdict.case else
+              _wrapped("why", verdict.reason, width))
+    for change in verdict.changes:
+        lines += _wrapped("change", change, width)
+    for warning in verdict.warnings:
+        lines += _wrapped("warning", warning, width)
+    if record is not None:
+        chunks = f", {record.chunk} of them in chunks" if record.chunk else ""
+        word = "aligned" if len(record.sides) > 1 else "learned"
+        lines.append(f"{word:<10}{record.aligned} of {record.supervised} answer tokens of the "
+                     f"student{chunks}")
+        lines.append(f"record    {record.source}{', cut' if record.cut else ''}")
+    return lines
+
+
+def _wrapped(word: str, text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(width, 60), initial_indent=f"{word:<10}",
+                         subsequent_indent=" " * 10, break_on_hyphens=False,
+                         break_long_words=False)
+
+
+# ----- facts --------------------------------------------------------------------------------
+
+
+def _facts(facts: Mapping[str, Facts], paint: Paint, width: int) -> list[str]:
+    """Both sides beside each other; ≠ where they differ in what matters."""
+    column = max((width - LABEL - 4) // len(facts) - 1, 20)
+    heads = "".join(f"{role:<{column + 1}}" for role in facts)
+    lines = [paint(f"{'':<{LABEL + 2}}{heads}".rstrip(), _BOLD)]
+    for section, rows in groupby(fact_rows(facts), key=lambda row: row.section):
+        lines.append(paint(section, _BOLD))
+        for row in rows:
+            lines += _fact(row, column, paint)
+    return lines
+
+
+def _fact(row: FactRow, column: int, paint: Paint) -> Iterator[str]:
+    cells = [textwrap.wrap(value, column) or [""] for value in row.values]
+    for index, parts in enumerate(zip_longest(*cells, fillvalue="")):
+        label = f"  {row.label if index == 0 else '':<{LABEL - 2}}"
+        mark = paint("≠", _YELLOW) if row.differs and index == 0 else " "
+        yield f"{label}{mark} {' '.join(f'{part:<{column}}' for part in parts)}".rstrip()
+
+
+# ----- preflight ----------------------------------------------------------------------------
+
+
+def _preflight(check: Preflight) -> list[str]:
+    lines = [f"preflight {check.name}: {check.sentence}"]
+    for one in check.dropped:
+        lines.append(f"  {one.count:,} x {one.reason}: {', '.join(one.sources) or one.detail}"
+                     f"{', ...' if one.count > len(one.sources) > 0 else ''}")
+        lines += [f"    {one.remedy}"] if one.remedy else []
+    if check.cut:
+        lines.append(f"  {check.cut:,} texts are cut to the maximum length")
+    if not check.whole:
+        return lines
+    lines.append(f"  {check.supervised:,} answer tokens, {check.aligned:,} compared "
+                 f"({check.coverage:.1%}), {check.chunk:,} of them in chunks")
+    for what, spreads in (("tokens per record", check.lengths), ("image tokens", check.images)):
+        lines += [f"  {what:<18} {role:<8} {_spread(one)}" for role, one in spreads.items()]
+    return lines
+
+
+def _spread(spread: Spread) -> str:
+    return (f"median {spread.median:>6,}   95 % {spread.p95:>6,}   max {spread.max:>6,}   "
+            f"({spread.n:,} records)")
+
+
+# ----- one record ---------------------------------------------------------------------------
+
+
+def _trace(record: Trace, paint: Paint) -> list[str]:
+    lines = []
+    for role, stream in record.sides.items():
+        shown = "".join(_shown(piece, paint) for piece in stream.pieces)
+        lines += [f"--- {role}: {stream.length} tokens", shown, ""]
+    return lines + _table(record) if len(record.sides) > 1 else lines[:-1]
+
+
+def _shown(piece: Piece, paint: Paint) -> str:
+    if piece.kind == "image":
+        return paint(f"[image: {piece.count} tokens]", _GREY)
+    if piece.kind not in _MARKS:
+        return paint(piece.text, _GREY) if piece.kind == "special" else piece.text
+    opening, closing, code = _MARKS[piece.kind]
+    inner = "|".join(token.text for token in piece.tokens) if piece.kind == "chunk" else piece.text
+    return paint(f"{opening}{inner}{closing}", code)
+
+
+def _table(record: Trace) -> list[str]:
+    """What is compared with what, a chunk over as many lines as its longer side has tokens."""
+    teacher, student = (_groups(record.sides[role].pieces) for role in ("teacher", "student"))
+    lines = [f"    {'teacher: position, id, token':<34}{'student: position, id, token'}"]
+    for group in list(student)[:SHOWN_ROWS]:
+        for pair in zip_longest(teacher[group], student[group]):
+            lines.append(f"    {_cell(pair[0])} {_cell(pair[1])}".rstrip())
+    if len(student) > SHOWN_ROWS:
+        lines.append(f"    ... and {len(student) - SHOWN_ROWS} more")
+    return lines
+
+
+def _groups(pieces: Sequence[Piece]) -> dict[int, tuple[StreamToken, ...]]:
+    return {piece.group: piece.tokens for piece in pieces if piece.group is not None}
+
+
+def _cell(token: StreamToken | None) -> str:
+    if token is None:
+        return f"{'':<32}"
+    return f"{token.position:>5} {token.id:>7} {token.name!r:<18.18}"

@@ -1,0 +1,147 @@
+"""The verdict on a pair: how it is compared, what is wrong with it, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from taid_vlm.alignment import Pairing
+from taid_vlm.doctor.facts import TYPICAL, Facts
+from taid_vlm.doctor.preflight import REMEDIES, Preflight
+
+Outcome = Literal["exact", "shared", "chunks", "alone", "refused"]
+OUTCOMES: dict[str | None, Outcome] = {"a": "exact", "b": "shared", "c": "chunks", None: "alone"}
+HEADLINES: dict[Outcome, str] = {
+    "exact": "This pair can be distilled exactly: every logit has its partner.",
+    "shared": "This pair can be distilled: the two models cut text in the same places, and the "
+              "tokens that both have are compared one by one.",
+    "chunks": "This pair can be distilled in chunks: the two models cut text differently, so "
+              "tokens that begin the same text are compared in groups, and longer pieces by their "
+              "likelihood.",
+    "alone": "There is no teacher: the student learns from the data alone.",
+    "refused": "This recipe cannot be carried out as it is.",
+}
+# what a message of a refusal holds -> what to do about it, for whom reads it for the first time
+ADVICE = (
+    ("alignment: shared, but", "Take objective.alignment out of the recipe (or set it to auto or "
+     "chunks), or choose a student that has the teacher's tokenizer: models of one family and "
+     "generation usually share it."),
+    ("alignment: exact, but", "Take objective.alignment out of the recipe, or set it to auto."),
+    ("cannot see", "Name a vision-language model in place of the text model, or train on records "
+     "without images."),
+    ("is an encoder-decoder", "Name a decoder-only model; T5, BART and Florence-2 read the prompt "
+     "apart from the answer and cannot be compared token by token."),
+    ("is neither a causal language model", "Name a model that writes text: a causal language model "
+     "or an image-text-to-text model."),
+    ("no chat template", "Save the template of the instruction-tuned model as a file, and name it: "
+     "chat_template: template.jinja under the model in the recipe."),
+    ("prints no typed parts", "Use the template that came with the processor of the model; that of "
+     "its language model alone has no place for images."),
+    ("does not print a question and an answer faithfully", "Look at the template: for messages "
+     "of user and assistant it has to print both contents, once each. Name another with "
+     "chat_template under the model in the recipe."),
+    ("resize the embeddings", "Tokens were added to the tokenizer but not to the model: call "
+     "model.resize_token_embeddings(len(tokenizer)) and save it, or name the tokenizer that "
+     "belongs to it with processor_name_or_path."),
+    ("holds no tokenizer", "Save the tokenizer or processor into the model's folder, or name "
+     "another folder with processor_name_or_path."),
+    ("cannot be spelled by both tokenizers", "A tokenizer changes the text (its normaliser is "
+     "among the facts) or lacks its characters; normalise the data the same way."),
+    ("no image of", "Compare the paths in the data with the folder they start from; "
+     "data.train.image_root sets another."),
+)
+MANY_REST = 0.05  # share of a vocabulary without a partner that is worth a word
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What comes of a recipe.
+
+    headline: one sentence for everybody; reason: the whole truth, with counts or the message.
+    changes: what to change (of a refusal), most important first.
+    warnings: what will be worse than it could be.
+    """
+
+    outcome: Outcome
+    case: str | None
+    headline: str
+    reason: str
+    changes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def refuse(message: str) -> Verdict:
+    """The verdict on what training would refuse."""
+    changes = [advice for words, advice in ADVICE if words in message]
+    changes += [f"{reason.capitalize()}: {remedy}" for reason, remedy in REMEDIES.items()
+                if f"x {reason}" in message]
+    return Verdict("refused", None, HEADLINES["refused"], message,
+                   tuple(changes) or ("Change what the message names, and run inspect again.",))
+
+
+def accept(
+    pairing: Pairing | None, facts: Mapping[str, Facts], checks: Sequence[Preflight]
+) -> Verdict:
+    """The verdict on a pair that can be trained."""
+    case = None if pairing is None else pairing.case
+    outcome = OUTCOMES[case]
+    reason = "every supervised token counts" if pairing is None else pairing.reason
+    warnings = [] if pairing is None else [*pairing.warnings, *_vocabulary(pairing)]
+    warnings += [*_conversation(facts), *_lengths(facts), *_records(checks)]
+    return Verdict(outcome, case, HEADLINES[outcome], reason, (), tuple(dict.fromkeys(warnings)))
+
+
+def _vocabulary(pairing: Pairing) -> Iterator[str]:
+    vocabulary = pairing.maps[0]
+    if vocabulary.identity:
+        return
+    for role, side in (("teacher", vocabulary.teacher), ("student", vocabulary.student)):
+        named = len(side.shared) + len(side.members) + len(side.rest)
+        if len(side.rest) > MANY_REST * named:
+            yield (f"{len(side.rest):,} of the {role}'s {named:,} tokens "
+                   f"({len(side.rest) / named:.0%}) have no partner; their probability is compared "
+                   "as one sum, not token by token")
+    if not vocabulary.has_rest and len(vocabulary.teacher.rest):
+        yield (f"the student has no place for the {len(vocabulary.teacher.rest):,} tokens that "
+               "only the teacher has; the teacher is compared as if it could not say them")
+
+
+def _conversation(facts: Mapping[str, Facts]) -> Iterator[str]:
+    """Where the two models are not asked the same thing, or the student not what it learned."""
+    student = facts["student"].template
+    if student is not None and student.thought != student.asked_thought:
+        yield (f"the student's template prints a thought ({student.thought}) before the answers "
+               f"it learns, and another ({student.asked_thought}) in its generation prompt; ask "
+               "the trained student as it learned (many templates take enable_thinking=False)")
+    teacher = facts["teacher"].template if "teacher" in facts else None
+    if teacher is None or student is None:
+        return
+    if teacher.thought != student.thought:
+        yield (f"the templates think differently before an answer (teacher: {teacher.thought}; "
+               f"student: {student.thought}), so the two models answer after different texts; a "
+               "chat_template without thoughts in the recipe makes them alike")
+    if teacher.system != student.system:
+        told = {role: "none" if side.system is None else repr(side.system)
+                for role, side in (("teacher", teacher), ("student", student))}
+        yield (f"the default system prompts differ (teacher: {told['teacher']}; student: "
+               f"{told['student']}); a system turn in the records makes them alike")
+
+
+def _lengths(facts: Mapping[str, Facts]) -> Iterator[str]:
+    for role, side in facts.items():
+        count = side.images.tokens.get(TYPICAL) if side.images else None
+        if count is not None and side.max_length is not None and count >= side.max_length:
+            yield (f"an image of {TYPICAL} pixels is {count:,} tokens for the {role}, but a record "
+                   f"may have {side.max_length:,}: records with such images are left out. Raise "
+                   "train.max_length, or make the images smaller")
+
+
+def _records(checks: Sequence[Preflight]) -> Iterator[str]:
+    for check in checks:
+        if check.usable < check.records:
+            told = ", ".join(f"{one.count:,} x {one.reason}" for one in check.dropped)
+            yield f"{check.name}: {check.sentence}: {told}"
+        if check.cut:
+            yield (f"{check.name}: {check.cut:,} texts are longer than the maximum length and are "
+                   "cut")

@@ -1,0 +1,110 @@
+"""Putting a pair together: models by name, adapters, pairing and collator, checked on the data."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from taid_vlm.adapters import Processor, make_adapter
+from taid_vlm.alignment import Pairing, check_modalities, pair_models
+from taid_vlm.collator import DistillationCollator
+from taid_vlm.errors import TaidError
+from taid_vlm.models import ModelSpec, head_rows, load_model, load_processor
+from taid_vlm.objectives import parse_objective
+from taid_vlm.records import Record, parse_record
+
+if TYPE_CHECKING:
+    from taid_vlm.trainer import DistillationConfig
+
+logger = logging.getLogger(__name__)
+
+PROBED_RECORDS = 32
+
+
+def pair_for_training(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, processing_class: Processor | None,
+    teacher_processing_class: Processor | None, args: DistillationConfig, datasets: Sequence[Any],
+) -> tuple[Pairing | None, DistillationCollator]:
+    """Adapters, pairing and collator for two models, checked against the data."""
+    if processing_class is None or (teacher is not None and teacher_processing_class is None):
+        role = "processing_class" if processing_class is None else "teacher_processing_class"
+        raise TaidError(f"{role} is missing: models given as objects need their tokenizer or "
+                        "processor beside them.")
+    ours = make_adapter(processing_class, "student", length_limit(student.config, args.max_length))
+    theirs, pairing = None, None
+    if teacher is not None:
+        assert teacher_processing_class is not None
+        theirs = make_adapter(
+            teacher_processing_class, "teacher", length_limit(teacher.config, args.max_length))
+    parts = [part for dataset in datasets
+             for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
+    firsts = [_first_records(part) for part in parts]
+    probed = [record for first in firsts for record in first]
+    adapters = [a for a in (theirs, ours) if a is not None]
+    check_modalities([a.role for a in adapters if not a.sees_images],
+                     any(record.images for record in probed))
+    if teacher is not None and theirs is not None:
+        answers = [text for r in probed for text in (r.answers or [r.text or ""])]
+        pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),
+                              [text[:2000] for text in answers],
+                              parse_objective(args.objective).alignment)
+        for warning in pairing.warnings:
+            logger.warning(warning)
+    collator = DistillationCollator(
+        ours, theirs, pairing, args.supervise, args.padding_side)  # type: ignore[arg-type]
+    for first in firsts:
+        _refuse_empty(collator, first)
+    return pairing, collator
+
+
+def length_limit(config: Any, max_length: int | None) -> int | None:
+    """The shorter of `max_length` and the positions the model was built for."""
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [x for x in (max_length, own) if x]
+    return min(limits) if limits else None
+
+
+def _first_records(dataset: Any) -> list[Record]:
+    if hasattr(dataset, "__len__"):
+        rows = (dataset[index] for index in range(min(len(dataset), PROBED_RECORDS)))
+    else:
+        rows = (row for row, _ in zip(dataset, range(PROBED_RECORDS), strict=False))
+    return [row if isinstance(row, Record) else parse_record(row, f"row {index}")
+            for index, row in enumerate(rows)]
+
+
+def _refuse_empty(collator: DistillationCollator, probed: Sequence[Record]) -> None:
+    """Training on nothing must not start: some of the first records have to be usable."""
+    reasons: Counter[str] = Counter()
+    for record in probed:
+        batch = collator([record])
+        if len(batch["labels"]):
+            return
+        reasons.update(batch["counts"]["dropped"])
+    if probed:
+        told = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
+        raise TaidError(f"none of the first {len(probed)} records can be used: {told}.")
+
+
+def with_adapter(student: PreTrainedModel, config: Any) -> Any:
+    """The student with an adapter of the peft library; raises TaidError if it does not fit."""
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(student, config)
+    except ValueError as error:
+        raise TaidError(f"student.peft: {error}") from error
+
+
+def resolve(
+    model: Any, processor: Processor | None, role: str, init_kwargs: Mapping[str, Any] | None
+) -> tuple[Any, Processor | None]:
+    """Load what was given by name."""
+    if not isinstance(model, str):
+        return model, processor
+    spec = ModelSpec(model, init_kwargs=dict(init_kwargs or {}))
+    return load_model(spec, role), processor or load_processor(spec, role)
