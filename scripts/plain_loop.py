@@ -17,12 +17,12 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
+from taid_vlm.fused_step import choose_step
 from taid_vlm.models import load_model
 from taid_vlm.objectives import parse_objective
 from taid_vlm.pair import pair_for_training
 from taid_vlm.recipe import load_recipe
 from taid_vlm.run import gather
-from taid_vlm.step import student_forward, teacher_forward, token_losses
 
 
 def train(student, teacher, collator, pairing, dataset, args):  # noqa: RET503
@@ -41,7 +41,7 @@ def train(student, teacher, collator, pairing, dataset, args):  # noqa: RET503
     teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
     pairing = pairing.to(accelerator.device)
     objective = parse_objective(args.objective)
-    schedule, step = objective.schedule(args.max_steps), 0
+    schedule, step, loss_of = objective.schedule(args.max_steps), 0, None
     student.train()
     for epoch in itertools.count():  # until max_steps
         loader.set_epoch(epoch)
@@ -52,14 +52,13 @@ def train(student, teacher, collator, pairing, dataset, args):  # noqa: RET503
             taid_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
             for index, batch in enumerate(batches):
                 last = index == len(batches) - 1
+                loss_of = loss_of or choose_step(args.loss_implementation, objective, pairing,
+                                                 student, teacher, batch)
                 with contextlib.nullcontext() if last else accelerator.no_sync(student):
-                    losses = token_losses(
-                        objective, batch, student_forward(student, batch),
-                        teacher_forward(teacher, batch), pairing, schedule and schedule.t)
-                    loss = objective.weighted({name: x.sum() for name, x in losses.items()})
-                    accelerator.backward(loss * accelerator.num_processes / tokens)
+                    found = loss_of(student, teacher, batch, schedule and schedule.t, False)
+                    accelerator.backward(found.loss * accelerator.num_processes / tokens)
                     if schedule:
-                        taid_sum += losses["taid"].sum().detach().double()
+                        taid_sum += found.losses["taid"].sum().detach().double()
             accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
             optimizer.step()
             scheduler.step()

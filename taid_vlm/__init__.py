@@ -1,11 +1,14 @@
 """taid_vlm: distil large vision-language models and LLMs into small ones."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from taid_vlm.errors import AlignmentError, RecipeError, RecordError, TaidError
 from taid_vlm.objectives import Objective, TaidSchedule, divergence, parse_objective
 
 if TYPE_CHECKING:
+    from taid_vlm.fused import FusedDivergence
+    from taid_vlm.heads import Head
     from taid_vlm.trainer import DistillationConfig, DistillationTrainer
 
 __version__ = "0.1.0"
@@ -14,6 +17,8 @@ __all__ = [
     "AlignmentError",
     "DistillationConfig",
     "DistillationTrainer",
+    "FusedDivergence",
+    "Head",
     "Objective",
     "RecipeError",
     "RecordError",
@@ -24,10 +29,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the trainer only where it is used: it brings in transformers, which takes seconds."""
-    if name in ("DistillationConfig", "DistillationTrainer"):
-        from taid_vlm import trainer
+_LATER = {"DistillationConfig": "trainer", "DistillationTrainer": "trainer",
+          "FusedDivergence": "fused", "Head": "heads"}
 
-        return getattr(trainer, name)
+
+def __getattr__(name: str) -> Any:
+    """Import only where it is used what brings in transformers, which takes seconds."""
+    if name in _LATER:
+        return getattr(importlib.import_module(f"taid_vlm.{_LATER[name]}"), name)
     raise AttributeError(f"module 'taid_vlm' has no attribute '{name}'")

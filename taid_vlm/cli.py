@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", help="say whether a recipe can work, what is compared, and what to change")
     _inspect_arguments(inspect)
 
+    _plan_arguments(commands.add_parser(
+        "plan", help="say how much memory a recipe needs, and what to change if it does not fit"))
+
     _shrink_arguments(commands.add_parser(
         "shrink", help="make a student of a teacher: fewer layers, fewer image tokens"))
 
@@ -82,6 +85,15 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=_inspect)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--memory", metavar="SIZE", help="of one device, for example 24GB or 80GiB")
+    parser.add_argument("--processes", type=int, default=1, metavar="N",
+                        help="of a data-parallel run, one per device")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(run=_plan)
 
 
 def _shrink_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,6 +186,25 @@ def _inspect(options: argparse.Namespace) -> None:
           as_text(inspection, colour=sys.stdout.isatty()))
     if inspection.problem:
         raise TaidError(inspection.problem)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from taid_vlm.plan.advice import advise
+    from taid_vlm.plan.plan import plan_recipe
+    from taid_vlm.plan.sizes import parse_bytes
+    from taid_vlm.plan.text import as_json, as_text, human
+    from taid_vlm.recipe import Recipe, load_recipe
+
+    def reload(more: Sequence[str]) -> Recipe:
+        return load_recipe(options.recipe, [*options.overrides, *more])
+
+    memory = None if options.memory is None else parse_bytes(options.memory)
+    plans = plan_recipe(reload(()), options.processes)
+    advice = None if memory is None else advise(reload, plans, memory, options.processes)
+    print((as_json if options.json else as_text)(plans, advice))
+    if advice is not None and not advice.fits:
+        raise TaidError(f"--memory = '{options.memory}', but this recipe needs "
+                        f"{human(advice.peak)} on each device.")
 
 
 def _shrink(options: argparse.Namespace) -> None:

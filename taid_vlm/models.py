@@ -258,3 +258,17 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor) 
     if "logits_to_keep" in names:
         return model(**accepted, logits_to_keep=mask).logits
     return model(**accepted).logits[mask]
+
+
+def answer_hidden(model: PreTrainedModel, inputs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+    """What the head would be given at the predicting positions: [number of True, H].
+
+    Args:
+        model: a transformers model without wrappers.
+        inputs, mask: as for `answer_logits`.
+    """
+    names = forward_names(type(model.base_model))
+    accepted: dict[str, Any] = {key: value for key, value in inputs.items() if key in names}
+    if "use_cache" in names:
+        accepted["use_cache"] = False
+    return model.base_model(**accepted).last_hidden_state[mask]

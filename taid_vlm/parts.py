@@ -268,13 +268,19 @@ def _require_gradient(module: nn.Module, inputs: Any, output: Any) -> Any:
 def _keep_graph(module: nn.Module, inputs: Any, output: Any) -> Any:
     """Let a batch without images go backward where tower and projector alone are trained.
 
-    Nothing that is trained has a share in such a batch. Its logits get one: 0 times one parameter,
-    without which there is no graph, and in several processes all others wait for this one.
+    Nothing that is trained has a share in such a batch. Its logits (or its loss, where that is what
+    comes out) get one: 0 times one parameter, without which there is no graph, and in several
+    processes all others wait for this one.
     """
-    if module.training and not output.logits.requires_grad:
-        trained = next((p for p in module.parameters() if p.requires_grad), None)
-        if trained is not None:
-            output.logits = output.logits + 0 * trained.flatten()[0].to(output.logits.dtype)
+    fused = isinstance(output, tuple)
+    value = output.loss if fused else output.logits
+    trained = next((p for p in module.parameters() if p.requires_grad), None)
+    if not module.training or value.requires_grad or trained is None:
+        return output
+    value = value + 0 * trained.flatten()[0].to(value.dtype)
+    if fused:
+        return output._replace(loss=value)
+    output.logits = value
     return output
 
 

@@ -132,12 +132,7 @@ def token_figures(
     if teacher_logits is None or pairing is None:
         return figures
 
-    def compare(vocabulary: VocabularyMap, s: Tensor, u: Tensor) -> dict[str, Tensor]:
-        found = diagnose(vocabulary.map_student(s), vocabulary.map_teacher(u))
-        return found | vocabulary.unshared_mass(s, "student") | vocabulary.unshared_mass(
-            u, "teacher")
-
-    compared = _by_map(pairing, batch, student_logits, teacher_logits, compare)
+    compared = _by_map(pairing, batch, student_logits, teacher_logits, compared_figures)
     theirs = divergence("ce", teacher_logits, None, labels=batch["teacher_labels"])
     if not _has_chunks(batch):
         return figures | {"teacher_nll": Measured(theirs)} | {
@@ -145,6 +140,12 @@ def token_figures(
     return figures | {"teacher_nll": Measured(_at_student(batch, theirs))} | {
         name: Measured(values, batch["pair_student"]) for name, values in compared.items()
     } | _chunk_figures(batch, student_logits, teacher_logits)
+
+
+def compared_figures(vocabulary: VocabularyMap, s: Tensor, u: Tensor) -> dict[str, Tensor]:
+    """Figures of student logits [n, V_student] against teacher logits [n, V_teacher]."""
+    found = diagnose(vocabulary.map_student(s), vocabulary.map_teacher(u))
+    return found | vocabulary.unshared_mass(s, "student") | vocabulary.unshared_mass(u, "teacher")
 
 
 def _chunk_figures(batch: Batch, s: Tensor, u: Tensor) -> dict[str, Measured]:

@@ -34,19 +34,19 @@ from taid_vlm.canary import Canary, Looks
 from taid_vlm.collator import Batch, DistillationCollator
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation import Tally, evaluate_pair, summarise
+from taid_vlm.fused import MEMORY_BUDGET
+from taid_vlm.fused_step import (
+    IMPLEMENTATIONS,
+    FusedStep,
+    ReferenceStep,
+    StepLoss,
+    choose_step,
+)
 from taid_vlm.models import restore_weights
 from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.pair import pair_for_training, resolve, with_adapter
 from taid_vlm.parts import TrainedParts, check_parts
-from taid_vlm.step import (
-    Measured,
-    advantage_weights,
-    compared_tokens,
-    student_forward,
-    teacher_forward,
-    token_figures,
-    token_losses,
-)
+from taid_vlm.step import Measured, compared_tokens
 from taid_vlm.visual import VisualTerms, visual_collator
 from taid_vlm.window import Window
 
@@ -66,6 +66,9 @@ class DistillationConfig(TrainingArguments):
         padding_side: of both models' inputs in training.
         canary_records: records with images at which every evaluation asks whether the models look
             (`taid_vlm.canary`); 0 asks nothing.
+        loss_implementation: "fused" (never all logits in memory), "reference", or "auto": fused
+            where it gives the same, which is checked at the first batch.
+        loss_memory_budget: bytes that the fused loss may take for logits and their gradient.
         freeze: parts of the student that stay as they are (`taid_vlm.parts`).
         learning_rates: {part: learning rate}; the others take `learning_rate`.
         model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
@@ -77,6 +80,8 @@ class DistillationConfig(TrainingArguments):
     max_length: int | None = field(default=None)
     padding_side: str = field(default="right")
     canary_records: int = field(default=64)
+    loss_implementation: str = field(default="auto")
+    loss_memory_budget: int = field(default=MEMORY_BUDGET)
     freeze: list[str] | None = field(default=None)
     learning_rates: dict[str, float] | None = field(default=None)
     model_init_kwargs: dict[str, Any] | None = field(default=None)
@@ -88,11 +93,16 @@ class DistillationConfig(TrainingArguments):
         # every process makes its own batches: a batch of aligned tokens cannot be cut in two
         self.accelerator_config.dispatch_batches = False
         for key, value, valid in (("supervise", self.supervise, ("answers", "all")),
-                                  ("padding_side", self.padding_side, ("left", "right"))):
+                                  ("padding_side", self.padding_side, ("left", "right")),
+                                  ("loss_implementation", self.loss_implementation,
+                                   IMPLEMENTATIONS)):
             if value not in valid:
                 raise TaidError(f"{key} = '{value}', but it must be one of {', '.join(valid)}.")
         if self.max_length is not None and self.max_length < 2:
             raise TaidError(f"max_length = {self.max_length}, but it must be at least 2.")
+        if self.loss_memory_budget < 1:
+            raise TaidError(f"loss_memory_budget = {self.loss_memory_budget}, but it must be "
+                            "positive.")
         if self.canary_records < 0:
             raise TaidError(f"canary_records = {self.canary_records}, but it must be at least 0.")
         check_parts(self.freeze, self.learning_rates)
@@ -169,6 +179,7 @@ class DistillationTrainer(Trainer):
         self._step_images: Tensor | int = 0  # of the optimizer step, over all processes
         self._empty_steps = 0
         self._window = Window()
+        self._step: ReferenceStep | FusedStep | None = None
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
 
@@ -184,28 +195,29 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """This micro-batch's share of the mean over all answer tokens of the optimizer step, and
         of the visual terms' mean over all of its images."""
-        u, weight = None, None
-        with self.visual.watch():
-            if self.teacher is not None and self.objective.needs_teacher:
-                u = teacher_forward(self.teacher, inputs)
-            self.parts.keep_frozen()
-            s = student_forward(model, inputs)
-        if self.objective.visual_advantage and self.teacher is not None and u is not None:
-            weight = advantage_weights(self.objective.visual_advantage, self.teacher, inputs, u)
         t = self.schedule.t if self.schedule else None
-        losses = token_losses(self.objective, inputs, s, u, self.pairing, t)
-        loss_sum = self.objective.weighted(
-            {name: x.sum() for name, x in self.objective.reweighted(losses, weight).items()})
+        step = self._loss_step(inputs)
+        with self.visual.watch():
+            self.parts.keep_frozen()
+            found = step(model, self.teacher, inputs, t, self._logs_this_step())
         seen = self.visual.losses(inputs)
-        self._remember(inputs, losses, s, u, weight, seen)
+        self._remember(inputs, found, seen)
         tokens, images = (
             (len(inputs["labels"]), inputs["images"].sum()) if num_items_in_batch is None
             else (num_items_in_batch, self._step_images))
         # DDP averages gradients over processes; the sum over all tokens must not be averaged
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss = loss_sum * processes / max(float(tokens), 1.0)
+        loss = found.loss * processes / max(float(tokens), 1.0)
         loss = loss + self.visual.weighted(seen) * processes / max(float(images), 1.0)
-        return (loss, {"logits": s}) if return_outputs else loss
+        return (loss, found.losses) if return_outputs else loss
+
+    def _loss_step(self, batch: Batch) -> ReferenceStep | FusedStep:
+        """The implementation of the loss, chosen at the first batch that has tokens to check it."""
+        if self._step is None and len(batch["labels"]):
+            self._step = choose_step(
+                self.args.loss_implementation, self.objective, self.pairing, self.model,
+                self.teacher, batch, self.args.loss_memory_budget, self.accelerator.autocast)
+        return self._step or ReferenceStep(self.objective, self.pairing)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """Answer tokens of the optimizer step, over all micro-batches and processes; its images
@@ -216,22 +228,18 @@ class DistillationTrainer(Trainer):
         return tokens
 
     @torch.no_grad()
-    def _remember(
-        self, batch: Batch, losses: Mapping[str, Tensor], s: Tensor, u: Tensor | None,
-        weight: Tensor | None, seen: Mapping[str, Tensor],
-    ) -> None:
-        """Add up this micro-batch for the schedule and the log; figures only where logged."""
-        sums = {f"loss/{name}": x.sum() for name, x in losses.items()}
-        sums["tokens"] = torch.tensor(len(batch["labels"]), device=s.device)
+    def _remember(self, batch: Batch, found: StepLoss, seen: Mapping[str, Tensor]) -> None:
+        """Add up this micro-batch for the schedule and the log."""
+        sums = {f"loss/{name}": x.sum() for name, x in found.losses.items()}
+        sums["tokens"] = torch.tensor(len(batch["labels"]), device=found.loss.device)
         figures = {f"loss/{name}": Measured(values) for name, values in seen.items()}
-        if weight is not None:
-            tokens = compared_tokens(batch)
+        if found.weight is not None:
+            tokens, weight = compared_tokens(batch), found.weight
             figures["visual_weight"] = Measured(weight if tokens is None else weight[tokens])
-        if self._logs_this_step():
-            figures |= token_figures(batch, s, u, self.pairing)
+        figures |= found.figures
         for name, figure in figures.items():
             sums[name] = figure.values.sum()
-            sums[f"tokens/{name}"] = torch.tensor(len(figure.values), device=s.device)
+            sums[f"tokens/{name}"] = torch.tensor(len(figure.values), device=found.loss.device)
         for name, value in sums.items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.double()
         counts = batch["counts"]

@@ -114,7 +114,7 @@ class VisualTerms:
                 hook.remove()
 
     def _note(self, role: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        self._seen[role] = kwargs["inputs_embeds"]
+        self._seen.setdefault(role, kwargs["inputs_embeds"])
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Every term per image of the batch last watched, {name: [images]}, unweighted.

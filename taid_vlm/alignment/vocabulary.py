@@ -24,6 +24,8 @@ from taid_vlm.adapters import TokenTable
 from taid_vlm.errors import AlignmentError
 from taid_vlm.objectives.divergences import row_chunks, upcast
 
+SCRATCH = 8  # tensors as large as some columns that summing them up has in use at a time, about
+
 
 @dataclass(frozen=True)
 class SideMap:
@@ -124,8 +126,10 @@ class VocabularyMap:
         if self.has_rest:
             groups.append((side.rest, torch.full_like(side.rest, self.width - 1)))
         for ids, entry in groups:
-            share = group_shares(logits[:, ids], mapped, entry)
-            out[:, ids] = (gradient[:, entry] * share).to(out.dtype)
+            for rows in row_chunks(len(logits), SCRATCH * len(ids)):
+                share = group_shares(logits[rows][:, ids], mapped[rows], entry)
+                part = out[rows]  # a view
+                part[:, ids] = (gradient[rows][:, entry] * share).to(out.dtype)
         return out
 
     @torch.no_grad()
@@ -160,7 +164,7 @@ class _GroupedLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, group, groups):  # type: ignore[no-untyped-def]
         out = logits.new_empty(len(logits), groups, dtype=upcast(logits[:0]).dtype)
-        for rows in row_chunks(len(logits), len(ids)):
+        for rows in row_chunks(len(logits), SCRATCH * len(ids)):
             out[rows] = grouped_logsumexp(upcast(logits[rows][:, ids]), group, groups)
         ctx.save_for_backward(logits, ids, group, out)
         return out
@@ -170,7 +174,7 @@ class _GroupedLogSumExp(torch.autograd.Function):
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         logits, ids, group, out = ctx.saved_tensors
         gradient = torch.zeros_like(logits)
-        for rows in row_chunks(len(logits), len(ids)):
+        for rows in row_chunks(len(logits), SCRATCH * len(ids)):
             share = group_shares(logits[rows][:, ids], out[rows], group)
             part = gradient[rows]  # a view
             part[:, ids] = (share * upstream[rows][:, group]).to(logits.dtype)

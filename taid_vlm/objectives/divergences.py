@@ -29,12 +29,13 @@ from taid_vlm.errors import RecipeError, nearest
 LOG_SMALLEST = -149 * math.log(2)  # log of the smallest positive float32
 # where |r| is smaller, a series of five terms is exact to the dtype's digits
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 1e-3}
+LANES = 128  # entries that a compiled sum adds up before it adds up their sums
 CHUNK_ELEMENTS = 2**24  # rows are worked on in chunks of about this many logits (64 MiB float32)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Student against target: log q, log q's probabilities and the log ratio r, all [N, V]."""
+    """Student against target: log q (floored) and the log ratio r = log p - log q, both [N, V]."""
 
     log_q: Tensor
     r: Tensor
@@ -42,11 +43,12 @@ class Pair:
 
     @property
     def q(self) -> Tensor:
-        return self.log_q.exp()
+        """The student's probabilities; 0, and so without gradient, where it rules a token out."""
+        return torch.where(self.log_q > LOG_SMALLEST, self.log_q.exp(), 0.0)
 
     @property
     def log_p(self) -> Tensor:
-        return _floored(self.log_q) + self.r
+        return self.log_q + self.r
 
 
 def make_pair(
@@ -56,11 +58,33 @@ def make_pair(
 
     `difference` is u - s where the caller knows it without the rounding of u.
     """
-    z_s, z_u = s.logsumexp(-1, keepdim=True), u.logsumexp(-1, keepdim=True)
+    z_s, z_u = _row_logsumexp(s), _row_logsumexp(u)
     log_q, d = s - z_s, u - s if difference is None else difference
     r = d - _normaliser_difference(log_q, d, z_u - z_s)
     # where a logit is -inf, the difference above is infinite or NaN
-    return Pair(log_q, torch.where(r.isfinite(), r, _floored(u - z_u) - _floored(log_q)), labels)
+    floored = _floored(log_q)
+    return Pair(floored, torch.where(r.abs() < torch.inf, r, _floored(u - z_u) - floored), labels)
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Sum over the entries of each row, [N, V] -> [N].
+
+    A compiled loop adds up a long row one after the other, which costs digits (1e-5 over 150,000
+    entries); there it is done in two stages.
+    """
+    if not torch.compiler.is_compiling():
+        return x.sum(-1)
+    blocks = x.shape[-1] // LANES
+    head, tail = x[:, : blocks * LANES], x[:, blocks * LANES :]
+    return head.unflatten(-1, (blocks, LANES)).sum(-1).sum(-1) + tail.sum(-1)
+
+
+def _row_logsumexp(x: Tensor) -> Tensor:
+    """[N, V] -> [N, 1]."""
+    if not torch.compiler.is_compiling():
+        return x.logsumexp(-1, keepdim=True)
+    top = x.amax(-1, keepdim=True)
+    return top + row_sum((x - top).exp())[:, None].log()
 
 
 def _normaliser_difference(log_q: Tensor, d: Tensor, plain: Tensor) -> Tensor:
@@ -69,7 +93,7 @@ def _normaliser_difference(log_q: Tensor, d: Tensor, plain: Tensor) -> Tensor:
     Two logsumexps of size 10 leave an error of 1e-6 in every log ratio, which is what the ratios
     themselves are worth near agreement.
     """
-    near = torch.log1p((log_q.exp() * d.clamp(max=1.0).expm1()).sum(-1, keepdim=True))
+    near = torch.log1p(row_sum(log_q.exp() * d.clamp(max=1.0).expm1())[:, None])
     return torch.where(d.abs().amax(-1, keepdim=True) < 1.0, near, plain)
 
 
@@ -89,7 +113,9 @@ def interpolate(s: Tensor, u: Tensor, t: float) -> tuple[Tensor, Tensor]:
     if t == 1.0:
         return u, u - s
     difference = t * (u - s)
-    return torch.where(s.isinf() | u.isinf(), -torch.inf, s + difference), difference
+    # comparisons, which compiled loops have in vectors, unlike isinf and isfinite
+    ruled_out = (s.abs() == torch.inf) | (u.abs() == torch.inf)
+    return torch.where(ruled_out, -torch.inf, s + difference), difference
 
 
 # ----- terms that vanish to second order at r = 0 -------------------------------------------
@@ -133,7 +159,7 @@ Result = tuple[Tensor, Tensor]
 
 def forward_kl(pair: Pair) -> Result:
     """KL(p || q), the classic distillation loss (Hinton et al., 2015)."""
-    return _forward_terms(pair.log_q, pair.r).sum(-1), -_scaled_expm1(pair.log_q, pair.r)
+    return row_sum(_forward_terms(pair.log_q, pair.r)), -_scaled_expm1(pair.log_q, pair.r)
 
 
 def taid(pair: Pair) -> Result:
@@ -146,7 +172,7 @@ def taid(pair: Pair) -> Result:
 
 def reverse_kl(pair: Pair) -> Result:
     """KL(q || p) (MiniLLM, Gu et al., 2024)."""
-    return _reverse_terms(pair.log_q, pair.r).sum(-1), -pair.q * pair.r
+    return row_sum(_reverse_terms(pair.log_q, pair.r)), -pair.q * pair.r
 
 
 def jsd(pair: Pair, beta: float = 0.5) -> Result:
@@ -160,15 +186,15 @@ def jsd(pair: Pair, beta: float = 0.5) -> Result:
     if beta == 1.0:
         return reverse_kl(pair)
     d = _log_mixture(pair.r, beta)
-    from_p = _forward_terms(pair.log_q + d, pair.r - d).sum(-1)
-    from_q = _reverse_terms(pair.log_q, d).sum(-1)
+    from_p = row_sum(_forward_terms(pair.log_q + d, pair.r - d))
+    from_q = row_sum(_reverse_terms(pair.log_q, d))
     return beta * from_p + (1 - beta) * from_q, -(1 - beta) * pair.q * d
 
 
 def skew_kl(pair: Pair, lam: float = 0.1) -> Result:
     """KL(p || lam p + (1 - lam) q) (DistiLLM, Ko et al., 2024)."""
     d = _log_mixture(pair.r, lam)
-    loss = _forward_terms(pair.log_q + d, pair.r - d).sum(-1)
+    loss = row_sum(_forward_terms(pair.log_q + d, pair.r - d))
     return loss, -(1 - lam) * _scaled_expm1(pair.log_q, pair.r - d)
 
 
@@ -177,12 +203,12 @@ def skew_rkl(pair: Pair, lam: float = 0.1) -> Result:
     if lam == 0.0:
         return reverse_kl(pair)
     d = _log_mixture(pair.r, 1 - lam)
-    return _reverse_terms(pair.log_q, d).sum(-1), -pair.q * (d + lam * torch.expm1(-d))
+    return row_sum(_reverse_terms(pair.log_q, d)), -pair.q * (d + lam * torch.expm1(-d))
 
 
 def tvd(pair: Pair) -> Result:
     """Total variation distance, half the L1 distance (f-distill, Wen et al., 2023)."""
-    distance = 0.5 * _scaled_expm1(pair.log_q, pair.r).abs().sum(-1)
+    distance = 0.5 * row_sum(_scaled_expm1(pair.log_q, pair.r).abs())
     return distance, -0.5 * pair.q * pair.r.sign()
 
 
@@ -203,8 +229,8 @@ def adaptive_kl(pair: Pair, mu: float = 0.5) -> Result:
     The weights are detached, as in the paper.
     """
     gap = _scaled_expm1(pair.log_q, pair.r).abs()
-    head = (gap * _head_mask(pair.log_p, mu)).sum(-1, keepdim=True)
-    total = gap.sum(-1, keepdim=True)
+    head = row_sum(gap * _head_mask(pair.log_p, mu))[:, None]
+    total = row_sum(gap)[:, None]
     w = torch.where(total > 0, head / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5)
     (forward, a_forward), (reverse, a_reverse) = forward_kl(pair), reverse_kl(pair)
     # the reverse KL's `a` sums to its loss, so the two may be mixed before centring
@@ -222,7 +248,7 @@ def alpha_beta(pair: Pair, alpha: float = 0.2, beta: float = 0.7) -> Result:
     (1, 0) is the forward KL, (0, 1) the reverse KL.
     """
     c = alpha + beta
-    log_w = c * _floored(pair.log_q)
+    log_w = c * pair.log_q
     power = _power_difference(log_w, pair.r, alpha)
     if beta != 0:
         terms = (_power_difference(log_w, pair.r, c) - power) / beta
@@ -230,7 +256,7 @@ def alpha_beta(pair: Pair, alpha: float = 0.2, beta: float = 0.7) -> Result:
         terms = ((log_w + alpha * pair.r).exp() * pair.r - power) / alpha
     else:
         terms = 0.5 * pair.r.square()
-    return terms.sum(-1), -power
+    return row_sum(terms), -power
 
 
 def ce(pair: Pair) -> Result:
@@ -238,7 +264,7 @@ def ce(pair: Pair) -> Result:
     assert pair.labels is not None
     index = pair.labels[:, None]
     is_label = torch.arange(pair.log_q.shape[-1], device=index.device) == index
-    return -_floored(pair.log_q).gather(-1, index)[:, 0], -is_label.to(pair.log_q.dtype)
+    return -pair.log_q.gather(-1, index)[:, 0], -is_label.to(pair.log_q.dtype)
 
 
 # ----- their names --------------------------------------------------------------------------
@@ -408,5 +434,5 @@ def closed_form(
         target, difference = interpolate(s, target, rest.pop("t"))
     pair = make_pair(s, target, labels, difference)
     loss, a = LOSSES[name].function(pair, **rest)
-    gradient = a - pair.q * a.sum(-1, keepdim=True)
+    gradient = a - pair.q * row_sum(a)[:, None]
     return loss * temperature**2, gradient * temperature

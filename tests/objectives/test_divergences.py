@@ -323,6 +323,22 @@ def test_edges_stay_finite(name, parameters, dtype):
         assert not failed, check
 
 
+@pytest.mark.parametrize(("name", "parameters"), [
+    ("taid", {"t": 1.0}), ("forward_kl", {}), ("jsd", {}), ("skew_kl", {}), ("skew_rkl", {}),
+    ("tvd", {}),
+], ids=label)
+def test_token_that_only_the_student_rules_out_counts_as_almost_impossible(name, parameters):
+    """-inf is the limit of very small logits, in value and gradient."""
+    s, u = torch.tensor([EDGES["student rules a token out"]]).unbind(1)
+    nearly = s.masked_fill(s == -INF, divergences.LOG_SMALLEST + float(s.logsumexp(-1)))
+    for found, want in zip(run(name, s, u, None, **parameters),
+                           run(name, nearly, u, None, **parameters), strict=True):
+        torch.testing.assert_close(found, want)
+    loss, _ = run(name, s, u, None, **parameters)
+    without, _ = run(name, s[:, [0, 1, 3]], u[:, [0, 1, 3]], None, **parameters)
+    assert (loss > without + 0.01).all()
+
+
 def test_taid_ends_are_exact_at_the_edges_too():
     """t = 0 is the student whatever the teacher rules out, and t = 1 is the teacher alone."""
     s, u = torch.tensor(list(EDGES.values())).unbind(1)

@@ -253,7 +253,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("weights")
         return advantage_weights(*args)
 
-    monkeypatch.setattr("taid_vlm.trainer.advantage_weights", counted)
+    monkeypatch.setattr("taid_vlm.fused_step.advantage_weights", counted)
     return calls
 
 

@@ -1,0 +1,268 @@
+"""How fast, how large and how exact the objective is, against other implementations.
+
+    python scripts/bench_objective.py --tokens 256 --objective taid,forward_kl,jsd \\
+        --json bench.json --plot bench.svg
+
+One step is: hidden states and heads of student and teacher in, the mean loss over the answers,
+gradients of the student's hidden states and head out. Every implementation runs in every round of
+one process, in turn, with the floor among them.
+
+The floor is the four GEMMs that no exact implementation can avoid: student logits (2 N Hs V
+operations), teacher logits (2 N Ht V), gradients of hidden states and of the head (4 N Hs V), with
+N the answers. They run in the same type and in the same chunks as our own objective: student
+logits, their gradient and teacher logits of a chunk, counted as float32, fit 384 MiB, and chunks
+are about equal. A second chunk's gradient of the head is added by the GEMM itself (beta = 1).
+`ratio_to_floor` is the median over rounds of a step's time over the floor's in the same round.
+
+With `--answer-fraction 0.25`, a quarter of the `--tokens` positions are answers. The floor stays on
+the answers; an implementation that cannot leave the others out runs on all of them with a mask.
+
+`peak_extra_bytes` is from a run of its own: everything alive beyond the inputs, gradients included.
+`gradient_error` is max |g - reference| / max |reference|, the larger of hidden states and head, on
+the first 64 answers with the whole vocabulary, in two chunks if the timed problem takes several.
+The reference is float64 from the same rounded inputs: the rounding of logits is part of the error.
+`gradient_error_rms_*` are the same with root mean squares instead of largest elements.
+
+What cannot be measured (not installed, refused, out of memory) is a row with `error`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own remarks
+
+import torch
+from bench.implementations import FORMULAS, IMPLEMENTATIONS, Loss
+from bench.measure import (
+    check_case,
+    floor_flops,
+    gradient_errors,
+    interleave,
+    make_floor,
+    memory_limit,
+    peak_extra_bytes,
+    reference,
+    rotation,
+    step,
+)
+from bench.output import conditions_line, plot, table, write_csv
+from bench.problem import Case, Problem, make_problem
+
+from taid_vlm.errors import TaidError, nearest
+from taid_vlm.results import machine, versions, write_json
+
+DTYPES = ("float32", "bfloat16", "float16")
+PICTURES = (".svg", ".png", ".pdf")
+ERROR_LENGTH = 200
+Rows = list[dict[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> Rows:
+    """Measure every case, print tables, write what was asked for; returns the rows."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        check(args)
+    except TaidError as error:
+        parser.error(str(error))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    about, rows = conditions(), Rows()
+    for tokens in args.tokens:
+        for objective in args.objective:
+            found = measure(make_case(args, tokens, objective), args.implementations, args.repeats)
+            found = [{**row, "conditions": about} for row in found]
+            if not rows:
+                print(conditions_line(found[0]))
+            print(f"\n{table(found)}", flush=True)
+            rows += found
+            write(rows, args)  # after every case, so that a long run that ends early has left some
+    return rows
+
+
+def make_parser() -> argparse.ArgumentParser:
+    about = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=about[0], epilog="\n\n".join(about[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    listed: dict[str, Any] = {"type": _names, "metavar": "NAME[,NAME]"}
+    parser.add_argument("--tokens", type=_numbers, default=[256], metavar="N[,N...]")
+    parser.add_argument("--answer-fraction", type=float, default=1.0, metavar="F")
+    parser.add_argument("--vocab", type=_number, default=151936, metavar="V")
+    parser.add_argument("--student-hidden", type=_number, default=896, metavar="H")
+    parser.add_argument("--teacher-hidden", type=_number, default=2048, metavar="H")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--objective", default=["taid", "forward_kl", "jsd"], **listed)
+    parser.add_argument("--implementations", default=list(IMPLEMENTATIONS), **listed)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=_number, default=5, metavar="N")
+    parser.add_argument("--threads", type=_number, metavar="N", help="default: as torch decides")
+    parser.add_argument("--frozen-head", action="store_true",
+                        help="no gradient of the head is asked for; the floor stays")
+    for name in ("json", "csv", "plot"):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is measured; raises TaidError."""
+    for flag, valid in (("objective", FORMULAS), ("implementations", IMPLEMENTATIONS)):
+        for name in getattr(args, flag):
+            if name not in valid:
+                raise TaidError(f"--{flag} {name!r}.{nearest(name, valid)}")
+    if not 0 < args.answer_fraction <= 1:
+        raise TaidError(f"--answer-fraction {args.answer_fraction}, but it must be in (0, 1].")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise TaidError("--device cuda, but this machine has no CUDA device.")
+    if args.plot and args.plot.suffix not in PICTURES:
+        raise TaidError(f"--plot {args.plot}, but the name must end in one of {PICTURES}.")
+
+
+def make_case(args: argparse.Namespace, tokens: int, objective: str) -> Case:
+    return Case(
+        tokens=tokens, answers=max(1, round(tokens * args.answer_fraction)), vocab=args.vocab,
+        student_hidden=args.student_hidden, teacher_hidden=args.teacher_hidden,
+        dtype=getattr(torch, args.dtype), objective=objective, device=args.device,
+        frozen_head=args.frozen_head)
+
+
+def measure(case: Case, names: Sequence[str], repeats: int) -> Rows:
+    """One row per implementation: accuracy of all, then memory of all, then all against time."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    torch.compiler.reset()  # nothing is left of another case's sizes
+    with memory_limit(case.device):
+        problem = make_problem(case)
+        _accuracy(case, problem, found)
+        torch.compiler.reset()
+        steps = _memory(case, problem, found)
+        floor = make_floor(case, problem)
+        floor(problem)
+        seconds, failed = interleave(
+            {"floor": floor, **steps}, rotation(problem, case.device), repeats, case.device)
+    for name, error in failed.items():
+        found[name] = {"error": _reason(error)}
+    for name in steps.keys() - failed.keys():
+        ratios = [a / b for a, b in zip(seconds[name], seconds["floor"], strict=True)]
+        found[name] |= {
+            "ratio_to_floor": median(ratios), "ratio_spread": [min(ratios), max(ratios)],
+            "seconds": median(seconds[name]),
+            "seconds_spread": [min(seconds[name]), max(seconds[name])]}
+    floor_seconds = median(seconds["floor"])
+    return [_row(case, name, values, floor_seconds) for name, values in found.items()]
+
+
+def _accuracy(case: Case, problem: Problem, found: dict[str, dict[str, Any]]) -> None:
+    small = check_case(case)
+    part = problem.first(small.answers)
+    want = reference(part, case.objective)
+    for name, values in found.items():
+        _attempt(values, lambda loss: gradient_errors(step(loss)(part), want), name, small)
+
+
+def _memory(
+    case: Case, problem: Problem, found: dict[str, dict[str, Any]]
+) -> dict[str, Callable[[Problem], object]]:
+    """Warms up, measures memory, and returns the steps of those that did not fail."""
+    steps: dict[str, Callable[[Problem], object]] = {}
+
+    def peak(loss: Loss, name: str) -> dict[str, Any]:
+        run = step(loss)
+        gradient_bytes = sum(g.nbytes for g in run(problem) if g is not None)
+        steps[name] = run
+        return {"peak_extra_bytes": peak_extra_bytes(lambda: run(problem), case.device),
+                "gradient_bytes": gradient_bytes}
+
+    for name, values in found.items():
+        if "error" not in values:
+            _attempt(values, partial(peak, name=name), name, case)
+    return {name: run for name, run in steps.items() if "error" not in found[name]}
+
+
+def _attempt(
+    values: dict[str, Any], work: Callable[[Loss], dict[str, Any]], name: str, case: Case
+) -> None:
+    """Add what `work` finds, or the error that any peer may come up with."""
+    try:
+        values |= work(IMPLEMENTATIONS[name](case))
+    except Exception as error:
+        values.clear()
+        values["error"] = _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"not installed, or another version: {error}"[:ERROR_LENGTH]
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return (first if isinstance(error, TaidError) else
+            f"{type(error).__name__}: {first}")[:ERROR_LENGTH]
+
+
+def _row(case: Case, name: str, values: dict[str, Any], floor_seconds: float) -> dict[str, Any]:
+    return {
+        "implementation": name, "objective": case.objective,
+        "dtype": str(case.dtype).removeprefix("torch."), "tokens": case.tokens,
+        "ratio_to_floor": None, "peak_extra_bytes": None, "gradient_error": None, **values,
+        "answers": case.answers, "answer_fraction": case.answers / case.tokens,
+        "vocab": case.vocab, "student_hidden": case.student_hidden,
+        "teacher_hidden": case.teacher_hidden, "frozen_head": case.frozen_head,
+        "floor_seconds": floor_seconds, "floor_flops": floor_flops(case),
+        "chunks": len(case.chunks())}
+
+
+def conditions() -> dict[str, Any]:
+    """Machine, threads and versions, peers included."""
+    found = versions()
+    for package in ("trl", "liger-kernel", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {**machine(), "processor": _processor(), "versions": found}
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+                platform.processor() or platform.machine())
+
+
+def write(rows: Rows, args: argparse.Namespace) -> None:
+    if args.json:
+        write_json(rows, args.json)
+    if args.csv:
+        write_csv(rows, args.csv)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+def _number(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}, but it must be at least 1")
+    return value
+
+
+def _numbers(text: str) -> list[int]:
+    return [_number(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TaidError as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,1 @@
+"""How much memory a recipe needs, before any weights are loaded."""

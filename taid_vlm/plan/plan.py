@@ -1,0 +1,318 @@
+"""`taid-vlm plan`: how much memory a recipe needs on each device."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from taid_vlm.collator import Batch
+from taid_vlm.errors import TaidError
+from taid_vlm.models import ModelSpec
+from taid_vlm.pair import with_adapter
+from taid_vlm.plan import formula
+from taid_vlm.plan import ledger as kinds
+from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
+from taid_vlm.plan.rehearsal import (
+    Memory,
+    parameters,
+    rehearse_evaluation,
+    rehearse_training,
+)
+from taid_vlm.plan.shapes import Shapes, model_of_shapes
+from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes, resident
+from taid_vlm.recipe import Recipe
+from taid_vlm.run import Ingredients, gather, lora_config
+from taid_vlm.stages import expand
+from taid_vlm.trainer import DistillationTrainer
+
+# what a process needs beside tensors: a CUDA context with its kernels and workspaces, or an
+# interpreter with the libraries loaded
+GPU_PROCESS, CPU_PROCESS = 600 * 10**6, 600 * 10**6
+FRAGMENTATION = 0.05  # of what a step makes and frees: blocks of an allocator that do not fit
+COUNTED, REHEARSED, ESTIMATED = "counted", "rehearsed", "estimated"
+STEP, UPDATE, EVALUATION = "training step", "optimizer update", "evaluation"
+
+# arguments of `train` that change what lies in memory; a rehearsal takes no others
+_MATTER = frozenset({
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "bf16", "max_length", "supervise", "padding_side", "freeze",
+    "learning_rates", "loss_implementation", "loss_memory_budget", "max_grad_norm",
+    "neftune_noise_alpha", "seed",
+})
+_SHARDING = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
+
+
+@dataclass(frozen=True)
+class Component:
+    """What one kind of tensors takes, in bytes per device.
+
+    most: at its own fullest moment; at_peak: at the moment when all together are most.
+    how: "counted" (exact), "rehearsed" (a step on the models' shapes) or "estimated".
+    """
+
+    name: str
+    most: int
+    at_peak: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of one device while a recipe (or one stage of it) is carried out.
+
+    peak: bytes in its fullest moment, which is in the phase `fullest`; phases: peak of each.
+    """
+
+    stage: str
+    processes: int
+    device: str
+    peak: int
+    fullest: str
+    phases: Mapping[str, int]
+    components: tuple[Component, ...]
+    batch: Longest
+    notes: tuple[str, ...] = ()
+
+
+Seen = dict[str, Looked]
+
+
+def plan_recipe(recipe: Recipe, processes: int = 1, seen: Seen | None = None) -> list[Plan]:
+    """The plan of every stage of a recipe, in order; of a recipe without stages its only one.
+
+    Args:
+        processes: of a data-parallel run; each has a device of its own.
+        seen: what plans of much the same recipe found out about its records, and where this one
+            notes it.
+
+    Raises:
+        TaidError: what a run would refuse, too.
+    """
+    if processes < 1:
+        raise TaidError(f"--processes = {processes}, but it must be at least 1.")
+    names = [stage.name for stage in recipe.stages or ()] or [""]
+    with _quiet():
+        seen = {} if seen is None else seen
+        return [_plan(replace(part, student=recipe.student), name, processes, seen)
+                for name, part in zip(names, expand(recipe), strict=True)]
+
+
+def fullest(plans: Sequence[Plan]) -> Plan:
+    """The stage that needs most."""
+    return max(plans, key=lambda plan: plan.peak)
+
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What training would log belongs to training."""
+    names = ("taid_vlm", "transformers", "accelerate", "torch")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# ----- one stage ----------------------------------------------------------------------------
+
+
+def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
+    with tempfile.TemporaryDirectory() as folder:
+        found = gather(_for_rehearsal(recipe, folder))
+        shapes = Shapes()
+        trainer = _trainer(recipe, found, shapes)
+        looked = _looked(trainer, recipe, "train", found.train, seen)
+        batch, lengths = longest_batch(
+            trainer, looked, found.args.per_device_train_batch_size)
+        phases = {STEP: _training(trainer, batch, shapes), UPDATE: _update(trainer, recipe)}
+        if found.eval is not None:
+            looked = _looked(trainer, recipe, "eval", found.eval, seen)
+            held_out, _ = longest_batch(
+                trainer, looked, found.args.per_device_eval_batch_size)
+            phases[EVALUATION] = _evaluation(trainer, held_out, shapes)
+        return _account(stage, processes, recipe, trainer, phases, lengths)
+
+
+def _looked(
+    trainer: DistillationTrainer, recipe: Recipe, side: str, records: Any, seen: Seen
+) -> Looked:
+    """The records of one side, looked at once for all recipes that show them alike."""
+    models = [(spec.model_name_or_path, spec.revision, spec.processor_name_or_path,
+               spec.chat_template) for spec in (recipe.student, recipe.teacher) if spec]
+    shown = [recipe.train.get(key) for key in ("max_length", "supervise")]
+    key = repr((side, getattr(recipe.data, side), models, shown, recipe.objective))
+    if key not in seen:
+        seen[key] = look_at(trainer, records)
+    return seen[key]
+
+
+def _for_rehearsal(recipe: Recipe, folder: str) -> Recipe:
+    """The recipe with those arguments of training alone that change what lies in memory.
+
+    Half precision is bfloat16: float16 takes as much, and no CPU can autocast to it.
+    """
+    train = {key: value for key, value in recipe.train.items() if key in _MATTER}
+    train["gradient_accumulation_steps"] = min(train.get("gradient_accumulation_steps", 1), 2)
+    own = {"bf16": bool(train.get("bf16") or recipe.train.get("fp16")), "use_cpu": True,
+           "max_steps": 1, "optim": "sgd", "logging_steps": 1, "logging_nan_inf_filter": False,
+           "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
+    return replace(recipe, train={**train, **own}, output_dir=folder)
+
+
+def _trainer(recipe: Recipe, found: Ingredients, shapes: Shapes) -> DistillationTrainer:
+    student: Any = model_of_shapes(recipe.student, "student", shapes)
+    if recipe.student.peft is not None:
+        with shapes:
+            student = with_adapter(student, lora_config(recipe.student.peft))
+        shapes.hollow(student)
+    teacher = None if recipe.teacher is None else model_of_shapes(
+        _stored(recipe.teacher, recipe), "teacher", shapes)
+    trainer = DistillationTrainer(student, teacher, found.args, found.train, None,
+                                  found.student_processor, found.teacher_processor)
+    if trainer.visual.map is not None:
+        shapes.hollow(trainer.visual.map)
+    return trainer
+
+
+def _stored(spec: ModelSpec, recipe: Recipe) -> ModelSpec:
+    """A teacher stays in the half precision it is stored in, except on a CPU."""
+    return replace(spec, dtype="auto") if spec.dtype is None and _device(recipe) == "gpu" else spec
+
+
+def _device(recipe: Recipe) -> str:
+    return "cpu" if recipe.train.get("use_cpu") else "gpu"
+
+
+# ----- its phases ---------------------------------------------------------------------------
+
+
+def _training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes) -> Memory:
+    try:
+        return rehearse_training(trainer, batch, shapes)
+    except TaidError:
+        raise
+    except Exception as error:  # a model's own code may need values, or kernels of its own
+        return replace(formula.training(trainer, batch), problem=_reason(error))
+
+
+def _evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shapes) -> Memory:
+    try:
+        return rehearse_evaluation(trainer, batch, shapes)
+    except TaidError:
+        raise
+    except Exception as error:  # as above
+        return replace(formula.evaluation(trainer, batch), problem=_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _update(trainer: DistillationTrainer, recipe: Recipe) -> Memory:
+    """The optimizer's step: all gradients, and nothing left of the activations."""
+    _, scratch = _optimizer(trainer, recipe)
+    teacher = 0 if trainer.teacher is None else resident(trainer.teacher)
+    live = {kinds.STUDENT: _student(trainer), kinds.TEACHER: teacher, kinds.SCRATCH: scratch,
+            kinds.GRADIENTS: bytes_of(_trained(trainer))}
+    return Memory(live, live)
+
+
+def _optimizer(trainer: DistillationTrainer, recipe: Recipe) -> tuple[int, int]:
+    tables = {id(module.weight) for module in trainer.model.modules()
+              if isinstance(module, nn.Embedding)}
+    return optimizer_bytes(
+        optim_of(recipe), _trained(trainer),
+        embeddings=[p for p in _trained(trainer) if id(p) in tables],
+        gpu=_device(recipe) == "gpu", momentum="momentum" in str(recipe.train.get("optim_args")))
+
+
+def optim_of(recipe: Recipe) -> str:
+    """The optimizer's name in transformers."""
+    given = recipe.train.get("optim", TrainingArguments.default_optim)
+    return str(getattr(given, "value", given))
+
+
+def _trained(trainer: DistillationTrainer) -> list[nn.Parameter]:
+    return [p for p in parameters(trainer) if p.requires_grad]
+
+
+def _student(trainer: DistillationTrainer) -> int:
+    return bytes_of([*parameters(trainer), *trainer.model.buffers()])
+
+
+# ----- the account --------------------------------------------------------------------------
+
+
+def _account(
+    stage: str, processes: int, recipe: Recipe, trainer: DistillationTrainer,
+    phases: Mapping[str, Memory], lengths: Longest,
+) -> Plan:
+    state, _ = _optimizer(trainer, recipe)
+    always = {kinds.OPTIMIZER: state,
+              kinds.BUCKETS: bytes_of(_trained(trainer)) if processes > 1 else 0}
+    whole = {name: _with_process(memory, always, _device(recipe))
+             for name, memory in phases.items()}
+    name, worst = max(whole.items(), key=lambda item: item[1].peak)
+    most = {kind: max(memory.most.get(kind, 0) for memory in whole.values())
+            for kind in kinds.KINDS}
+    return Plan(
+        stage, processes, _device(recipe), worst.peak, name,
+        {phase: memory.peak for phase, memory in whole.items()},
+        tuple(Component(kind, most[kind], worst.at_peak.get(kind, 0), _how(kind, phases, recipe))
+              for kind in kinds.KINDS if most[kind]),
+        lengths, tuple(_notes(recipe, phases)))
+
+
+def _with_process(memory: Memory, always: Mapping[str, int], device: str) -> Memory:
+    """What the process itself takes, and what its allocator cannot use."""
+    made = sum(size for kind, size in memory.at_peak.items()
+               if kind not in (kinds.STUDENT, kinds.TEACHER))
+    process = GPU_PROCESS if device == "gpu" else CPU_PROCESS
+    more = {**always, kinds.OVERHEAD: process + int(FRAGMENTATION * made)}
+    return Memory({**memory.at_peak, **more}, {**memory.most, **more})
+
+
+def _how(kind: str, phases: Mapping[str, Memory], recipe: Recipe) -> str:
+    if kind in (kinds.STUDENT, kinds.TEACHER, kinds.GRADIENTS, kinds.BUCKETS) or (
+            kind == kinds.OPTIMIZER and optim_of(recipe) in OPTIMIZERS):
+        return COUNTED
+    exact = not any(memory.problem for memory in phases.values())
+    return REHEARSED if exact and kind not in (kinds.OVERHEAD, kinds.SCRATCH) and (
+        kind != kinds.OPTIMIZER) else ESTIMATED
+
+
+def _notes(recipe: Recipe, phases: Mapping[str, Memory]) -> Iterator[str]:
+    """What the plan could not know."""
+    if optim_of(recipe) not in OPTIMIZERS:
+        yield f"train.optim = '{optim_of(recipe)}' is not known here; counted like adamw_torch."
+    for key in _SHARDING:
+        if recipe.train.get(key):
+            yield (f"train.{key} shards the models over devices; the plan is of one device that "
+                   "holds all of them.")
+    for key in ("torch_compile", "auto_find_batch_size"):
+        if recipe.train.get(key):
+            yield f"train.{key} is not followed; the plan is of a run without it."
+    for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
+        if spec is not None and spec.init_kwargs:
+            named = ", ".join(spec.init_kwargs)
+            yield f"{role}.init_kwargs ({named}) are not followed: a quantised model takes less."
+    for name, memory in phases.items():
+        if memory.problem:
+            yield (f"the {name} could not be rehearsed ({memory.problem:.200}); its activations "
+                   "are estimated by a formula.")

@@ -1,0 +1,190 @@
+"""A training step, rehearsed on tensors without values: what lies in memory, and when most.
+
+The real DistillationTrainer trains for one optimizer step, on models of shapes and a real batch.
+What it does with its batch, precision, frozen parts, adapters, recomputed activations and loss is
+therefore what a run does, on a CPU: on a GPU other kernels keep about the same for backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
+
+from taid_vlm.collator import Batch
+from taid_vlm.fused_step import FusedStep, ReferenceStep, choose_step, known_bends, obstacle
+from taid_vlm.models import unwrap
+from taid_vlm.parts import TOWER, frozen_modules
+from taid_vlm.plan import ledger as kinds
+from taid_vlm.plan.ledger import Ledger
+from taid_vlm.plan.shapes import Shapes
+from taid_vlm.step import student_forward, teacher_forward, token_figures
+from taid_vlm.trainer import DistillationTrainer
+
+ACTIVATIONS = {"student": (kinds.STUDENT_TOWER, kinds.STUDENT_LANGUAGE),
+               "teacher": (kinds.TEACHER_TOWER, kinds.TEACHER_LANGUAGE)}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The fullest moment of one phase, beside what an optimizer keeps.
+
+    at_peak: bytes by kind at that moment. most: the most of every kind, each at its own moment.
+    problem: why the models could not run, so that activations are from a formula; "" if they did.
+    """
+
+    at_peak: Mapping[str, int]
+    most: Mapping[str, int]
+    problem: str = ""
+
+    @property
+    def peak(self) -> int:
+        return sum(self.at_peak.values())
+
+
+class _Finished(Exception):
+    """The step has been rehearsed as far as the optimizer."""
+
+
+class _StopBeforeUpdate(TrainerCallback):
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        raise _Finished
+
+
+def rehearse_training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes) -> Memory:
+    """Forward and backward of one optimizer step, whose micro-batches all are `batch`.
+
+    The trainer's arguments have to say max_steps = 1, and to log every step.
+    """
+    ledger, collate = _ledger(trainer, batch), trainer.data_collator
+    trainer._step = _loss_step(trainer, batch)  # what the trainer chooses by values
+    trainer.add_callback(_StopBeforeUpdate())
+    handles = [p.register_post_accumulate_grad_hook(
+        lambda p: ledger.relabel(p.grad, kinds.GRADIENTS))
+        for p in parameters(trainer) if p.requires_grad]
+    trainer.data_collator = lambda rows: batch
+    try:
+        with _watched(ledger, trainer), shapes, ledger, contextlib.suppress(_Finished):
+            trainer.train()
+    finally:
+        trainer.data_collator = collate
+        for handle in handles:
+            handle.remove()
+    return Memory(ledger.at_peak, ledger.most)
+
+
+def _loss_step(trainer: DistillationTrainer, batch: Batch) -> ReferenceStep | FusedStep:
+    """The implementation of the loss that `choose_step` finds, where it compares logits.
+
+    What a model does behind its head is taken from its configuration, and the arithmetic is the
+    uncompiled one, whose scratch space has the same bound.
+    """
+    args, models = trainer.args, {"student": trainer.model, "teacher": trainer.teacher}
+    pairing = trainer.pairing
+    if pairing is None or args.loss_implementation == "reference" or obstacle(
+            trainer.objective, pairing) is not None:
+        return choose_step(
+            args.loss_implementation, trainer.objective, pairing, trainer.model, trainer.teacher,
+            batch, args.loss_memory_budget, trainer.accelerator.autocast)
+    bends = {role: [*known_bends(unwrap(model).config.get_text_config())][-1]
+             for role, model in models.items() if model is not None}
+    step = FusedStep(trainer.objective, pairing, trainer.model, bends, args.loss_memory_budget,
+                     trainer.accelerator.autocast)
+    step.fused.body = "eager"
+    return step
+
+
+@torch.no_grad()
+def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shapes) -> Memory:
+    """Both models and all figures of one batch, as `evaluation.evaluate_pair` does it."""
+    trainer.model.zero_grad()
+    ledger = _ledger(trainer, batch)
+    trainer.model.eval()
+    with _watched(ledger, trainer), shapes, ledger:
+        with trainer.accelerator.autocast():
+            s = student_forward(trainer.model, batch)
+            u = None if trainer.teacher is None else teacher_forward(trainer.teacher, batch)
+        token_figures(batch, s, u, trainer.pairing)
+    return Memory(ledger.at_peak, ledger.most)
+
+
+def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:
+    """A ledger that knows what lies there before the step begins."""
+    ledger = Ledger()
+    teacher = [] if trainer.teacher is None else _tensors(trainer.teacher)
+    ledger.adopt(teacher, kinds.TEACHER)
+    ledger.adopt([*_tensors(trainer.model), *parameters(trainer)], kinds.STUDENT)
+    ledger.adopt(tree_leaves(dict(batch)), kinds.BATCH)
+    return ledger
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def parameters(trainer: DistillationTrainer) -> list[nn.Parameter]:
+    """The student's, and those of the map that belongs to the objective."""
+    extra = [] if trainer.visual.map is None else list(trainer.visual.map.parameters())
+    return [*trainer.model.parameters(), *extra]
+
+
+# ----- what is being made -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _watched(ledger: Ledger, trainer: DistillationTrainer) -> Iterator[None]:
+    """Tell the ledger which model is at work, and on what."""
+    models = {"student": trainer.model, "teacher": trainer.teacher}
+    handles = [handle for role, model in models.items() if model is not None
+               for handle in _Labels(ledger, *ACTIVATIONS[role]).hook(unwrap(model))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Labels:
+    """Hooks on one model that say what its tensors are for.
+
+    The tower's modules interrupt what the model is doing. All that follows its last hidden state
+    belongs to the loss, also in backward, until the gradient has come back there; what is made
+    from then on, recomputed activations too, belongs to backward.
+    """
+
+    def __init__(self, ledger: Ledger, tower: str, language: str) -> None:
+        self.ledger, self.tower, self.language = ledger, tower, language
+        self._interrupted: list[str] = []
+
+    def hook(self, model: Any) -> Iterator[Any]:
+        yield model.base_model.register_forward_pre_hook(self._begin)
+        yield model.base_model.register_forward_hook(self._to_loss)
+        for module in frozen_modules(model, [TOWER]):
+            yield module.register_forward_pre_hook(self._to_tower)
+            yield module.register_forward_hook(self._from_tower)
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self.ledger.kind = self.language
+
+    def _to_loss(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.ledger.kind = kinds.LOSS
+        if output[0].requires_grad:
+            output[0].register_hook(self._to_backward)
+
+    def _to_backward(self, gradient: Tensor) -> None:
+        self.ledger.kind = kinds.BACKWARD
+
+    def _to_tower(self, module: nn.Module, inputs: Any) -> None:
+        if self.ledger.kind != kinds.BACKWARD:
+            self._interrupted.append(self.ledger.kind)
+            self.ledger.kind = self.tower
+
+    def _from_tower(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.ledger.kind != kinds.BACKWARD:
+            self.ledger.kind = self._interrupted.pop()

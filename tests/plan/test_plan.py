@@ -1,0 +1,267 @@
+"""`taid-vlm plan`: what it counts, what it says, and what it advises."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli.recipes import Checkpoints, Outcome, pairs, picture_rows, write_jsonl, write_recipe
+from plan.models import write_pair
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from taid_vlm.errors import TaidError
+from taid_vlm.models import ModelSpec
+from taid_vlm.plan import ledger as kinds
+from taid_vlm.plan.advice import EIGHT_BIT, advise
+from taid_vlm.plan.plan import ESTIMATED, GPU_PROCESS, Plan, plan_recipe
+from taid_vlm.plan.shapes import Shapes, model_of_shapes
+from taid_vlm.plan.text import human
+from taid_vlm.recipe import Recipe, load_recipe, parse_recipe
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan reads configurations and processors only."""
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("safetensors.safe_open", refuse)
+    monkeypatch.setattr("taid_vlm.models.load_model", refuse)
+
+
+def sizes(plan: Plan) -> dict[str, int]:
+    return {part.name: part.most for part in plan.components}
+
+
+def small(folder: Path, checkpoints: Checkpoints, **train: Any) -> dict[str, Any]:
+    data = write_jsonl(folder / "train.jsonl", pairs(8))
+    return {"teacher": checkpoints("llama"), "student": checkpoints("qwen2", seed=1),
+            "data": {"train": str(data)}, "output_dir": str(folder / "out"),
+            "train": {"per_device_train_batch_size": 4, **train}}
+
+
+def numel(checkpoints: Checkpoints, family: str, seed: int = 0) -> int:
+    model = model_of_shapes(ModelSpec(checkpoints(family, seed=seed)), "student", Shapes())
+    return sum(p.numel() for p in model.parameters())
+
+
+# ----- what is counted ----------------------------------------------------------------------
+
+
+def test_parameters_gradients_and_states(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    plan = plan_recipe(parse_recipe(small(tmp_path, checkpoints)))[0]
+    found, count = sizes(plan), numel(checkpoints, "qwen2", seed=1)
+    assert found[kinds.GRADIENTS] == 4 * count
+    assert found[kinds.OPTIMIZER] == 8 * count
+    for kind, expected in ((kinds.STUDENT, count), (kinds.TEACHER, numel(checkpoints, "llama"))):
+        assert 4 * expected <= found[kind] < 4 * expected + 1000  # buffers of the positions
+    assert plan.peak >= GPU_PROCESS
+    assert plan.peak == sum(part.at_peak for part in plan.components) == max(plan.phases.values())
+
+
+def test_what_stays_frozen_has_no_gradient(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    tree = small(tmp_path, checkpoints)
+    tree["student"] = {"model_name_or_path": tree["student"],
+                       "peft": {"r": 2, "target_modules": ["q_proj"]}}
+    found = sizes(plan_recipe(parse_recipe(tree))[0])
+    assert found[kinds.GRADIENTS] == 4 * 2 * (2 * (32 + 32))  # rank 2 in both layers, A and B
+    assert found[kinds.OPTIMIZER] == 2 * found[kinds.GRADIENTS]
+
+
+def test_more_processes_keep_buckets(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    recipe = parse_recipe(small(tmp_path, checkpoints))
+    one, four = plan_recipe(recipe)[0], plan_recipe(recipe, processes=4)[0]
+    assert sizes(four)[kinds.BUCKETS] == sizes(one)[kinds.GRADIENTS]
+    assert kinds.BUCKETS not in sizes(one)
+
+
+def test_a_teacher_in_half_precision(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    tree = small(tmp_path, checkpoints)
+    full = sizes(plan_recipe(parse_recipe(tree))[0])[kinds.TEACHER]
+    tree["teacher"] = {"model_name_or_path": tree["teacher"], "dtype": "bfloat16"}
+    half = sizes(plan_recipe(parse_recipe(tree))[0])[kinds.TEACHER]
+    assert half == pytest.approx(full / 2, rel=0.01)
+
+
+def test_evaluation_has_a_peak_of_its_own(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    tree = small(tmp_path, checkpoints)
+    tree["data"]["eval"] = tree["data"]["train"]
+    peaks = []
+    for size in (1, 8):
+        tree["train"]["per_device_eval_batch_size"] = size
+        peaks.append(plan_recipe(parse_recipe(tree))[0].phases)
+    assert peaks[0]["evaluation"] < peaks[1]["evaluation"]
+    assert peaks[0]["training step"] == peaks[1]["training step"]
+
+
+def test_every_stage_has_a_plan(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    tree = small(tmp_path, checkpoints) | {"stages": [
+        {"name": "head", "train": {"freeze": ["language_model"]}}, {"name": "all"}]}
+    first, second = plan_recipe(parse_recipe(tree))
+    assert (first.stage, second.stage) == ("head", "all")
+    assert sizes(first)[kinds.GRADIENTS] < sizes(second)[kinds.GRADIENTS]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "internvl", "gemma3"])
+def test_families_whose_shapes_depend_on_values(
+    family: str, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    """Grids, masks and tiles are looked at in their forward."""
+    data = write_jsonl(tmp_path / "train.jsonl", picture_rows(tmp_path, 2))
+    plan = plan_recipe(parse_recipe({
+        "student": checkpoints(family), "data": {"train": str(data)}, "objective": "ce",
+        "output_dir": str(tmp_path / "out")}))[0]
+    assert not plan.notes
+    assert plan.batch.image_tokens["student"] > 0
+    assert sizes(plan)[kinds.STUDENT_TOWER] > 0
+
+
+def test_a_model_that_cannot_be_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_pair(tmp_path, words=40))
+    rehearsed = plan_recipe(recipe)[0]
+
+    def refuse(*args: Any) -> None:
+        raise DataDependentOutputException(torch.ops.aten.item.default)
+
+    monkeypatch.setattr("taid_vlm.plan.plan.rehearse_training", refuse)
+    plan = plan_recipe(recipe)[0]
+    assert "DataDependentOutputException" in plan.notes[0]
+    how = {part.name: part.how for part in plan.components}
+    assert how[kinds.STUDENT_LANGUAGE] == how[kinds.LOSS] == ESTIMATED
+    ratio = sizes(plan)[kinds.STUDENT_LANGUAGE] / sizes(rehearsed)[kinds.STUDENT_LANGUAGE]
+    assert 0.5 < ratio < 2
+
+
+# ----- what is said -------------------------------------------------------------------------
+
+
+def test_the_command(cli: Cli, tmp_path: Path, checkpoints: Checkpoints) -> None:
+    path = write_recipe(tmp_path, small(tmp_path, checkpoints))
+    done = cli("plan", path, "--memory", "24GB")
+    assert done.status == 0, done.err
+    assert "fits in 24.0 GB" in done.out and "DOES NOT" not in done.out
+    for name, how in ((kinds.STUDENT, "counted"), (kinds.STUDENT_LANGUAGE, "rehearsed"),
+                      (kinds.OVERHEAD, "estimated")):
+        line = next(line for line in done.out.splitlines() if line.startswith(name))
+        assert line.endswith(how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_json(cli: Cli, tmp_path: Path, checkpoints: Checkpoints) -> None:
+    path = write_recipe(tmp_path, small(tmp_path, checkpoints))
+    done = cli("plan", path, "train.per_device_train_batch_size=2", "--json")
+    told = json.loads(done.out)
+    assert told["peak"] == told["stages"][0]["peak"]
+    assert told["stages"][0]["batch"]["rows"] == 2
+    assert told["advice"] is None
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    (["--memory", "24 apples"], "--memory = '24 apples'"),
+    (["--processes", "0"], "--processes = 0"),
+    (["train.freeze=[tower]"], "freeze: this student has no 'tower'"),
+])
+def test_mistakes(
+    options: list[str], named: str, cli: Cli, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    done = cli("plan", write_recipe(tmp_path, small(tmp_path, checkpoints)), *options)
+    assert done.status == 2
+    assert len(done.errors) == 1 and named in done.errors[0]
+
+
+def test_what_a_plan_leaves_out_is_named(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    recipe = parse_recipe(small(tmp_path, checkpoints, torch_compile=True, optim="galore_adamw"))
+    notes = " ".join(plan_recipe(recipe)[0].notes)
+    assert "torch_compile" in notes and "galore_adamw" in notes
+
+
+# ----- what is advised ----------------------------------------------------------------------
+
+
+def test_overrides_can_be_pasted(cli: Cli, tmp_path: Path, checkpoints: Checkpoints) -> None:
+    tree = small(tmp_path, checkpoints, per_device_train_batch_size=2, bf16=True, use_cpu=True,
+                 gradient_checkpointing=True, freeze=["language_model"],
+                 loss_implementation="reference")
+    tree["teacher"] = {"model_name_or_path": tree["teacher"], "dtype": "bfloat16"}
+    path = write_recipe(tmp_path, tree)
+    before = json.loads(cli("plan", path, "--json").out)["peak"]
+    done = cli("plan", path, "--memory", str(before - 1))
+    assert done.status == 2
+    assert "this recipe needs" in done.errors[0]
+    said, pasted = done.out.split("what to change")[1].splitlines()[1:3]
+    after = json.loads(cli("plan", path, *shlex.split(pasted), "--json").out)["peak"]
+    assert after < before
+    assert f"{human(before - after)} less" in said
+
+
+class Sums:
+    """In place of plans: a sum that every change takes something from."""
+
+    def __init__(self, base: Plan) -> None:
+        self.base, self.asked = base, 0
+
+    def __call__(self, recipe: Recipe, processes: int = 1, seen: Any = None) -> list[Plan]:
+        self.asked += 1
+        train = recipe.train
+        peak = 100 + 10 * train["per_device_train_batch_size"]
+        peak += 50 * (not train.get("gradient_checkpointing")) + 5 * (not train.get("bf16"))
+        if train.get("optim") == EIGHT_BIT:
+            raise TaidError("bitsandbytes is not here")
+        return [replace(self.base, peak=peak + 8 * (recipe.student.peft is None))]
+
+
+@pytest.fixture
+def sums(tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> Sums:
+    found = Sums(plan_recipe(parse_recipe(small(tmp_path, checkpoints)))[0])
+    monkeypatch.setattr("taid_vlm.plan.advice.plan_recipe", found)
+    return found
+
+
+def test_changes_are_ranked(sums: Sums, tmp_path: Path, checkpoints: Checkpoints) -> None:
+    """Without any: 100 + 4 x 10 + 50 + 5 + 8 = 203."""
+    path = write_recipe(tmp_path, small(tmp_path, checkpoints))
+
+    def reload(more: Sequence[str]) -> Recipe:
+        return load_recipe(path, more)
+
+    plans = sums(reload(()))
+    assert plans[0].peak == 203
+    assert advise(reload, plans, 203).fits
+    advice = advise(reload, plans, 185)
+    assert [change.peak for change in advice.changes] == [153, 183, 195, 198]
+    assert "micro-batches of 2" in advice.changes[1].what  # the largest that fits
+    assert advice.together is None  # one of them is enough
+    told = reload(advice.changes[1].overrides).train
+    assert told["per_device_train_batch_size"] * told["gradient_accumulation_steps"] == 4
+
+
+def test_several_changes_together(
+    sums: Sums, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    path = write_recipe(tmp_path, small(tmp_path, checkpoints))
+
+    def reload(more: Sequence[str]) -> Recipe:
+        return load_recipe(path, more)
+
+    advice = advise(reload, sums(reload(())), 120)
+    assert advice.together is not None
+    assert advice.together.peak == 100 + 10 + 8
+    assert sums(reload(advice.together.overrides))[0].peak == 118
+    assert "student.peft" not in " ".join(advice.together.overrides)  # it is not needed
+    assert advise(reload, sums(reload(())), 50).together is None
+
+
+def test_no_usable_record(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    tree = small(tmp_path, checkpoints, max_length=4)
+    with pytest.raises(TaidError, match="can be used"):
+        plan_recipe(parse_recipe(tree))

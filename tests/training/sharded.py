@@ -1,0 +1,77 @@
+"""One step's gradient under DDP or FSDP2, on the gloo processes that this script is started in.
+
+    python -m torch.distributed.run --nproc_per_node=2 sharded.py KIND FOLDER
+
+KIND is ddp or fsdp, with -reference for the reference loss. Rank 0 writes KIND-PROCESSES files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from training.runs import rows
+from zoo import build
+
+from taid_vlm.adapters import make_adapter
+from taid_vlm.alignment import pair_models
+from taid_vlm.collator import DistillationCollator
+from taid_vlm.fused_step import choose_step
+from taid_vlm.models import head_rows
+from taid_vlm.objectives import parse_objective
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    theirs, ours = build("internvl"), build("llava", seed=1, tokenizer="permuted")
+    teacher, student = (make_adapter(theirs.processor, "teacher"),
+                        make_adapter(ours.processor, "student"))
+    pairing = pair_models(teacher, student, head_rows(theirs.model), head_rows(ours.model))
+    collator = DistillationCollator(student, teacher, pairing)
+    # FSDP gathers gradients by module, so every process has to use the tower in every batch
+    seen = [row for row in rows(12) if row.get("images") is not None]
+    batches = [collator([row]) for row in seen[:8][rank::world]]
+    objective = parse_objective({"terms": ["taid", {"name": "ce", "weight": 0.3}]})
+    name = "reference" if kind.endswith("-reference") else "fused"
+    step = choose_step(name, objective, pairing, ours.model, theirs.model, batches[0], 40_000)
+    model = wrapped(kind, ours.model)
+    tokens = torch.tensor(sum(len(batch["labels"]) for batch in batches))
+    dist.all_reduce(tokens)
+    for batch in batches:
+        found = step(model, theirs.model, batch, 0.4, True)
+        (found.loss * world / tokens).backward()  # both average over processes
+    gradients = {name: p.grad for name, p in ours.model.named_parameters() if p.grad is not None}
+    sharded = any(isinstance(g, DTensor) for g in gradients.values())
+    whole = {name: (g.full_tensor() if isinstance(g, DTensor) else g).contiguous()
+             for name, g in gradients.items()}
+    if rank == 0:
+        save_file(whole, folder / f"{kind}-{world}.safetensors")
+        (folder / f"{kind}-{world}.json").write_text(json.dumps({"sharded": sharded}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def wrapped(kind: str, model: torch.nn.Module) -> torch.nn.Module:
+    model.train()
+    if kind.startswith("ddp"):
+        return DistributedDataParallel(model, find_unused_parameters=True)
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, reshard_after_forward=True)
+    return fully_shard(model, reshard_after_forward=True)
+
+
+if __name__ == "__main__":
+    main()
