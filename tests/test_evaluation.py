@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -48,7 +49,7 @@ def records(number: int = 12, seed: int = 3) -> list[dict[str, Any]]:
 def trainer() -> DistillationTrainer:
     """A pair in float64, whose figures therefore do not depend on the padding."""
     torch.set_num_threads(1)
-    made = make_trainer("unused", student="llava", tokenizer="permuted", data=records())
+    made = make_trainer(tempfile.mkdtemp(), student="llava", tokenizer="permuted", data=records())
     made.model.double()
     made.teacher.double()
     return made
