@@ -26,7 +26,7 @@ from taid_vlm.alignment import supervised_positions
 from taid_vlm.collator import DistillationCollator, predicting_mask, target_ids
 from taid_vlm.errors import RecordError
 from taid_vlm.evaluation import ALL, Tally
-from taid_vlm.models import answer_logits
+from taid_vlm.models import answer_logits, evaluation_mode
 from taid_vlm.objectives import diagnose, divergence
 from taid_vlm.records import Record, parse_record
 
@@ -160,15 +160,13 @@ def look(
     """
     rank, world = process
     share = list(zip(records, shuffled(records), strict=True))[rank::world]
-    tally, was_training = Tally(), model.training
-    model.eval()
+    tally = Tally()
     for start in range(0, len(share), batch_size):
         samples = [_sample(adapter, *pair) for pair in share[start : start + batch_size]]
-        with autocast():
+        with evaluation_mode(model), autocast():
             for name, values in _differences(model, adapter, samples, device):
                 if len(values):
                     tally.table[ALL][name].add(float(values.sum()), len(values))
-    model.train(was_training)
     return tally
 
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from taid_vlm.alignment import Pairing
 from taid_vlm.collator import DistillationCollator
+from taid_vlm.models import evaluation_mode
 from taid_vlm.step import Measured, student_forward, teacher_forward, token_figures
 
 ALL = ""  # the category that holds every token
@@ -174,15 +175,14 @@ def evaluate_pair(
     share: Any = Subset(records, range(rank, len(records), world))  # type: ignore[arg-type]
     # a generator of its own: a DataLoader draws its base seed from the global one otherwise
     loader = DataLoader(share, batch_size, collate_fn=collator, generator=torch.Generator())
-    tally, was_training = Tally(keep_answers=keep_answers), student.training
-    student.eval()
-    for batch in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
-        batch = send_to_device(batch, device)
-        with autocast():
-            s = student_forward(student, batch)
-            u = teacher_forward(teacher, batch) if teacher is not None else None
-        tally.add(batch, token_figures(batch, s, u, pairing))
-    student.train(was_training)
+    tally = Tally(keep_answers=keep_answers)
+    with evaluation_mode(student):
+        for batch in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
+            batch = send_to_device(batch, device)
+            with autocast():
+                s = student_forward(student, batch)
+                u = teacher_forward(teacher, batch) if teacher is not None else None
+            tally.add(batch, token_figures(batch, s, u, pairing))
     return tally
 
 

@@ -21,7 +21,13 @@ from taid_vlm.alignment import Pairing
 from taid_vlm.errors import TaidError
 from taid_vlm.fused import MEMORY_BUDGET, FusedDivergence, FusedLoss
 from taid_vlm.heads import Bend, Head, ModuleHead
-from taid_vlm.models import answer_hidden, answer_logits, head_rows, unwrap
+from taid_vlm.models import (
+    answer_hidden,
+    answer_logits,
+    evaluation_mode,
+    head_rows,
+    unwrap,
+)
 from taid_vlm.objectives import Objective, divergence
 from taid_vlm.step import (
     Batch,
@@ -126,15 +132,17 @@ class FusedStep:
         """As `token_figures`, a few rows at a time."""
         names: dict[str, list[Tensor]] = {}
         order: list[Tensor] = []
+        ours_of, theirs_of = (None if head is None else head.open() for head in (s_head, u_head))
+        assert ours_of is not None
         at_once = max(1, self.fused.memory_budget // (FIGURE_BYTES * s_head.rows))
         for index, vocabulary in enumerate(self.pairing.maps):
             of_map = (batch["map_index"] == index).nonzero()[:, 0]
             for rows in of_map.split(at_once):
                 order.append(rows)
-                ours = s_head.open().logits(s[rows])
+                ours = ours_of.logits(s[rows])
                 found = {"nll": divergence("ce", ours, None, labels=batch["labels"][rows])}
-                if u is not None and u_head is not None:
-                    theirs = u_head.open().logits(u[rows])
+                if u is not None and theirs_of is not None:
+                    theirs = theirs_of.logits(u[rows])
                     found["teacher_nll"] = divergence(
                         "ce", theirs, None, labels=batch["teacher_labels"][rows])
                     found |= compared_figures(vocabulary, ours, theirs)
@@ -230,12 +238,9 @@ def find_bend(model: PreTrainedModel, role: str, probe: Batch) -> Bend | None:
     mask[places[:, 0], places[:, 1]] = False
     device = model.device
     inputs = {key: value.to(device) for key, value in probe[f"{role}_inputs"].items()}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    own = answer_logits(model, inputs, mask.to(device))
-    hidden = answer_hidden(model, inputs, mask.to(device))
-    for module, mode in modes:
-        module.training = mode
+    with evaluation_mode(model):
+        own = answer_logits(model, inputs, mask.to(device))
+        hidden = answer_hidden(model, inputs, mask.to(device))
     for bend in known_bends(model.config.get_text_config()):
         if torch.allclose(output_head(model, bend).open().logits(hidden).float(), own.float(),
                           rtol=1e-3, atol=1e-3 * float(own.float().abs().max())):

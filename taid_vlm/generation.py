@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from taid_vlm.adapters import ModelAdapter
-from taid_vlm.models import forward_names, unwrap
+from taid_vlm.models import evaluation_mode, forward_names, unwrap
 from taid_vlm.records import ImageRef, Record
 
 Question = tuple[Record, int]  # a record, and which of its answers is asked for
@@ -30,24 +30,23 @@ def generate_answers(
     Earlier turns of a conversation are given with their reference answers. The student's mode is
     restored; no random state is touched.
     """
-    names, was_training = forward_names(type(unwrap(model))), model.training
+    names = forward_names(type(unwrap(model)))
     answers: list[str] = []
     stops = [i for i in {adapter.end_of_turn_id, adapter.tokenizer.eos_token_id} if i is not None]
-    model.eval()
     starts = range(0, len(questions), batch_size)
     for start in tqdm(starts, desc="answer", disable=not progress, leave=False):
         part = questions[start : start + batch_size]
         images = [[image.load() for image in _images_before(*question)] for question in part]
         inputs = adapter.encode_prompts(part, images)
         accepted = {key: x.to(model.device) for key, x in inputs.items() if key in names}
-        ids = model.generate(
-            **accepted, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops,
-            pad_token_id=adapter.tokenizer.pad_token_id,
-        )
+        with evaluation_mode(model):
+            ids = model.generate(
+                **accepted, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops,
+                pad_token_id=adapter.tokenizer.pad_token_id,
+            )
         new = ids[:, inputs["input_ids"].shape[1] :]
         decoded = adapter.tokenizer.batch_decode(new, skip_special_tokens=True)
         answers.extend(text.strip() for text in decoded)
-    model.train(was_training)
     return answers
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,25 @@ def forward_names(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; after it every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _accepted(kind: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `kind`'s forward names of a processor's inputs, and no cache."""
+    names = forward_names(kind)
+    accepted: dict[str, Any] = {key: value for key, value in inputs.items() if key in names}
+    return {**accepted, "use_cache": False} if "use_cache" in names else accepted
+
+
 def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
     """Logits at the predicting positions only; the head never runs on the others.
 
@@ -251,11 +271,9 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor) 
     Returns:
         [number of True, V], rows in row-major order of the mask.
     """
-    names = forward_names(type(unwrap(model)))
-    accepted: dict[str, Any] = {key: value for key, value in inputs.items() if key in names}
-    if "use_cache" in names:
-        accepted["use_cache"] = False
-    if "logits_to_keep" in names:
+    kind = type(unwrap(model))
+    accepted = _accepted(kind, inputs)
+    if "logits_to_keep" in forward_names(kind):
         return model(**accepted, logits_to_keep=mask).logits
     return model(**accepted).logits[mask]
 
@@ -267,8 +285,5 @@ def answer_hidden(model: PreTrainedModel, inputs: Mapping[str, Tensor], mask: Te
         model: a transformers model without wrappers.
         inputs, mask: as for `answer_logits`.
     """
-    names = forward_names(type(model.base_model))
-    accepted: dict[str, Any] = {key: value for key, value in inputs.items() if key in names}
-    if "use_cache" in names:
-        accepted["use_cache"] = False
+    accepted = _accepted(type(model.base_model), inputs)
     return model.base_model(**accepted).last_hidden_state[mask]

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from taid_vlm.adapters import Processor, make_adapter
 from taid_vlm.alignment import check_modalities
 from taid_vlm.canary import Looks, account
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, refuse_file_in_the_way
 from taid_vlm.generation import generate_answers
 from taid_vlm.models import (
     load_config,
@@ -199,9 +199,7 @@ def _refuse_blind(configs: Mapping[str, Any], images: bool) -> None:
 
 def find_checkpoint(output: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from; a fresh start never walks over an unfinished run."""
-    blocking = next((p for p in (output, *output.parents) if p.exists() and not p.is_dir()), None)
-    if blocking is not None:
-        raise TaidError(f"output_dir = '{output}', but '{blocking}' is a file.")
+    refuse_file_in_the_way(output)
     last, finished = last_checkpoint(output), (output / "results.json").exists()
     if resume:
         if last is None:

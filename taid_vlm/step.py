@@ -173,10 +173,9 @@ def _of_chunks(logits: Tensor, labels: Tensor, chunk: Tensor, count: int) -> Ten
 def _at_student(batch: Batch, values: Tensor) -> Tensor:
     """Values of the teacher's tokens [N_teacher], summed up at the student's [N]: each one at its
     partner, or at the end of its chunk."""
-    chunk, at = batch["chunk_teacher"], torch.zeros_like(batch["teacher_labels"])
-    at[batch["pair_teacher"]] = batch["pair_student"]
-    at = torch.where(chunk < 0, at, batch["chunk_last"][chunk] if len(batch["chunk_last"]) else at)
-    return values.new_zeros(len(batch["labels"])).index_add(0, at, values)
+    counts = batch["chunk_student"] < 0
+    counts[batch["chunk_last"]] = True
+    return _of_partners(batch, values).where(counts, 0.0)
 
 
 Compare = Callable[[VocabularyMap, Tensor, Tensor], dict[str, Tensor]]

@@ -224,18 +224,23 @@ class ModelAdapter:
         does the reverse, LLaVA-OneVision has a space more. Whitespace that only the answer's first
         token can hold ("Assistant:", " The") stays with the answer.
         """
-        assert self.form is not None
         word = PROBE_WORDS[0]
-        answer = f"<think>\n{word}\n</think>\n\n{word}" if thinks else word
-        record = Record("probe", (Message("user", (word,)), Message("assistant", (answer,))))
-        asked = render_prompt(self.processor, record, 0, self.form)
-        rendered = render(self.processor, record, self.form)
-        learned = rendered.text[: rendered.spans[0].start]
+        asked, learned = self._before(
+            f"<think>\n{word}\n</think>\n\n{word}" if thinks else word)
         if learned.startswith(asked) and not learned[len(asked) :].strip():
             return "", ""
         pairs = enumerate(zip(asked, learned, strict=False))
         shared = next((i for i, (a, b) in pairs if a != b), min(len(asked), len(learned)))
         return asked[shared:], learned[shared:]
+
+    def _before(self, answer: str) -> tuple[str, str]:
+        """The prompt that asks for an answer, and what stands before it in the conversation."""
+        assert self.form is not None
+        messages = (Message("user", PROBE_WORDS[:1]), Message("assistant", (answer,)))
+        record = Record("probe", messages)
+        rendered = render(self.processor, record, self.form)
+        return (render_prompt(self.processor, record, 0, self.form),
+                rendered.text[: rendered.spans[0].start])
 
     def _process(
         self, rendered: Sequence[Rendered], images: Sequence[Sequence[Image.Image]],
@@ -303,11 +308,8 @@ class ModelAdapter:
         """Bytes of whitespace between the generation prompt and an answer."""
         if self.form is None:
             return 0
-        word = PROBE_WORDS[0]
-        record = Record("probe", (Message("user", (word,)), Message("assistant", (word,))))
-        asked = render_prompt(self.processor, record, 0, self.form)
-        rendered = render(self.processor, record, self.form)
-        head = rendered.text[: rendered.spans[0].start].removeprefix(asked)
+        asked, learned = self._before(PROBE_WORDS[0])
+        head = learned.removeprefix(asked)
         return 0 if head.strip() else len(head.encode())
 
     def _end_of_turn(self, ids: list[int], index: int) -> int | None:

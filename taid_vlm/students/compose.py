@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from transformers.activations import ACT2FN
 from taid_vlm.adapters import make_adapter
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.models import DTYPES, forward_names, read_template
+from taid_vlm.students.folder import new_folder, whole_or_absent
 from taid_vlm.students.language import (
     Language,
     check_tokenizer,
@@ -146,7 +146,7 @@ def compose(
         TaidError: anything a user can mend; before weights are loaded where that is possible, and
             with nothing left in `output_dir`.
     """
-    output = _new_folder(output_dir)
+    output = new_folder(output_dir)
     _check_names(architecture, dtype, projector_activation)
     seen = find_tower(tower, architecture, weights=tower_weights, random=random_tower,
                       layer=vision_feature_layer)
@@ -168,16 +168,6 @@ def compose(
 
 
 # ----- before weights are loaded ------------------------------------------------------------
-
-
-def _new_folder(output_dir: str | Path) -> Path:
-    output = Path(output_dir).expanduser()
-    blocking = next((p for p in (output, *output.parents) if p.exists() and not p.is_dir()), None)
-    if blocking is not None:
-        raise TaidError(f"output_dir = '{output}', but '{blocking}' is a file.")
-    if output.exists() and any(output.iterdir()):
-        raise TaidError(f"output_dir = '{output}' is not empty; choose another folder.")
-    return output
 
 
 def _check_names(architecture: str, dtype: str, activation: str | None) -> None:
@@ -365,24 +355,13 @@ def _write(
     image_tokens: int,
 ) -> tuple[str, ...]:
     """Write beside the place, load and check what was written, and only then put it in place."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    told = "the composed model could not be written to '{}' and loaded again"
+    with whole_or_absent(output, told) as partial:
         seen = _look(model, processor, language)
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         del model
-        checks = _check(partial, language, seen, image_tokens)
-        partial.replace(output)
-        return checks
-    except TaidError:
-        raise
-    except Exception as error:  # disks fill up, generation configs are invalid, ...
-        raise TaidError(f"the composed model could not be written to '{output}' and loaded again: "
-                        f"{error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        return _check(partial, language, seen, image_tokens)
 
 
 def _check(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from taid_vlm.records import (
     StreamedRecords,
     open_records,
 )
+from taid_vlm.students.folder import new_folder, whole_or_absent
 from taid_vlm.students.image_tokens import (
     Narrowing,
     choose_tokens,
@@ -171,12 +171,7 @@ def _check(wishes: _Wishes, folder: Path) -> Path:
     if wishes.calibration_records < 1:
         raise TaidError(f"calibration_records = {wishes.calibration_records}, but it must be at "
                         "least 1.")
-    blocking = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
-    if blocking is not None:
-        raise TaidError(f"output_dir = '{folder}', but '{blocking}' is a file.")
-    if folder.exists() and any(folder.iterdir()):
-        raise TaidError(f"output_dir = '{folder}' is not empty; choose another folder.")
-    return folder
+    return new_folder(folder)
 
 
 def _stacks(config: PretrainedConfig, wishes: _Wishes) -> list[Stack]:
@@ -249,19 +244,8 @@ def _written(
     narrowing: Narrowing | None, folder: Path,
 ) -> Shrunk:
     """The student in its folder, which is whole or not there."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_or_absent(folder, "the student could not be saved to '{}'") as partial:
         shrunk = _make(model, processor, cuts, narrowing, partial)
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        partial.replace(folder)
-    except TaidError:
-        raise
-    except Exception as error:  # transformers checks what it saves in ways of its own
-        raise TaidError(f"the student could not be saved to '{folder}': {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return replace(shrunk, output_dir=folder)
 
 

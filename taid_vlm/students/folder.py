@@ -1,0 +1,42 @@
+"""Output folders that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from taid_vlm.errors import TaidError, refuse_file_in_the_way
+
+
+def new_folder(output_dir: str | Path) -> Path:
+    """The folder, which must be new or empty; raises TaidError if something stands there."""
+    output = Path(output_dir).expanduser()
+    refuse_file_in_the_way(output)
+    if output.exists() and any(output.iterdir()):
+        raise TaidError(f"output_dir = '{output}' is not empty; choose another folder.")
+    return output
+
+
+@contextlib.contextmanager
+def whole_or_absent(folder: Path, failed: str) -> Iterator[Path]:
+    """A hidden folder to write to, put in place of `folder` once all went well.
+
+    Args:
+        failed: what to say of an error that is not a TaidError; {} stands for the folder.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        partial.replace(folder)
+    except TaidError:
+        raise
+    except Exception as error:  # disks fill up, transformers checks what it saves in its own ways
+        raise TaidError(f"{failed.format(folder)}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
