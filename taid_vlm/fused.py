@@ -22,6 +22,7 @@ from taid_vlm.heads import Head, HeadPass, ModuleHead
 from taid_vlm.objectives import DIAGNOSTICS, LOSSES, Objective, diagnose
 from taid_vlm.objectives.bodies import SCRATCH, BodyTerm, choose_body
 from taid_vlm.objectives.divergences import check_parameters, row_chunks, upcast
+from taid_vlm.scratch import Scratch
 
 MEMORY_BUDGET = 384 * 2**20  # bytes that the logits and gradients of one chunk may take
 SCALED_AT_ONCE = 2**22  # numbers of a half-precision gradient that are scaled in float32 at a time
@@ -47,7 +48,8 @@ class FusedDivergence:
     """An objective on hidden states.
 
     What a call has in memory beside its arguments: the chunk's logits and gradients
-    (`memory_budget`, or what one row needs), about 64 MiB for the arithmetic on them, the
+    (`memory_budget`, or what one row needs; outside CUDA the logits' memory is kept for the next
+    call), about 64 MiB for the arithmetic on them, the
     gradients of head and hidden states (those of a half-precision head also in float32 while
     several chunks are added up), and under autocast the heads in its type.
 
@@ -67,6 +69,7 @@ class FusedDivergence:
         self.objective, self.memory_budget, self.body = objective, memory_budget, body
         self.maps: tuple[VocabularyMap | None, ...] = tuple(
             None if vocabulary.identity else vocabulary for vocabulary in maps) or (None,)
+        self.student_scratch, self.teacher_scratch = Scratch(), Scratch()
 
     def __call__(
         self,
@@ -215,9 +218,10 @@ class _Work:
     ) -> tuple[Tensor, list[Tensor | None]]:
         self._prepare(hidden)
         chunks = list(self._chunks(hidden))
-        head = self.student_head.open(needs, len(chunks), dtype)
+        head = self.student_head.open(needs, len(chunks), dtype, self.fused.student_scratch)
         if self.compares and self.teacher_head is not None:
-            self.teacher: HeadPass = self.teacher_head.open(dtype=dtype)
+            self.teacher: HeadPass = self.teacher_head.open(
+                dtype=dtype, scratch=self.fused.teacher_scratch)
         gradient = torch.zeros_like(hidden) if any(needs[:1]) else None
         for vocabulary, rows in chunks:
             x = hidden[rows]
@@ -259,7 +263,8 @@ class _Work:
         """What one row has in memory at a time, at most."""
         size = max(4, hidden.element_size())
         # beside the logits their gradient, perhaps in two parts or rounded for the product
-        copies = self.student_head.copies + 1 + (self._apart(vocabulary) and bool(self.on_data))
+        copies = self.student_head.copies + (not self._in_place(vocabulary, hidden)) \
+            + (self._apart(vocabulary) and bool(self.on_data))
         numbers = self.student_head.rows * copies
         if self.compares and self.teacher_head is not None:
             numbers += self.teacher_head.rows * self.teacher_head.copies
@@ -277,7 +282,8 @@ class _Work:
         if not self._apart(vocabulary):
             u = self._teacher_logits(rows) if self.compares else None
             self._measure(s, u, rows)
-            return self._body(s, u, labels, rows, [*self.between, *self.on_data], dtype)
+            return self._body(s, u, labels, rows, [*self.between, *self.on_data], dtype,
+                              self._in_place(vocabulary, s))
         wide = upcast(s[:0]).dtype
         of_data = self._body(s, None, labels, rows, self.on_data, wide) if self.on_data else None
         compared = self._compared(s, vocabulary, rows) if self.compares else None
@@ -289,6 +295,10 @@ class _Work:
         """Whether terms against the teacher and on the data need a gradient each: they look at
         other entries, or weigh tokens differently."""
         return vocabulary is not None or self.token_weights is not None
+
+    def _in_place(self, vocabulary: VocabularyMap | None, like: Tensor) -> bool:
+        """Whether the gradient takes the logits' place; on CUDA they differ in type."""
+        return self.student_head.spends and not self._apart(vocabulary) and not like.is_cuda
 
     def _compared(
         self, s: Tensor, vocabulary: VocabularyMap | None, rows: Rows
@@ -311,10 +321,10 @@ class _Work:
 
     def _body(
         self, s: Tensor, u: Tensor | None, labels: Tensor | None, rows: Rows,
-        terms: Sequence[BodyTerm], dtype: torch.dtype,
+        terms: Sequence[BodyTerm], dtype: torch.dtype, in_place: bool = False,
     ) -> Tensor:
         body = choose_body(self.fused.body, s.device, terms, s.numel(), s.dtype)
-        gradient, losses = body(s, u, labels, terms, dtype)
+        gradient, losses = body(s, u, labels, terms, dtype, in_place)
         for term, loss in zip(terms, losses, strict=True):
             self.per_token[term.name][rows] = loss
         return gradient

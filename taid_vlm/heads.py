@@ -12,9 +12,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from taid_vlm.objectives.divergences import upcast
+from taid_vlm.scratch import Scratch
 
 BLOCK = 8192  # rows of a half-precision head's gradient that are added up at a time
 
@@ -88,11 +88,17 @@ class Head:
         """How many tensors of a chunk's logits it has in use at a time."""
         return 1 if self.bend.straight else 2
 
+    @property
+    def spends(self) -> bool:
+        """Whether its way back needs no logits: their gradient may take their place."""
+        return self.bend.straight
+
     def parameters(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def open(
-        self, needs: Sequence[bool] = (), chunks: int = 1, dtype: torch.dtype | None = None
+        self, needs: Sequence[bool] = (), chunks: int = 1, dtype: torch.dtype | None = None,
+        scratch: Scratch | None = None,
     ) -> HeadPass:
         """Begin a call.
 
@@ -100,15 +106,17 @@ class Head:
             needs: which hidden states and parameters want a gradient, in this order; () for none.
             chunks: how many there will be.
             dtype: what autocast computes in; None for the parameters' own.
+            scratch: where the logits are made, each chunk's in the place of the one before.
         """
-        return _MatrixPass(self, needs or [False] * 3, chunks, dtype or self.weight.dtype)
+        return _MatrixPass(
+            self, needs or [False] * 3, chunks, dtype or self.weight.dtype, scratch or Scratch())
 
 
 class _MatrixPass:
     def __init__(
-        self, head: Head, needs: Sequence[bool], chunks: int, dtype: torch.dtype
+        self, head: Head, needs: Sequence[bool], chunks: int, dtype: torch.dtype, scratch: Scratch
     ) -> None:
-        self.head, self.needs, self.dtype = head, needs[1:], dtype
+        self.head, self.needs, self.dtype, self.scratch = head, needs[1:], dtype, scratch
         self.product = dtype if head.bend.straight else _wide(dtype)
         self.weight = head.weight.to(dtype)
         self.bias = None if head.bias is None else head.bias.to(dtype)
@@ -122,8 +130,12 @@ class _MatrixPass:
         if _leaves_wide(x, self.weight):
             z = torch.mm(x, self.weight.T, out_dtype=torch.float32)
             z = z if self.bias is None else z.add_(self.bias)
+            return self.head.bend.forward(z)
+        z = self.scratch.take(len(x), self.head.rows, self.dtype, x.device)
+        if self.bias is None:
+            torch.mm(x, self.weight.T, out=z)
         else:
-            z = linear(x, self.weight, self.bias)
+            torch.addmm(self.bias, x, self.weight.T, out=z)
         return self.head.bend.forward(z)
 
     def backward(self, x: Tensor, gradient: Tensor, logits: Tensor, needs_x: bool) -> Tensor | None:
@@ -176,6 +188,7 @@ class ModuleHead:
     """
 
     copies = 4  # of a low-rank head: the product, the update, its multiple, their sum
+    spends = False  # the module may have saved them for its own way back
 
     def __init__(self, module: nn.Module, rows: int, bend: Bend | None = None) -> None:
         self.module, self.rows, self.bend = module, rows, bend or Bend()
@@ -184,7 +197,8 @@ class ModuleHead:
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def open(
-        self, needs: Sequence[bool] = (), chunks: int = 1, dtype: torch.dtype | None = None
+        self, needs: Sequence[bool] = (), chunks: int = 1, dtype: torch.dtype | None = None,
+        scratch: Scratch | None = None,
     ) -> HeadPass:
         """Begin a call, see `Head.open`."""
         return _ModulePass(self, needs, dtype)

@@ -127,7 +127,7 @@ def test_half_precision_on_cuda_has_exact_logits(objective):
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 7, 10, 11, 12])
 def test_any_number_of_rows_per_chunk(most, monkeypatch):
     objective, p = parse_objective(SUM), problem(dtype=torch.float64)
-    bytes_of_a_row = 8 * 3 * 23
+    bytes_of_a_row = 8 * 2 * 23  # both models' logits; the gradient takes the student's place
     seen = []
     forward = Bend.forward
     monkeypatch.setattr(Bend, "forward", lambda bend, z: seen.append(len(z)) or forward(bend, z))
@@ -139,6 +139,21 @@ def test_any_number_of_rows_per_chunk(most, monkeypatch):
     assert max(errors(gradients(p, result.loss), gradients(p, whole.loss)).values()) < 1e-14
     for name, values in (whole.per_token | whole.figures).items():
         assert torch.allclose((result.per_token | result.figures)[name], values, atol=1e-7)
+
+
+def test_calls_share_no_memory_that_is_needed_later():
+    """Two losses before either is differentiated, of other sizes and types, by one instance."""
+    fused = FusedDivergence(parse_objective("jsd"), memory_budget=2**12)
+    problems = [problem(rows=rows, dtype=dtype, seed=rows, bias=False) for rows, dtype in (
+        (11, torch.float32), (5, torch.float64), (29, torch.float32))]
+    losses = [fused(p.hidden, Head(p.weight), p.teacher_hidden, Head(p.teacher_weight)).loss
+              for p in problems]
+    for p, loss in zip(problems, losses, strict=True):
+        alone = fuse(parse_objective("jsd"), p)
+        assert torch.equal(loss, alone.loss)
+        want = gradients(p, alone.loss)
+        assert all(torch.allclose(g, want[name], atol=1e-6)
+                   for name, g in gradients(p, loss).items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

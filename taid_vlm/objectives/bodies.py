@@ -4,8 +4,8 @@ One signature, three bodies: `eager` (the reference, every loss), `compiled` (th
 through torch.compile, so that the mathematics stands in one place) and, on CUDA, Triton
 (`kernels.py`). Logits are [n, V] of one width; what brings them there stays outside.
 
-The first two work a few rows at a time: what they need beside their result is about 64 MiB, or
-that of one row.
+The first two work a few rows at a time: on a CPU as many as its caches hold, which halves their
+time, elsewhere so many that what they need beside their result is about 64 MiB, or that of one row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +25,7 @@ from taid_vlm.objectives.divergences import closed_form, row_chunks, upcast
 BODIES = ("auto", "eager", "compiled", "triton")
 WORTH_COMPILING = 2**22  # logits of a chunk below which compiling costs more than it saves
 SCRATCH, SCRATCH_COMPILED = 16, 4  # float32 [n, V] that a sum of terms has in use at a time, about
+CACHED = 2**18  # logits of one model that a thread on a CPU works on at a time
 
 Body = Callable[..., tuple[Tensor, Tensor]]
 
@@ -44,7 +45,7 @@ class BodyTerm:
 
 def eager(
     s: Tensor, u: Tensor | None, labels: Tensor | None, terms: Sequence[BodyTerm],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All terms on one chunk of rows, through the package's own closed forms.
 
@@ -53,17 +54,18 @@ def eager(
         labels: [n], or None if no term needs them.
         terms: at least one.
         dtype: of the gradient; the mathematics is in float32 (float64 for float64 logits).
+        in_place: write the gradient over s, which must then be of that dtype.
 
     Returns:
         The weighted sum's gradient in s [n, V], and every term's unweighted loss [len(terms), n].
     """
     inside = functools.partial(_sum_of_terms, terms=terms)
-    return _by_rows(inside, s, u, labels, len(terms), dtype, SCRATCH)
+    return _by_rows(inside, s, u, labels, len(terms), None if in_place else dtype, SCRATCH)
 
 
 def compiled(
     s: Tensor, u: Tensor | None, labels: Tensor | None, terms: Sequence[BodyTerm],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`eager` as one fused loop per pass over the rows.
 
@@ -73,31 +75,48 @@ def compiled(
     key, t = _without_t(terms)
     body = _compiled(key, dtype)
 
-    def inside(s: Tensor, u: Tensor | None, labels: Tensor | None, out: Tensor) -> Tensor:
+    def inside(s: Tensor, u: Tensor | None, labels: Tensor | None, out: Tensor | None) -> Tensor:
         for logits in (s, u, out):
             if logits is not None:
                 torch._dynamo.mark_static(logits, 1)
         return body(s, u, labels, out, t)
 
-    return _by_rows(inside, s, u, labels, len(terms), dtype, SCRATCH_COMPILED)
+    return _by_rows(
+        inside, s, u, labels, len(terms), None if in_place else dtype, SCRATCH_COMPILED)
 
 
 def _by_rows(
     inside: Callable[..., Tensor], s: Tensor, u: Tensor | None, labels: Tensor | None, terms: int,
-    dtype: torch.dtype, scratch: int,
+    dtype: torch.dtype | None, scratch: int,
 ) -> tuple[Tensor, Tensor]:
-    """`inside` writes the gradient of its rows into its last argument, and gives their losses."""
-    gradient = torch.empty(s.shape, dtype=dtype, device=s.device)
+    """`inside` writes the gradient of its rows into its last argument, and gives their losses.
+
+    Args:
+        dtype: of the gradient; None to write it over s.
+    """
+    gradient = None if dtype is None else torch.empty(s.shape, dtype=dtype, device=s.device)
     losses = s.new_empty(terms, len(s), dtype=upcast(s[:0]).dtype)
-    for rows in row_chunks(len(s), scratch * s.shape[1]):
+    for rows in _row_groups(s, scratch):
         losses[:, rows] = inside(
             s[rows], None if u is None else u[rows], None if labels is None else labels[rows],
-            gradient[rows])
-    return gradient, losses
+            None if gradient is None else gradient[rows])
+    return s if gradient is None else gradient, losses
+
+
+def _row_groups(s: Tensor, scratch: int) -> Iterator[slice]:
+    n, width = s.shape
+    if s.device.type != "cpu":
+        yield from row_chunks(n, scratch * width)
+        return
+    step = max(2, torch.get_num_threads() * max(1, CACHED // max(1, width)))
+    parts = max(1, n // step)  # about equal: one row left over would be compiled for by itself
+    for part in range(parts if n else 0):
+        yield slice(part * n // parts, (part + 1) * n // parts)
 
 
 def _sum_of_terms(
-    s: Tensor, u: Tensor | None, labels: Tensor | None, out: Tensor, terms: Sequence[BodyTerm]
+    s: Tensor, u: Tensor | None, labels: Tensor | None, out: Tensor | None,
+    terms: Sequence[BodyTerm],
 ) -> Tensor:
     gradient, losses = None, []
     for term in terms:
@@ -108,7 +127,7 @@ def _sum_of_terms(
         gradient = g if gradient is None else gradient + g
         losses.append(loss)
     assert gradient is not None
-    out.copy_(gradient)
+    (s if out is None else out).copy_(gradient)
     return torch.stack(losses)
 
 
@@ -125,7 +144,9 @@ def _without_t(terms: Sequence[BodyTerm]) -> tuple[str, float]:
 def _compiled(key: str, dtype: torch.dtype) -> Callable[..., Tensor]:
     plain = [BodyTerm(*fields) for fields in json.loads(key)]
 
-    def body(s: Tensor, u: Tensor | None, labels: Tensor | None, out: Tensor, t: float) -> Tensor:
+    def body(
+        s: Tensor, u: Tensor | None, labels: Tensor | None, out: Tensor | None, t: float
+    ) -> Tensor:
         terms = [replace(term, parameters={**term.parameters, "t": t})
                  if term.name == "taid" else term for term in plain]
         return _sum_of_terms(s, u, labels, out, terms)

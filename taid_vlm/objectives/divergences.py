@@ -29,6 +29,7 @@ from taid_vlm.errors import RecipeError, nearest
 LOG_SMALLEST = -149 * math.log(2)  # log of the smallest positive float32
 # where |r| is smaller, a series of five terms is exact to the dtype's digits
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 1e-3}
+MOST_EXPONENT = 80.0  # beyond, e^r swamps everything beside it, and nears the end of float32
 LANES = 128  # entries that a compiled sum adds up before it adds up their sums
 CHUNK_ELEMENTS = 2**24  # rows are worked on in chunks of about this many logits (64 MiB float32)
 
@@ -93,7 +94,7 @@ def _normaliser_difference(log_q: Tensor, d: Tensor, plain: Tensor) -> Tensor:
     Two logsumexps of size 10 leave an error of 1e-6 in every log ratio, which is what the ratios
     themselves are worth near agreement.
     """
-    near = torch.log1p(row_sum(log_q.exp() * d.clamp(max=1.0).expm1())[:, None])
+    near = torch.log1p(row_sum(log_q.exp() * _expm1(d.clamp(max=1.0)))[:, None])
     return torch.where(d.abs().amax(-1, keepdim=True) < 1.0, near, plain)
 
 
@@ -118,19 +119,28 @@ def interpolate(s: Tensor, u: Tensor, t: float) -> tuple[Tensor, Tensor]:
     return torch.where(ruled_out, -torch.inf, s + difference), difference
 
 
+def _expm1(x: Tensor) -> Tensor:
+    """e^x - 1 with all digits; compiled loops have exp and a polynomial at half expm1's price."""
+    if x.dtype != torch.float32 or not torch.compiler.is_compiling():
+        return torch.expm1(x)
+    near = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (
+        1 / 120 + x * (1 / 720 + x * (1 / 5040 + x / 40320)))))))
+    return torch.where(x.abs() < 0.5, near, x.exp() - 1)
+
+
 # ----- terms that vanish to second order at r = 0 -------------------------------------------
 
 
 def _scaled_expm1(log_w: Tensor, x: Tensor) -> Tensor:
     """exp(log_w) * expm1(x), also where the weight underflows while expm1 overflows."""
-    small = log_w.exp() * x.clamp(max=1.0).expm1()
+    small = log_w.exp() * _expm1(x.clamp(max=1.0))
     return torch.where(x > 1.0, (log_w + x).exp() - log_w.exp(), small)
 
 
 def _forward_terms(log_q: Tensor, r: Tensor) -> Tensor:
     """q (r e^r - e^r + 1): sums to KL(p || q), and every term is >= 0."""
     near = r * r * (1 / 2 + r * (1 / 3 + r * (1 / 8 + r * (1 / 30 + r / 144))))
-    e = r.clamp(max=1.0).expm1()
+    e = _expm1(r.clamp(max=1.0))
     middle = torch.where(r.abs() < SERIES_BELOW[r.dtype], near, (1 + e) * r - e)
     q = log_q.exp()
     return torch.where(r > 1.0, (log_q + r).exp() * (r - 1) + q, q * middle)
@@ -139,17 +149,16 @@ def _forward_terms(log_q: Tensor, r: Tensor) -> Tensor:
 def _reverse_terms(log_q: Tensor, r: Tensor) -> Tensor:
     """q (e^r - 1 - r): sums to KL(q || p), and every term is >= 0."""
     near = r * r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r / 720))))
-    middle = torch.where(r.abs() < SERIES_BELOW[r.dtype], near, r.clamp(max=1.0).expm1() - r)
+    middle = torch.where(r.abs() < SERIES_BELOW[r.dtype], near, _expm1(r.clamp(max=1.0)) - r)
     q = log_q.exp()
     return torch.where(r > 1.0, (log_q + r).exp() - q * (1 + r), q * middle)
 
 
 def _log_mixture(r: Tensor, weight: float) -> Tensor:
     """log((1 - weight) q + weight p) - log q."""
-    log_rest = math.log1p(-weight) if weight < 1 else -math.inf
     log_weight = math.log(weight) if weight > 0 else -math.inf
-    far = torch.logaddexp(r + log_weight, torch.full_like(r, log_rest))
-    return torch.where(r.abs() < 1.0, torch.log1p(weight * r.clamp(-1, 1).expm1()), far)
+    near = torch.log1p(weight * _expm1(r.clamp(max=MOST_EXPONENT)))
+    return torch.where(r < MOST_EXPONENT, near, (r + log_weight).clamp(min=0.0))
 
 
 # ----- the losses ---------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def supports(terms: Sequence[BodyTerm]) -> bool:
 
 def triton_body(
     s: Tensor, u: Tensor | None, labels: Tensor | None, terms: Sequence[BodyTerm],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All terms on some rows, as `bodies.eager`, for terms that `supports` accepts.
 
@@ -82,8 +82,9 @@ def triton_body(
         s: student logits [n, V], float32, bfloat16 or float16; rows may be a view.
         u: teacher logits [n, V], or None if no term needs them.
         labels: [n], or None if no term needs them. A label outside the row makes its loss NaN.
-        dtype: of the gradient. It has a buffer of its own: narrowing in the logits' place would
-            overwrite what other threads still read.
+        dtype: of the gradient.
+        in_place: refused. The gradient has a buffer of its own: narrowing in the logits' place
+            would overwrite what other threads still read.
 
     Returns:
         The weighted sum's gradient in s [n, V] in `dtype`, and every term's unweighted loss
@@ -95,6 +96,7 @@ def triton_body(
     if s.device.type == "cpu" and isinstance(row_kernel, triton.JITFunction):
         raise TaidError("body = 'triton' runs on CUDA, but the logits are on the CPU. Take body: "
                         "auto.")
+    assert not in_place
     gradient = torch.empty(s.shape, dtype=dtype, device=s.device)
     losses = torch.empty(len(terms), len(s), dtype=torch.float32, device=s.device)
     if len(s):

@@ -52,10 +52,38 @@ def test_every_sum_has_a_code_object_of_its_own(monkeypatch):
 def test_rows_are_worked_on_in_blocks(elements, monkeypatch):
     s, u, labels = chunk(9, 20)
     want, want_losses = eager(s, u, labels, TERMS)
-    monkeypatch.setattr("taid_vlm.objectives.divergences.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(bodies, "CACHED", elements)
     gradient, losses = eager(s, u, labels, TERMS, torch.bfloat16)
     assert torch.equal(gradient, want.bfloat16())
     assert torch.equal(losses, want_losses)
+
+
+@pytest.mark.parametrize("body", [eager, pytest.param(compiled, marks=needs_compiler)])
+def test_the_gradient_in_the_logits_place(body):
+    s, u, labels = chunk(9, 20)
+    want, want_losses = body(s, u, labels, TERMS)
+    gradient, losses = body(s, u, labels, TERMS, in_place=True)
+    assert gradient.data_ptr() == s.data_ptr()
+    assert torch.equal(gradient, want)
+    assert torch.equal(losses, want_losses)
+
+
+@needs_compiler
+@pytest.mark.parametrize("terms", [
+    [BodyTerm("taid", parameters={"t": 0.4})], [BodyTerm("jsd", parameters={"beta": 0.5})]])
+@pytest.mark.parametrize("apart", [1e-4, 1e-2, 1.0, 10.0, 60.0])
+def test_compiled_is_exact_at_any_distance(terms, apart):
+    """Its own expm1: as near float64 as eager float32 is; at distance 60 ratios pass e^80."""
+    generator = torch.Generator().manual_seed(0)
+    s = 4 * torch.randn(6, 4001, generator=generator)
+    u = s + apart * torch.randn(6, 4001, generator=generator)
+    want, want_losses = eager(s.double(), u.double(), None, terms, torch.float64)
+    missed, limits = ([((gradient - want).abs().max() / want.abs().max()).item(),
+                       ((losses - want_losses) / want_losses).abs().max().item()]
+                      for gradient, losses in (body(s, u, None, terms)
+                                               for body in (compiled, eager)))
+    assert all(miss < max(1e-6, 2 * limit)
+               for miss, limit in zip(missed, limits, strict=True)), (missed, limits)
 
 
 @pytest.mark.parametrize("given", [torch.float32, torch.float64, torch.bfloat16])
