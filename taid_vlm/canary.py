@@ -76,7 +76,7 @@ def shuffled(records: Sequence[Record]) -> list[Record | None]:
 
 
 def _values(record: Record) -> list[Any]:
-    return [image.value for image in record.images]
+    return [image.stored() for image in record.images]
 
 
 def choose(dataset: Sequence[Any], number: int, collator: DistillationCollator) -> list[Record]:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from taid_vlm.alignment import Pairing
+from taid_vlm.calibration import Calibration, binned_sums
 from taid_vlm.collator import DistillationCollator
 from taid_vlm.models import evaluation_mode
 from taid_vlm.step import Measured, student_forward, teacher_forward, token_figures
@@ -77,13 +78,17 @@ def _figures() -> dict[str, Moments]:
 
 @dataclass(frozen=True)
 class AnswerTotals:
-    """One answer's sums over its tokens: what paired comparisons between runs need."""
+    """One answer's sums over its tokens: what paired comparisons between runs need.
+
+    counts: over how many tokens, for figures that are not defined at all of `tokens`.
+    """
 
     source: str
     turn: int
     category: str
     tokens: int
     totals: dict[str, float]
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,6 +96,7 @@ class Tally:
     """What one process has seen so far; single answers only where `keep_answers`."""
 
     table: Table = field(default_factory=lambda: defaultdict(_figures))
+    calibration: dict[str, Calibration] = field(default_factory=lambda: defaultdict(Calibration))
     dropped: Counter[str] = field(default_factory=Counter)
     aligned_tokens: int = 0
     supervised_tokens: int = 0
@@ -108,22 +114,24 @@ class Tally:
             return
         answer, first = _answers(batch)
         sums = {name: _per_answer(figure, answer, len(first)) for name, figure in figures.items()}
+        sure = _binned(figures, answer, len(first))
         for index, token in enumerate(first):
-            category, totals = batch["categories"][token], {}
+            parts = {ALL, batch["categories"][token]}
+            if sure is not None:
+                for part in parts:
+                    self.calibration[part].add(sure[index])
             for name, (total, tokens) in sums.items():
-                if tokens[index]:
-                    totals[name] = total[index]
-                    for part in {ALL, category}:
-                        self.table[part][name].add(total[index], tokens[index])
+                for part in parts if tokens[index] else ():
+                    self.table[part][name].add(total[index], tokens[index])
             if self.keep_answers:
-                source = batch["sources"][int(batch["row"][token])]
-                self.answers.append(AnswerTotals(
-                    source, int(batch["turn"][token]), category, sums["nll"][1][index], totals))
+                self.answers.append(_answer_totals(batch, token, index, sums))
 
     def merge(self, other: Tally) -> None:
         for category, figures in other.table.items():
             for name, moments in figures.items():
                 self.table[category][name].merge(moments)
+        for category, calibration in other.calibration.items():
+            self.calibration[category].merge(calibration)
         self.dropped.update(other.dropped)
         self.aligned_tokens += other.aligned_tokens
         self.supervised_tokens += other.supervised_tokens
@@ -146,6 +154,27 @@ def _per_answer(figure: Measured, answer: Tensor, number: int) -> tuple[list[flo
     values = figure.values.double().cpu()
     total = values.new_zeros(number).index_add(0, answer, values)
     return total.tolist(), torch.bincount(answer, minlength=number).tolist()
+
+
+def _binned(figures: Mapping[str, Measured], answer: Tensor, number: int) -> Tensor | None:
+    """What the calibration adds up for every answer, where it is measured."""
+    if "confidence" not in figures:
+        return None
+    confidence, hits = (figures[name].values.cpu() for name in ("confidence", "token_accuracy"))
+    return binned_sums(confidence, hits, answer, number)
+
+
+def _answer_totals(
+    batch: dict[str, Any], token: int, index: int, sums: dict[str, tuple[list[float], list[int]]]
+) -> AnswerTotals:
+    """The answer that `token` is the first of, the batch's `index`-th."""
+    tokens = sums["nll"][1][index]
+    own = {name: (total[index], count[index]) for name, (total, count) in sums.items()
+           if count[index]}
+    return AnswerTotals(
+        batch["sources"][int(batch["row"][token])], int(batch["turn"][token]),
+        batch["categories"][token], tokens, {name: total for name, (total, _) in own.items()},
+        {name: count for name, (_, count) in own.items() if count != tokens})
 
 
 @torch.no_grad()
@@ -182,7 +211,7 @@ def evaluate_pair(
             with autocast():
                 s = student_forward(student, batch)
                 u = teacher_forward(teacher, batch) if teacher is not None else None
-            tally.add(batch, token_figures(batch, s, u, pairing))
+            tally.add(batch, token_figures(batch, s, u, pairing, closely=True))
     return tally
 
 
@@ -191,26 +220,30 @@ def summarise(tally: Tally) -> dict[str, Any]:
 
     Returns:
         {figure: mean, figure_stderr: ..., n_tokens, n_answers, coverage, dropped,
-        by_category: {...}}; `kl` is KL(teacher || student) in nats per answer token,
-        `agreement` the share of tokens where both models' most likely entry is the same. With
-        different tokenizers these are over the tokens that both models have, `chunk_kl` is per
-        chunk, both `nll` are per token of the student, and `chunk_coverage` is the share of its
-        tokens that is compared by likelihood only.
+        calibration: the bins behind `ece`, by_category: {...}}; `kl` is KL(teacher || student) in
+        nats per answer token, `agreement` the share of tokens where both models' most likely entry
+        is the same, `ece` the expected calibration error of the student's most likely tokens. With
+        different tokenizers figures against the teacher are over the tokens that both models have,
+        `chunk_kl` is per chunk, both `nll` are per token of the student, and `chunk_coverage` is
+        the share of its tokens that is compared by likelihood only.
     """
-    overall = _means(tally.table.get(ALL, {}))
-    categories = {name: _means(figures) for name, figures in sorted(tally.table.items())
-                  if name != ALL}
+    means = {name: _means(figures, tally.calibration.get(name))
+             for name, figures in sorted(tally.table.items())}
+    overall = means.pop(ALL, {"n_tokens": 0, "n_answers": 0})
     supervised = max(tally.supervised_tokens, 1)
+    sure = tally.calibration.get(ALL)
     return {**overall, "coverage": tally.aligned_tokens / supervised,
             "chunk_coverage": tally.chunk_tokens / supervised, "dropped": dict(tally.dropped),
-            "by_category": categories}
+            **({} if sure is None else {"calibration": sure.bins()}), "by_category": means}
 
 
-def _means(figures: dict[str, Moments]) -> dict[str, float | int]:
-    if not figures:
-        return {"n_tokens": 0, "n_answers": 0}
+def _means(
+    figures: dict[str, Moments], calibration: Calibration | None
+) -> dict[str, float | int]:
     every = figures["nll"]
     out: dict[str, float | int] = {"n_tokens": int(every.tokens), "n_answers": every.records}
     for name, moments in figures.items():
         out[name], out[f"{name}_stderr"] = moments.mean, moments.stderr
+    if calibration is not None:
+        out["ece"], out["ece_stderr"] = calibration.error, calibration.stderr
     return out

@@ -10,7 +10,7 @@ The order behind the head is scale, then softcap, then the objective's temperatu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,15 +19,18 @@ from torch import Tensor
 from taid_vlm.alignment import VocabularyMap
 from taid_vlm.errors import RecipeError, TaidError
 from taid_vlm.heads import Head, HeadPass, ModuleHead
-from taid_vlm.objectives import DIAGNOSTICS, LOSSES, Objective, diagnose
-from taid_vlm.objectives.bodies import SCRATCH, BodyTerm, choose_body
-from taid_vlm.objectives.divergences import check_parameters, row_chunks, upcast
+from taid_vlm.objectives import LOSSES, Objective
+from taid_vlm.objectives.bodies import BodyTerm, choose_body
+from taid_vlm.objectives.divergences import check_parameters, upcast
 from taid_vlm.scratch import Scratch
 
 MEMORY_BUDGET = 384 * 2**20  # bytes that the logits and gradients of one chunk may take
 SCALED_AT_ONCE = 2**22  # numbers of a half-precision gradient that are scaled in float32 at a time
 
 Rows = Tensor | slice
+# number of the map, rows [n], student logits [n, V_student], teacher logits [n, V_teacher] or None
+# -> {name: [n]}
+Measure = Callable[[int, Rows, Tensor, Tensor | None], Mapping[str, Tensor]]
 
 
 class FusedLoss(NamedTuple):
@@ -36,7 +39,7 @@ class FusedLoss(NamedTuple):
     loss: the weighted sum over all tokens and terms, a differentiable scalar (float32; float64
         for float64 hidden states).
     per_token: every term's own loss, {name: [N] nats}, without weights, detached.
-    figures: those of `diagnose`, {name: [N]}, where they were asked for.
+    figures: what `measure` found, {name: [N]}.
     """
 
     loss: Tensor
@@ -82,7 +85,7 @@ class FusedDivergence:
         t: float | None = None,
         map_index: Tensor | None = None,
         token_weights: Tensor | None = None,
-        figures: bool = False,
+        measure: Measure | None = None,
     ) -> FusedLoss:
         """The weighted sum over N tokens; gradients reach hidden states and head.
 
@@ -98,13 +101,14 @@ class FusedDivergence:
             map_index: [N] which of `maps` holds for a token; needed with more than one.
             token_weights: [N] factors of the terms that compare with the teacher; no gradient
                 reaches them.
-            figures: whether `diagnose`'s figures are computed, too.
+            measure: looks at every chunk's logits while they are there, for figures; it must not
+                change them.
 
         Raises:
             RecipeError: something the terms need is missing, or shapes do not match.
         """
         between, on_data = self.terms(t)
-        work = _Work(self, between, on_data, student_head, teacher_head, figures)
+        work = _Work(self, between, on_data, student_head, teacher_head, measure)
         work.take(student_hidden, teacher_hidden, labels, map_index, token_weights)
         if torch.is_grad_enabled():
             loss = _Fused.apply(work, student_hidden, *student_head.parameters())
@@ -163,11 +167,12 @@ class _Work:
 
     def __init__(
         self, fused: FusedDivergence, between: list[BodyTerm], on_data: list[BodyTerm],
-        student_head: Head | ModuleHead, teacher_head: Head | ModuleHead | None, figures: bool,
+        student_head: Head | ModuleHead, teacher_head: Head | ModuleHead | None,
+        measure: Measure | None,
     ) -> None:
         self.fused, self.between, self.on_data = fused, between, on_data
         self.student_head, self.teacher_head = student_head, teacher_head
-        self.with_figures = figures
+        self.measure = measure
         self.per_token: dict[str, Tensor] = {}
         self.figures: dict[str, Tensor] = {}
 
@@ -176,7 +181,8 @@ class _Work:
         map_index: Tensor | None, token_weights: Tensor | None,
     ) -> None:
         """Tensors of N rows each; whether they are all there is checked before any work."""
-        self.compares = bool(self.between) or self.with_figures
+        measured = self.measure is not None and teacher_hidden is not None
+        self.compares = bool(self.between) or measured
         several = len(self.fused.maps) > 1
         for name, tensor, needed in (
             ("teacher_hidden", teacher_hidden, self.compares), ("labels", labels, self.on_data),
@@ -223,10 +229,10 @@ class _Work:
             self.teacher: HeadPass = self.teacher_head.open(
                 dtype=dtype, scratch=self.fused.teacher_scratch)
         gradient = torch.zeros_like(hidden) if any(needs[:1]) else None
-        for vocabulary, rows in chunks:
+        for index, rows in chunks:
             x = hidden[rows]
             s = head.logits(x)
-            g = self._differentiate(s, vocabulary, rows, head.product)
+            g = self._differentiate(s, index, rows, head.product)
             g_x = head.backward(x, g, s, gradient is not None) if any(needs) else None
             if gradient is not None and g_x is not None:
                 gradient[rows] = g_x
@@ -234,14 +240,14 @@ class _Work:
         return self._total(hidden), [gradient, *head.gradients()]
 
     def _prepare(self, hidden: Tensor) -> None:
-        """Losses and figures to be filled in, zero."""
-        zeros = upcast(hidden[:0]).new_zeros
+        """Losses to be filled in, zero."""
+        self.tokens, zeros = len(hidden), upcast(hidden[:0]).new_zeros
         self.per_token = {term.name: zeros(len(hidden)) for term in self.fused.objective.terms}
-        if self.with_figures:
-            self.figures = {name: zeros(len(hidden), dtype=torch.float32) for name in DIAGNOSTICS}
 
-    def _chunks(self, hidden: Tensor) -> Iterator[tuple[VocabularyMap | None, Rows]]:
+    def _chunks(self, hidden: Tensor) -> Iterator[tuple[int, Rows]]:
         """Rows of one map at a time, as many as the budget holds, all about equal."""
+        if not len(hidden):
+            yield 0, slice(0, 0)  # so that figures have their names
         several, covered = len(self.fused.maps) > 1, 0
         for index, vocabulary in enumerate(self.fused.maps):
             rows: Rows = slice(0, len(hidden))
@@ -255,7 +261,7 @@ class _Work:
                 hidden, vocabulary)))
             for part in range(parts):
                 start, end = part * count // parts, (part + 1) * count // parts
-                yield vocabulary, slice(start, end) if isinstance(rows, slice) else rows[start:end]
+                yield index, slice(start, end) if isinstance(rows, slice) else rows[start:end]
         if covered != len(hidden):
             raise RecipeError(f"map_index names another map than 0 to {len(self.fused.maps) - 1}.")
 
@@ -268,48 +274,49 @@ class _Work:
         numbers = self.student_head.rows * copies
         if self.compares and self.teacher_head is not None:
             numbers += self.teacher_head.rows * self.teacher_head.copies
-        return size * (numbers + (0 if vocabulary is None else 3 * vocabulary.width))
+        if vocabulary is not None and self.between:
+            numbers += 3 * vocabulary.width
+        return size * numbers
 
     def _differentiate(
-        self, s: Tensor, vocabulary: VocabularyMap | None, rows: Rows, dtype: torch.dtype
+        self, s: Tensor, index: int, rows: Rows, dtype: torch.dtype
     ) -> Tensor:
         """The weighted sum's gradient in the student's logits s [n, V]; losses are kept.
 
         Args:
+            index: of the vocabulary map.
             dtype: what the gradient may be rounded to at once.
         """
+        vocabulary = self.fused.maps[index]
         labels = None if self.labels is None else self.labels[rows]
+        u = self._teacher_logits(rows) if self.compares else None
+        self._measure(index, rows, s, u)
         if not self._apart(vocabulary):
-            u = self._teacher_logits(rows) if self.compares else None
-            self._measure(s, u, rows)
             return self._body(s, u, labels, rows, [*self.between, *self.on_data], dtype,
                               self._in_place(vocabulary, s))
         wide = upcast(s[:0]).dtype
         of_data = self._body(s, None, labels, rows, self.on_data, wide) if self.on_data else None
-        compared = self._compared(s, vocabulary, rows) if self.compares else None
-        if of_data is None or compared is None:
-            return of_data if compared is None else compared  # type: ignore[return-value]
-        return compared.add_(of_data)
+        assert u is not None
+        compared = self._compared(s, u, vocabulary, rows)
+        return compared if of_data is None else compared.add_(of_data)
 
     def _apart(self, vocabulary: VocabularyMap | None) -> bool:
         """Whether terms against the teacher and on the data need a gradient each: they look at
         other entries, or weigh tokens differently."""
-        return vocabulary is not None or self.token_weights is not None
+        return bool(self.between) and (
+            vocabulary is not None or self.token_weights is not None)
 
     def _in_place(self, vocabulary: VocabularyMap | None, like: Tensor) -> bool:
         """Whether the gradient takes the logits' place; on CUDA they differ in type."""
         return self.student_head.spends and not self._apart(vocabulary) and not like.is_cuda
 
     def _compared(
-        self, s: Tensor, vocabulary: VocabularyMap | None, rows: Rows
-    ) -> Tensor | None:
+        self, s: Tensor, u: Tensor, vocabulary: VocabularyMap | None, rows: Rows
+    ) -> Tensor:
         """The share of the terms that compare with the teacher, made over common entries."""
-        u, mapped = self._teacher_logits(rows), s
+        mapped = s
         if vocabulary is not None:
             mapped, u = vocabulary.map_student(s), vocabulary.map_teacher(u)
-        self._measure(mapped, u, rows)
-        if not self.between:
-            return None
         g = self._body(mapped, u, None, rows, self.between, upcast(s[:0]).dtype)
         if vocabulary is not None:
             g = vocabulary.unmap_student(g, s, mapped)
@@ -329,12 +336,12 @@ class _Work:
             self.per_token[term.name][rows] = loss
         return gradient
 
-    def _measure(self, s: Tensor, u: Tensor | None, rows: Rows) -> None:
-        if not self.with_figures or u is None:
+    def _measure(self, index: int, rows: Rows, s: Tensor, u: Tensor | None) -> None:
+        if self.measure is None:
             return
-        parts = [diagnose(s[part], u[part]) for part in row_chunks(len(s), SCRATCH * s.shape[1])]
-        for name, figure in self.figures.items():
-            figure[rows] = torch.cat([part[name] for part in parts])
+        for name, values in self.measure(index, rows, s, u).items():
+            figure = self.figures.setdefault(name, values.new_zeros(self.tokens))
+            figure[rows] = values
 
     def _total(self, hidden: Tensor) -> Tensor:
         total = upcast(hidden[:0]).new_zeros(())

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from taid_vlm.alignment import Pairing
 from taid_vlm.errors import TaidError
-from taid_vlm.fused import MEMORY_BUDGET, FusedDivergence, FusedLoss
+from taid_vlm.fused import MEMORY_BUDGET, FusedDivergence, FusedLoss, Rows
 from taid_vlm.heads import Bend, Head, ModuleHead
 from taid_vlm.models import (
     answer_hidden,
@@ -28,7 +28,7 @@ from taid_vlm.models import (
     head_rows,
     unwrap,
 )
-from taid_vlm.objectives import Objective, divergence
+from taid_vlm.objectives import Objective, divergence, parse_objective
 from taid_vlm.step import (
     Batch,
     Measured,
@@ -74,7 +74,7 @@ class ReferenceStep:
         if teacher is not None and self.objective.needs_teacher:
             u = teacher_forward(teacher, batch)
             if self.objective.visual_advantage:
-                weight = advantage_weights(self.objective.visual_advantage, teacher, batch, u)
+                weight = _advantage(self.objective, teacher, batch, u)
         s = student_forward(model, batch)
         losses = token_losses(self.objective, batch, s, u, self.pairing, t)
         sums = {name: x.sum() for name, x in self.objective.reweighted(losses, weight).items()}
@@ -82,73 +82,94 @@ class ReferenceStep:
         return StepLoss(self.objective.weighted(sums), losses, weight, figures)
 
 
+@torch.no_grad()
+def _advantage(objective: Objective, teacher: nn.Module, batch: Batch, u: Tensor) -> Tensor:
+    def nll(logits: Tensor) -> Tensor:
+        return divergence("ce", logits, None, labels=batch["teacher_labels"])
+
+    return advantage_weights(objective.visual_advantage, batch, nll(u),
+                             lambda blind: nll(teacher_forward(teacher, blind)))
+
+
+class Answers(NamedTuple):
+    """One model's hidden states at the answer positions [N, H], and its head."""
+
+    hidden: Tensor
+    head: Head | ModuleHead
+
+
 class FusedStep:
     """The fused objective inside the student's forward; nothing of size [N, V] is kept.
 
     Args:
+        pairing: None without a teacher.
         student: wrapped or not; its innermost forward takes one argument more from now on.
         bends: what student and teacher do behind their heads.
         memory_budget: bytes that a chunk of logits may take.
     """
 
     def __init__(
-        self, objective: Objective, pairing: Pairing, student: nn.Module,
+        self, objective: Objective, pairing: Pairing | None, student: nn.Module,
         bends: Mapping[str, Bend], memory_budget: int, autocast: Autocast,
     ) -> None:
         self.objective, self.pairing, self.bends = objective, pairing, bends
         self.autocast = autocast
-        self.fused = FusedDivergence(objective, pairing.maps, memory_budget=memory_budget)
+        maps = pairing.maps if pairing is not None and objective.needs_teacher else ()
+        self.fused = FusedDivergence(objective, maps, memory_budget=memory_budget)
+        self.likelihood = FusedDivergence(parse_objective("ce"), memory_budget=memory_budget)
         accept_distill(unwrap(student))
 
     def __call__(
         self, model: nn.Module, teacher: nn.Module | None, batch: Batch, t: float | None,
         with_figures: bool,
     ) -> StepLoss:
-        their_hidden, their_head = None, None
+        theirs = weight = None
         if teacher is not None and self.objective.needs_teacher:
             with torch.no_grad(), self.autocast():
-                inner = unwrap(teacher)
-                their_hidden = answer_hidden(inner, batch["teacher_inputs"], batch["teacher_mask"])
-                their_head = output_head(inner, self.bends["teacher"])
-        figures: dict[str, Measured] = {}
+                theirs = self._answers(unwrap(teacher), "teacher", batch)
+                if self.objective.visual_advantage:
+                    weight = self._advantage(unwrap(teacher), batch, theirs)
 
         def distill(student: PreTrainedModel, inputs: Mapping[str, Tensor]) -> FusedLoss:
             with self.autocast():
-                hidden = answer_hidden(student, inputs, batch["student_mask"])
-                head = output_head(student, self.bends["student"])
-                if with_figures:
-                    figures.update(self._figures(batch, hidden, head, their_hidden, their_head))
-                return self.fused(hidden, head, their_hidden, their_head, batch["labels"], t=t,
-                                  map_index=batch["map_index"])
+                ours = self._answers(student, "student", {**batch, "student_inputs": inputs})
+                their_hidden, their_head = theirs or (None, None)
+                return self.fused(
+                    ours.hidden, ours.head, their_hidden, their_head, batch["labels"], t=t,
+                    map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
+                    token_weights=weight,
+                    measure=functools.partial(self._measure, batch) if with_figures else None)
 
         found = model(**batch["student_inputs"], distill=distill)
-        return StepLoss(found.loss, found.per_token, None, figures)
+        figures = {name: Measured(values) for name, values in found.figures.items()}
+        return StepLoss(found.loss, found.per_token, weight, figures)
 
-    @torch.no_grad()
-    def _figures(
-        self, batch: Batch, s: Tensor, s_head: Head | ModuleHead, u: Tensor | None,
-        u_head: Head | ModuleHead | None,
-    ) -> dict[str, Measured]:
-        """As `token_figures`, a few rows at a time."""
-        names: dict[str, list[Tensor]] = {}
-        order: list[Tensor] = []
-        ours_of, theirs_of = (None if head is None else head.open() for head in (s_head, u_head))
-        assert ours_of is not None
-        at_once = max(1, self.fused.memory_budget // (FIGURE_BYTES * s_head.rows))
-        for index, vocabulary in enumerate(self.pairing.maps):
-            of_map = (batch["map_index"] == index).nonzero()[:, 0]
-            for rows in of_map.split(at_once):
-                order.append(rows)
-                ours = ours_of.logits(s[rows])
-                found = {"nll": divergence("ce", ours, None, labels=batch["labels"][rows])}
-                if u is not None and theirs_of is not None:
-                    theirs = theirs_of.logits(u[rows])
-                    found["teacher_nll"] = divergence(
-                        "ce", theirs, None, labels=batch["teacher_labels"][rows])
-                    found |= compared_figures(vocabulary, ours, theirs)
-                for name, values in found.items():
-                    names.setdefault(name, []).append(values)
-        return {name: Measured(torch.cat(parts), torch.cat(order)) for name, parts in names.items()}
+    def _answers(self, model: PreTrainedModel, role: str, batch: Batch) -> Answers:
+        return Answers(answer_hidden(model, batch[f"{role}_inputs"], batch[f"{role}_mask"]),
+                       output_head(model, self.bends[role]))
+
+    def _advantage(self, teacher: PreTrainedModel, batch: Batch, seeing: Answers) -> Tensor:
+        def nll(answers: Answers) -> Tensor:
+            return self.likelihood(*answers, labels=batch["teacher_labels"]).per_token["ce"]
+
+        return advantage_weights(
+            self.objective.visual_advantage, batch, nll(seeing),
+            lambda blind: nll(self._answers(teacher, "teacher", blind)))
+
+    def _measure(
+        self, batch: Batch, index: int, rows: Rows, s: Tensor, u: Tensor | None
+    ) -> dict[str, Tensor]:
+        """As `token_figures`, as many rows at a time as the budget holds."""
+        at_once = max(1, self.fused.memory_budget // (FIGURE_BYTES * s.shape[1]))
+        parts = []
+        for part in (slice(i, i + at_once) for i in range(0, max(1, len(s)), at_once)):
+            found = {"nll": divergence("ce", s[part], None, labels=batch["labels"][rows][part])}
+            if u is not None and self.pairing is not None:
+                partners = batch["teacher_labels"][rows][part]
+                found["teacher_nll"] = divergence("ce", u[part], None, labels=partners)
+                found |= compared_figures(self.pairing.maps[index], s[part], u[part])
+            parts.append(found)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 # ----- the student's forward ----------------------------------------------------------------
@@ -215,18 +236,13 @@ def choose_step(
         return ReferenceStep(objective, pairing)
     if reason is not None:
         raise TaidError(f"loss_implementation = 'fused', but {reason}. Use auto or reference.")
-    assert pairing is not None
     return FusedStep(objective, pairing, student, bends, memory_budget, autocast)
 
 
 def obstacle(objective: Objective, pairing: Pairing | None) -> str | None:
     """What only the reference can do."""
-    if pairing is None:
-        return "there is no teacher"
-    if pairing.has_chunks:
+    if pairing is not None and pairing.has_chunks and objective.needs_teacher:
         return "the models split some texts differently, and chunks need single tokens' logits"
-    if objective.visual_advantage:
-        return "visual_advantage compares the teacher's logits with and without the image"
     return None
 
 

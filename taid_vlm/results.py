@@ -51,21 +51,29 @@ def peak_memory() -> dict[str, int]:
     return memory
 
 
+def as_json(value: Any) -> str:
+    """Strict JSON: NaN and infinity become null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False)
+
+
 def write_json(value: Any, path: Path) -> Path:
-    """Write strict JSON (NaN and infinity become null) so that the file is whole or absent."""
-    return write_text(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n", path)
+    """Write strict JSON so that the file is whole or absent."""
+    return write_text(as_json(value) + "\n", path)
 
 
 def write_text(text: str, path: Path) -> Path:
-    """Write through a temporary file in the same folder; raises TaidError."""
+    """Write through a temporary file in the same folder: readers see the old file or the new one.
+
+    Raises:
+        TaidError: the folder or the file cannot be written.
+    """
     try:
-        return replace_file(text, path)
+        return _replace_file(text, path)
     except OSError as error:
         raise TaidError(f"'{path}' could not be written: {error.strerror or error}") from error
 
 
-def replace_file(text: str, path: Path) -> Path:
-    """The same with the bare OSError: readers see the old file or the new one, nothing else."""
+def _replace_file(text: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

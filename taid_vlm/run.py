@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
-from taid_vlm.adapters import Processor, make_adapter
+from taid_vlm.adapters import Processor, make_adapter, tokenizer_change
 from taid_vlm.alignment import check_modalities
 from taid_vlm.canary import Looks, account
 from taid_vlm.errors import TaidError, refuse_file_in_the_way
+from taid_vlm.eval_answers import FILE as ANSWERS_FILE
+from taid_vlm.eval_answers import to_lines
+from taid_vlm.evaluation import Tally, summarise
 from taid_vlm.generation import generate_answers
 from taid_vlm.models import (
     load_config,
@@ -29,10 +32,18 @@ from taid_vlm.models import (
 )
 from taid_vlm.parts import count_parameters, freeze_parts
 from taid_vlm.recipe import Recipe
-from taid_vlm.records import DataSource, Record, Records, StreamedRecords, open_records
+from taid_vlm.records import (
+    DataSource,
+    Record,
+    Records,
+    StreamedRecords,
+    fingerprint,
+    open_records,
+)
 from taid_vlm.report import write_report
-from taid_vlm.report.run import run_report
+from taid_vlm.report.run import question_text, run_report
 from taid_vlm.results import SCHEMA, machine, peak_memory, versions, write_json, write_text
+from taid_vlm.students.folder import whole_or_absent
 from taid_vlm.trainer import DistillationConfig, DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -95,7 +106,7 @@ def distill(recipe: Recipe, resume: bool = False, place: Place | None = None) ->
 
     Returns:
         What was written to results.json. On disk: `student/` (loads with plain Auto classes),
-        `recipe.yaml`, `results.json`, `report.html`.
+        `recipe.yaml`, `eval_answers.jsonl`, `results.json`, `report.html`.
 
     Raises:
         TaidError: anything a user can mend, with nothing half-written left behind.
@@ -124,12 +135,11 @@ def distill(recipe: Recipe, resume: bool = False, place: Place | None = None) ->
     results |= {"recipe_hash": told.digest(), "stages": list(place.earlier) if place else []}
     save_student(trainer, output / STUDENT_FOLDER)
     if trainer.is_world_process_zero():
-        examples = results.pop("_examples")
+        examples, answers = results.pop("_examples"), results.pop("_answers")
+        if answers is not None:
+            write_text(answers, output / ANSWERS_FILE)
         write_json(results, output / "results.json")
-        try:
-            write_report(run_report(results, examples, told.to_yaml()), output / "report.html")
-        except OSError as error:
-            raise TaidError(f"'{output / 'report.html'}' could not be written: {error}") from error
+        write_report(run_report(results, examples, told.to_yaml()), output / "report.html")
     trainer.accelerator.wait_for_everyone()
     return results
 
@@ -139,20 +149,22 @@ def _measure(
 ) -> dict[str, Any]:
     """Evaluate, train, evaluate; and all that there is to say about it."""
     questions = _questions(ingredients.eval, recipe.evaluate.examples)
-    before, first_look = _held_out(trainer, ingredients.eval), _look(trainer, ingredients.eval)
+    before, first_look = _tally(trainer, ingredients.eval), _look(trainer, ingredients.eval)
     answers = {"teacher": _answers(trainer, "teacher", questions, recipe),
                "before": _answers(trainer, "student", questions, recipe)}
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
     answers["after"] = _answers(trainer, "student", questions, recipe)
-    after, last_look = _held_out(trainer, ingredients.eval), _look(trainer, ingredients.eval)
+    after, last_look = _tally(trainer, ingredients.eval), _look(trainer, ingredients.eval)
     schedule = trainer.schedule
     return {
         "schema": SCHEMA,
         "objective": recipe.objective,
         "seed": trainer.args.seed,
-        "eval": {"before": before, "after": after},
+        "data": {"eval": _data(recipe.data.eval, ingredients.eval)},
+        "eval": {when: tally and summarise(tally)
+                 for when, tally in (("before", before), ("after", after))},
         "canary": account(first_look, last_look),
         "alignment": _alignment(trainer),
         "models": _models(trainer, recipe),
@@ -160,6 +172,7 @@ def _measure(
             "steps": trainer.state.global_step,
             "resumed_from": checkpoint and checkpoint.name,
             "seconds": seconds,
+            "answer_tokens": trainer.answer_tokens,
             "records_left_out": trainer.all_dropped(),
             "texts_cut": trainer.cut,
             "t": schedule and schedule.t,
@@ -171,7 +184,9 @@ def _measure(
         "machine": {**machine(), "processes": trainer.accelerator.num_processes},
         "versions": versions(),
         "history": trainer.state.log_history,
+        "examples": _examples(questions, answers),
         "_examples": (questions, answers),
+        "_answers": before and after and to_lines(before.answers, after.answers),
     }
 
 
@@ -216,6 +231,7 @@ def clear_results(output: Path) -> None:
     if (output / "results.json").exists():
         logger.warning("'%s' holds a finished run; its results are replaced.", output)
         (output / "results.json").unlink()
+        (output / ANSWERS_FILE).unlink(missing_ok=True)
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
 
@@ -249,8 +265,26 @@ def lora_config(config: Mapping[str, Any] | None) -> Any:
 # ----- figures ------------------------------------------------------------------------------
 
 
-def _held_out(trainer: DistillationTrainer, records: Any) -> dict[str, Any] | None:
-    return None if records is None else trainer.held_out(records)
+def _tally(trainer: DistillationTrainer, records: Any) -> Tally | None:
+    return None if records is None else trainer.tally(records, keep_answers=True)
+
+
+def _data(source: DataSource | None, records: Any) -> dict[str, Any] | None:
+    """What the held-out figures are of; two runs with one hash were measured on the same."""
+    if source is None:
+        return None
+    return {"path": source.path, "split": source.split, "records": len(records),
+            "sha256": fingerprint(records)}
+
+
+def _examples(
+    questions: list[tuple[Record, int]], answers: Mapping[str, list[str]]
+) -> list[dict[str, Any]]:
+    """Questions with their answers as text; the images are in the report."""
+    return [{"source": record.source, "turn": turn, "category": record.category(turn),
+             "prompt": question_text(record, turn), "reference": record.answers[turn],
+             "answers": {name: texts[index] for name, texts in answers.items() if texts}}
+            for index, (record, turn) in enumerate(questions)]
 
 
 def _look(trainer: DistillationTrainer, records: Any) -> Looks:
@@ -307,40 +341,26 @@ def _answers(
 def save_student(trainer: DistillationTrainer, folder: Path) -> None:
     """Write model and processor, check that they load as they were, and only then put them in
     place."""
-    partial = folder.with_name(f".{folder.name}.partial")
     main = trainer.is_world_process_zero()
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    try:
+    with whole_or_absent(folder, "the student could not be saved to '{}'", main) as partial:
+        trainer.accelerator.wait_for_everyone()  # the main process has emptied it
         trainer.save_model(str(partial))
         if main:
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
             _check_reload(trainer, partial)
             shutil.rmtree(folder, ignore_errors=True)
-            partial.replace(folder)
-    except TaidError:
-        raise
-    except Exception as error:
-        raise TaidError(f"the student could not be saved to '{folder}': {error}") from error
-    finally:
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 
 def _check_reload(trainer: DistillationTrainer, folder: Path) -> None:
-    """Some tokenizers are rebuilt differently when they are loaded by their model's type."""
+    """Warn of a tokenizer that is not the same when it is loaded by its model's type."""
     from transformers import AutoProcessor, AutoTokenizer
 
     ours = trainer.collator.student
     auto = AutoProcessor if ours.sees_images else AutoTokenizer
     again = make_adapter(auto.from_pretrained(str(folder)), "student")
-    for text in ("The quick brown fox, 1,234.5 times.", " naïve 数量\n\n  a_b", "What's this?"):
-        first, second = (a.tokenizer(text)["input_ids"] for a in (ours, again))
-        if first != second:
-            logger.warning(
-                "The saved tokenizer splits %r differently from the one that was trained with (%s "
-                "against %s): transformers rebuilds it by the model's type. Save the tokenizer "
-                "that belongs to this model type.", text, second, first)
-            return
+    if change := tokenizer_change(ours.tokenizer, again.tokenizer):
+        logger.warning(
+            "Saving and loading the tokenizer that was trained with changes %s. transformers "
+            "rebuilds it by the model's type; save the tokenizer that belongs to this model type.",
+            change)

@@ -9,6 +9,7 @@ a chunk's loss and figures stand at its last token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from taid_vlm.models import answer_logits
 from taid_vlm.objectives import (
     Objective,
     advantage_weight,
+    best_guess,
     chunk_logits,
     diagnose,
     divergence,
@@ -67,22 +69,23 @@ def token_losses(
     return losses
 
 
-@torch.no_grad()
 def advantage_weights(
-    strength: float, teacher: nn.Module, batch: Batch, teacher_logits: Tensor
+    strength: float, batch: Batch, seeing: Tensor, unseeing: Callable[[Batch], Tensor]
 ) -> Tensor:
     """How much every token of the student counts [N], by what the teacher sees for it.
 
-    One more forward of the teacher, in which only the pixels differ. All of a chunk weighs what
-    the sum over its teacher's tokens says; tokens of records without an image weigh 1.
+    All of a chunk weighs what the sum over its teacher's tokens says; tokens of records without an
+    image weigh 1.
+
+    Args:
+        seeing: the teacher's negative log-likelihood of its tokens [N_teacher].
+        unseeing: the same of another batch: this one, in which only the teacher's pixels differ.
     """
     degraded = batch["teacher_degraded"]
     if not degraded:
-        return teacher_logits.new_ones(len(batch["labels"]), dtype=torch.float32)
+        return seeing.new_ones(len(batch["labels"]), dtype=torch.float32)
     blind = {**batch, "teacher_inputs": {**batch["teacher_inputs"], **degraded}}
-    without, seeing = (divergence("ce", logits, None, labels=batch["teacher_labels"])
-                       for logits in (teacher_forward(teacher, blind), teacher_logits))
-    gain = without - seeing
+    gain = unseeing(blind) - seeing
     if _has_chunks(batch):
         gain = _of_partners(batch, gain)
     return advantage_weight(gain, strength).where(batch["images"][batch["row"]] > 0, 1.0)
@@ -123,35 +126,49 @@ def _against_teacher(
 
 @torch.no_grad()
 def token_figures(
-    batch: Batch, student_logits: Tensor, teacher_logits: Tensor | None, pairing: Pairing | None
+    batch: Batch, student_logits: Tensor, teacher_logits: Tensor | None, pairing: Pairing | None,
+    closely: bool = False,
 ) -> dict[str, Measured]:
     """What is reported, per token of the student: KL both ways, entropies, agreement, mass outside
     the shared vocabulary, both models' negative log-likelihood of the data, and, where there are
-    chunks, the KL between the models' likelihoods of one."""
+    chunks, the KL between the models' likelihoods of one.
+
+    Args:
+        closely: also what is worth its time in evaluation only: JSD (of chunks, too), the student's
+            confidence in its most likely token and whether that is the data's, head and tail mass.
+            Ranks are those of the entries that are compared: the rest, and a group of tokens of
+            different tokenizers, count as one each. A chunk's likelihood has no ranks.
+    """
     figures = {"nll": Measured(divergence("ce", student_logits, None, labels=batch["labels"]))}
+    if closely:
+        figures |= {name: Measured(values)
+                    for name, values in best_guess(student_logits, batch["labels"]).items()}
     if teacher_logits is None or pairing is None:
         return figures
 
-    compared = _by_map(pairing, batch, student_logits, teacher_logits, compared_figures)
+    compare = functools.partial(compared_figures, closely=closely)
+    compared = _by_map(pairing, batch, student_logits, teacher_logits, compare)
     theirs = divergence("ce", teacher_logits, None, labels=batch["teacher_labels"])
     if not _has_chunks(batch):
         return figures | {"teacher_nll": Measured(theirs)} | {
             name: Measured(values) for name, values in compared.items()}
     return figures | {"teacher_nll": Measured(_at_student(batch, theirs))} | {
         name: Measured(values, batch["pair_student"]) for name, values in compared.items()
-    } | _chunk_figures(batch, student_logits, teacher_logits)
+    } | _chunk_figures(batch, student_logits, teacher_logits, closely)
 
 
-def compared_figures(vocabulary: VocabularyMap, s: Tensor, u: Tensor) -> dict[str, Tensor]:
+def compared_figures(
+    vocabulary: VocabularyMap, s: Tensor, u: Tensor, closely: bool = False
+) -> dict[str, Tensor]:
     """Figures of student logits [n, V_student] against teacher logits [n, V_teacher]."""
-    found = diagnose(vocabulary.map_student(s), vocabulary.map_teacher(u))
+    found = diagnose(vocabulary.map_student(s), vocabulary.map_teacher(u), closely)
     return found | vocabulary.unshared_mass(s, "student") | vocabulary.unshared_mass(u, "teacher")
 
 
-def _chunk_figures(batch: Batch, s: Tensor, u: Tensor) -> dict[str, Measured]:
-    figures = diagnose(*_chunk_logits(batch, s, u))
-    return {f"chunk_{name}": Measured(figures[name], batch["chunk_last"])
-            for name in ("kl", "reverse_kl")}
+def _chunk_figures(batch: Batch, s: Tensor, u: Tensor, closely: bool) -> dict[str, Measured]:
+    figures = diagnose(*_chunk_logits(batch, s, u), closely)
+    names = ("kl", "reverse_kl", "jsd") if closely else ("kl", "reverse_kl")
+    return {f"chunk_{name}": Measured(figures[name], batch["chunk_last"]) for name in names}
 
 
 def _has_chunks(batch: Batch) -> bool:

@@ -178,6 +178,7 @@ class DistillationTrainer(Trainer):
         self._step_sums: dict[str, Tensor] = {}
         self._step_images: Tensor | int = 0  # of the optimizer step, over all processes
         self._empty_steps = 0
+        self.answer_tokens = 0  # trained on so far, over all processes
         self._window = Window()
         self._step: ReferenceStep | FusedStep | None = None
         self.add_callback(ScheduleCallback(self))
@@ -259,6 +260,7 @@ class DistillationTrainer(Trainer):
         sums = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
         self._step_sums = {}
         self._window.add(sums)
+        self.answer_tokens += int(sums["tokens"])
         self._empty_steps = 0 if sums["tokens"] else self._empty_steps + 1
         if self._empty_steps == EMPTY_STEPS:
             told = ", ".join(f"{n} x {reason}" for reason, n in self.dropped.items())
@@ -310,15 +312,20 @@ class DistillationTrainer(Trainer):
 
     def held_out(self, dataset: Sequence[Any]) -> dict[str, Any]:
         """`taid_vlm.evaluation.summarise` over all processes."""
+        return summarise(self.tally(dataset))
+
+    def tally(self, dataset: Sequence[Any], keep_answers: bool = False) -> Tally:
+        """`taid_vlm.evaluation.evaluate_pair` over all processes."""
         tally = evaluate_pair(
             self.model, self.teacher, dataset, self.collator, self.pairing,
+            keep_answers=keep_answers,
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),
             **self._evaluation_options(),
         )
         merged = Tally()
         for part in gather_object([tally]):
             merged.merge(part)
-        return summarise(merged)
+        return merged
 
     def look(self, dataset: Sequence[Any]) -> Looks:
         """`taid_vlm.canary.canary` of teacher and student, by role; {} without images."""
@@ -381,10 +388,12 @@ class ScheduleCallback(TrainerCallback, ExportableState):
     ) -> None:
         trainer = self.trainer
         trainer.schedule = trainer.objective.schedule(state.max_steps)
-        trainer._window, trainer._empty_steps = Window(), 0
+        trainer._window, trainer._empty_steps, trainer.answer_tokens = Window(), 0, 0
         saved = state.stateful_callbacks.get("ScheduleCallback")
-        if trainer.schedule is not None and state.global_step > 0 and saved:
-            trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
+        if state.global_step > 0 and saved:
+            trainer.answer_tokens = saved["attributes"].get("answer_tokens", 0)
+            if trainer.schedule is not None:
+                trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -410,4 +419,5 @@ class ScheduleCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         schedule = self.trainer.schedule
         saved = None if schedule is None else schedule.state_dict()
-        return {"args": {}, "attributes": {"schedule": saved} if saved else {}}
+        return {"args": {}, "attributes": {"answer_tokens": self.trainer.answer_tokens,
+                                           **({"schedule": saved} if saved else {})}}

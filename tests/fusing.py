@@ -15,7 +15,8 @@ from taid_vlm.alignment import VocabularyMap
 from taid_vlm.alignment.vocabulary import SideMap
 from taid_vlm.fused import FusedDivergence
 from taid_vlm.heads import Bend, Head
-from taid_vlm.objectives import LOSSES, Objective
+from taid_vlm.objectives import LOSSES, Objective, diagnose
+from taid_vlm.objectives.divergences import row_chunks
 
 LEAVES = ("hidden", "weight", "bias")
 
@@ -43,9 +44,20 @@ def problem(
 
 def fuse(
     objective: Objective, p: SimpleNamespace, *, bend: Bend | None = None,
-    maps: tuple[VocabularyMap, ...] = (), memory_budget: int = 2**20, body: str = "eager", **more,
+    maps: tuple[VocabularyMap, ...] = (), memory_budget: int = 2**20, body: str = "eager",
+    figures: bool = False, **more,
 ):
     fused = FusedDivergence(objective, maps, memory_budget=memory_budget, body=body)
+    if figures:
+        def measure(index, rows, s, u):
+            vocabulary = fused.maps[index]
+            if vocabulary is not None:
+                s, u = vocabulary.map_student(s), vocabulary.map_teacher(u)
+            parts = [diagnose(s[part], u[part])
+                     for part in row_chunks(max(1, len(s)), 16 * s.shape[1])]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+        more["measure"] = measure
     return fused(p.hidden, Head(p.weight, p.bias, bend or Bend()), p.teacher_hidden,
                  Head(p.teacher_weight, bend=bend or Bend()), p.labels, **more)
 

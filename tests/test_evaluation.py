@@ -21,8 +21,9 @@ from taid_vlm import DistillationTrainer
 from taid_vlm.evaluation import ALL, Moments, Tally, evaluate_pair, summarise
 from taid_vlm.models import answer_logits
 
-FIGURES = ("kl", "reverse_kl", "teacher_entropy", "student_entropy", "agreement", "nll",
-           "teacher_nll")
+FIGURES = ("kl", "reverse_kl", "jsd", "teacher_entropy", "student_entropy", "agreement", "nll",
+           "teacher_nll", "confidence", "token_accuracy", "head_mass", "tail_mass",
+           "teacher_head_mass", "teacher_tail_mass")
 
 
 def records(number: int = 12, seed: int = 3) -> list[dict[str, Any]]:
@@ -81,7 +82,14 @@ def token_by_token(s: np.ndarray, u: np.ndarray, label: int, other: int) -> dict
     vocabulary = pairing.maps[0]
     q = coarse(s, vocabulary.student, vocabulary.has_rest)
     p = coarse(u, vocabulary.teacher, vocabulary.has_rest)
+    order, middle = np.argsort(-p), (p + q) / 2
+    head, tail = order[:10], order[math.ceil(0.8 * len(p)):]
     return {
+        "jsd": float((p * np.log(p / middle) + q * np.log(q / middle)).sum()) / 2,
+        "confidence": float(softmax(s).max()),
+        "token_accuracy": float(softmax(s).argmax() == label),
+        "head_mass": float(q[head].sum()), "tail_mass": float(q[tail].sum()),
+        "teacher_head_mass": float(p[head].sum()), "teacher_tail_mass": float(p[tail].sum()),
         "kl": float((p * (np.log(p) - np.log(q))).sum()),
         "reverse_kl": float((q * (np.log(q) - np.log(p))).sum()),
         "teacher_entropy": float(-(p * np.log(p)).sum()),
@@ -150,12 +158,34 @@ def test_categories_equal_the_naive_loop(figure: str) -> None:
     assert tokens == sum(len(found) for _, found in naive())
 
 
+def naive_ece(category: str | None = None) -> float:
+    """15 bins of confidence, by definition."""
+    bins: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for name, found in naive():
+        for token in found if category in (None, name) else ():
+            confidence = token["confidence"]
+            bins[min(int(confidence * 15), 14)].append((confidence, token["token_accuracy"]))
+    gaps = [abs(sum(hit - sure for sure, hit in inside)) for inside in bins.values()]
+    return sum(gaps) / sum(map(len, bins.values()))
+
+
+def test_calibration_equals_the_naive_loop() -> None:
+    summary = summarise(evaluated(records()))
+    assert summary["ece"] == pytest.approx(naive_ece(), rel=1e-6)
+    assert sum(b["tokens"] for b in summary["calibration"]) == summary["n_tokens"]
+    for name, figures in summary["by_category"].items():
+        assert figures["ece"] == pytest.approx(naive_ece(name), rel=1e-6)
+    assert summary["ece_stderr"] > 0
+
+
 # ----- batches and processes ----------------------------------------------------------------
 
 
 def close(first: Any, second: Any) -> None:
     """Equal to 1e-12, key by key."""
     assert type(first) is type(second)
+    if isinstance(first, list):
+        first, second = (dict(enumerate(found)) for found in (first, second))
     if isinstance(first, dict):
         assert first.keys() == second.keys()
         for key in first:

@@ -12,10 +12,11 @@ from taid_vlm.adapters.encoded import AnswerSpan, AnswerToken, EncodedBatch, Enc
 from taid_vlm.adapters.families import make_adapter
 from taid_vlm.adapters.grids import GlobalViews, View
 from taid_vlm.adapters.template import Processor, Rendered, Supervise
-from taid_vlm.adapters.tokens import TokenTable
+from taid_vlm.adapters.tokens import TOKENIZER_PROBES, TokenTable, tokenizer_change
 
 __all__ = [
     "PROBE_WORDS",
+    "TOKENIZER_PROBES",
     "AnswerSpan",
     "AnswerToken",
     "EncodedBatch",
@@ -32,4 +33,5 @@ __all__ = [
     "View",
     "check_spelled",
     "make_adapter",
+    "tokenizer_change",
 ]

@@ -8,12 +8,25 @@ own bytes are laid over the text; if they do not tile it exactly, that is an err
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from taid_vlm.errors import AlignmentError
 
+TOKENIZER_PROBES = (  # texts that tell tokenizers apart
+    "The quick brown fox, 1,234.5 times.",
+    " naïve 数量\n\n  a_b",
+    "What's this?\tI'll see...",
+    "def f(x):\n    return x  # 100 %\n",
+    "    leading and trailing   ",
+    "Straße ñandú Ελλάδα Привет",
+    "こんにちは世界。한국어 مرحبا",
+    "🙂👩\u200d🚀 e\u0301 \ufb01",
+    "https://a.b/c?d=e&f=1",
+    "1234567890 12 345",
+)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -75,6 +88,30 @@ def token_table(tokenizer: PreTrainedTokenizerBase) -> TokenTable:
     splitter = str(backend.pre_tokenizer)
     drops_space = not byte_level and ("Whitespace" in splitter or "BertPreTokenizer" in splitter)
     return TokenTable(text, special, strings, frozenset(added), drops_space)
+
+
+def tokenizer_change(
+    before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, added: Iterable[str] = ()
+) -> str:
+    """What a tokenizer does no longer do as before, in words; "" if it is the same.
+
+    transformers rebuilds some tokenizers by the type of the model that they lie beside, whatever
+    their file says.
+
+    Args:
+        added: tokens that may be new.
+    """
+    ours, theirs = before.get_vocab(), after.get_vocab()
+    if {**ours, **{token: theirs.get(token) for token in added}} != theirs:
+        return "ids of its vocabulary"
+    for key, token in before.special_tokens_map.items():
+        if after.special_tokens_map.get(key) != token:
+            return f"its {key}"
+    for text in TOKENIZER_PROBES:
+        first, second = (one(text)["input_ids"] for one in (before, after))
+        if first != second:
+            return f"how it splits {text!r}: {second} instead of {first}"
+    return ""
 
 
 def _token_bytes(token: str, byte_level: bool) -> bytes:

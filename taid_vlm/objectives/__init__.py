@@ -1,6 +1,11 @@
 """The mathematics: plain functions on tensors, without models, data or trainers."""
 
-from taid_vlm.objectives.diagnostics import DIAGNOSTICS, diagnose
+from taid_vlm.objectives.diagnostics import (
+    CLOSE_DIAGNOSTICS,
+    DIAGNOSTICS,
+    best_guess,
+    diagnose,
+)
 from taid_vlm.objectives.divergences import LOSSES, divergence
 from taid_vlm.objectives.likelihood import chunk_logits, label_log_prob
 from taid_vlm.objectives.objective import (
@@ -15,6 +20,7 @@ from taid_vlm.objectives.visual import advantage_weight, feature_loss, pool, rel
 
 __all__ = [
     "ALIGNMENTS",
+    "CLOSE_DIAGNOSTICS",
     "DIAGNOSTICS",
     "LOSSES",
     "Objective",
@@ -22,6 +28,7 @@ __all__ = [
     "Term",
     "VisualTerm",
     "advantage_weight",
+    "best_guess",
     "chunk_logits",
     "diagnose",
     "divergence",

@@ -29,24 +29,30 @@ _LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant"
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image that is not decoded yet."""
+    """An image that is not decoded yet.
 
-    value: Any  # path, bytes or PIL image
+    value: path, bytes or PIL image, or what gives one of them when it is called.
+    """
+
+    value: Any
     source: str
+
+    def stored(self) -> Any:
+        """The path, bytes or PIL image."""
+        return self.value() if callable(self.value) else self.value
 
     def load(self) -> Image.Image:
         """Decode to RGB, upright; raises SampleDropped("unreadable image")."""
         try:
-            if isinstance(self.value, Image.Image):
-                image = self.value
-            elif isinstance(self.value, bytes):
-                image = Image.open(io.BytesIO(self.value))
+            value = self.stored()
+            if isinstance(value, Image.Image):
+                image = value
             else:
-                image = Image.open(self.value)
+                image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
             return ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            inline = isinstance(self.value, (bytes, Image.Image))
-            shown = "its bytes are no image" if inline else f"{self.value}: {error}"
+            named = isinstance(self.value, (str, Path))
+            shown = f"{self.value}: {error}" if named else "its bytes are no image"
             raise SampleDropped("unreadable image", f"{self.source}: {shown}") from None
 
 

@@ -26,6 +26,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _FILE_TYPES = (*_JSON_LINES, ".json", ".parquet", *_DELIMITERS)
 PROBED_ROWS = 256  # rows of a table that are checked before training; JSONL is checked whole
 PROBED_IMAGES = 8
+LONGEST_CELL = 2**28  # characters of CSV and TSV
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ class Records(torch.utils.data.Dataset[Record]):
 
     def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]  # IndexError past max_records ends iteration
-        row = self.rows[index]
-        return parse_record(_renamed(row, self.columns), self.where(index), self.root)
+        return parse_record(self.columns_of(index), self.where(index), self.root)
+
+    def columns_of(self, index: int) -> dict[str, Any]:
+        """A row as it came, but for columns that the source renames."""
+        return _renamed(self.rows[index], self.columns)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record | Malformed]:
         """What a DataLoader asks for: a malformed row must not end a run, but be counted."""
@@ -147,11 +151,28 @@ def open_records(source: DataSource | str, base: Path | None = None) -> Records 
         RecordError: a malformed record, with file and line.
     """
     source = DataSource(source) if isinstance(source, str) else source
-    base = Path(base or ".")
-    path = base / Path(source.path).expanduser()
-    records = _open_path(path, source, base) if path.exists() else _open_hub(path, source)
+    records = _open(source, base)
     _check(records, source)
     return records
+
+
+def open_rows(source: DataSource, base: Path | None = None) -> Records:
+    """Open a source whose rows have columns of their own: `columns_of(i)` gives them.
+
+    Raises:
+        TaidError: nothing there, or a streamed source.
+    """
+    if source.streaming:
+        raise TaidError(f"data: '{source.path}' cannot be streamed here; leave streaming out.")
+    records = _open(source, base)
+    assert isinstance(records, Records)
+    return records
+
+
+def _open(source: DataSource, base: Path | None) -> Records | StreamedRecords:
+    base = Path(base or ".")
+    path = base / Path(source.path).expanduser()
+    return _open_path(path, source, base) if path.exists() else _open_hub(path, source)
 
 
 def _open_path(path: Path, source: DataSource, base: Path) -> Records | StreamedRecords:
@@ -164,7 +185,7 @@ def _open_path(path: Path, source: DataSource, base: Path) -> Records | Streamed
     if suffix in _JSON_LINES:
         return Records(JsonLines(path), source, path.name, root)
     if suffix == ".json":
-        return Records(_json_list(path), source, path.name, root)
+        return Records(_json_rows(path), source, path.name, root)
     if suffix in _DELIMITERS:
         return Records(_delimited(path, _DELIMITERS[suffix]), source, path.name, root)
     if suffix == ".parquet":
@@ -183,19 +204,33 @@ def _open_table(path: Path, source: DataSource, root: Path) -> Records | Streame
 
 def _delimited(path: Path, delimiter: str) -> list[dict[str, Any]]:
     """CSV or TSV with a header; every cell stays text ("2" and "None" are answers too)."""
+    csv.field_size_limit(LONGEST_CELL)  # a cell may hold an image in base64
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file, delimiter=delimiter))
     return [{key: value or None for key, value in row.items()} for row in rows]
 
 
-def _json_list(path: Path) -> list[dict[str, Any]]:
+def _json_rows(path: Path) -> list[dict[str, Any]] | JsonLines:
     try:
         rows = json.loads(path.read_bytes())
     except ValueError as error:
+        if _first_line_is_object(path):  # JSON lines under another name
+            return JsonLines(path)
         raise RecordError(f"{path.name}: not valid JSON: {error}") from None
+    if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
+        rows = list(rows.values())  # {id: row}, as some benchmarks are written
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RecordError(f"{path.name}: must hold a list of objects [{{...}}, ...].")
     return rows
+
+
+def _first_line_is_object(path: Path) -> bool:
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        return isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
 
 
 def _open_folder(path: Path, source: DataSource, root: Path) -> Records | StreamedRecords:

@@ -20,23 +20,28 @@ def new_folder(output_dir: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def whole_or_absent(folder: Path, failed: str) -> Iterator[Path]:
+def whole_or_absent(folder: Path, failed: str, main: bool = True) -> Iterator[Path]:
     """A hidden folder to write to, put in place of `folder` once all went well.
 
     Args:
         failed: what to say of an error that is not a TaidError; {} stands for the folder.
+        main: whether this process makes the folder and puts it in place. The others have to wait
+            until it has, at both ends.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        partial.replace(folder)
+        if main:
+            if folder.exists():
+                folder.rmdir()  # it is empty
+            partial.replace(folder)
     except TaidError:
         raise
     except Exception as error:  # disks fill up, transformers checks what it saves in its own ways
         raise TaidError(f"{failed.format(folder)}: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from taid_vlm.adapters import TOKENIZER_PROBES, tokenizer_change
 from taid_vlm.errors import TaidError
 from taid_vlm.models import ModelSpec, guarded, load_config, load_model, load_processor, sees_images
 
@@ -31,18 +32,6 @@ AFTER_HEAD: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (None, 1),
     "lm_head_multiplier": (None, 1),
 }
-PROBES = (
-    "The quick brown fox, 1,234.5 times.",
-    " naïve 数量\n\n  a_b",
-    "What's this?\tI'll see...",
-    "def f(x):\n    return x  # 100 %\n",
-    "    leading and trailing   ",
-    "Straße ñandú Ελλάδα Привет",
-    "こんにちは世界。한국어 مرحبا",
-    "🙂👩\u200d🚀 e\u0301 \ufb01",
-    "https://a.b/c?d=e&f=1",
-    "1234567890 12 345",
-)
 
 
 @dataclass(frozen=True)
@@ -156,24 +145,14 @@ def check_tokenizer(
     """The same vocabulary, special tokens and splitting; placeholders are one new token each.
 
     Raises:
-        TaidError: anything differs. transformers rebuilds some tokenizers by the type of the model
-            that they lie beside, whatever their file says.
+        TaidError: anything differs.
     """
-    ours, theirs = original.get_vocab(), tokenizer.get_vocab()
-    if {**ours, **{token: theirs.get(token) for token in tokens.values()}} != theirs:
-        raise TaidError(f"{subject} changes ids of its vocabulary.")
-    for key, token in original.special_tokens_map.items():
-        if tokenizer.special_tokens_map.get(key) != token:
-            raise TaidError(f"{subject} changes its {key}.")
-    for text in PROBES:
-        first, second = (one(text)["input_ids"] for one in (original, tokenizer))
-        if first != second:
-            raise TaidError(f"{subject} changes how it splits {text!r}: {second} instead of "
-                            f"{first}. Save the tokenizer with the class that its own "
-                            "tokenizer.json was made for, and compose again.")
+    if change := tokenizer_change(original, tokenizer, tokens.values()):
+        raise TaidError(f"{subject} changes {change}. Save the tokenizer with the class that its "
+                        "own tokenizer.json was made for, and compose again.")
     for token in tokens.values():
         if tokenizer(f"a{token}b", add_special_tokens=False)["input_ids"].count(
-                theirs[token]) != 1:
+                tokenizer.convert_tokens_to_ids(token)) != 1:
             raise TaidError(f"{subject} does not keep {token} as one token.")
 
 
@@ -202,7 +181,7 @@ def load_language(language: Language) -> tuple[PreTrainedModel, Tensor]:
 @torch.no_grad()
 def probe_logits(model: nn.Module, language: Language) -> Tensor:
     """[1, T, rows]: logits of a text of at most 64 tokens."""
-    ids = language.original("\n".join(PROBES), return_tensors="pt")["input_ids"][:, :64]
+    ids = language.original("\n".join(TOKENIZER_PROBES), return_tensors="pt")["input_ids"][:, :64]
     return model(input_ids=ids, use_cache=False).logits
 
 

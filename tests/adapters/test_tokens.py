@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from zoo import make_tokenizer
 from zoo.tokenizers import CORPUS
 
-from taid_vlm.adapters.tokens import tile, token_table
+from taid_vlm.adapters.tokens import tile, token_table, tokenizer_change
 from taid_vlm.errors import AlignmentError
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -311,3 +313,33 @@ def test_word_level_tokenizers_forget_their_spaces() -> None:
     assert [text[start:end] for start, end in spans] == ["a", "red", "square", "."]
     with pytest.raises(AlignmentError):
         tile(token_table(fast), fast("a blue square")["input_ids"], "a blue square")
+
+
+# ----- the same tokenizer after it was saved ------------------------------------------------
+
+
+def lower(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize(("change", "told"), [
+    (lambda tokenizer: None, ""),
+    (lambda tokenizer: tokenizer.add_tokens(["<new>"]), "ids of its vocabulary"),
+    (lambda tokenizer: setattr(tokenizer, "eos_token", "a"), "its eos_token"),
+    (lower, "how it splits 'The quick brown fox, 1,234.5 times.': ["),
+])
+def test_what_changed_is_told(family: str, change: Callable[[Any], None], told: str) -> None:
+    before = make_tokenizer(family)
+    after = copy.deepcopy(before)
+    change(after)
+    found = tokenizer_change(before, after)
+    assert found.startswith(told) if told else not found
+
+
+def test_a_token_may_be_new() -> None:
+    before, after = (make_tokenizer("qwen2") for _ in range(2))
+    after.add_tokens(["<new>", "<other>"])
+    assert tokenizer_change(before, after, ["<new>", "<other>"]) == ""
+    assert tokenizer_change(before, after, ["<new>"]) == "ids of its vocabulary"
+    assert tokenizer_change(before, before, ["<new>"]) == "ids of its vocabulary"

@@ -296,7 +296,9 @@ def tally(batch_size: int, process: tuple[int, int] = (0, 1)) -> Tally:
 def flat(summary: dict[str, Any], path: str = "") -> dict[str, float]:
     found: dict[str, float] = {}
     for key, value in summary.items():
-        found |= flat(value, f"{path}{key}/") if isinstance(value, dict) else {path + key: value}
+        value = dict(enumerate(value)) if isinstance(value, list) else value
+        found |= flat(value, f"{path}{key}/") if isinstance(value, dict) else \
+            {f"{path}{key}": value}
     return found
 
 
@@ -308,7 +310,7 @@ def one_by_one() -> dict[str, float]:
 def test_evaluation_of_chunks() -> None:
     """The figures are those of one batch, put together by hand."""
     batch, s, u = measured(*SEES)
-    figures = token_figures(batch, s, u, pair(*SEES).pairing)
+    figures = token_figures(batch, s, u, pair(*SEES).pairing, closely=True)
     found = one_by_one()
     for name, figure in figures.items():
         assert found[name] == pytest.approx(float(figure.values.double().mean()), rel=1e-5), name

@@ -353,7 +353,11 @@ def test_resume_ends_where_the_whole_run_ends(
     resumed, straight = loaded(output / "results.json"), loaded(tmp_path / "whole/results.json")
     assert resumed["train"]["resumed_from"] == "checkpoint-3"
     assert resumed["eval"] == straight["eval"]
-    assert resumed["train"]["t"] == straight["train"]["t"]
+    for key in ("t", "answer_tokens"):
+        assert resumed["train"][key] == straight["train"][key]
+    assert resumed["train"]["answer_tokens"] > 0
+    answers = [(place / "eval_answers.jsonl").read_text() for place in (output, tmp_path / "whole")]
+    assert answers[0] == answers[1]
     assert resumed["train"]["steps"] == 8
     assert [row["step"] for row in resumed["history"]] == [
         row["step"] for row in straight["history"]]

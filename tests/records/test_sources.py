@@ -171,13 +171,23 @@ def test_line_that_is_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("[{", "not valid JSON"), ('{"text": "a"}', "must hold a list of objects"),
+    ("[{", "not valid JSON"), ('{\n "text": "a"', "not valid JSON"),
+    ('[{"text": "a"}]\n[{"text": "b"}]', "not valid JSON: Extra data"), ('{"text": "a"}', "must hold a list of objects"),
     ('["a"]', "must hold a list of objects"), ("", "not valid JSON"),
 ])
 def test_malformed_json(content, message, tmp_path):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(RecordError, match=f"^a.json: {message}"):
         open_records(str(tmp_path / "a.json"))
+
+
+def test_json_lines_may_be_called_json(tmp_path):
+    """As POPE's question files are."""
+    (tmp_path / "a.json").write_text("\n".join(["", *map(json.dumps, QA)]) + "\n")
+    assert answers(open_records(str(tmp_path / "a.json"))) == ANSWERS
+    (tmp_path / "b.json").write_text('{"text": "a"}\n{"text": "b"\n')
+    with pytest.raises(RecordError, match=r"^b\.json:2: not valid JSON"):
+        open_records(str(tmp_path / "b.json"))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 import transformers as hf
 from students.composing import TEXT, Parts, inputs_of, loaded
 from tokenizers.pre_tokenizers import ByteLevel
-from training.runs import rows
+from training.runs import make_trainer, rows
 from zoo import build
 from zoo.images import image
 
@@ -194,6 +196,28 @@ def test_a_student_is_distilled_saved_and_used(parts: Parts, tmp_path: Path, tow
     given = inputs_of(processor, image())
     with torch.no_grad():
         assert again(**given).logits.equal(trainer.model.eval()(**given).logits)
+
+
+def test_saving_tells_of_a_tokenizer_that_does_not_survive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trained weights are kept all the same."""
+    trainer = make_trainer(tmp_path / "run", data=rows(8, text_only=True))
+    with caplog.at_level(logging.WARNING, "taid_vlm"):
+        save_student(trainer, tmp_path / "student")
+    assert not caplog.messages
+    write = hf.PreTrainedTokenizerFast.save_pretrained
+
+    def rebuilt(self: Any, folder: Path, **options: Any) -> Any:
+        other = copy.deepcopy(self)
+        other.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+        return write(other, folder, **options)
+
+    monkeypatch.setattr(hf.PreTrainedTokenizerFast, "save_pretrained", rebuilt)
+    save_student(trainer, tmp_path / "student")
+    assert "tokenizer that was trained with changes how it splits" in caplog.text
+    assert (tmp_path / "student" / "model.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "student"]
 
 
 def test_on_text_a_student_is_its_language_model(parts: Parts, tmp_path: Path) -> None:

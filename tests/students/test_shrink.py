@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from students.deep import (
     tower_layers,
     without,
 )
+from tokenizers.pre_tokenizers import Digits
 from training.runs import rows, weights
 from zoo import TEXT_FAMILIES, VLM_FAMILIES, Built, build, save
 from zoo.images import image, shape
@@ -516,6 +518,23 @@ def test_nothing_is_overwritten_and_nothing_half_done_stays(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "taken"]
     assert shrink(teachers["llama"], empty, layers=3).layers == (0, 3, 5)
     assert (taken / "notes").read_text() == "mine"
+
+
+def test_a_tokenizer_that_does_not_survive_is_an_error(
+    teachers: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers does for some model types: the folder gives another splitting."""
+    write = hf.PreTrainedTokenizerFast.save_pretrained
+
+    def rebuilt(self: Any, folder: Path, **options: Any) -> Any:
+        other = copy.deepcopy(self)
+        other.backend_tokenizer.pre_tokenizer = Digits(individual_digits=True)
+        return write(other, folder, **options)
+
+    monkeypatch.setattr(hf.PreTrainedTokenizerFast, "save_pretrained", rebuilt)
+    with pytest.raises(TaidError, match="saving and loading the student's tokenizer changes how "):
+        shrink(teachers["llama"], tmp_path / "student", layers=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_what_was_made(

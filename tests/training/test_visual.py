@@ -23,6 +23,7 @@ from taid_vlm.canary import blank
 from taid_vlm.collator import DistillationCollator
 from taid_vlm.errors import TaidError
 from taid_vlm.models import answer_logits, head_rows
+from taid_vlm.objectives import divergence
 from taid_vlm.step import advantage_weights, student_forward, teacher_forward, token_losses
 from taid_vlm.visual import MAP, MAP_FILE, feature_map
 
@@ -150,7 +151,11 @@ def test_weights_of_pairs_and_chunks() -> None:
     assert pairing.case == "c"
     batch = DistillationCollator(ours, theirs, pairing, degrade=blank)(rows(4))
     u = teacher_forward(teacher.model, batch)
-    found = advantage_weights(2.0, teacher.model, batch, u)
+
+    def nll(logits: Tensor) -> Tensor:
+        return divergence("ce", logits, None, labels=batch["teacher_labels"])
+
+    found = advantage_weights(2.0, batch, nll(u), lambda b: nll(teacher_forward(teacher.model, b)))
     blind = {**batch["teacher_inputs"], **batch["teacher_degraded"]}
     without = answer_logits(teacher.model, blind, batch["teacher_mask"])
     labels = batch["teacher_labels"]
@@ -283,7 +288,7 @@ def test_the_second_forward_is_for_images_only(tmp_path: Path) -> None:
     objective = {"name": "taid", "token_weights": WEIGHTS}
     for kinds, wanted in ((["one"], 2), (["text"], 1)):
         trainer = make_trainer(tmp_path, objective=objective, max_steps=2, kinds=kinds,
-                               canary_records=0)
+                               canary_records=0, loss_implementation="reference")
         calls = []
         trainer.teacher.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         trainer.train()

@@ -1,0 +1,117 @@
+"""eval_answers.jsonl: what every held-out answer measured before and after a run, so that runs can
+be compared answer by answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taid_vlm.errors import TaidError
+from taid_vlm.evaluation import AnswerTotals
+
+FILE = "eval_answers.jsonl"
+DIGITS = 8  # float32 has 7
+TEACHER = "teacher_"
+COLUMNS = ("source", "turn", "category", "tokens", "teacher", "before", "after")
+KEPT = ("nll", "token_accuracy", "kl", "reverse_kl", "jsd", "agreement", "student_entropy",
+        "head_mass", "tail_mass", "chunk_kl", "chunk_reverse_kl", "chunk_jsd", "teacher_nll",
+        "teacher_entropy", "teacher_head_mass", "teacher_tail_mass")
+
+Key = tuple[str, int, int]  # source, turn, and which of those that share both
+Totals = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class AnswerPair:
+    """One answer's figures, summed over its tokens, before and after training.
+
+    key: source, turn, and 0 unless files of one name gave several answers the same ones. teacher:
+    the figures that are the teacher's alone. counts: over how many tokens, for figures that are not
+    defined at all of `tokens`.
+    """
+
+    key: Key
+    category: str
+    tokens: int
+    teacher: Totals
+    before: Totals
+    after: Totals
+    counts: Mapping[str, int]
+
+    def size(self, figure: str) -> int:
+        """Over how many tokens a figure is summed; 0 where it is not defined."""
+        if figure not in self.after and figure not in self.teacher:
+            return 0
+        return self.counts.get(figure, self.tokens)
+
+
+def to_lines(before: Sequence[AnswerTotals], after: Sequence[AnswerTotals]) -> str:
+    """One JSON object a line, in the order of the records whatever the number of processes."""
+    start = {key: answer.totals for key, answer in _keyed(before).items()}
+    lines = (_line(start.get(key, {}), answer) for key, answer in _keyed(after).items())
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _keyed(answers: Sequence[AnswerTotals]) -> dict[Key, AnswerTotals]:
+    """In order; the sort is stable, so that those of one place stay as they came."""
+    return dict(zip(_keys((a.source, a.turn) for a in sorted(answers, key=_place)),
+                    sorted(answers, key=_place), strict=True))
+
+
+def _keys(places: Iterable[tuple[str, int]]) -> Iterator[Key]:
+    seen: Counter[tuple[str, int]] = Counter()
+    for place in places:
+        yield *place, seen[place]
+        seen[place] += 1
+
+
+def _line(before: Totals, answer: AnswerTotals) -> dict[str, Any]:
+    theirs = [name for name in answer.totals if name.startswith(TEACHER)]
+    ours = [name for name in answer.totals if not name.startswith(TEACHER)]
+    counts = {name: count for name, count in answer.counts.items() if name in KEPT}
+    return {
+        "source": answer.source, "turn": answer.turn, "category": answer.category,
+        "tokens": answer.tokens, **({"counts": counts} if counts else {}),
+        "teacher": _rounded(answer.totals, theirs), "before": _rounded(before, ours),
+        "after": _rounded(answer.totals, ours),
+    }
+
+
+def _rounded(totals: Totals, names: Sequence[str]) -> Totals:
+    """Null where a figure is not finite, as in results.json."""
+    kept = {name: totals[name] for name in names if name in KEPT and name in totals}
+    return {name: float(f"{value:.{DIGITS}g}") if value is not None and math.isfinite(value)
+            else None for name, value in kept.items()}
+
+
+def _place(answer: AnswerTotals) -> tuple[list[Any], int]:
+    """ "eval.jsonl:9" stands before "eval.jsonl:10"."""
+    parts = re.split(r"(\d+)", answer.source)
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], answer.turn
+
+
+def read_answers(path: Path) -> list[AnswerPair]:
+    """The answers of a finished run; raises TaidError for a file that is none."""
+    rows = [_row(line, f"'{path}', line {number}") for number, line in
+            enumerate(path.read_text(encoding="utf-8").split("\n"), start=1) if line]
+    keys = _keys((row["source"], row["turn"]) for row in rows)
+    return [AnswerPair(key, row["category"], row["tokens"], row["teacher"], row["before"],
+                       row["after"], row.get("counts", {}))
+            for key, row in zip(keys, rows, strict=True)]
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        missing = [name for name in COLUMNS if name not in row]
+    except (ValueError, TypeError) as error:
+        raise TaidError(f"{where}: no line of {FILE} ({error}).") from None
+    if missing:
+        raise TaidError(f"{where}: no line of {FILE} ('{missing[0]}' is missing).")
+    return row

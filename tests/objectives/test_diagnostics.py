@@ -1,0 +1,134 @@
+"""The figures of evaluation, against their definitions in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from taid_vlm.objectives import CLOSE_DIAGNOSTICS, DIAGNOSTICS, best_guess, diagnose, divergences
+from taid_vlm.objectives.diagnostics import head_and_tail
+
+INF = float("inf")
+
+
+def logits(rows: int = 30, width: int = 37, seed: int = 0, scale: float = 3.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(rows, width, generator=generator, dtype=torch.float64)
+            for _ in range(2)]
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def naive(s: np.ndarray, u: np.ndarray) -> dict[str, float]:
+    """One row, by sorting."""
+    q, p = softmax(s), softmax(u)
+    middle = (p + q) / 2
+    order = np.argsort(-u)
+    head, tail = order[:10], order[math.ceil(0.8 * len(u)):]
+    return {
+        "jsd": float((p * np.log(p / middle)).sum() + (q * np.log(q / middle)).sum()) / 2,
+        "head_mass": q[head].sum(), "tail_mass": q[tail].sum(),
+        "teacher_head_mass": p[head].sum(), "teacher_tail_mass": p[tail].sum(),
+    }
+
+
+@pytest.mark.parametrize("width", [37, 40, 100])
+@pytest.mark.parametrize("scale", [0.3, 3.0, 8.0])
+def test_close_figures_are_their_definitions(width: int, scale: float) -> None:
+    s, u = logits(width=width, scale=scale)
+    found = diagnose(s, u, closely=True)
+    assert tuple(found) == CLOSE_DIAGNOSTICS
+    for row in range(len(s)):
+        for name, want in naive(s[row].numpy(), u[row].numpy()).items():
+            assert float(found[name][row]) == pytest.approx(want, rel=1e-5, abs=1e-9), name
+
+
+def test_the_plain_figures_stay_what_they_are() -> None:
+    s, u = logits()
+    plain, close = diagnose(s, u), diagnose(s, u, closely=True)
+    assert tuple(plain) == DIAGNOSTICS
+    for name in DIAGNOSTICS:
+        assert torch.equal(plain[name], close[name])
+
+
+def test_rows_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    s, u = logits()
+    whole = diagnose(s, u, closely=True)
+    monkeypatch.setattr(divergences, "CHUNK_ELEMENTS", 100)
+    for name, values in diagnose(s, u, closely=True).items():
+        assert torch.equal(values, whole[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_are_shared_whatever_the_order(dtype: torch.dtype) -> None:
+    """bfloat16 logits tie often, and sorting breaks ties by place."""
+    s, u = (x.to(dtype) for x in logits(width=60, scale=0.4))
+    u = (4 * u).round() / 4
+    found = diagnose(s, u, closely=True)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    turned = diagnose(s[:, order], u[:, order], closely=True)
+    for name in ("head_mass", "tail_mass", "teacher_head_mass", "teacher_tail_mass"):
+        torch.testing.assert_close(found[name], turned[name], rtol=1e-5, atol=1e-7)
+
+
+def test_shares_of_places_add_up() -> None:
+    _, u = logits(width=53)
+    for x in (u, u.round(), torch.zeros_like(u)):
+        head, tail = head_and_tail(x)
+        assert head.sum(-1) == pytest.approx(torch.full((len(x),), 10.0))
+        assert tail.sum(-1) == pytest.approx(torch.full((len(x),), 10.0))
+        assert head.max() <= 1
+        assert head.min() >= 0
+    torch.testing.assert_close(head, torch.full_like(head, 10 / 53))
+
+
+def test_small_vocabularies_and_ruled_out_tokens() -> None:
+    two = torch.tensor([[0.3, -0.2]])
+    found = diagnose(two, -two, closely=True)
+    assert float(found["head_mass"]) == pytest.approx(1.0)
+    assert float(found["tail_mass"]) == 0.0
+    u = torch.full((1, 40), -INF)
+    u[0, :3] = 1.0
+    found = diagnose(torch.zeros(1, 40), u, closely=True)
+    assert all(value.isfinite().all() for value in found.values())
+    # the three, and seven shares of the 37 that tie behind them
+    assert float(found["head_mass"]) == pytest.approx(10 / 40)
+    assert float(found["tail_mass"]) == pytest.approx(8 / 40)
+    assert float(found["teacher_head_mass"]) == pytest.approx(1.0)
+    assert float(found["teacher_tail_mass"]) == 0.0
+
+
+def test_agreement_and_opposition() -> None:
+    s, _ = logits()
+    same = diagnose(s, s.clone(), closely=True)
+    assert not same["jsd"].any()
+    assert torch.equal(same["head_mass"], same["teacher_head_mass"])
+    far = torch.tensor([[200.0, 0.0, 0.0], [0.0, 200.0, 0.0]])
+    assert diagnose(far, far.flip(0), closely=True)["jsd"].tolist() == pytest.approx(
+        [math.log(2)] * 2)
+
+
+def test_no_rows() -> None:
+    s, u = logits(rows=0)
+    assert all(value.shape == (0,) for value in diagnose(s, u, closely=True).values())
+    assert all(value.shape == (0,) for value in
+               best_guess(s, torch.empty(0, dtype=torch.long)).values())
+
+
+def test_the_best_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    s, _ = logits()
+    labels = s.argmax(-1)
+    labels[::2] = (labels[::2] + 1) % s.shape[1]
+    found = best_guess(s, labels)
+    want = [softmax(row).max() for row in s.numpy()]
+    assert found["confidence"].tolist() == pytest.approx(want, rel=1e-6)
+    assert found["token_accuracy"].tolist() == [0.0, 1.0] * 15
+    monkeypatch.setattr(divergences, "CHUNK_ELEMENTS", 100)
+    assert torch.equal(best_guess(s, labels)["confidence"], found["confidence"])
