@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from taid_vlm.errors import TaidError
 
@@ -25,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint, if there is one",
-              file=sys.stderr)
+        print(f"interrupted; {options.interrupted}", file=sys.stderr)
         return 130
     return 0
 
@@ -40,6 +40,7 @@ def distill_script(default_recipe: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="taid-vlm", description=__doc__)
+    parser.set_defaults(interrupted="--resume goes on from the last checkpoint, if there is one")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     distill = commands.add_parser("distill", help="carry out a recipe")
@@ -60,6 +61,17 @@ def _parser() -> argparse.ArgumentParser:
 
     _compose_arguments(commands.add_parser(
         "compose", help="make a student of a vision tower and a language model"))
+
+    _evaluate_arguments(commands.add_parser(
+        "evaluate", help="let models answer benchmarks, and judge the answers"))
+
+    export = commands.add_parser("export", help="write benchmarks as tables for VLMEvalKit")
+    export.add_argument("tasks", nargs="+", metavar="TASK[=DATA]")
+    export.add_argument("--output-dir", type=Path, required=True)
+    export.set_defaults(run=_export)
+
+    _compare_arguments(commands.add_parser(
+        "compare", help="say which of several runs is best, by how much, and how sure that is"))
 
     demo = commands.add_parser("demo", help="distil a VLM and a text LLM offline, in minutes")
     demo.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
@@ -139,6 +151,69 @@ def _compose_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_compose)
 
 
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    many: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--model", **many, required=True, metavar="[NAME=]MODEL",
+                        help="folder, folder of a run (its student), hub name[@revision], or with "
+                             "--base-url what the server calls it")
+    parser.add_argument("--tasks", **many, required=True, metavar="TASK[=DATA]",
+                        help="benchmarks, or YAML files that describe one; without DATA (a file or "
+                             "folder) they are read from the hub")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N",
+                        help="rows, or requests to a server, at once")
+    parser.add_argument("--max-records", type=int, metavar="N", help="the first rows only")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _asking_arguments(parser.add_argument_group("how questions are asked and judged"))
+    served = parser.add_argument_group("models of this machine, or behind a URL")
+    served.add_argument("--dtype", metavar="{auto,float32,bfloat16,float16}")
+    served.add_argument("--chat-template", metavar="FILE", help="jinja file, for all models")
+    served.add_argument("--base-url", metavar="URL",
+                        help="of OpenAI-compatible chat completions, as http://localhost:8000/v1")
+    served.add_argument("--api-key-env", metavar="NAME",
+                        help="environment variable that holds the server's key")
+    served.add_argument("--timeout", type=float, metavar="SECONDS",
+                        help="of one request to the server (default 120)")
+    harness = parser.add_argument_group("benchmarks of lm-eval, for text")
+    harness.add_argument("--harness", metavar="{lm-eval}", help="--tasks are those of lm-eval")
+    harness.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples")
+    harness.add_argument("--apply-chat-template", action="store_true", default=None)
+    parser.set_defaults(run=_evaluate, interrupted="the same command goes on with the next "
+                                                   "question")
+
+
+def _asking_arguments(group: Any) -> None:
+    group.add_argument("--rule", nargs="+", action="extend", metavar="TASK:RULE",
+                       help="judge a task by another of its rules; asks nothing again")
+    group.add_argument("--method", metavar="{generate,likelihood}",
+                       help="likelihood chooses the most likely of a question's choices")
+    group.add_argument("--choose-by", metavar="{letter,text}",
+                       help="whose likelihood (default letter)")
+    group.add_argument("--normalise", metavar="{sum,bytes,tokens}",
+                       help="what likelihoods are divided by (default sum: nothing)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the benchmark's")
+    group.add_argument("--temperature", type=float, metavar="T",
+                       help="sample answers; 0, the default, takes the most likely token")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--seeds", type=int, nargs="+", metavar="SEED",
+                       help="of sampling; every question is answered once per seed")
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER[,FOLDER...]",
+                        help="a run of distill or evaluate; several seeds of one method, and "
+                             "evaluations of their students, behind one name")
+    parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="evaluation of the teacher")
+    parser.add_argument("--base", type=Path, metavar="FOLDER",
+                        help="evaluation of the student before training")
+    parser.add_argument("--baseline", metavar="NAME",
+                        help="whom differences are taken from (default: the first)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the page")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write it for a model card")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    parser.set_defaults(run=_compare)
+
+
 def _numbers(text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
@@ -189,8 +264,10 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from tqdm.auto import tqdm
+
     from taid_vlm.plan.advice import advise
-    from taid_vlm.plan.plan import plan_recipe
+    from taid_vlm.plan.plan import Seen, plan_recipe
     from taid_vlm.plan.sizes import parse_bytes
     from taid_vlm.plan.text import as_json, as_text, human
     from taid_vlm.recipe import Recipe, load_recipe
@@ -199,8 +276,16 @@ def _plan(options: argparse.Namespace) -> None:
         return load_recipe(options.recipe, [*options.overrides, *more])
 
     memory = None if options.memory is None else parse_bytes(options.memory)
-    plans = plan_recipe(reload(()), options.processes)
-    advice = None if memory is None else advise(reload, plans, memory, options.processes)
+    seen: Seen = {}
+    with tqdm(unit=" plans", leave=False, disable=None) as bar:
+        def tell(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        bar.set_description("the recipe as it is")
+        plans = plan_recipe(reload(()), options.processes, seen)
+        advice = None if memory is None else advise(
+            reload, plans, memory, options.processes, seen, tell)
     print((as_json if options.json else as_text)(plans, advice))
     if advice is not None and not advice.fits:
         raise TaidError(f"--memory = '{options.memory}', but this recipe needs "
@@ -227,6 +312,50 @@ def _compose(options: argparse.Namespace) -> None:
     if layers is not None and len(layers) == 1:
         arguments["vision_feature_layer"] = layers[0]
     print(compose(**arguments).table())
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from taid_vlm.benchmarks.command import run_command
+    from taid_vlm.benchmarks.table import as_text
+    from taid_vlm.results import as_json
+
+    results = run_command(vars(options))
+    process = PartialState()
+    if process.is_main_process:
+        print(as_json(results) if options.json else as_text(results))
+    process.destroy_process_group()  # left to the interpreter's exit, processes can abort
+
+
+def _export(options: argparse.Namespace) -> None:
+    from taid_vlm.benchmarks.asking import open_tasks
+    from taid_vlm.benchmarks.harness.vlmevalkit import export_tsv
+
+    for task in open_tasks(options.tasks):
+        print(export_tsv(task.questions, options.output_dir / f"{task.benchmark.name}.tsv"))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from taid_vlm.compare import (
+        as_markdown,
+        compare_runs,
+        plain,
+        read_method,
+        read_reference,
+        write_page,
+    )
+    from taid_vlm.results import as_json, write_text
+
+    teacher, base = (folder and read_reference(name, folder) for name, folder in
+                     (("Teacher", options.teacher), ("Base", options.base)))
+    comparison = compare_runs([read_method(run) for run in options.runs], teacher, base,
+                              options.baseline)
+    if options.html is not None:
+        write_page(comparison, options.html)
+    if options.markdown is not None:
+        write_text(as_markdown(comparison), options.markdown)
+    print(as_json(plain(comparison)) if options.json else as_markdown(comparison))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,21 +1,61 @@
-"""Greedy answers of a model through its adapter, for galleries and accuracy."""
+"""Answers of a model through its adapter, for galleries, accuracy and benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from taid_vlm.adapters import ModelAdapter
+from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.models import evaluation_mode, forward_names, unwrap
 from taid_vlm.records import ImageRef, Record
 
 Question = tuple[Record, int]  # a record, and which of its answers is asked for
 
+PROCESSOR_FAILED = "the processor failed"
 
-@torch.inference_mode()
+# what checkpoints bring in generation_config.json would make "greedy" something else in each
+PLAIN: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "min_length": 0, "min_new_tokens": None, "temperature": None, "top_p": None, "top_k": None,
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Answers are drawn instead of taking the most likely token.
+
+    Every question has random numbers of its own, from `seed` and its record's source. What is
+    drawn for it depends neither on its batch nor on the order nor on the kind of device.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Said:
+    """A model's answer without special tokens, stripped; `cut`: max_new_tokens ended it."""
+
+    text: str
+    cut: bool
+
+
 def generate_answers(
     model: PreTrainedModel,
     adapter: ModelAdapter,
@@ -24,30 +64,105 @@ def generate_answers(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     progress: bool = False,
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """The model's greedy answer to every question, special tokens removed, stripped.
+    """The model's answer to every question, special tokens removed, stripped.
 
     Earlier turns of a conversation are given with their reference answers. The student's mode is
     restored; no random state is touched.
     """
-    names = forward_names(type(unwrap(model)))
     answers: list[str] = []
-    stops = [i for i in {adapter.end_of_turn_id, adapter.tokenizer.eos_token_id} if i is not None]
     starts = range(0, len(questions), batch_size)
     for start in tqdm(starts, desc="answer", disable=not progress, leave=False):
         part = questions[start : start + batch_size]
-        images = [[image.load() for image in _images_before(*question)] for question in part]
-        inputs = adapter.encode_prompts(part, images)
-        accepted = {key: x.to(model.device) for key, x in inputs.items() if key in names}
-        with evaluation_mode(model):
-            ids = model.generate(
-                **accepted, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops,
-                pad_token_id=adapter.tokenizer.pad_token_id,
-            )
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        decoded = adapter.tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers.extend(text.strip() for text in decoded)
+        said = generate_batch(model, adapter, part, max_new_tokens=max_new_tokens,
+                              sampling=sampling)
+        answers.extend(each.text for each in said)
     return answers
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: PreTrainedModel,
+    adapter: ModelAdapter,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    context: int | None = None,
+) -> list[Said]:
+    """Answers to questions that are asked at once, greedy unless `sampling` is given.
+
+    Args:
+        context: how many tokens the model can take, question and answer together.
+
+    Raises:
+        SampleDropped: an image that cannot be read, a question that the template or the processor
+            refuses or that leaves no room in the context.
+    """
+    images = [[image.load() for image in _images_before(*question)] for question in questions]
+    with processing():
+        inputs = adapter.encode_prompts(questions, images)
+    longest = int(inputs["attention_mask"].sum(-1).max()) + max_new_tokens
+    if context is not None and longest > context:
+        raise SampleDropped("longer than the model's context", f"{longest} tokens of {context}")
+    names, stops = forward_names(type(unwrap(model))), _stops(model, adapter)
+    accepted = {key: x.to(model.device) for key, x in inputs.items() if key in names}
+    with evaluation_mode(model):
+        ids = model.generate(
+            **accepted, **PLAIN, max_new_tokens=max_new_tokens, eos_token_id=stops,
+            pad_token_id=adapter.tokenizer.pad_token_id,
+            logits_processor=_drawing(questions, sampling),
+        )
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    ended = torch.isin(new, torch.tensor(stops, device=new.device)).any(-1).tolist()
+    decoded = adapter.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [Said(text.strip(), not end) for text, end in zip(decoded, ended, strict=True)]
+
+
+@contextlib.contextmanager
+def processing() -> Iterator[None]:
+    """Inside, what a processor raises (anything) means that its records cannot be used."""
+    try:
+        yield
+    except (TaidError, SampleDropped):
+        raise
+    except Exception as error:
+        raise SampleDropped(PROCESSOR_FAILED, f"{type(error).__name__}: {error}") from error
+
+
+def _stops(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
+    """Every token that ends an answer: by template, tokenizer and the checkpoint's own list."""
+    listed = unwrap(model).generation_config.eos_token_id
+    stops = {adapter.end_of_turn_id, adapter.tokenizer.eos_token_id,
+             *(listed if isinstance(listed, list) else [listed])}
+    return sorted(index for index in stops if index is not None)
+
+
+def _drawing(questions: Sequence[Question], sampling: Sampling | None) -> LogitsProcessorList:
+    if sampling is None:
+        return LogitsProcessorList()
+    names = [f"{record.source}/{turn}" for record, turn in questions]
+    return LogitsProcessorList([
+        TemperatureLogitsWarper(float(sampling.temperature)), TopPLogitsWarper(sampling.top_p),
+        _OwnDraws(names, sampling.seed)])
+
+
+class _OwnDraws(LogitsProcessor):
+    """Leaves one token per row: where the row's own random number falls among the probabilities.
+
+    In place of `do_sample`, whose draws are one stream of random numbers for the whole batch.
+    """
+
+    def __init__(self, names: Sequence[str], seed: int) -> None:
+        self._draws = [random.Random(f"{seed}/{name}") for name in names]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        exact = torch.float32 if scores.device.type == "mps" else torch.float64
+        below = scores.to(exact).softmax(-1).cumsum(-1)
+        drawn = torch.tensor([[own.random()] for own in self._draws], dtype=exact)
+        token = torch.searchsorted(below, drawn.to(below.device) * below[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
 def _images_before(record: Record, turn: int) -> list[ImageRef]:

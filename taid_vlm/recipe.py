@@ -168,12 +168,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with the key, the value and what would be valid.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"recipe '{path}' does not exist.{nearest_sibling(path, '*.y*ml')}")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    tree = read_yaml(path, "recipe")
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with 'student', 'data', ...")
     for override in overrides:
@@ -183,7 +178,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(tree: Mapping[str, Any], base: Path = Path(".")) -> Recipe:
     """Check a recipe that is already a mapping."""
-    _known(tree, [f.name for f in dataclasses.fields(Recipe) if f.name != "base"], "recipe")
+    known(tree, [f.name for f in dataclasses.fields(Recipe) if f.name != "base"], "recipe")
     for key in ("student", "data", "output_dir"):
         if tree.get(key) is None:
             raise RecipeError(f"recipe: '{key}' is missing.")
@@ -241,6 +236,16 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
+def read_yaml(path: Path, what: str) -> Any:
+    """What a YAML file holds; `what` it is, for the message where there is none."""
+    if not path.is_file():
+        raise RecipeError(f"{what} '{path}' does not exist.{nearest_sibling(path, '*.y*ml')}")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
@@ -264,7 +269,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _model(kind: type, value: Any, where: str) -> Any:
     value = {"model_name_or_path": value} if isinstance(value, str) else value
-    spec = _build(kind, value, where)
+    spec = build(kind, value, where)
     if not spec.model_name_or_path:
         raise RecipeError(f"{where}.model_name_or_path = {spec.model_name_or_path!r}, but it must "
                           "be a folder or a hub name.")
@@ -276,7 +281,7 @@ def _model(kind: type, value: Any, where: str) -> Any:
 def _data(value: Any) -> DataSpec:
     if not isinstance(value, Mapping):
         raise RecipeError("data must be a mapping: {train: ..., eval: ...}.")
-    _known(value, ["train", "eval"], "data")
+    known(value, ["train", "eval"], "data")
     if value.get("train") is None:
         raise RecipeError("data.train is missing.")
     sides = {key: _source(side, f"data.{key}") for key, side in value.items() if side is not None}
@@ -288,7 +293,7 @@ def _stages(value: Any) -> tuple[StageSpec, ...]:
         raise RecipeError("stages must be a list of {name: ..., train: {...}}.")
     stages: list[StageSpec] = []
     for number, given in enumerate(value):
-        stage = _build(StageSpec, given, f"stages[{number}]")
+        stage = build(StageSpec, given, f"stages[{number}]")
         if not re.fullmatch(r"\w[\w.-]*", stage.name):
             raise RecipeError(f"stages[{number}].name = {stage.name!r}, but it must be letters, "
                               "digits, '_', '-' and '.' (it names a folder).")
@@ -300,7 +305,7 @@ def _stages(value: Any) -> tuple[StageSpec, ...]:
 
 def _stage(stage: StageSpec) -> StageSpec:
     where = f"stages '{stage.name}'"
-    _known(stage.data, ["train", "eval"], f"{where}: data")
+    known(stage.data, ["train", "eval"], f"{where}: data")
     for section, given in (("train", stage.train), ("data", stage.data)):
         for key, value in given.items():
             if value is None:  # a resolved recipe holds no null, so it would not be the same
@@ -314,13 +319,13 @@ def _stage(stage: StageSpec) -> StageSpec:
 
 
 def _source(value: Any, where: str) -> DataSource:
-    source = _build(DataSource, {"path": value} if isinstance(value, str) else value, where)
+    source = build(DataSource, {"path": value} if isinstance(value, str) else value, where)
     _at_least(source.max_records, 1, f"{where}.max_records")
     return source
 
 
 def _evaluate(value: Any) -> EvaluateSpec:
-    spec = _build(EvaluateSpec, value, "evaluate")
+    spec = build(EvaluateSpec, value, "evaluate")
     _at_least(spec.examples, 0, "evaluate.examples")
     _at_least(spec.max_new_tokens, 1, "evaluate.max_new_tokens")
     _at_least(spec.canary, 0, "evaluate.canary")
@@ -346,7 +351,7 @@ def _train(value: Any) -> dict[str, Any]:
             raise RecipeError(f"train.{key} belongs to '{elsewhere[key]}' of the recipe.")
         if key in WITHOUT_EFFECT:
             raise RecipeError(f"train.{key} has no effect on a distillation; take it out.")
-    _known(value, [name for name in fields if name not in elsewhere], "train")
+    known(value, [name for name in fields if name not in elsewhere], "train")
     _check_parts(value)
     return {key: _training_value(key, given, fields[key].default) for key, given in value.items()}
 
@@ -380,12 +385,12 @@ def _training_value(key: str, given: Any, default: Any) -> Any:
     return given
 
 
-def _build(kind: type, value: Any, where: str) -> Any:
+def build(kind: type, value: Any, where: str) -> Any:
     """A dataclass from a mapping, with unknown and missing keys refused."""
     if not isinstance(value, Mapping):
         raise RecipeError(f"{where} must be a mapping, got {value!r:.60}.")
     fields = dataclasses.fields(kind)
-    _known(value, [f.name for f in fields], where)
+    known(value, [f.name for f in fields], where)
     for f in fields:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in value:
@@ -416,7 +421,7 @@ def _check_type(given: Any, hint: Any, where: str) -> None:
         raise RecipeError(f"{where} = {given!r:.60}, but it must be {wanted}.")
 
 
-def _known(value: Mapping[str, Any], valid: Sequence[str], where: str) -> None:
+def known(value: Mapping[str, Any], valid: Sequence[str], where: str) -> None:
     for key in value:
         if key not in valid:
             raise RecipeError(f"{where} has no key '{key}'.{nearest(key, valid)}")

@@ -1,0 +1,1 @@
+"""Benchmarks: questions to a model, its answers, and what they are worth."""

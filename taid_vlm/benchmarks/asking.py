@@ -1,0 +1,165 @@
+"""What is asked and how: benchmarks with their questions and rules, and the settings of asking."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from taid_vlm.benchmarks.answering import generate_settings
+from taid_vlm.benchmarks.likelihood import CHOOSE_BY, NORMALISE, choose_settings
+from taid_vlm.benchmarks.question import Benchmark, Question, Rule
+from taid_vlm.benchmarks.registry import find_benchmark
+from taid_vlm.benchmarks.rows import read_questions
+from taid_vlm.benchmarks.store import DIGITS, data_hash, question_hash
+from taid_vlm.errors import TaidError, nearest
+from taid_vlm.records import DataSource
+
+METHODS = ("generate", "likelihood")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put to a model.
+
+    Args:
+        method: "generate", or "likelihood" to choose among a question's choices.
+        max_new_tokens: of an answer; None is what each benchmark says.
+        temperature, top_p: 0 is greedy; otherwise answers are sampled once per seed.
+        choose_by, normalise: as in `likelihood.Choosing`.
+        batch_size: rows (behind a URL: requests) at once.
+    """
+
+    method: str = "generate"
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seeds: tuple[int, ...] = (0,)
+    choose_by: str = "letter"
+    normalise: str = "sum"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for key, given, valid in (("method", self.method, METHODS),
+                                  ("choose-by", self.choose_by, CHOOSE_BY),
+                                  ("normalise", self.normalise, NORMALISE)):
+            if given not in valid:
+                raise TaidError(f"--{key} = '{given}'.{nearest(given, valid)}")
+        for key, number in (("batch-size", self.batch_size),
+                            ("max-new-tokens", self.max_new_tokens)):
+            if number is not None and number < 1:
+                raise TaidError(f"--{key} = {number}, but it must be at least 1.")
+        if not 0 <= self.temperature < float("inf"):
+            raise TaidError(f"--temperature = {self.temperature}, but it must be at least 0.")
+        if not 0 < self.top_p <= 1:
+            raise TaidError(f"--top-p = {self.top_p}, but it must be in (0, 1].")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise TaidError(f"--seeds = {list(self.seeds)}, but they must differ.")
+        if self.method == "likelihood" and (self.temperature or self.max_new_tokens):
+            raise TaidError("--method likelihood generates nothing: leave --temperature and "
+                            "--max-new-tokens out.")
+        if not self.temperature and (self.seeds != (0,) or self.top_p != 1):
+            raise TaidError("--seeds and --top-p are for sampled answers, but --temperature is 0; "
+                            "set it, for example to 1.")
+
+    def settings(self, benchmark: Benchmark) -> dict[str, Any]:
+        """What stands in the results, and what answers of a benchmark depend on."""
+        if self.method == "likelihood":
+            return choose_settings(self.choose_by, self.normalise)
+        return generate_settings(self.max_new_tokens or benchmark.max_new_tokens,
+                                 self.temperature, self.top_p)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark, its questions, and the rule that judges the answers.
+
+    asked: the hash of what is shown, by question id.
+    left_out: rows that are no part of the benchmark, by reason.
+    """
+
+    benchmark: Benchmark
+    rule: Rule
+    source: DataSource
+    questions: Sequence[Question]
+    asked: Mapping[str, str]
+    sha256: str | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def prompt_hash(self) -> str:
+        together = "\n".join(f"{name} {asked}" for name, asked in self.asked.items())
+        return hashlib.sha256(together.encode()).hexdigest()[:DIGITS]
+
+
+def open_tasks(
+    given: Sequence[str], rules: Sequence[str] = (), max_records: int | None = None
+) -> list[Task]:
+    """The benchmarks that `--tasks` names, with all their questions read.
+
+    Args:
+        given: NAME, NAME=DATA or a YAML file each; without DATA they are read from the hub.
+        rules: TASK:RULE each; the others are judged by their first rule.
+        max_records: only the first so many rows of each.
+
+    Raises:
+        TaidError: an unknown task or rule, data that is not there or lacks columns.
+    """
+    if max_records is not None and max_records < 1:
+        raise TaidError(f"--max-records = {max_records}, but it must be at least 1.")
+    found: dict[str, tuple[Benchmark, str]] = {}
+    for text in given:
+        name, _, data = text.partition("=")
+        benchmark = find_benchmark(name)
+        if benchmark.name in found:
+            raise TaidError(f"--tasks: '{benchmark.name}' stands twice.")
+        found[benchmark.name] = benchmark, data
+    chosen = _rules({name: benchmark for name, (benchmark, _) in found.items()}, rules)
+    return [open_task(benchmark, chosen[name], _source(benchmark, data, max_records))
+            for name, (benchmark, data) in found.items()]
+
+
+def open_task(benchmark: Benchmark, rule: Rule, source: DataSource) -> Task:
+    """A benchmark with its questions read from `source`."""
+    path, left_out = Path(source.path).expanduser(), Counter[str]()
+    try:
+        questions = read_questions(benchmark, source, left_out=left_out)
+    except TaidError as error:
+        if path.exists() or benchmark.hub is None or source.path != benchmark.hub[0]:
+            raise
+        raise TaidError(f"{error} With a copy on this machine: --tasks {benchmark.name}=FILE."
+                        ) from error
+    asked = {question.id: question_hash(question) for question in questions}
+    return Task(benchmark, rule, source, questions, asked, data_hash(path), dict(left_out))
+
+
+def _rules(benchmarks: Mapping[str, Benchmark], given: Sequence[str]) -> dict[str, Rule]:
+    chosen = {name: benchmark.rules[0] for name, benchmark in benchmarks.items()}
+    for text in given:
+        task, colon, wanted = text.partition(":")
+        if not colon:
+            raise TaidError(f"--rule '{text}' must look like mmstar:vlmevalkit.")
+        if task not in benchmarks:
+            raise TaidError(f"--rule '{text}': '{task}' is none of the tasks."
+                            f"{nearest(task, benchmarks)}")
+        named = {rule.name: rule for rule in benchmarks[task].rules}
+        if wanted not in named:
+            raise TaidError(f"--rule '{text}': {task} has no rule '{wanted}'."
+                            f"{nearest(wanted, named)}")
+        chosen[task] = named[wanted]
+    return chosen
+
+
+def _source(benchmark: Benchmark, data: str, max_records: int | None) -> DataSource:
+    path, name, split = benchmark.hub or ("", None, "train")
+    if not data and not path:
+        raise TaidError(f"--tasks {benchmark.name}: its data is not on the hub; say where it is, "
+                        f"as in {benchmark.name}=FILE.")
+    return DataSource(data or path, split=split, name=None if data else name,
+                      max_records=max_records)

@@ -1,0 +1,162 @@
+"""The models of an evaluation: folders, runs, hub names or URLs, checked without their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from taid_vlm.adapters import ModelAdapter, make_adapter
+from taid_vlm.benchmarks.remote import Endpoint
+from taid_vlm.benchmarks.store import DIGITS, weights_hash
+from taid_vlm.errors import TaidError
+from taid_vlm.models import (
+    ModelSpec,
+    load_config,
+    load_processor,
+    load_skeleton,
+    read_template,
+    weights_dtype,
+)
+
+STUDENT_FOLDER = "student"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is to answer, and what it is called in results."""
+
+    name: str
+    source: ModelSpec | Endpoint
+
+
+def parse_candidates(given: Sequence[str], spec: ModelSpec) -> list[Candidate]:
+    """`[NAME=]MODEL` each: a folder, the folder of a run (its student), or NAME[@REVISION] on the
+    hub.
+
+    Args:
+        spec: what holds for all of them (dtype, chat template).
+    """
+    found: list[Candidate] = []
+    for text in given:
+        name, path, revision = split_model(text)
+        folder = Path(path).expanduser()
+        path = str(folder) if folder.exists() else path
+        if not (folder / "config.json").exists() and (folder / STUDENT_FOLDER).is_dir():
+            path = str(folder / STUDENT_FOLDER)
+        found.append(Candidate(name, replace(spec, model_name_or_path=path, revision=revision)))
+    return distinct(found)
+
+
+def parse_served(given: Sequence[str], url: str, key_variable: str | None, timeout: float
+                 ) -> list[Candidate]:
+    """`[NAME=]MODEL` each, as the server at `url` calls them; raises TaidError.
+
+    Args:
+        key_variable: the environment variable that holds the server's key.
+        timeout: seconds that one request may say nothing.
+    """
+    key = None if key_variable is None else os.environ.get(key_variable)
+    if key_variable is not None and not key:
+        raise TaidError(f"--api-key-env: the environment variable '{key_variable}' is not set.")
+    if not timeout > 0:
+        raise TaidError(f"--timeout = {timeout}, but it must be more than 0 seconds.")
+    found: list[Candidate] = []
+    for text in given:
+        named, _, model = text.rpartition("=")
+        own = re.sub(r"[^\w.-]", "_", model.rsplit("/", 1)[-1])
+        found.append(Candidate(_checked_name(named, text) or own,
+                               Endpoint(url, model, key, timeout)))
+    return distinct(found)
+
+
+def split_model(text: str) -> tuple[str, str, str]:
+    """Name, path or hub name, and revision of "[NAME=]MODEL[@REVISION]"."""
+    named, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        named, path = "", text
+    revision = "main"
+    if "@" in path and not Path(path).expanduser().exists():
+        path, _, revision = path.rpartition("@")
+    if not path:
+        raise TaidError(f"--model '{text}' must be a folder or a hub name, or NAME=one of them.")
+    own = re.sub(r"[^\w.-]", "_", Path(path).expanduser().resolve().name)
+    return _checked_name(named, text) or own, path, revision
+
+
+def _checked_name(named: str, text: str) -> str:
+    if named and not re.fullmatch(r"\w[\w.-]*", named):
+        raise TaidError(f"--model '{text}': the name '{named}' must be letters, digits, '_', '-' "
+                        "and '.' (it names a folder).")
+    return named
+
+
+def distinct(candidates: list[Candidate]) -> list[Candidate]:
+    """The same; raises TaidError where two have one name."""
+    names = [candidate.name for candidate in candidates]
+    for name in names:
+        if names.count(name) > 1:
+            raise TaidError(f"--model: two models are called '{name}'; name them, as in "
+                            f"--model teacher=PATH student=PATH.")
+    return candidates
+
+
+class LocalModel:
+    """A model on this machine, without its weights.
+
+    Raises:
+        TaidError: nothing there, or nothing that can answer.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.config: PretrainedConfig = load_config(spec, "model")
+        self.adapter: ModelAdapter = make_adapter(load_processor(spec, "model"), "model")
+        folder = Path(spec.model_name_or_path)
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise TaidError(f"model: '{folder}' holds no weights (*.safetensors).")
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, beside the settings of answering."""
+        folder, given = Path(self.spec.model_name_or_path), self.spec.chat_template
+        template = None if given is None else hashlib.sha256(
+            read_template(given, "model").encode()).hexdigest()[:DIGITS]
+        return {"weights_sha256": weights_hash(folder) if folder.is_dir() else None,
+                "commit": getattr(self.config, "_commit_hash", None), "dtype": self.dtype,
+                "chat_template_sha256": template}
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, as they are loaded."""
+        asked = weights_dtype(self.spec, "model", self.config)
+        inner = self.config.get_text_config()
+        stored = self.config.dtype or inner.dtype or torch.float32
+        return str(stored if asked == "auto" else asked).removeprefix("torch.")
+
+    def describe(self) -> dict[str, Any]:
+        """For results.json."""
+        skeleton, name = load_skeleton(self.spec, "model"), self.spec.model_name_or_path
+        return {"name": name, "revision": None if Path(name).is_dir() else self.spec.revision,
+                "model_type": self.config.model_type,
+                "parameters": sum(p.numel() for p in skeleton.parameters()), **self.identity}
+
+
+class ServedModel:
+    """A model behind a URL; what answers there is only known by name."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.identity: dict[str, Any] = {"name": endpoint.model, "url": endpoint.url}
+
+    def describe(self) -> dict[str, Any]:
+        """For results.json."""
+        return dict(self.identity)

@@ -1,0 +1,322 @@
+"""lm-eval carried out on one of this package's models, with local data and the same results."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from taid_vlm.adapters.template import content_form, has_chat_template
+from taid_vlm.benchmarks.harness.asked import changes_of, expand
+from taid_vlm.benchmarks.harness.converted import (
+    average,
+    entry_of,
+    figures_of,
+    rows_of,
+    too_long,
+)
+from taid_vlm.benchmarks.harness.local_data import TaskChange, source_of, task_yaml
+from taid_vlm.benchmarks.harness.suites import SUITES
+from taid_vlm.errors import TaidError, nearest
+from taid_vlm.models import ModelSpec, load_config, load_model, load_processor, sees_images
+from taid_vlm.results import SCHEMA, machine, peak_memory, versions, write_json, write_text
+from taid_vlm.students.folder import new_folder, whole_or_absent
+
+logger = logging.getLogger(__name__)
+ROLE = "model"
+TASK_FOLDER = "lm_eval_tasks"  # for `lm_eval run --include_path`
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-eval's own
+
+
+@dataclass(frozen=True)
+class Options:
+    """How tasks are run.
+
+    Args:
+        num_fewshot: solved examples; None leaves the task's own. A suite has its own.
+        limit: only the first so many questions of every task.
+        batch_size: requests at a time.
+        seed: of the choice of examples and of sampling; None takes lm-eval's own seeds.
+        apply_chat_template: put every prompt in the model's chat template, examples as turns.
+        device: None takes an accelerator where there is one.
+    """
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    seed: int | None = None
+    apply_chat_template: bool = False
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise TaidError(f"{name} = {value}, but it must be at least {least}.")
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        return SEEDS if self.seed is None else dict.fromkeys(SEEDS, self.seed)
+
+
+def run_lm_eval(
+    model: ModelSpec | str | Path, tasks: Sequence[str], output_dir: str | Path, *,
+    data: Mapping[str, str | Path] | None = None, name: str | None = None, **options: Any,
+) -> dict[str, Any]:
+    """Measure a model with lm-eval.
+
+    Args:
+        tasks: lm-eval's tasks, groups and tags, and this package's suites ("openllm").
+        output_dir: new or empty; gets results.json, answers/ and the task files that were used.
+        data: task, group or suite -> file or folder with its data in the hub's columns; what is
+            not named is read from the hub. A suite's folder has a folder for every task.
+        name: what reports call the model; the output folder's name if not given.
+        options: fields of `Options`.
+
+    Returns:
+        What was written to results.json.
+
+    Raises:
+        TaidError: lm-eval is not installed; a name, an option or data that does not fit, before
+            any weights are loaded. Nothing is left half-written.
+    """
+    chosen, output = _options(options), new_folder(output_dir)
+    spec = model if isinstance(model, ModelSpec) else ModelSpec(str(model))
+    index = _packaged_tasks()
+    asked = expand(tasks, data or {}, chosen.num_fewshot)
+    changes = [change for task in asked for change in changes_of(task, index)]
+    files = {change.task: task_yaml(change) for change in changes if change.any}
+    load_config(spec, ROLE)
+    started = time.perf_counter()
+    measured: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        own = _own_tasks(files, Path(folder))
+        loaded = _load([task.name for task in asked], {**index, **own}, changes)
+        lm = _language_model(spec, chosen)
+        for task, item in loaded.items():
+            measured[task] = _measured(task, item, lm, changes, chosen)
+    entries = {name: entry for name, (entry, _) in measured.items()}
+    results = {
+        "schema": SCHEMA, "kind": "evaluation", "name": name or output.name,
+        "model": _described(spec, lm), "tasks": entries,
+        "suites": {name: average(name, entries) for name in tasks if name in SUITES},
+        "seed": chosen.seeds["fewshot"],
+        "versions": {**versions(), "lm-eval": version("lm-eval")},
+        "machine": machine(), "memory": peak_memory(), "seconds": time.perf_counter() - started,
+    }
+    _write(results, {name: rows for name, (_, rows) in measured.items()}, files, output)
+    return results
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    valid = [field.name for field in dataclasses.fields(Options)]
+    for name in given:
+        if name not in valid:
+            raise TaidError(f"lm-eval: there is no option '{name}'.{nearest(name, valid)}")
+    return Options(**given)
+
+
+# ----- lm-eval's tasks ----------------------------------------------------------------------
+
+
+@functools.cache
+def _packaged_tasks() -> dict[str, Any]:
+    """lm-eval's index of its tasks; reading its 14,000 files takes ten seconds."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise TaidError('lm-eval is not installed: pip install "taid-vlm[lm-eval]".') from None
+    return dict(TaskManager().task_index)
+
+
+def _own_tasks(files: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """The index of changed tasks, written to a folder that must last until they are loaded."""
+    from lm_eval.tasks import TaskManager
+
+    for name, text in files.items():
+        write_text(text, folder / f"{name}.yaml")
+    return dict(TaskManager(include_path=folder, include_defaults=False).task_index)
+
+
+def _load(names: Sequence[str], index: Mapping[str, Any], changes: Sequence[TaskChange]
+          ) -> dict[str, Any]:
+    """Name -> lm-eval's task, or group where it has a figure of its own; data is read here."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False)
+    manager.task_index.update(index)
+    loaded: dict[str, Any] = {}
+    for name in names:
+        try:
+            found = manager.load([name])
+        except Exception as error:  # of datasets, of templates, of the task's own code
+            raise TaidError(_unread(name, error, changes)) from error
+        group = found["groups"].get(name)
+        loaded |= {name: group} if group is not None and group.has_aggregation else found["tasks"]
+    return loaded
+
+
+def _inside(item: Any) -> list[Any]:
+    """The tasks of a group; of a task, itself."""
+    return item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
+
+
+def _unread(name: str, error: Exception, changes: Sequence[TaskChange]) -> str:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    hub = next((str(c.config.get("dataset_path")) for c in changes if c.path is None), None)
+    mend = "" if hub is None else (
+        f" Its data is on the hub ('{hub}'); without a connection, name a local copy: "
+        f"{name}=FOLDER.")
+    columns = "" if hub is not None else " Local data must have the columns it has on the hub."
+    return f"lm-eval could not read '{name}': {type(error).__name__}: {reason}.{mend}{columns}"
+
+
+# ----- the model ----------------------------------------------------------------------------
+
+
+def _language_model(spec: ModelSpec, options: Options) -> Any:
+    """The model as lm-eval's `hf` sees it; a VLM is asked without images."""
+    from lm_eval.models.huggingface import HFLM
+
+    config, processor = load_config(spec, ROLE), load_processor(spec, ROLE)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if options.apply_chat_template and not has_chat_template(processor):
+        raise TaidError(f"apply_chat_template: '{spec.model_name_or_path}' has no chat template.")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = load_model(spec, ROLE).to(options.device or found)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
+    probe = "a b"
+    if options.apply_chat_template:
+        tokenizer.chat_template = getattr(processor, "chat_template", None)
+        form = content_form(processor, "parts" if sees_images(config) else "string", ROLE)
+        if form == "parts":
+            lm.apply_chat_template = functools.partial(_templated, lm.apply_chat_template)
+        probe = lm.apply_chat_template([{"role": "user", "content": probe}])
+    check_ends(probe, [lm.tok_encode(probe), lm.tok_batch_encode([probe])[0][0].tolist()],
+               tokenizer)
+    return lm
+
+
+def _templated(render: Any, chat_history: list[dict[str, str]], *args: Any, **kwargs: Any) -> str:
+    """For templates that drop plain strings: every content as typed parts."""
+    parts = [{**said, "content": [{"type": "text", "text": said["content"]}]}
+             for said in chat_history]
+    return render(parts, *args, **kwargs)
+
+
+def check_ends(text: str, encoded: Sequence[Sequence[int]], tokenizer: Any) -> None:
+    """Raise TaidError where lm-eval would ask with two BOS, or behind an EOS.
+
+    A second BOS (the template's and the tokenizer's) lowers figures without a word. Behind an EOS
+    that the tokenizer adds, lm-eval scores the wrong tokens.
+    """
+    for ids in encoded:
+        if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+            raise TaidError("lm-eval would put two BOS tokens before every prompt: the chat "
+                            "template prints one and the tokenizer adds one.")
+        if ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+            raise TaidError("the tokenizer puts an EOS behind every text, so lm-eval would score "
+                            "the wrong tokens; save it with add_eos_token = false.")
+
+
+def _evaluate(lm: Any, item: Any, options: Options) -> Any:
+    """What lm_eval.simple_evaluate does, without the half minute it asks the machine's tools."""
+    import numpy as np
+    from lm_eval import evaluate
+
+    random.seed(options.seeds["random"])
+    np.random.seed(options.seeds["numpy"])
+    torch.manual_seed(options.seeds["torch"])
+    tasks = {task.task_name: task for task in _inside(item)}
+    groups = {group.name: group for group in (item, *item.get_all_groups())} \
+        if hasattr(item, "get_all_groups") else {}
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=options.seeds["fewshot"])
+    chat = options.apply_chat_template
+    return evaluate(lm, {"tasks": tasks, "groups": groups}, limit=options.limit,
+                    apply_chat_template=chat, fewshot_as_multiturn=chat)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval warns of what is meant here: changed tasks, a model that is loaded already; and
+    every file read would draw a bar."""
+    log = logging.getLogger("lm_eval")
+    level, bars = log.level, datasets.are_progress_bars_disabled()
+    log.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+# ----- results ------------------------------------------------------------------------------
+
+
+def _measured(name: str, item: Any, lm: Any, changes: Sequence[TaskChange], options: Options
+              ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What results.json says of a task or group, and its rows of answers."""
+    started = time.perf_counter()
+    raw, inside = _evaluate(lm, item, options), _inside(item)
+    names = [task.task_name for task in inside]
+    headline = next(iter(figures_of(raw["results"][name], name)), "")
+    rows = [row for task in inside for row in rows_of(
+        task.task_name, raw["samples"][task.task_name], headline,
+        task.doc_to_choice if task.OUTPUT_TYPE == "multiple_choice" else None,
+        task.doc_to_text if task.multiple_input else None)]
+    samples = [sample for one in names for sample in raw["samples"][one]]
+    cut = too_long(samples, lm.tok_encode, lm.max_length, lm.max_gen_toks)
+    if cut:
+        logger.warning("%s: %d of %d prompts are longer than the model's %d tokens; lm-eval cut "
+                       "them at the start.", name, cut, len(rows), lm.max_length)
+    told = {"method": "generate" if inside[0].OUTPUT_TYPE == "generate_until" else "likelihood",
+            "num_fewshot": _one({raw["n-shot"].get(one) for one in names}), "limit": options.limit,
+            "batch_size": options.batch_size, "apply_chat_template": options.apply_chat_template,
+            "prompts_cut": cut, "generation": inside[0].config.generation_kwargs}
+    by_task = {} if names == [name] else {
+        "task": {one: figures_of(raw["results"][one], one) for one in names}}
+    source = source_of([change for change in changes if change.task in names])
+    return entry_of(name, raw, rows, rule=f"lm-eval {version('lm-eval')}", source=source,
+                    answering=told, by_tag=by_task, seconds=time.perf_counter() - started), rows
+
+
+def _one(values: set[Any]) -> Any:
+    """What all tasks of a group have in common; all of it where they differ."""
+    return values.pop() if len(values) == 1 else sorted(values, key=str)
+
+
+def _described(spec: ModelSpec, lm: Any) -> dict[str, Any]:
+    model = lm.model
+    return {"name": spec.model_name_or_path, "revision": spec.revision,
+            "model_type": model.config.model_type,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _write(results: dict[str, Any], answers: Mapping[str, Sequence[Any]],
+           files: Mapping[str, str], output: Path) -> None:
+    with whole_or_absent(output, "the evaluation could not be written to '{}'") as folder:
+        for name, rows in answers.items():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(lines, folder / "answers" / f"{name}.jsonl")
+        for name, text in files.items():
+            write_text(text, folder / TASK_FOLDER / f"{name}.yaml")
+        write_json(results, folder / "results.json")

@@ -1,0 +1,135 @@
+"""What a benchmark asks, how an answer is judged, and what a benchmark is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from taid_vlm.records import ImageRef, Message, Record
+from taid_vlm.statistics import Estimate, mean_of
+
+if TYPE_CHECKING:
+    from taid_vlm.benchmarks.rows import Row
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as it is put to a model.
+
+    Args:
+        id: unique within the benchmark's data.
+        prompt: texts, and None where an image stands, in the order the model sees them.
+        answers: every accepted answer; the option's letter where there are choices.
+        choices: texts of the options A, B, C ...; none for open questions.
+        tags: what figures are split by, for example {"category": "chart"}.
+        extra: columns that only this benchmark's rules read (unit, precision ...).
+        group: questions with the same group share an item (the rotations of MMBench, the questions
+            about one image) and are no independent draws; "" stands for a group of its own.
+    """
+
+    id: str
+    prompt: tuple[str | None, ...]
+    images: tuple[ImageRef, ...] = ()
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
+
+    def record(self, answer: str = "") -> Record:
+        """The question as a conversation, closed with `answer` where one is given."""
+        said = (Message("assistant", (answer,)),) if answer else ()
+        return Record(self.id, (Message("user", self.prompt), *said), self.images)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says of one answer.
+
+    score: in [0, 1] (CIDEr: its own scale); an answer that cannot be read has 0.
+    read: what the rule took for the answer; None where it could not be read, which is counted.
+    """
+
+    score: float
+    read: str | None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A question, a model's answer to it, and the verdict."""
+
+    question: Question
+    answer: str
+    verdict: Verdict
+
+
+def accuracy(judged: Sequence[Judged]) -> dict[str, Estimate]:
+    """The mean score of all questions: what most benchmarks report."""
+    return {"accuracy": mean_of([j.verdict.score for j in judged], groups(judged))}
+
+
+def groups(judged: Sequence[Judged]) -> list[str]:
+    """The group of every question, its own id where it stands alone."""
+    return [j.question.group or j.question.id for j in judged]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way of judging a benchmark's answers, as one institution does it.
+
+    Args:
+        name: "official" | "lmms" | "vlmevalkit", or what it does where there is only one.
+        version: counted up whenever a verdict changes; stands in every results file.
+        judge: questions and answers -> one verdict each. Of pure text: no model, no chance.
+        figures: the judged questions -> the benchmark's figures, the headline first. Values are
+            shares of 1, except where the benchmark has points of its own.
+        source: where the rule was read, for example a repository and file.
+    """
+
+    name: str
+    version: int
+    judge: Callable[[Sequence[Question], Sequence[str]], list[Verdict]]
+    figures: Callable[[Sequence[Judged]], dict[str, Estimate]] = accuracy
+    source: str = ""
+
+
+def one_by_one(
+    judge: Callable[[Question, str], Verdict]
+) -> Callable[[Sequence[Question], Sequence[str]], list[Verdict]]:
+    """A rule's `judge` from one that looks at a single answer."""
+    def all_of_them(questions: Sequence[Question], answers: Sequence[str]) -> list[Verdict]:
+        return [judge(q, a) for q, a in zip(questions, answers, strict=True)]
+
+    return all_of_them
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark: how its rows become questions, and how answers to them are judged.
+
+    Args:
+        name: as it is asked for on the command line.
+        title: as it stands in a table.
+        read: one row in the hub's own columns -> its questions (several for rotations); raises
+            SampleDropped for a row that is no part of the benchmark, which is counted.
+        rules: the first is the default.
+        hub: (path, configuration or None, split) for `datasets.load_dataset`.
+        max_new_tokens: what an answer may take.
+        likelihood: whether its questions can be answered by the likelihood of their choices.
+        decimals: how figures are shown: 100 times the value with so many decimals; None for
+            figures with points of their own.
+        complete: all the questions read -> those asked, where a row alone cannot tell.
+        file: the YAML file of a user's own; "" for those of the package.
+    """
+
+    name: str
+    title: str
+    read: Callable[[Row], list[Question]]
+    rules: tuple[Rule, ...]
+    hub: tuple[str, str | None, str] | None = None
+    max_new_tokens: int = 32
+    likelihood: bool = False
+    decimals: int | None = 1
+    complete: Callable[[list[Question]], list[Question]] = list
+    file: str = ""

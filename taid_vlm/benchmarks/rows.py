@@ -1,0 +1,284 @@
+"""A benchmark's data in the hub's own columns, with messages that name file, row and column."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import copy
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taid_vlm.benchmarks.question import Benchmark, Question
+from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest
+from taid_vlm.records import DataSource, ImageRef, Records, open_rows
+
+logger = logging.getLogger(__name__)
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SHORTEST_BASE64 = 64  # characters; a shorter text in an image column is a path or another row
+_NEEDED = object()
+ByIndex = Callable[[str], Mapping[str, Any] | None]
+
+
+class Row(Mapping[str, Any]):
+    """One row; columns that are empty or None count as absent.
+
+    Args:
+        where: what messages call the row, for example "mmstar.parquet[12]".
+        root: folder that relative image paths start from.
+        by_index: the row whose column `index` holds a text; VLMEvalKit's tables write a shared
+            image once, and the index of its row elsewhere.
+        number: its place in the data, from 0.
+        records: the data, where images can be left until they are looked at.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str, root: Path | None = None,
+                 by_index: ByIndex | None = None, number: int = 0,
+                 records: Records | None = None) -> None:
+        self.values_ = {key: x for key, x in values.items() if x is not None and not _empty(x)}
+        self.where, self.root, self.by_index = where, root, by_index
+        self.number, self.records = number, records
+
+    def __getitem__(self, column: str) -> Any:
+        return self.values_[column]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    def without(self, nothing: Any) -> Row:
+        """The same row; columns that hold `nothing` count as absent."""
+        other = copy.copy(self)
+        other.values_ = {key: x for key, x in self.values_.items() if x != nothing}
+        return other
+
+    def need(self, column: str) -> Any:
+        """The column's value; raises RecordError where it is absent."""
+        if column not in self.values_:
+            found = ", ".join(sorted(self.values_)) or "none"
+            raise RecordError(f"{self.where}: column '{column}' is missing (found: {found})."
+                              f"{nearest(column, self.values_)}")
+        return self.values_[column]
+
+    def text(self, column: str, default: Any = _NEEDED) -> str:
+        """As text, stripped; numbers are written out (2.0 from a table of floats as "2.0")."""
+        value = self.need(column) if default is _NEEDED else self.values_.get(column, default)
+        return str(value).strip()
+
+    def id(self, *columns: str) -> str:
+        """The first of those columns that is there, or else the row's place in the data."""
+        return next((self.text(column) for column in columns if column in self), str(self.number))
+
+    def integer(self, column: str, default: Any = _NEEDED) -> int:
+        """A whole number, also from text and from a float without fraction."""
+        value = self.need(column) if default is _NEEDED else self.values_.get(column, default)
+        try:
+            if float(value) == int(float(value)):
+                return int(float(value))
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise RecordError(f"{self.where}: {column} must be a whole number, got {value!r:.60}.")
+
+    def texts(self, column: str) -> list[str]:
+        """A list of texts, also where the hub's column holds one written as Python or JSON; [] if
+        absent."""
+        value = self.values_.get(column, [])
+        if isinstance(value, str):
+            value = _literal(value)
+        listed = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        return [str(item) for item in listed]
+
+    def golds(self, *columns: str, more_than: int = 0) -> tuple[str, ...]:
+        """Every accepted answer, from the first of those columns that is there.
+
+        Items may be objects with their text under `answer`, as VQAv2 has them.
+
+        Args:
+            more_than: with so many people's answers or fewer, none could be fully right.
+
+        Raises:
+            RecordError: too few answers, or a blank one.
+        """
+        column = next((c for c in columns if c in self.values_), columns[0])
+        value = self.need(column)
+        value = value.get("answer") if isinstance(value, Mapping) else value  # {"answer": [...]}
+        value = _literal(value) if isinstance(value, str) else value
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        found = [item.get("answer") if isinstance(item, Mapping) else item for item in listed]
+        if not found or any(item is None or _empty(item) for item in found):
+            raise RecordError(f"{self.where}: {column} holds a blank answer or none: "
+                              f"{value!r:.60}.")
+        if len(found) <= more_than:
+            raise RecordError(f"{self.where}: {len(found)} answers of people; VQA accuracy leaves "
+                              f"one of them out and asks for {more_than} others (usual: 10). A "
+                              "file with one right answer a question is of the type short_answer.")
+        return tuple(str(item).strip() for item in found)
+
+    def options(self, letters: str = LETTERS) -> tuple[str, ...]:
+        """The columns A, B, C ... up to the first that is absent."""
+        found: list[str] = []
+        for letter in letters:
+            if letter not in self.values_:
+                break
+            found.append(self.text(letter))
+        return tuple(found)
+
+    def image(self, column: str = "image") -> ImageRef:
+        """The image of a column: bytes, {"bytes", "path"}, PIL image, path or base64 text."""
+        return self._image(self.need(column), column, None)
+
+    def images(self, *columns: str) -> tuple[ImageRef, ...]:
+        """The images of those columns that are there; a column may hold a list, also as text."""
+        found: list[ImageRef] = []
+        for column in columns or ("image",):
+            found += [self._image(value, column, place)
+                      for place, value in enumerate(self._listed(column))]
+        return tuple(found)
+
+    def _listed(self, column: str) -> Sequence[Any]:
+        value = self.values_.get(column, [])
+        if isinstance(value, str):  # VLMEvalKit writes several as "['...', '...']"
+            value = _literal(value)
+        return value if isinstance(value, (list, tuple)) else [value]
+
+    def _image(self, value: Any, column: str, place: int | None) -> ImageRef:
+        found = self._stored(value, column)
+        if found is None:
+            raise RecordError(f"{self.where}: {column} holds no image.")
+        if isinstance(found, bytes) and self.records is not None:
+            found = _InItsRow(self.records, self.number, self.by_index, column, place)
+        return ImageRef(found, self.where)
+
+    def stored_image(self, column: str, place: int | None) -> Any:
+        """Bytes, PIL image or path: of a column, or what stands at a place of its list."""
+        value = self.need(column) if place is None else self._listed(column)[place]
+        return self._stored(value, column)
+
+    def _stored(self, value: Any, column: str) -> Any:
+        if isinstance(value, Mapping):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and self.by_index is not None and len(value) < SHORTEST_BASE64:
+            other = self.by_index(value)
+            value = other[column] if other is not None and other.get(column) else value
+        if isinstance(value, str) and len(value) >= SHORTEST_BASE64:
+            value = _from_base64(value) or value
+        if isinstance(value, (str, Path)):
+            path = Path(value)
+            value = path if self.root is None or path.is_absolute() else self.root / path
+        return value
+
+
+@dataclass(frozen=True)
+class _InItsRow:
+    """Bytes of an image that stay in their file: a benchmark's images are gigabytes."""
+
+    records: Records
+    number: int
+    by_index: ByIndex | None
+    column: str
+    place: int | None
+
+    def __call__(self) -> Any:
+        row = Row(self.records.columns_of(self.number), self.records.where(self.number),
+                  self.records.root, self.by_index)
+        return row.stored_image(self.column, self.place)
+
+
+def read_questions(benchmark: Benchmark, source: DataSource, base: Path | None = None,
+                   left_out: Counter[str] | None = None) -> list[Question]:
+    """All questions of a benchmark.
+
+    Args:
+        base: folder that a relative path starts from (default: the working directory).
+        left_out: counts the rows that are no part of the benchmark, by reason; without it they
+            are told of in a warning.
+
+    Raises:
+        TaidError: no data there, or ids that are not unique.
+        RecordError: a row that does not have the benchmark's columns.
+    """
+    rows = open_rows(source, base)
+    by_index = _Lookup(rows) if Path(source.path).suffix.lower() == ".tsv" else None
+    questions: list[Question] = []
+    dropped = Counter[str]()
+    for index in range(len(rows)):
+        row = Row(rows.columns_of(index), rows.where(index), rows.root, by_index, index, rows)
+        try:
+            questions.extend(benchmark.read(row))
+        except SampleDropped as problem:
+            dropped[problem.reason] += 1
+    questions = benchmark.complete(questions)
+    _check(questions, benchmark, source, dropped)
+    if left_out is not None:
+        left_out.update(dropped)
+    elif dropped:
+        logger.warning("%s: rows of '%s' left out: %s.", benchmark.name, source.path,
+                       _counts(dropped))
+    return questions
+
+
+def _check(questions: Sequence[Question], benchmark: Benchmark, source: DataSource,
+           dropped: Counter[str]) -> None:
+    """There must be questions, each with an id of its own."""
+    if not questions:
+        reason = f" (rows left out: {_counts(dropped)})" if dropped else ""
+        raise TaidError(f"{benchmark.name}: '{source.path}' holds no questions{reason}.")
+    seen: dict[str, int] = {}
+    for number, question in enumerate(questions):
+        if question.id in seen:
+            raise TaidError(f"{benchmark.name}: two questions of '{source.path}' have the id "
+                            f"'{question.id}' (questions {seen[question.id]} and {number}, from "
+                            "0); their answers could not be told apart.")
+        seen[question.id] = number
+
+
+def _counts(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} with {reason}" for reason, count in dropped.most_common())
+
+
+class _Lookup:
+    """Rows of a table by their column `index`."""
+
+    def __init__(self, rows: Records) -> None:
+        self._rows, self._numbers = rows, dict[str, int]()
+        for number in range(len(rows)):
+            self._numbers.setdefault(str(rows.columns_of(number).get("index")), number)
+
+    def __call__(self, index: str) -> Mapping[str, Any] | None:
+        number = self._numbers.get(index)
+        return None if number is None else self._rows.columns_of(number)
+
+
+def _empty(value: Any) -> bool:
+    """Blank text, or the NaN that a table of floats writes for nothing."""
+    return not value.strip() if isinstance(value, str) else \
+        isinstance(value, float) and math.isnan(value)
+
+
+def _literal(text: str) -> Any:
+    if not text.lstrip().startswith("["):  # Python reads "1,000" and "(3, 4)" as tuples
+        return [text]
+    for read in (ast.literal_eval, json.loads):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, (list, tuple)):
+            return list(value)
+    return [text]
+
+
+def _from_base64(text: str) -> bytes | None:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None

@@ -1,0 +1,119 @@
+"""Answers into figures: every question judged, several draws of an answer pooled."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from taid_vlm.benchmarks.answering import Answer
+from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict
+from taid_vlm.benchmarks.store import answer_fields
+from taid_vlm.records.record import IMAGE_TAG
+from taid_vlm.statistics import Estimate
+
+BySeed = Mapping[int, Sequence[Judged]]  # the same questions in the same order under every seed
+LINEAR = 1e-9  # a figure of mean scores that is this near the mean of figures is linear in them
+
+
+def judge(rule: Rule, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Judged]:
+    """A verdict on every answer; where there is none, it is wrong whatever the rule makes of ""."""
+    verdicts = rule.judge(questions, [answer.text for answer in answers])
+    return [Judged(question, answer.text, Verdict(0.0, None) if answer.problem else verdict)
+            for question, answer, verdict in zip(questions, answers, verdicts, strict=True)]
+
+
+def pooled(by_seed: BySeed) -> list[Judged]:
+    """Every question with the mean of its scores; answer and reading are the first seed's."""
+    columns = zip(*by_seed.values(), strict=True)
+    return [Judged(draws[0].question, draws[0].answer, Verdict(
+        math.fsum(draw.verdict.score for draw in draws) / len(draws), draws[0].verdict.read))
+        for draws in columns]
+
+
+def figures(rule: Rule, by_seed: BySeed) -> dict[str, dict[str, Any]]:
+    """A rule's figures: {name: {value, stderr, n}}, with several seeds also {seeds, spread}.
+
+    A value is the mean over seeds. Its error is over questions, each with its mean score: more
+    seeds make a question's score surer and never count as more questions. (Figures that are no
+    mean of scores, such as F1, have the error of a single seed, which is larger.) `spread` is the
+    standard deviation between seeds.
+    """
+    drawn = [rule.figures(judged) for judged in by_seed.values()]
+    if len(drawn) == 1:
+        return {name: vars(figure) for name, figure in drawn[0].items()}
+    means = rule.figures(pooled(by_seed))
+    return {name: _over_seeds([each[name] for each in drawn], means[name]) for name in drawn[0]}
+
+
+def _over_seeds(each: Sequence[Estimate], of_means: Estimate) -> dict[str, Any]:
+    values = [figure.value for figure in each]
+    value = math.fsum(values) / len(values)
+    linear = math.isclose(value, of_means.value, rel_tol=LINEAR, abs_tol=LINEAR)
+    stderr = of_means.stderr if linear else math.sqrt(
+        math.fsum(figure.stderr**2 for figure in each) / len(each))
+    return {"value": value, "stderr": stderr, "n": each[0].n, "seeds": values,
+            "spread": statistics.stdev(values) if len(values) > 1 else math.nan}
+
+
+def by_tag(rule: Rule, by_seed: BySeed) -> dict[str, dict[str, Any]]:
+    """The same figures for the questions of every tag: {tag: {value: {figure: ...}}}."""
+    first = next(iter(by_seed.values()))
+    places: dict[tuple[str, str], list[int]] = {}
+    for index, judged in enumerate(first):
+        for tag, value in judged.question.tags.items():
+            places.setdefault((tag, value), []).append(index)
+    found: dict[str, dict[str, Any]] = {}
+    for (tag, value), indices in sorted(places.items()):
+        part = {seed: [judged[index] for index in indices] for seed, judged in by_seed.items()}
+        found.setdefault(tag, {})[value] = figures(rule, part)
+    return found
+
+
+def counts(answers: Mapping[int, Sequence[Answer]], by_seed: BySeed) -> dict[str, Any]:
+    """How many questions, and per seed how many answers could not be read, are missing or cut.
+
+    Returns:
+        `parse_failures` counts what a rule could not read, and `unanswered` (by reason) questions
+        without an answer; both have score 0 and are in `n`.
+    """
+    seeds, missing = len(by_seed), Counter[str]()
+    unread = cut = 0
+    for seed, judged in by_seed.items():
+        for answer, one in zip(answers[seed], judged, strict=True):
+            missing[answer.problem] += bool(answer.problem)
+            unread += one.verdict.read is None and not answer.problem
+            cut += answer.cut
+    per_seed = {reason: _whole(n / seeds) for reason, n in sorted(missing.items()) if reason}
+    return {"n": len(next(iter(by_seed.values()))), "parse_failures": _whole(unread / seeds),
+            "unanswered": per_seed, "cut": _whole(cut / seeds)}
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def lines(
+    questions: Sequence[Question], asked: Mapping[str, str],
+    answers: Mapping[int, Sequence[Answer]], by_seed: BySeed,
+) -> list[dict[str, Any]]:
+    """One line per question, in the order of the data: what was asked, said, read and scored."""
+    found = []
+    for index, mean in enumerate(pooled(by_seed)):
+        question = questions[index]
+        draws = [_draw(seed, answers[seed][index], judged[index].verdict)
+                 for seed, judged in by_seed.items()]
+        line = {"id": question.id, "group": question.group, "asked": asked[question.id],
+                "prompt": "".join(IMAGE_TAG if part is None else part for part in question.prompt),
+                **draws[0], "score": mean.verdict.score, "answers": list(question.answers),
+                "tags": dict(question.tags)}
+        if question.choices:
+            line["choices"] = list(question.choices)
+        found.append(line | ({"repeats": draws} if len(draws) > 1 else {}))
+    return found
+
+
+def _draw(seed: int, answer: Answer, verdict: Verdict) -> dict[str, Any]:
+    return {"seed": seed, **answer_fields(answer), "read": verdict.read, "score": verdict.score}

@@ -1,0 +1,243 @@
+"""Answers on disk as soon as they are given, and which of them still hold when asked again.
+
+    answers/.NAME.partial-0.jsonl   while a benchmark is answered, one file per process; the first
+                                    line says by which model and under which settings
+    answers/NAME.jsonl              once it is done, in the order of the data
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from taid_vlm.benchmarks.answering import Answer, Given
+from taid_vlm.benchmarks.question import Question
+from taid_vlm.errors import TaidError
+from taid_vlm.records import ImageRef
+from taid_vlm.results import write_text
+
+FOLDER = "answers"
+WEIGHTS = (".safetensors", ".json", ".jinja", ".model", ".txt")
+DIGITS = 16  # of a hash in hexadecimal
+_BLOCK = 1 << 20  # bytes
+
+Key = tuple[str, int]  # a question's id, and the seed it was answered with
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An answer, the hash of what was asked, and the seconds that it took."""
+
+    answer: Answer
+    asked: str
+    seconds: float
+
+
+class AnswerStore:
+    """The answers to one benchmark in a results folder.
+
+    Args:
+        identity: what answers depend on beside their question: the model and the settings. Those
+            given under another identity are not used, `replaced` says which keys differ.
+        asked: a hash of every question, by id; an answer to another text or image is not used.
+        rank: which process this is.
+    """
+
+    def __init__(self, folder: Path, task: str, identity: Mapping[str, Any],
+                 asked: Mapping[str, str], rank: int = 0) -> None:
+        self.folder, self.task, self.asked = folder / FOLDER, task, asked
+        self.identity = flat(identity)
+        self.path = self.folder / f".{task}.partial-{rank}.jsonl"
+        self.answers: dict[Key, Stored] = {}
+        self.replaced: list[str] = []
+        self.reused = False  # whether answers of the final file are
+
+    @property
+    def final(self) -> Path:
+        return self.folder / f"{self.task}.jsonl"
+
+    def load(self, finished: Mapping[str, Any] | None) -> None:
+        """Take up what earlier calls left; `finished`: the identity of the final file, if any."""
+        if finished is not None and self.final.exists() and self._same(flat(finished)):
+            for line in read_lines(self.final):
+                for key, stored in _of_final(line):
+                    self._take(key, stored)
+            self.reused = bool(self.answers)
+        self.gather()
+
+    def gather(self) -> None:
+        """Take up the partial files, those of other processes too."""
+        for path in sorted(self.folder.glob(f".{self.task}.partial-*.jsonl")):
+            head, *lines = read_lines(path) or [{}]
+            if self._same(head):
+                for line in lines:
+                    self._take((line["id"], line["seed"]), _stored(line))
+
+    def _same(self, other: Mapping[str, Any]) -> bool:
+        names = sorted({*other, *self.identity})
+        changed = [f"{name}: {other.get(name)} -> {self.identity.get(name)}" for name in names
+                   if other.get(name) != self.identity.get(name)]
+        self.replaced += [change for change in changed if change not in self.replaced]
+        return not changed
+
+    def _take(self, key: Key, stored: Stored) -> None:
+        if self.asked.get(key[0]) == stored.asked:
+            self.answers[key] = stored
+        elif key[0] in self.asked and "its text or image" not in self.replaced:
+            self.replaced.append("its text or image")
+
+    def open(self) -> None:
+        """Begin this process's partial file with what it is to go on from, whole lines only."""
+        head = [self.identity]
+        mine = [_line(key, stored) for key, stored in self.answers.items()]
+        write_text("".join(map(_dumped, [*head, *mine])), self.path)
+
+    def add(self, given: Given, seed: int, seconds: float) -> None:
+        """Keep answers that have just been given, at once."""
+        lines = []
+        for question, answer in given:
+            key = (question.id, seed)
+            self.answers[key] = Stored(answer, self.asked[question.id], seconds / len(given))
+            lines.append(_dumped(_line(key, self.answers[key])))
+        try:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            raise TaidError(f"'{self.path}' could not be written: {error.strerror or error}"
+                            ) from error
+
+    def finish(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """The final file, whole or not there; the partial ones are no longer needed."""
+        write_text("".join(map(_dumped, lines)), self.final)
+        for path in self.folder.glob(f".{self.task}.partial-*.jsonl"):
+            path.unlink()
+
+
+def answer_fields(answer: Answer) -> dict[str, Any]:
+    """An answer as it stands in a line; what says nothing is left out."""
+    fields = {"answer": answer.text}
+    rest = {key: value for key, value in asdict(answer).items() if key != "text" and value}
+    return fields | rest
+
+
+def _answer(line: Mapping[str, Any]) -> Answer:
+    likelihoods = tuple((total, tokens) for total, tokens in line.get("likelihoods", ()))
+    return Answer(line["answer"], line.get("problem", ""), line.get("cut", False), likelihoods)
+
+
+def _line(key: Key, stored: Stored) -> dict[str, Any]:
+    return {"id": key[0], "seed": key[1], "asked": stored.asked, "seconds": stored.seconds,
+            **answer_fields(stored.answer)}
+
+
+def _stored(line: Mapping[str, Any]) -> Stored:
+    return Stored(_answer(line), line["asked"], line["seconds"])
+
+
+def _of_final(line: Mapping[str, Any]) -> Iterator[tuple[Key, Stored]]:
+    for one in line.get("repeats") or [line]:
+        yield (line["id"], one["seed"]), Stored(_answer(one), line["asked"], 0.0)
+
+
+def _dumped(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; the last one may be torn by an interruption."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise TaidError(f"'{path}' is damaged ({error}); remove it to answer anew.") from None
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, in JSON's own types."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = flat(value, f"{above}{key}.") if isinstance(value, Mapping) else \
+            {f"{above}{key}": value}
+        found |= inner
+    return found
+
+
+# ----- fingerprints -------------------------------------------------------------------------
+
+
+def question_hash(question: Question) -> str:
+    """Of everything a model is shown: the texts and the images' bytes, in their order."""
+    digest = hashlib.sha256()
+    images = iter(question.images)
+    for part in question.prompt:
+        digest.update(b"text\0" + part.encode() + b"\0" if part is not None else
+                      b"image\0" + _image_hash(next(images)))
+    for choice in question.choices:
+        digest.update(b"choice\0" + choice.encode() + b"\0")
+    return digest.hexdigest()[:DIGITS]
+
+
+def _image_hash(image: ImageRef) -> bytes:
+    value = image.stored()
+    if isinstance(value, Image.Image):
+        data = repr((value.mode, value.size)).encode() + value.tobytes()
+    elif isinstance(value, bytes):
+        data = value
+    else:
+        return _path_hash(Path(value))
+    return hashlib.sha256(data).digest()
+
+
+def _path_hash(path: Path) -> bytes:
+    try:
+        found = path.stat()
+    except OSError:
+        return b"missing"
+    return _same_file_hash(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=1 << 16)
+def _same_file_hash(path: Path, changed: int, size: int) -> bytes:
+    """Many questions may be about one image."""
+    return bytes.fromhex(file_hash(path)) if path.is_file() else b"missing"
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hexadecimal; raises TaidError."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise TaidError(f"'{path}' cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def data_hash(path: Path) -> str | None:
+    """sha256 of a data file, or of a folder's files and their names; None for a hub's name."""
+    if path.is_file():
+        return file_hash(path)
+    return _files_hash(path, path.rglob("*")) if path.is_dir() else None
+
+
+def weights_hash(folder: Path) -> str:
+    """Of the files that make a saved model answer as it does: weights, configuration, processor.
+
+    All their bytes: a header alone would be the same after another epoch of training.
+    """
+    return _files_hash(folder, (f for f in folder.iterdir() if f.suffix in WEIGHTS))
+
+
+def _files_hash(root: Path, files: Iterator[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        digest.update(f"{path.relative_to(root).as_posix()}\0{file_hash(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""An evaluation's figures for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HEADER = ("model", "task", "rule", "figure", "value", "n", "unread", "seconds")
+_RIGHT = (4, 5, 6, 7)  # columns of numbers
+
+
+def as_text(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row per figure of every model and task; "unread" counts answers that could not be read
+    or that are missing, each of which is wrong in every figure."""
+    rows = [row for name, each in results.items()
+            for row in [*_rows(name, each["tasks"]), *_suites(name, each.get("suites", {}))]]
+    return "\n".join([*_aligned([HEADER, *rows]), *_left_out(results)])
+
+
+def _suites(name: str, suites: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Averages over the tasks of a leaderboard."""
+    return [(name, suite, "", figure, shown(found["value"], found["stderr"], 1), str(found["n"]),
+             "", "") for suite, entry in suites.items()
+            for figure, found in entry["figures"].items()]
+
+
+def _left_out(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Rows of the data that are no part of a benchmark, told once per task."""
+    told = {task: ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
+            for each in results.values() for task, entry in each["tasks"].items()
+            if (left_out := entry.get("left_out"))}
+    return [f"{task}: rows left out: {counts}" for task, counts in told.items()]
+
+
+def _rows(name: str, tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for task, entry in tasks.items():
+        first = (name, task, f"{entry['rule']} {entry['rule_version']}")
+        unread = entry["parse_failures"] + sum(entry.get("unanswered", {}).values())
+        last = (f"{unread:g}", f"{entry['seconds']:.1f}")
+        for figure, found in entry["figures"].items():
+            value = shown(found["value"], found["stderr"], entry.get("decimals", 1))
+            rows.append((*first, figure, value, str(found["n"]), *last))
+            first, last = ("", "", ""), ("", "")
+    return rows
+
+
+def shown(value: float | None, stderr: float | None, decimals: int | None) -> str:
+    """A share of 1 in per cent, or (decimals None) points as they are; with its standard error."""
+    if value is None or math.isnan(value):
+        return "-"
+    scale, digits = (1.0, 2) if decimals is None else (100.0, decimals)
+    error = "" if stderr is None or math.isnan(stderr) else f" ± {scale * stderr:.{digits}f}"
+    return f"{scale * value:.{digits}f}{error}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) if index in _RIGHT else cell.ljust(width)
+                      for index, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+            for row in rows]

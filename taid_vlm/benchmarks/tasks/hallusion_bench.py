@@ -1,0 +1,68 @@
+"""HallusionBench: the same questions about a figure and about figures edited to mislead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from taid_vlm.benchmarks.metrics.yes_no import (
+    all_right,
+    as_word,
+    judged_by,
+    right_answer,
+    yes_anywhere,
+)
+from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Rule, groups, one_by_one
+from taid_vlm.benchmarks.rows import Row
+from taid_vlm.statistics import Estimate, mean_of
+
+YES_NO = "Please answer yes or no."
+
+
+def read(row: Row) -> list[Question]:
+    """One question; its set (a figure, its edits, the questions about them) is its group."""
+    category, subcategory = row.text("category"), row.text("subcategory")
+    set_id, figure, number = (str(row.integer(x)) for x in ("set_id", "figure_id", "question_id"))
+    images = () if row.text("visual_input", "1") == "0" else (row.image(),)
+    return [Question(
+        id="_".join((category, subcategory, set_id, figure, number)),
+        prompt=(*(None for _ in images), f"{row.text('question')} {YES_NO}"), images=images,
+        answers=(right_answer(row.text("gt_answer"), row.where),),
+        tags={"category": category, "subcategory": subcategory},
+        extra={"figure": figure, "question": number,
+               "without_figure": category == "VS" and figure == "0"},
+        group="_".join((category, subcategory, set_id)))]
+
+
+def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
+    """The mean of three accuracies, and each: of answers, of figures (all their questions right),
+    of questions (right for all their figures). What is asked without a figure is no figure."""
+    shown = [j for j in judged if not j.question.extra["without_figure"]]
+    by_figure = all_right(shown, lambda j: (j.question.group, j.question.extra["figure"]))
+    by_question = all_right(judged, lambda j: (j.question.group, j.question.extra["question"]))
+    units = {
+        "aAcc": ([j.verdict.score for j in judged], groups(judged)),
+        "fAcc": (list(by_figure.values()), [key[0] for key in by_figure]),
+        "qAcc": (list(by_question.values()), [key[0] for key in by_question]),
+    }
+    means = {name: mean_of(scores, sets) for name, (scores, sets) in units.items()}
+    return {"average": _average(units, means), **means}
+
+
+def _average(units: dict[str, tuple[list[float], list[str]]], means: dict[str, Estimate]
+             ) -> Estimate:
+    """Mean of the means; a set moves all three of them together, which the error counts."""
+    total = sum(mean.n for mean in means.values())
+    moved = [(score - means[name].value) * total / (len(means) * means[name].n)
+             for name, (scores, _) in units.items() for score in scores]
+    sets = [one for _, found in units.values() for one in found]
+    value = math.fsum(mean.value for mean in means.values()) / len(means)
+    return Estimate(value, mean_of(moved, sets).stderr, means["aAcc"].n)
+
+
+BENCHMARK = Benchmark("hallusion_bench", "HallusionBench", read, (
+    Rule("word", 1, one_by_one(judged_by(as_word)), figures,
+         "open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py"),
+    Rule("lmms", 1, one_by_one(judged_by(yes_anywhere)), figures,
+         "EvolvingLMMs-Lab/lmms-eval, tasks/hallusion_bench/evaluate_hb.py, *_intern"),
+), hub=("lmms-lab/HallusionBench", None, "image"))

@@ -1,0 +1,27 @@
+"""MATH-Vision: competition problems with a picture; answers are a letter or a value."""
+
+from __future__ import annotations
+
+from taid_vlm.benchmarks.choices import letter_of, options_of
+from taid_vlm.benchmarks.metrics.math_vision import OFFICIAL, OPTIONS
+from taid_vlm.benchmarks.question import Benchmark, Question
+from taid_vlm.benchmarks.rows import Row
+
+TASK = ('Please solve the problem step by step and put your answer in one "\\boxed{}". If it is a '
+        'multiple choice question, only one letter is allowed in the "\\boxed{}".\n')
+
+
+def read(row: Row) -> list[Question]:
+    """One question; options that are no more than letters in the picture are not written out."""
+    choices = options_of(row, "options") if row.texts("options") else ()
+    shown = enumerate(choices) if "".join(choices) != OPTIONS else ()
+    options = "".join(f"({OPTIONS[index]}) {choice}\n" for index, choice in shown)
+    return [Question(
+        id=row.id("id"), prompt=(None, f"{TASK}{row.text('question')}\n{options}"),
+        images=(row.image("decoded_image" if "decoded_image" in row else "image"),),
+        answers=(letter_of(row, choices) if choices else row.text("answer"),), choices=choices,
+        tags={"level": str(row.integer("level")), "subject": row.text("subject")})]
+
+
+BENCHMARK = Benchmark("math_vision", "MATH-Vision", read, (OFFICIAL,),
+                      hub=("MathLLMs/MathVision", None, "test"), max_new_tokens=2048)

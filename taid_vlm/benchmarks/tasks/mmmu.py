@@ -1,0 +1,72 @@
+"""MMMU: college problems over thirty subjects, with pictures within question and options."""
+
+from __future__ import annotations
+
+import re
+
+from taid_vlm.benchmarks.choices import letter_of, options_of
+from taid_vlm.benchmarks.metrics.letters import LETTERS
+from taid_vlm.benchmarks.metrics.mmmu import LMMS, OFFICIAL
+from taid_vlm.benchmarks.prompts import LETTER_LINE, SHORT_LINE
+from taid_vlm.benchmarks.question import Benchmark, Question
+from taid_vlm.benchmarks.rows import Row
+from taid_vlm.records import ImageRef
+
+DISCIPLINES = {
+    "Art and Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health and Medicine": "Basic_Medical_Science Clinical_Medicine "
+                           "Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
+    "Humanities and Social Science": "History Literature Sociology Psychology",
+    "Tech and Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics "
+                            "Energy_and_Power Materials Mechanical_Engineering",
+}
+DISCIPLINE_OF = {subject: name for name, subjects in DISCIPLINES.items()
+                 for subject in subjects.split()}
+_TAG = re.compile(r"<image (\d)>")
+
+
+def read(row: Row) -> list[Question]:
+    """One question; "<image 2>" becomes the picture `image_2` wherever it stands."""
+    choices = () if _is_open(row) else options_of(row, "options")
+    options = "".join(f"({LETTERS[index]}) {choice}\n" for index, choice in enumerate(choices))
+    asked = f"{options}\n{LETTER_LINE}" if choices else SHORT_LINE
+    prompt, images = _with_images(f"{row.text('question')}\n{asked}", row)
+    return [Question(
+        id=row.id("id"), prompt=prompt, images=images, choices=choices,
+        answers=(letter_of(row, choices),) if choices else _open_golds(row), tags=_tags(row))]
+
+
+def _is_open(row: Row) -> bool:
+    return row.text("question_type", "open" if not row.texts("options") else "") == "open"
+
+
+def _open_golds(row: Row) -> tuple[str, ...]:
+    """One answer, or a list of them written as text; "(3, 4)" is one answer."""
+    answer = row.text("answer")
+    return tuple(row.texts("answer")) if answer.startswith("[") else (answer,)
+
+
+def _with_images(text: str, row: Row) -> tuple[tuple[str | None, ...], tuple[ImageRef, ...]]:
+    """The text cut at its tags; pictures that no tag names come first."""
+    parts = _TAG.split(text)
+    named = parts[1::2]
+    unnamed = [number for number in "1234567" if f"image_{number}" in row and number not in named]
+    prompt: list[str | None] = [None] * len(unnamed)
+    for index, part in enumerate(parts):
+        if index % 2 or part:
+            prompt.append(None if index % 2 else part)
+    return tuple(prompt), tuple(row.image(f"image_{number}") for number in (*unnamed, *named))
+
+
+def _tags(row: Row) -> dict[str, str]:
+    """Subject and discipline out of the id ("validation_Art_Theory_12"), and what columns say."""
+    subject = row.text("id", "").partition("_")[2].rpartition("_")[0]
+    tags = {"discipline": DISCIPLINE_OF.get(subject, ""), "subject": subject}
+    tags |= {key: row.text(key, "") for key in ("subfield", "topic_difficulty", "question_type")}
+    return {key: value for key, value in tags.items() if value}
+
+
+BENCHMARK = Benchmark("mmmu", "MMMU", read, (OFFICIAL, LMMS),
+                      hub=("lmms-lab/MMMU", None, "validation"))

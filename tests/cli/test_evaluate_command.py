@@ -1,0 +1,290 @@
+"""`taid-vlm evaluate`, as a user calls it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate import PartialState
+from benchmarks.quiz import timeless
+from benchmarks.serving import KEY, Server, completion, failure, serving
+from cli.recipes import Checkpoints, Outcome, command, loaded, png, write_jsonl, write_parquet
+
+from taid_vlm.benchmarks.registry import find_benchmark
+
+EXTRA = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent"))
+Cli = Callable[..., Outcome]
+NUMBER = 10
+
+
+def pope(folder: Path) -> Path:
+    return write_jsonl(folder / "pope.jsonl", [
+        {"question_id": index, "question": f"Is there a {word} in the image?",
+         "answer": ("yes", "no")[index % 2], "category": ("random", "popular")[index // 5],
+         "image": f"{index % 4}.png", "image_source": str(index % 4)}
+        for index, word in enumerate(("cat", "dog", "red car", "tree", "cup") * (NUMBER // 5))])
+
+
+def mmstar(folder: Path) -> Path:
+    rng = random.Random(0)
+    return write_parquet(folder / "mmstar.parquet", [
+        {"index": index, "question": f"What is it? Options: A: {rng.random():.2f}, B: dog, C: cat, "
+         "D: sky", "answer": "ABCD"[index % 4], "category": "coarse",
+         "l2_category": ("objects", "scenes")[index % 2], "image": png(index % 4)}
+        for index in range(NUMBER)])
+
+
+def own(folder: Path) -> Path:
+    write_jsonl(folder / "sums.jsonl", [
+        {"id": f"s{a}", "question": f"{a} + {a}?", "options": ["0", "2", "4"], "answer": "ABC"[a]}
+        for a in range(3)])
+    (folder / "sums.yaml").write_text(yaml.safe_dump(
+        {"type": "multiple_choice", "data": "sums.jsonl", "images": False}))
+    return folder / "sums.yaml"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for index in range(4):
+        (tmp_path / f"{index}.png").write_bytes(png(index))
+    pope(tmp_path), mmstar(tmp_path), own(tmp_path)
+    write_jsonl(tmp_path / "odd.jsonl", [{"question_id": 1, "question": "Is?", "image": "0.png"}])
+    return tmp_path
+
+
+def answers(output: Path, task: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "answers" / f"{task}.jsonl").open()]
+
+
+def test_models_and_tasks_side_by_side(cli: Cli, checkpoints: Checkpoints, data: Path) -> None:
+    done = cli("evaluate", "--model", f"teacher={checkpoints('internvl')}",
+               "--model", f"base={checkpoints('llava')}", "--tasks", f"pope={data}/pope.jsonl",
+               f"mmstar={data}/mmstar.parquet", data / "sums.yaml", "--output-dir", data / "eval",
+               "--rule", "mmstar:vlmevalkit", "pope:lmms", "--batch-size", "4")
+    assert done.status == 0, done.err
+    header, *table = done.out.splitlines()
+    assert header.split() == ["model", "task", "rule", "figure", "value", "n", "unread", "seconds"]
+    assert sum(line.startswith("teacher") for line in table) == 3
+    assert any(line.split()[:5] == ["base", "mmstar", "vlmevalkit", "1", "accuracy"]
+               for line in table)
+    for name in ("teacher", "base"):
+        results = loaded(data / "eval" / name / "results.json")
+        tasks = results["tasks"]
+        assert (results["name"], list(tasks)) == (name, ["pope", "mmstar", "sums"])
+        assert [tasks[task]["n"] for task in tasks] == [NUMBER, NUMBER, 3]
+        assert (tasks["pope"]["rule"], tasks["mmstar"]["rule"]) == ("lmms", "vlmevalkit")
+        assert set(tasks["mmstar"]["by_tag"]["l2_category"]) == {"objects", "scenes"}
+        for task, entry in tasks.items():
+            rows = answers(data / "eval" / name, task)
+            benchmark = find_benchmark(str(data / "sums.yaml") if task == "sums" else task)
+            assert len(rows) == entry["n"]
+            assert entry["parse_failures"] == sum(row["read"] is None for row in rows)
+            assert entry["rule_version"] == next(
+                rule.version for rule in benchmark.rules if rule.name == entry["rule"])
+
+
+def test_json_and_likelihood(cli: Cli, checkpoints: Checkpoints, data: Path) -> None:
+    done = cli("evaluate", "--model", checkpoints("qwen2_5_vl"), "--tasks",
+               f"mmstar={data}/mmstar.parquet", "--output-dir", data / "eval", "--json",
+               "--method", "likelihood", "--choose-by", "text", "--normalise", "tokens",
+               "--max-records", 6, "--dtype", "bfloat16")
+    assert done.status == 0, done.err
+    (results,) = json.loads(done.out).values()
+    assert results == loaded(data / "eval" / "results.json")
+    assert results["model"]["dtype"] == "bfloat16"
+    entry = results["tasks"]["mmstar"]
+    assert (entry["n"], entry["parse_failures"], entry["source"]["max_records"]) == (6, 0, 6)
+    assert {row["answer"] for row in answers(data / "eval", "mmstar")} <= set("ABCD")
+
+
+def test_sampling(cli: Cli, checkpoints: Checkpoints, data: Path) -> None:
+    done = cli("evaluate", "--model", checkpoints("llama"), "--tasks", data / "sums.yaml",
+               "--output-dir", data / "eval", "--temperature", 1, "--top-p", 0.95, "--seeds", 1, 2,
+               "--max-new-tokens", 3)
+    assert done.status == 0, done.err
+    entry = loaded(data / "eval" / "results.json")["tasks"]["sums"]
+    assert entry["answering"] == {"method": "generate", "max_new_tokens": 3, "temperature": 1.0,
+                                  "top_p": 0.95, "seeds": [1, 2]}
+    assert len(entry["figures"]["accuracy"]["seeds"]) == 2
+
+
+def test_a_model_behind_a_url(cli: Cli, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("MY_KEY", KEY)
+    with serving() as server:
+        check_served(cli, data, server, monkeypatch)
+
+
+def check_served(cli: Cli, data: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.reply = lambda body, times: completion("Yes, there is.") if times > 1 else failure(429)
+    monkeypatch.setattr("taid_vlm.benchmarks.remote.Endpoint.backoff", 0.01)
+    arguments = ("evaluate", "--model", "gpt=org/big-vlm", "--tasks", f"pope={data}/pope.jsonl",
+                 "--output-dir", data / "eval", "--base-url", server.url, "--api-key-env", "MY_KEY",
+                 "--timeout", 5)
+    done = cli(*arguments)
+    assert done.status == 0, done.err
+    results = loaded(data / "eval" / "results.json")
+    assert results["model"] == {"name": "org/big-vlm", "url": server.url}
+    assert results["tasks"]["pope"]["figures"]["accuracy"]["value"] == 0.5
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    written = [path.read_text() for path in (data / "eval").rglob("*.json*")]
+    assert not any(KEY in text for text in (*written, done.out, done.err))
+    asked = len(server.bodies)
+    assert asked == 2 * NUMBER
+    assert cli(*arguments).status == 0
+    assert len(server.bodies) == asked  # nothing is asked, and paid for, twice
+
+
+def forked(arguments: tuple[Any, ...], shown: Path, **environment: str) -> int:
+    """The command in a process of its own, which shares what is imported here; its id."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        os.environ.update(environment)
+        PartialState._reset_state()
+        with shown.open("w") as file, contextlib.redirect_stdout(file):
+            status = command(*arguments)
+    except BaseException:
+        status = 1
+    os._exit(status)
+
+
+def test_two_processes_give_the_same(cli: Cli, checkpoints: Checkpoints, data: Path) -> None:
+    def arguments(output: str) -> tuple[Any, ...]:
+        return ("evaluate", "--model", checkpoints("llava"), "--tasks", f"pope={data}/pope.jsonl",
+                "--output-dir", data / output, "--batch-size", 2)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [forked(arguments("two"), data / f"{rank}.txt", RANK=str(rank),
+                        LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+    assert (data / "0.txt").read_text().startswith("model ")
+    assert (data / "1.txt").read_text() == ""
+    assert cli(*arguments("one")).status == 0
+    one, two = (timeless(loaded(data / name / "results.json")) for name in ("one", "two"))
+    assert one == two
+    assert loaded(data / "two" / "results.json")["machine"]["processes"] == 2
+    assert answers(data / "one", "pope") == answers(data / "two", "pope")
+    assert sorted(path.name for path in (data / "two" / "answers").iterdir()) == ["pope.jsonl"]
+
+
+def test_killed_and_called_again(cli: Cli, checkpoints: Checkpoints, data: Path) -> None:
+    """The power goes while answers are being written; the same command goes on."""
+    arguments = ("evaluate", "--model", checkpoints("llava"), "--tasks",
+                 f"mmstar={data}/mmstar.parquet", "--batch-size", "1", "--max-new-tokens", "60")
+    partial = data / "eval" / "answers" / ".mmstar.partial-0.jsonl"
+    process = forked((*arguments, "--output-dir", data / "eval"), data / "shown.txt")
+    waited = time.monotonic()
+    while not (partial.exists() and partial.read_text().count("\n") > 2):
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        assert time.monotonic() - waited < 60
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert not (data / "eval" / "results.json").exists()
+    assert 2 < partial.read_text().count("\n") < NUMBER + 1
+    for output in ("eval", "whole"):
+        done = cli(*arguments, "--output-dir", data / output)
+        assert done.status == 0, done.err
+    assert answers(data / "eval", "mmstar") == answers(data / "whole", "mmstar")
+
+
+# ----- mistakes -----------------------------------------------------------------------------
+
+POPE = ["--tasks", "pope={data}/pope.jsonl"]
+MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "unknown task": (["--tasks", "pop={data}/pope.jsonl"],
+                     ("no benchmark 'pop'", "Did you mean 'pope'?")),
+    "twice": ([*POPE, *POPE], ("'pope' stands twice",)),
+    "missing file": (["--tasks", "pope={data}/poppe.jsonl"],
+                     ("poppe.jsonl", "does not exist", "'pope.jsonl'")),
+    "missing column": (["--tasks", "pope={data}/odd.jsonl"],
+                       ("odd.jsonl:1", "'answer' is missing")),
+    "on the hub, offline": (["--tasks", "mmstar"], ("Lin-Chen/MMStar", "mmstar=FILE")),
+    "missing YAML": (["--tasks", "{data}/sum.yaml"], ("sum.yaml", "sums.yaml")),
+    "unknown rule": ([*POPE, "--rule", "pope:oficial"],
+                     ("pope has no rule 'oficial'", "Did you mean 'official'?")),
+    "rule of another task": ([*POPE, "--rule", "mme:official"], ("'mme' is none of the tasks",)),
+    "rule without task": ([*POPE, "--rule", "official"], ("must look like mmstar:vlmevalkit",)),
+    "no model": ([*POPE, "--model", "b={data}/nowhere"], ("model: no model at", "nowhere")),
+    "text model": ([*POPE, "--model", "{text}"], ("is a text model", "pope asks about images")),
+    "the same name": ([*POPE, "--model", "{llava}"], ("two models are called",)),
+    "method": ([*POPE, "--method", "likelyhood"], ("Did you mean 'likelihood'?",)),
+    "likelihood of what": ([*POPE, "--method", "likelihood"], ("pope", "use generate")),
+    "dtype": ([*POPE, "--dtype", "bf16"], ("--dtype = 'bf16'", "bfloat16")),
+    "template": ([*POPE, "--chat-template", "{data}/none.jinja"], ("none.jinja", "neither a file")),
+    "records": ([*POPE, "--max-records", "0"], ("--max-records = 0",)),
+    "seeds": ([*POPE, "--seeds", "1", "2"], ("--temperature",)),
+    "key without URL": ([*POPE, "--api-key-env", "X"], ("--api-key-env goes with --base-url",)),
+    "timeout without URL": ([*POPE, "--timeout", "3"], ("--timeout goes with --base-url",)),
+    "no key": ([*POPE, "--base-url", "http://x/v1", "--api-key-env", "NO_SUCH_KEY"],
+               ("the environment variable 'NO_SUCH_KEY' is not set",)),
+    "dtype of a server": ([*POPE, "--base-url", "http://x/v1", "--dtype", "auto"],
+                          ("--dtype is up to the server",)),
+    "no URL": ([*POPE, "--base-url", "localhost:80"], ("--base-url = 'localhost:80'", "http://")),
+    "likelihood of a server": (
+        ["--tasks", "mmstar={data}/mmstar.parquet", "--base-url", "http://x/v1", "--method",
+         "likelihood"], ("needs a model on this machine",)),
+    "harness": ([*POPE, "--harness", "lmeval"], ("--harness = 'lmeval'", "'lm-eval'")),
+    "rule with harness": ([*POPE, "--harness", "lm-eval", "--rule", "pope:lmms"],
+                          ("--rule is for this package's own benchmarks",)),
+    "fewshot without harness": ([*POPE, "--num-fewshot", "3"], ("goes with --harness lm-eval",)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_show_before_weights_are_loaded(
+    cli: Cli, checkpoints: Checkpoints, data: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("taid_vlm.benchmarks.evaluate.load_model", never)
+    given, words = MISTAKES[mistake]
+    places = {"data": data, "text": checkpoints("llama"), "llava": checkpoints("llava")}
+    done = cli("evaluate", "--model", checkpoints("llava"), "--output-dir", data / "eval",
+               *(argument.format(**places) for argument in given))
+    assert done.status == 2
+    (message,) = done.errors
+    assert all(word in message for word in words), message
+    assert not (data / "eval").exists()
+
+
+def test_an_interruption_says_how_to_go_on(
+    cli: Cli, checkpoints: Checkpoints, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("taid_vlm.benchmarks.answering.generate_batch", stop)
+    done = cli("evaluate", "--model", checkpoints("llava"), "--output-dir", data / "eval",
+               "--tasks", f"pope={data}/pope.jsonl")
+    assert done.status == 130
+    assert "the same command goes on" in done.err
+
+
+@pytest.mark.skipif(not (EXTRA / "nlvr_test.parquet").exists(), reason="TAID_VLM_EXTRA_DATA")
+def test_real_pictures(cli: Cli, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """`nlvr` on its real rows, by two families, at two batch sizes."""
+    for family in ("llava", "qwen2_5_vl"):
+        for size in (1, 4):
+            done = cli("evaluate", "--model", checkpoints(family), "--output-dir",
+                       tmp_path / f"{family}{size}", "--batch-size", size, "--max-records", 8,
+                       "--tasks", f"nlvr={EXTRA}/nlvr_test.parquet")
+            assert done.status == 0, done.err
+        assert answers(tmp_path / f"{family}1", "nlvr") == answers(tmp_path / f"{family}4", "nlvr")
+        assert loaded(tmp_path / f"{family}1/results.json")["tasks"]["nlvr"]["n"] == 8
