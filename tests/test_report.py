@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from taid_vlm.errors import TaidError
 from taid_vlm.report import (
     Column,
     Curve,
@@ -129,8 +130,21 @@ def test_no_competition_without_two_figures_or_a_direction() -> None:
 
 def test_answers_match_after_strip_and_lower() -> None:
     example = Example(None, "?", "Red", "colour", {"a": " RED\n", "b": "blue"})
-    assert [judge.mark(example, a) for a in example.answers.values()] == ["right", "wrong"]
+    assert [judge.mark(example, name) for name in example.answers] == ["right", "wrong"]
     assert judge.disagreement(example) == 2
+
+
+def test_a_rule_marks_even_what_is_no_match() -> None:
+    example = Example(None, "?", "red", "caption", {"a": "It is red.", "b": "r", "c": "red"},
+                      {"a": 1.0, "b": 0.3, "c": 0.0})
+    assert [judge.mark(example, name) for name in "abc"] == ["right", "partly", "wrong"]
+    assert judge.disagreement(example) == 2
+    html = render(report(Section("S", examples=[example])))
+    assert html.count("◐</span>") == 1
+    assert "the benchmark" in html
+    assert "exact match" not in html
+    same = Example(None, "?", "red", "colour", {"a": "x", "b": "y"}, {"a": 0.0, "b": 0.0})
+    assert judge.disagreement(same) == 0
 
 
 def test_free_form_answers_are_not_marked() -> None:
@@ -149,7 +163,43 @@ def test_disagreements_come_first() -> None:
     assert order == sorted(order)
 
 
+def test_verdicts_of_pairs_overrule_the_errors() -> None:
+    rows = [Row(name, "", {"acc": Figure(value, 0.5, verdict=verdict)}) for name, value, verdict in
+            (("a", 0.9, "best"), ("b", 0.8, ""))]
+    assert judge.verdicts(UP, rows) == ["best", ""]
+    rows.append(Row("c", "", {}))
+    assert judge.verdicts(Column("acc", "A"), rows) == ["best", "", ""]
+
+
 # The page
+
+
+def test_differences_show_their_interval_and_where_nothing_lies() -> None:
+    column = Column("d", "Difference", "lower", "+.2f")
+    rows = [Row(name, "", {"d": Figure(value, None, 9, value - 0.1, value + 0.1, "", mark,
+                                       "p = 0.01")})
+            for name, value, mark in (("a", -0.5, "better"), ("b", 0.4, "worse"), ("c", 0, "even"))]
+    html = render(report(Section("S", tables=[Table("T", [column], rows, key="The key.")])))
+    assert "\u22120.60 to \u22120.40" in html
+    assert [html.count(f">{sign}</span>") for sign in "▲▼≈"] == [1, 1, 1]
+    assert 'title="95 % interval, n = 9, p = 0.01"' in html
+    assert html.count('class="zero" style="left:54.55%"') == 3
+    assert "The key." in html
+    assert "standard error" not in html
+
+
+def test_a_distant_teacher_does_not_blur_the_others() -> None:
+    rows = [row("t", 9.0, 0.01, "teacher"), row("a", 0.5, 0.05), row("b", 0.6, 0.05)]
+    bars = [cell.bar for cell in page._cells(UP, rows)]
+    assert bars[0] is None
+    assert (bars[1].low, bars[2].high) == (0.0, 100.0)
+
+
+def test_tables_can_be_sorted_and_say_by_what() -> None:
+    html = render(full_report())
+    assert html.count("<table data-sortable>") == 1
+    assert re.findall(r'data-sort="([\d.]+)"', html) == ["0.95", "0.4", "0.6", "0.7"]
+    assert 'data-better="higher"' in html
 
 
 def test_everything_is_escaped() -> None:
@@ -221,6 +271,8 @@ def test_figures_show_their_error_and_their_n() -> None:
         (-0.5, ".2f", "\u22120.50"),
         (7.6, "d", "8"),
         (1234.0, ",.0f", "1,234"),
+        (-0.3, ".0f", "0"),
+        (-0.0, "+.1f", "0.0"),
     ],
 )
 def test_number_format(value: float, spec: str, text: str) -> None:
@@ -345,9 +397,18 @@ def test_a_failed_replacement_leaves_no_draft(
         raise OSError("disk")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(TaidError, match=r"report.html' could not be written: disk"):
         write_report(full_report(), tmp_path / "report.html")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "report.html").mkdir()
+    for path in (tmp_path / "file" / "report.html", tmp_path / "report.html"):
+        with pytest.raises(TaidError, match=rf"'{path}' could not be written: "):
+            write_report(full_report(), path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "report.html"]
 
 
 def test_json_is_strict() -> None:

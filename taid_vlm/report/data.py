@@ -18,11 +18,19 @@ class Figure:
 
     ``value`` and ``stderr`` are in the unit of their column, ``n`` counts the examples (or runs)
     behind the value. ``stderr=None`` says that the uncertainty is unknown, ``0.0`` that it is nil.
+    ``low`` and ``high`` are a 95 % interval, shown in place of the error. ``verdict`` is for who
+    has compared in pairs; ``None`` leaves it to the standard errors. ``mark`` says how a difference
+    is to be taken, ``note`` is for the tooltip.
     """
 
     value: float | None
     stderr: float | None = None
     n: int | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: Literal["best", "tie", ""] | None = None
+    mark: Literal["better", "worse", "even", ""] = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in the order in which they are shown; teacher and start rows do not compete."""
+    """Rows in the order in which they are shown; teacher and start rows do not compete.
+
+    ``key`` replaces the sentences that explain errors and marks.
+    """
 
     title: str
     columns: list[Column]
     rows: list[Row]
     caption: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,8 +85,9 @@ class Curve:
 class Example:
     """One question put to every model.
 
-    ``image`` holds the bytes of a PNG (``None`` for a text-only question), ``answers`` maps the
-    name of a model to its answer.
+    ``image`` holds the bytes of a PNG or JPEG (``None`` for a text-only question), ``answers`` maps
+    the name of a model to its answer. ``scores`` is what a benchmark's rule gave each answer, from
+    0 to 1; without it an answer is right where it is the reference.
     """
 
     image: bytes | None
@@ -82,6 +95,7 @@ class Example:
     reference: str
     category: str
     answers: dict[str, str]
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal, TypeGuard
 from taid_vlm.report.data import Column, Example, Figure, Row
 
 Verdict = Literal["best", "tie", ""]
-Mark = Literal["right", "wrong", ""]
+Mark = Literal["right", "partly", "wrong", ""]
 
 SPECTATORS = ("teacher", "start")
 # Free-form categories: two good captions rarely share their wording, so none is marked.
@@ -39,6 +39,9 @@ def separated(first: Figure, second: Figure) -> bool:
 def verdicts(column: Column, rows: list[Row]) -> list[Verdict]:
     """One verdict per row for one column; see ``_judge`` for the rule."""
     marks: list[Verdict] = ["" for _ in rows]
+    given = [row.values[column.key].verdict if column.key in row.values else None for row in rows]
+    if any(verdict is not None for verdict in given):
+        return [verdict or "" for verdict in given]
     if not column.better:
         return marks
     entries = {
@@ -81,11 +84,21 @@ def is_free_form(example: Example) -> bool:
     return not example.reference.strip() or any(word in category for word in FREE_FORM)
 
 
-def mark(example: Example, answer: str) -> Mark:
-    """Right or wrong by exact match after strip and lower; empty for free-form categories."""
+def mark(example: Example, name: str) -> Mark:
+    """Right or wrong, by the benchmark's rule or by exact match after strip and lower; empty for
+    free-form categories."""
+    if example.scores:
+        return _by_score(example.scores.get(name))
     if is_free_form(example):
         return ""
-    return "right" if normalised(answer) == normalised(example.reference) else "wrong"
+    same = normalised(example.answers[name]) == normalised(example.reference)
+    return "right" if same else "wrong"
+
+
+def _by_score(score: float | None) -> Mark:
+    if not is_finite(score):
+        return ""
+    return "right" if score >= 1 else "partly" if score > 0 else "wrong"
 
 
 def disagreement(example: Example) -> int:
@@ -93,6 +106,8 @@ def disagreement(example: Example) -> int:
 
     Free-form answers count as 0, since they nearly always differ in wording.
     """
+    if example.scores:
+        return 2 if len(set(example.scores.values())) > 1 else 0
     if is_free_form(example):
         return 0
     answers = {normalised(answer) for answer in example.answers.values()}

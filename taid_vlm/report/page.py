@@ -16,12 +16,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from taid_vlm.report import charts, judge, palette
 from taid_vlm.report.data import Column, Curve, Example, Figure, Report, Row, Section, Table
 from taid_vlm.report.palette import Style
-from taid_vlm.results import replace_file
+from taid_vlm.results import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
+SCRIPTS = ("gallery.js", "tables.js")
 MISSING = "\u2013"  # en dash
 ANSWER_LIMIT = 240  # characters shown of an answer; the rest is in its tooltip
 PROMPT_LIMIT = 600
+DENSE = 6  # columns, beyond which a table is set closer
 TINY_IMAGE = 160  # pixels; narrower images are enlarged with hard edges instead of blur
 BETTER = {"higher": ("↑", "higher is better"), "lower": ("↓", "lower is better"), "": ("", "")}
 
@@ -38,11 +40,15 @@ class Clipped:
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure on the scale of its column: positions in percent of the width of the cell."""
+    """A figure on the scale of its column: positions in percent of the width of the cell.
+
+    ``zero``: where nothing lies, in a column of differences.
+    """
 
     dot: float
     low: float
     high: float
+    zero: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,15 +57,18 @@ class Cell:
 
     value: str
     stderr: str = ""
+    interval: str = ""
     title: str = ""
     verdict: judge.Verdict = ""
+    mark: str = ""
     bar: Bar | None = None
+    sort: float | None = None
 
 
 def render(report: Report) -> str:
     """The page as HTML text; the same report always gives the same text."""
     styles = palette.assign(report)
-    script = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
+    script = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     template = environment(TEMPLATES).get_template("report.html.j2")
     html = template.render(
         report=report,
@@ -73,8 +82,8 @@ def render(report: Report) -> str:
 
 
 def write_report(report: Report, path: Path) -> Path:
-    """Write the page to ``path`` in one step: readers see the old page or the new one."""
-    return replace_file(render(report), Path(path))
+    """Write the page to ``path`` in one step; raises TaidError where that cannot be done."""
+    return write_text(render(report), Path(path))
 
 
 def stylesheet() -> str:
@@ -127,8 +136,10 @@ def _table(table: Table) -> dict[str, Any]:
         "marks": {cell.verdict for cell in cells if cell.verdict},
         "errors": any(cell.stderr for cell in cells),
         "bars": any(cell.bar for cell in cells),
+        "dense": len(table.columns) > DENSE,
         "spectators": any(row.role in judge.SPECTATORS for row in table.rows),
         "sizes": _sizes(table),
+        "key": table.key,
     }
 
 
@@ -136,35 +147,50 @@ def _cells(column: Column, rows: list[Row]) -> list[Cell]:
     """The cells of one column, from the first row to the last."""
     figures = [row.values.get(column.key, Figure(None)) for row in rows]
     marks = judge.verdicts(column, rows)
-    bars = _bars(figures) if column.better else [None] * len(figures)
+    competing = [row.role not in judge.SPECTATORS for row in rows]
+    bars = _bars(figures, competing) if column.better else [None] * len(figures)
     triples = zip(figures, marks, bars, strict=True)
     return [_cell(figure, column, verdict, bar) for figure, verdict, bar in triples]
 
 
 def _cell(figure: Figure, column: Column, verdict: judge.Verdict, bar: Bar | None) -> Cell:
     if not judge.is_finite(figure.value):
-        return Cell(MISSING, title="not measured" if figure.value is None else "not finite")
-    value = number(figure.value, column.format)
-    if not judge.has_error(figure):
-        stderr, note = "", "standard error unknown"
-    else:
-        stderr = number(figure.stderr or 0.0, column.format)
+        what = "not measured" if figure.value is None else "not finite"
+        return Cell(MISSING, title=figure.note or what)
+    value, stderr, note, interval = number(figure.value, column.format), "", "", ""
+    if judge.is_finite(figure.low) and judge.is_finite(figure.high):
+        interval = " to ".join(number(end, column.format) for end in (figure.low, figure.high))
+        note = "95 % interval"
+    elif judge.has_error(figure):
+        stderr = number(figure.stderr or 0.0, column.format.lstrip("+"))
         note = f"± {stderr} (standard error)"
+    elif column.better:
+        note = "standard error unknown"
     count = f"n = {figure.n}" if figure.n is not None else ""
-    return Cell(value, stderr, ", ".join(filter(None, (note, count))), verdict, bar)
+    return Cell(value, stderr, interval, ", ".join(filter(None, (note, count, figure.note))),
+                verdict, figure.mark, bar, figure.value)
 
 
 def number(value: float, spec: str) -> str:
     """``value`` in a format spec (specs for integers round first), with a true minus sign."""
     text = format(round(value) if spec.endswith("d") else value, spec)
+    if text.startswith("-") and not any(digit in text for digit in "123456789"):
+        text = text[1:]  # rounded to nothing
     return text.replace("-", "\u2212", 1) if text.startswith("-") else text
 
 
-def _bars(figures: list[Figure]) -> list[Bar | None]:
-    """Each figure with two standard errors to both sides, on one scale for the column."""
+def _bars(figures: list[Figure], competing: list[bool]) -> list[Bar | None]:
+    """Each figure with two standard errors (or its interval) to both sides, on one scale for the
+    column: that of the models that compete, so that a distant teacher does not blur them all.
+
+    What lies outside of it has no bar.
+    """
     spans = [_span(figure) for figure in figures]
-    edges = [edge for span in spans if span for edge in span]
+    own = [span for span, competes in zip(spans, competing, strict=True) if span and competes]
+    edges = [edge for span in (own if len(own) > 1 else spans) if span for edge in span]
+    differences = any(figure.mark for figure in figures)
     low, high = (min(edges), max(edges)) if edges else (0.0, 0.0)
+    low, high = (min(low, 0.0), max(high, 0.0)) if differences else (low, high)
     width = high - low
     if not 0 < width < math.inf:
         return [None] * len(figures)
@@ -172,13 +198,17 @@ def _bars(figures: list[Figure]) -> list[Bar | None]:
     def scaled(value: float) -> float:
         return round(100 * (value - low) / width, 2)
 
-    return [Bar(scaled(s[1]), scaled(s[0]), scaled(s[2])) if s else None for s in spans]
+    zero = scaled(0.0) if differences else None
+    return [Bar(scaled(s[1]), scaled(s[0]), scaled(s[2]), zero)
+            if s and low <= s[0] and s[2] <= high else None for s in spans]
 
 
 def _span(figure: Figure) -> tuple[float, float, float] | None:
     """Lower end, value and upper end."""
     if not judge.is_finite(figure.value):
         return None
+    if judge.is_finite(figure.low) and judge.is_finite(figure.high):
+        return figure.low, figure.value, figure.high
     reach = 2 * (figure.stderr or 0.0) if judge.has_error(figure) else 0.0
     return figure.value - reach, figure.value, figure.value + reach
 
@@ -214,14 +244,20 @@ def _gallery(examples: list[Example]) -> dict[str, Any] | None:
     """Cards where the models disagree come first and free-form ones last."""
     if not examples:
         return None
-    ordered = sorted(examples, key=lambda e: (-judge.disagreement(e), judge.is_free_form(e)))
+    ordered = sorted(examples, key=lambda e: (-judge.disagreement(e), _is_unmarked(e)))
     return {
         "cards": [_card(example) for example in ordered],
         "categories": list(Counter(example.category for example in examples).items()),
         "disagreements": sum(judge.disagreement(example) > 0 for example in examples),
         "images": any(example.image for example in examples),
-        "unmarked": any(judge.is_free_form(example) for example in examples),
+        "unmarked": any(map(_is_unmarked, examples)),
+        "by_rule": any(example.scores for example in examples),
+        "by_match": any(not example.scores for example in examples),
     }
+
+
+def _is_unmarked(example: Example) -> bool:
+    return judge.is_free_form(example) and not example.scores
 
 
 def _card(example: Example) -> dict[str, Any]:
@@ -233,7 +269,7 @@ def _card(example: Example) -> dict[str, Any]:
         "reference": clip(example.reference, ANSWER_LIMIT),
         "disagree": judge.disagreement(example) > 0,
         "answers": [
-            (name, clip(answer, ANSWER_LIMIT), judge.mark(example, answer))
+            (name, clip(answer, ANSWER_LIMIT), judge.mark(example, name))
             for name, answer in example.answers.items()
         ],
     }

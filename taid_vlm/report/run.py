@@ -12,10 +12,26 @@ FIGURES = (
     Column("kl", "KL(teacher ‖ student)", "lower", ".4f", "nats/token",
            "How far the student's next-token law is from the teacher's."),
     Column("reverse_kl", "KL(student ‖ teacher)", "lower", ".4f", "nats/token"),
+    Column("jsd", "JSD", "lower", ".4f", "nats/token",
+           "Jensen-Shannon divergence, the mean KL of both from their middle; at most log 2."),
     Column("agreement", "agreement", "higher", ".3f", "",
            "Share of tokens where both models' most likely token is the same."),
     Column("nll", "NLL of the data", "lower", ".4f", "nats/token"),
+    Column("token_accuracy", "token accuracy", "higher", ".3f", "",
+           "Share of the data's tokens that are the student's most likely ones."),
+    Column("ece", "calibration error", "lower", ".4f", "",
+           "How far the student's confidence in its most likely token is from its accuracy: mean "
+           "distance over 15 bins of confidence, weighted by their tokens (ECE)."),
     Column("student_entropy", "entropy", "", ".3f", "nats"),
+)
+MASSES = (
+    Column("head_mass", "head", "", ".4f", "",
+           "The student's probability on the teacher's 10 most likely tokens."),
+    Column("tail_mass", "tail", "", ".2e", "",
+           "The student's probability on the fifth of all tokens that the teacher ranks last."),
+    Column("teacher_head_mass", "teacher's head", "", ".4f", "",
+           "What the teacher itself puts there."),
+    Column("teacher_tail_mass", "teacher's tail", "", ".2e", ""),
 )
 LOOKS = (
     Column("kl_blank", "KL(real ‖ blank image)", "", ".4f", "nats/token",
@@ -73,6 +89,11 @@ def _tables(evaluation: dict[str, Any]) -> list[Table]:
             figures_row("after", "main", after, columns)]
     tables = [Table("Student against teacher", columns, rows,
                     "Means per answer token ± standard error over answers.")]
+    masses = [column for column in MASSES if column.key in after]
+    if masses:
+        rows = [figures_row("before", "start", before, masses),
+                figures_row("after", "main", after, masses)]
+        tables.append(Table("Where the probability goes", masses, rows))
     if len(after["by_category"]) > 1:
         rows = [figures_row(name, "", part, columns)
                 for name, part in after["by_category"].items()]
@@ -139,7 +160,7 @@ def gallery(questions: Sequence[Any], answers: Answers) -> list[Example]:
         given = {name: texts[index] for name, texts in answers.items() if texts}
         cards.append(Example(
             image=png(record.images[0].load()) if record.images else None,
-            prompt=_question(record, turn), reference=record.answers[turn],
+            prompt=question_text(record, turn), reference=record.answers[turn],
             category=record.category(turn), answers=given,
         ))
     return cards
@@ -154,7 +175,7 @@ def png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _question(record: Any, turn: int) -> str:
+def question_text(record: Any, turn: int) -> str:
     """The user's last words before the `turn`-th answer."""
     asked = [message for message in record.before(turn) if message.role == "user"]
     return asked[-1].text.strip() if asked else ""

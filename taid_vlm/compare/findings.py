@@ -1,0 +1,157 @@
+"""What the figures say, in sentences; no method gets a favour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from taid_vlm.compare.compare import AVERAGE, Comparison
+from taid_vlm.compare.judging import Difference, Judged
+from taid_vlm.compare.measures import AGAINST_TEACHER
+from taid_vlm.compare.tables import sign
+from taid_vlm.report.page import number
+
+DECISIVE = ("kl", "agreement", "nll")  # without benchmarks
+FEW_SEEDS = 3
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """The first sentence decides; then by how much, what ties, and what it does not say."""
+    decisive = deciding(comparison)
+    if not decisive:
+        return ["These runs have no figure in common to be compared by."]
+    average = [j for j in comparison.benchmarks if j.measure.column is AVERAGE]
+    told = [_verdict(decisive, comparison), _against([*average, *decisive][0], comparison),
+            _gap([*average, *decisive]), _besides(decisive, comparison), _seeds(comparison)]
+    return [sentence for sentence in told if sentence]
+
+
+def deciding(comparison: Comparison) -> list[Judged]:
+    """Benchmarks, where there are any; otherwise the held-out figures that say the most.
+
+    Of all methods: who was not asked is not behind.
+    """
+    tasks = [j for j in comparison.benchmarks if j.measure.column is not AVERAGE]
+    return _complete(tasks, comparison) or _held_out(comparison)
+
+
+def _complete(judged: Sequence[Judged], comparison: Comparison) -> list[Judged]:
+    return [j for j in judged if j.verdicts and set(comparison.names) <= j.figures.keys()]
+
+
+def _held_out(comparison: Comparison) -> list[Judged]:
+    found = {j.measure.column.key: j for j in _complete(comparison.held_out, comparison)}
+    return [found[key] for key in DECISIVE if key in found]
+
+
+def _besides(decisive: Sequence[Judged], comparison: Comparison) -> str:
+    """What the held-out figures say where benchmarks decide."""
+    others = _held_out(comparison)
+    if not others or others[0] is decisive[0]:
+        return ""
+    verdict = _verdict(others, comparison)
+    return f"On held-out data: {verdict[0].lower()}{verdict[1:]}" if verdict.startswith("No") \
+        else f"On held-out data, {verdict}"
+
+
+def _verdict(decisive: Sequence[Judged], comparison: Comparison) -> str:
+    """A winner is ahead somewhere and behind nowhere."""
+    held_out = any(decisive[0] is j for j in comparison.held_out)
+    kind = "held-out figures" if held_out else "benchmarks"
+    of = f"{len(decisive)} {kind}" if len(decisive) > 1 else _label(decisive[0])
+    ahead = {name: [j for j in decisive if j.verdicts.get(name) == "best"]
+             for name in comparison.names}
+    never_behind = [name for name in comparison.names
+                    if all(j.verdicts.get(name) for j in decisive)]
+    winners = [name for name in never_behind if ahead[name]]
+    if winners:
+        name = winners[0]
+        ties = [j for j in decisive if j not in ahead[name]]
+        rest = f" and ties on {_listed(map(_label, ties))}" if ties else ""
+        return (f"{name} wins: it is significantly better than every other method on "
+                f"{_listed(map(_label, ahead[name]))}{rest}.")
+    if len(never_behind) > 1 and not any(ahead.values()):
+        behind = [_behind(name, decisive) for name in comparison.names
+                  if name not in never_behind]
+        return (f"No significant winner: {_listed(never_behind)} tie on "
+                f"{'all ' if len(decisive) > 1 else ''}{'; '.join([of, *behind])}.")
+    led = [f"{name} is best on {_listed(map(_label, found))}"
+           for name, found in ahead.items() if found]
+    tied = [f"{_listed(j.leaders)} tie on {_label(j)}" for j in decisive
+            if "best" not in j.verdicts.values()]
+    return f"No overall winner: {'; '.join([*led, *tied])}."
+
+
+def _behind(name: str, decisive: Sequence[Judged]) -> str:
+    lost = [_label(j) for j in decisive if not j.verdicts.get(name)]
+    return f"{name} is behind on {_listed(lost)}"
+
+
+def _against(first: Judged, comparison: Comparison) -> str:
+    """By how much, in the average over benchmarks or else in the first deciding figure."""
+    told = [f"{name} {_change(first, found)}" for name, found in first.against.items()]
+    return f"Against {comparison.baseline}, {_label(first)}: {'; '.join(told)}." if told else ""
+
+
+def _change(judged: Judged, found: Difference) -> str:
+    """The difference with its interval, and whether it stands."""
+    column, scale = judged.measure.column, judged.measure.scale
+    value, low, high = (scale * x for x in (found.interval.value, found.interval.low,
+                                            found.interval.high))
+    spec = column.format if column.format.startswith("+") else f"+{column.format}"
+    unit = "" if not column.unit else " points" if column.unit == "%" else f" {column.unit}"
+    if math.isnan(low):
+        return f"{number(value, spec)}{unit}"
+    mark = sign(judged, found)
+    verdict = mark if mark != "even" else "not significant after correction" \
+        if found.interval.significant else "not significant"
+    return (f"{number(value, spec)}{unit} ({number(low, spec)} to {number(high, spec)}, "
+            f"{verdict})")
+
+
+def _gap(decisive: Sequence[Judged]) -> str:
+    """How far the best one has come from base to teacher, by the first figure that says it."""
+    for judged in decisive:
+        if not judged.recovered:
+            continue
+        shares = {name: r.share for name, r in judged.recovered.items() if r.share is not None}
+        if not shares:
+            return (f"On {_label(judged)}, base and teacher do not differ significantly: there is "
+                    "no gap to recover.")
+        told = [f"{name} {number(100 * s.value, '.0f')} % ({number(100 * s.low, '.0f')} to "
+                f"{number(100 * s.high, '.0f')})" for name, s in shares.items()]
+        return f"Of the gap between base and teacher in {_label(judged)}, recovered: " \
+               f"{_listed(told)}."
+    return ""
+
+
+def _seeds(comparison: Comparison) -> str:
+    seeds = comparison.seeds
+    if max(seeds.values(), default=0) <= 1:
+        return "One seed each: the intervals are over questions and say nothing about other seeds."
+    fewest = min(seeds.values())
+    few = f" With {_counted(seeds)}, the spread between seeds is itself badly known, which makes " \
+          "intervals wide." if fewest < FEW_SEEDS else ""
+    return f"Intervals cover other questions and other seeds.{few}"
+
+
+def _counted(seeds: Mapping[str, int]) -> str:
+    counts = sorted(set(seeds.values()))
+    if len(counts) == 1:
+        return f"{counts[0]} seeds per method"
+    return f"{counts[0]} to {counts[-1]} seeds per method"
+
+
+def _label(judged: Judged) -> str:
+    """A figure's name inside a sentence."""
+    column = judged.measure.column
+    where = "" if column.key in AGAINST_TEACHER or column.unit in ("%", "points") else "held-out "
+    names = {"kl": "held-out KL to the teacher", "agreement": "agreement with the teacher",
+             "average": "the average"}
+    return names.get(column.key, where + column.label)
+
+
+def _listed(names: object) -> str:
+    """a, b and c."""
+    *most, last = list(names)  # type: ignore[call-overload]
+    return f"{', '.join(most)} and {last}" if most else str(last)

@@ -1,0 +1,146 @@
+"""What is compared: folders that `taid-vlm distill` and `taid-vlm evaluate` have written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from taid_vlm.errors import TaidError, nearest_sibling
+from taid_vlm.eval_answers import FILE as ANSWERS_FILE
+from taid_vlm.eval_answers import AnswerPair, read_answers
+from taid_vlm.results import SCHEMA
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A finished run of `taid-vlm distill`."""
+
+    folder: Path
+    results: Results
+
+    @cached_property
+    def answers(self) -> list[AnswerPair]:
+        """Every held-out answer's figures; none from a run without held-out data."""
+        path = self.folder / ANSWERS_FILE
+        return read_answers(path) if path.exists() else []
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished run of `taid-vlm evaluate`."""
+
+    folder: Path
+    results: Results
+
+    def answers(self, task: str) -> list[dict[str, Any]]:
+        """One mapping per question; [] where the file is gone."""
+        path = self.folder / self.results["tasks"][task]["answers"]
+        if not path.exists():
+            return []
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+            return [json.loads(line) for line in lines if line]
+        except ValueError as error:
+            raise TaidError(f"'{path}' is not one JSON object a line: {error}") from None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison: several seeds of one method, or a single model.
+
+    trained: False for a teacher and a base, which have no seeds.
+    """
+
+    name: str
+    runs: Sequence[Distillation] = ()
+    evaluations: Sequence[Evaluation] = field(default=())
+    trained: bool = True
+
+    @property
+    def folders(self) -> list[Path]:
+        return [part.folder for part in self.parts]
+
+    @property
+    def parts(self) -> list[Distillation | Evaluation]:
+        return [*self.runs, *self.evaluations]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of training; evaluations are taken to stand in the order of the runs."""
+        return [run.results["seed"] for run in self.runs]
+
+    def evaluated(self, task: str) -> list[Evaluation]:
+        """The evaluations that have a benchmark, one per seed."""
+        return [e for e in self.evaluations if task in e.results["tasks"]]
+
+
+def read_method(argument: str) -> Method:
+    """`FOLDER`, `NAME=FOLDER` or `NAME=FOLDER,FOLDER,...` (seeds of one method, and evaluations of
+    their students).
+
+    Raises:
+        TaidError: a folder that is missing, unfinished or of another kind.
+    """
+    name, folders = _parse(argument)
+    parts = [read_folder(folder) for folder in folders]
+    return Method(name, [p for p in parts if isinstance(p, Distillation)],
+                  [p for p in parts if isinstance(p, Evaluation)])
+
+
+def read_reference(name: str, folder: Path) -> Method:
+    """The evaluation of a teacher or a base."""
+    found = read_folder(folder)
+    if not isinstance(found, Evaluation):
+        raise TaidError(f"--{name.lower()} '{folder}' is a distillation run; it needs the folder "
+                        f"that taid-vlm evaluate wrote for the {name.lower()}.")
+    return Method(name, (), (found,), trained=False)
+
+
+def _parse(argument: str) -> tuple[str, list[Path]]:
+    if Path(argument).exists():
+        return Path(argument).resolve().name, [Path(argument)]
+    name, equals, rest = argument.partition("=")
+    name, rest = (name.strip(), rest) if equals else ("", argument)
+    folders = [Path(rest)] if Path(rest).exists() else [Path(part) for part in rest.split(",")]
+    if (equals and not name) or not all(str(folder).strip(". ") for folder in folders):
+        raise TaidError(f"'{argument}' is neither a folder nor NAME=FOLDER[,FOLDER...].")
+    return name or folders[0].resolve().name, folders
+
+
+def read_folder(folder: Path) -> Distillation | Evaluation:
+    """A finished run; raises TaidError for anything else."""
+    path = folder / "results.json"
+    if not path.is_file():
+        raise TaidError(_without_results(folder))
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        schema, kind = results["schema"], results.get("kind", "")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TaidError(f"'{path}' is not a run's results ({error!r:.80}).") from None
+    if schema != SCHEMA:
+        raise TaidError(f"'{path}' has schema {schema}, but this version reads {SCHEMA}.")
+    if kind == "evaluation" and "tasks" in results:
+        return Evaluation(folder, results)
+    if not kind and "eval" in results and "train" in results:
+        return Distillation(folder, results)
+    raise TaidError(f"'{path}' is neither of a distillation nor of an evaluation (kind = "
+                    f"'{kind}').")
+
+
+def _without_results(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"'{folder}' is no folder.{nearest_sibling(folder)}"
+    inside = sorted(p.parent.name for p in folder.glob("*/results.json"))
+    if inside:
+        return (f"'{folder}' has no results.json; the folders in it that have one: "
+                f"{', '.join(inside)}.")
+    unfinished = any(folder.glob("checkpoint-*")) or (folder / "recipe.yaml").exists()
+    why = "the run is not finished" if unfinished else \
+        "it is not the output of taid-vlm distill or taid-vlm evaluate"
+    return f"'{folder}' has no results.json: {why}."

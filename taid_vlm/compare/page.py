@@ -1,0 +1,149 @@
+"""The comparison as one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from taid_vlm.compare import curves, tables
+from taid_vlm.compare.compare import AVERAGE, Comparison
+from taid_vlm.compare.findings import findings
+from taid_vlm.compare.gallery import benchmark_examples, held_out_examples
+from taid_vlm.report import Example, Report, Section, write_report
+from taid_vlm.results import versions
+
+
+def comparison_report(comparison: Comparison) -> Report:
+    """Findings, tables, curves and a gallery."""
+    sections = [_benchmarks(comparison), _held_out(comparison), _training(comparison),
+                _answers(comparison), _method(comparison)]
+    return Report(
+        title=f"{_listed(comparison.names)}, compared",
+        summary=findings(comparison),
+        sections=[section for section in sections if section is not None],
+        provenance=provenance(comparison),
+    )
+
+
+def write_page(comparison: Comparison, path: Path) -> Path:
+    """Write the page whole or not at all; raises TaidError."""
+    return write_report(comparison_report(comparison), path)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _benchmarks(comparison: Comparison) -> Section | None:
+    judged = comparison.benchmarks
+    if not judged:
+        return None
+    everyone = [*comparison.references, *comparison.methods]
+    found = [tables.figures_table("Scores", judged, comparison),
+             tables.against_table(judged, comparison),
+             tables.recovered_table(judged, comparison), tables.failures_table(comparison)]
+    for j in judged:
+        if j.measure.column is not AVERAGE:
+            found += tables.tag_tables(j.measure.column.key, j.measure.column.label, everyone)
+    return Section("Benchmarks", _unpaired(judged), [table for table in found if table])
+
+
+def _unpaired(judged: Sequence[Any]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for j in judged:
+        if j.measure.unpaired and j.verdicts:
+            reasons.setdefault(j.measure.unpaired, []).append(j.measure.column.label)
+    return [f"Not compared in pairs, so that small differences go unnoticed: {', '.join(labels)} "
+            f"({reason})." for reason, labels in reasons.items()]
+
+
+def _held_out(comparison: Comparison) -> Section | None:
+    judged = comparison.held_out
+    if not judged:
+        return None
+    main = [j for j in judged if j.measure.column.key not in tables.SPREAD]
+    spread = [j for j in judged if j.measure.column.key in tables.SPREAD]
+    found = [
+        tables.figures_table("Held-out figures", main, comparison,
+                             "Means per answer token. The base is the student before training."),
+        tables.against_table(main, comparison),
+        tables.recovered_table(main, comparison, tables.GAPS),
+        tables.category_table(comparison.methods, main[0].measure.column.key),
+        tables.spread_table(spread, comparison),
+    ]
+    drawn = [curves.masses(comparison), curves.reliability(comparison.methods),
+             curves.capacity_gap(comparison)]
+    return Section("Held-out data", _unpaired(judged), [table for table in found if table],
+                   [curve for curve in drawn if curve])
+
+
+def _training(comparison: Comparison) -> Section | None:
+    cost = tables.cost_table(comparison.methods)
+    if cost is None:
+        return None
+    return Section("Training", [], [cost], curves.training_curves(comparison.methods))
+
+
+def _answers(comparison: Comparison) -> Section | None:
+    everyone = [*comparison.references, *comparison.methods]
+    cards: list[Example] = []
+    for j in comparison.benchmarks:
+        if j.measure.column is not AVERAGE and len(j.figures) > 1:
+            cards += benchmark_examples(j.measure.column.key, j.measure.column.label, everyone)
+    cards += held_out_examples(comparison.methods)
+    return Section("Answers", [], examples=cards) if cards else None
+
+
+def _method(comparison: Comparison) -> Section:
+    return Section("How this was measured", [*comparison.warnings, *how_measured(comparison)])
+
+
+def how_measured(comparison: Comparison) -> list[str]:
+    """Data, statistics and rules, in sentences."""
+    told = []
+    data = next((run.results.get("data", {}).get("eval") for m in comparison.methods
+                 for run in m.runs), None)
+    if data:
+        told.append(f"Held-out data: {data['records']:,} records, sha256 {data['sha256']}; figures "
+                    "are means per answer token, the same tokens for every method.")
+    entries = {name: entry for method in (*comparison.methods, *comparison.references)
+               for e in method.evaluations for name, entry in e.results["tasks"].items()}
+    told += [_task(entry) for entry in entries.values()]
+    told.append(
+        f"Differences and their 95 % intervals come from a paired bootstrap ({comparison.n_boot:,} "
+        "draws) in which records, or questions about one item, are drawn together; where a method "
+        "has several seeds, their spread enters by Student's t. Significance is at 5 % after "
+        "Holm's correction for every table.")
+    return told
+
+
+def _task(entry: dict[str, Any]) -> str:
+    answering, source = entry.get("answering") or {}, entry.get("source") or {}
+    settings = ", ".join(f"{key} {value}" for key, value in answering.items() if key != "method")
+    path = Path(source.get("path") or "")
+    # where a file lies is nobody's business
+    told = [path.name if path.is_absolute() else source.get("path"),
+            f"sha256 {source['sha256'][:16]}" if source.get("sha256") else ""]
+    data = ", ".join(filter(None, told))
+    return (f"{entry['title']}: {entry['n']:,} questions{f' ({data})' if data else ''}, rule "
+            f"{entry['rule']}, version {entry['rule_version']}, prompts {entry['prompt_hash']}, "
+            f"answered by {answering.get('method', 'unknown means')}"
+            f"{f' ({settings})' if settings else ''}.")
+
+
+def provenance(comparison: Comparison) -> dict[str, str]:
+    """Where every row comes from, as label -> text."""
+    found = {}
+    for method in (*comparison.references, *comparison.methods):
+        runs = [f"{run.folder} (recipe {run.results['recipe_hash']}, seed {run.results['seed']})"
+                for run in method.runs]
+        evaluations = [f"{e.folder} ({e.results['model']['name']})" for e in method.evaluations]
+        found[method.name] = "; ".join([*runs, *evaluations])
+    measured = comparison.methods[0].parts[0].results["versions"]
+    return {**found, "Measured with": _versions(measured),
+            "Compared with": f"taid-vlm {versions().get('taid-vlm', '')}"}
+
+
+def _versions(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())

@@ -1,0 +1,269 @@
+"""The comparison as tables: figures, differences, gaps recovered, categories, cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from taid_vlm.compare.compare import Comparison
+from taid_vlm.compare.folders import Method
+from taid_vlm.compare.judging import EXACT, PAIRED, Difference, Judged
+from taid_vlm.compare.measures import BASE, ITSELF, TEACHER
+from taid_vlm.report import Column, Figure, Row, Table
+from taid_vlm.report.data import Role
+from taid_vlm.report.run import FIGURES
+from taid_vlm.statistics import Recovered
+
+ROLES: dict[str, Role] = {TEACHER: "teacher", BASE: "start"}
+SPREAD = ("student_entropy", "head_mass", "tail_mass")
+GAPS = ("kl", "agreement", "nll", "token_accuracy")
+MOST_TAGS = 8  # values of a tag that are worth a table
+
+FIGURES_KEY = (
+    "★ Best: significantly better than every other method on the same questions (5 %, by Holm for "
+    "as many as there are). ≈ Tied: the best value, and those that it is not significantly better "
+    "than. Value ± standard error; it also holds the spread over seeds where there are several. "
+    "Pairs are compared, so methods can differ significantly while their errors overlap.")
+DIFFERENCE_KEY = (
+    "▲ better, ▼ worse, ≈ no significant difference, at 5 % after Holm's correction for all "
+    "comparisons of this table. Below each difference its own 95 % interval, without correction. ")
+COST = (
+    Column("steps", "steps", "", ",.0f"),
+    Column("answer_tokens", "answer tokens", "", ",.0f", "seen in training"),
+    Column("minutes", "time", "", ",.1f", "minutes of training"),
+    Column("memory", "peak memory", "", ".2f", "GiB"),
+    Column("parameters", "parameters", "", ",.2f", "millions"),
+)
+
+
+# ----- figures and differences --------------------------------------------------------------
+
+
+def figures_table(
+    title: str, judged: Sequence[Judged], comparison: Comparison, caption: str = ""
+) -> Table:
+    """One row per model, teacher and base first."""
+    present = {name for j in judged for name in j.figures}
+    names = [name for name in (TEACHER, BASE, *comparison.names) if name in present]
+    rows = [Row(name, ROLES.get(name, "baseline"),
+                {j.measure.column.key: _marked(j, name) for j in judged if _tells(j, name)},
+                _seeds(name, comparison)) for name in names]
+    return Table(title, [j.measure.column for j in judged], rows, caption, FIGURES_KEY)
+
+
+def _tells(judged: Judged, name: str) -> bool:
+    """A teacher against itself is what it is by definition."""
+    return name in judged.figures and not (name == TEACHER and judged.measure.column.key in ITSELF)
+
+
+def _marked(judged: Judged, name: str) -> Figure:
+    return replace(judged.figures[name], verdict=judged.verdicts.get(name, ""))
+
+
+def _seeds(name: str, comparison: Comparison) -> str:
+    seeds = comparison.seeds.get(name, 1)
+    return f"{seeds} seeds" if seeds > 1 else ""
+
+
+def against_table(judged: Sequence[Judged], comparison: Comparison) -> Table | None:
+    """Every method's differences from the baseline."""
+    kept = [j for j in judged if j.against]
+    others = [name for name in comparison.names if any(name in j.against for j in kept)]
+    if not others:
+        return None
+    columns = [_of_differences(j.measure.column) for j in kept]
+    rows = [Row(name, "baseline", {j.measure.column.key: difference_figure(j, name)
+                                   for j in kept if name in j.against}) for name in others]
+    return Table(f"Difference from {comparison.baseline}", columns, rows,
+                 key=DIFFERENCE_KEY + _tests(d for j in kept for d in j.against.values()))
+
+
+def _of_differences(column: Column) -> Column:
+    unit = "points" if column.unit == "%" else column.unit
+    return replace(column, format=f"+{column.format}", unit=unit)
+
+
+def difference_figure(judged: Judged, name: str) -> Figure:
+    """Scaled, with its mark; p-values in the note."""
+    found, scale = judged.against[name], judged.measure.scale
+    interval = found.interval
+    note = f"p = {found.p:.2g}, corrected {found.adjusted:.2g} ({found.test})"
+    return Figure(scale * interval.value, None, interval.n, scale * interval.low,
+                  scale * interval.high, verdict="", mark=sign(judged, found), note=note)
+
+
+def sign(judged: Judged, found: Difference) -> Any:
+    """Whether a significant difference is for the better."""
+    if math.isnan(found.adjusted):
+        return ""
+    if not found.significant:
+        return "even"
+    higher = judged.measure.column.better == "higher"
+    return "better" if (found.interval.value > 0) == higher else "worse"
+
+
+def _tests(differences: Iterable[Difference]) -> str:
+    found = list(differences)
+    tests = dict.fromkeys(d.test for d in found)
+    told = {
+        PAIRED: "paired bootstrap over records or groups of questions",
+        EXACT: "McNemar's exact test where every answer is right or wrong",
+    }
+    used = [told.get(test, "normal test of independent errors where there are no pairs")
+            for test in tests]
+    seeds = "Intervals cover other seeds where there are several, by Student's t. " \
+        if any(d.interval.seeds_known for d in found) else \
+        "One seed each: the intervals say nothing about other seeds. "
+    return f"{seeds}Tests: {'; '.join(used)}."
+
+
+def recovered_table(judged: Sequence[Judged], comparison: Comparison, keys: Sequence[str] = ()
+                    ) -> Table | None:
+    """(student - base) / (teacher - base) in percent."""
+    kept = [j for j in judged if j.recovered and (not keys or j.measure.column.key in keys)]
+    names = [name for name in comparison.names if any(name in j.recovered for j in kept)]
+    if not names:
+        return None
+    columns = [Column(j.measure.column.key, j.measure.column.label, "", ".0f", "% of the gap")
+               for j in kept]
+    rows = [Row(name, "baseline", {j.measure.column.key: _share(j.recovered[name])
+                                   for j in kept if name in j.recovered}) for name in names]
+    return Table("Gap recovered", columns, rows,
+                 "(student − base) / (teacher − base): 0 % is the base, 100 % the teacher.",
+                 key="Below each share its 95 % interval. – where base and teacher do not differ "
+                     "significantly, so that there is no gap to recover.")
+
+
+def _share(found: Recovered) -> Figure:
+    share = found.share
+    if share is None:
+        return Figure(None, note="no gap to recover")
+    return Figure(100 * share.value, None, share.n, 100 * share.low, 100 * share.high)
+
+
+# ----- categories and tags ------------------------------------------------------------------
+
+
+def category_table(methods: Sequence[Method], key: str) -> Table | None:
+    """One held-out figure per category, mean over seeds."""
+    having = [method for method in methods if method.runs]
+    parts = {m.name: [run.results["eval"]["after"]["by_category"] for run in m.runs]
+             for m in having}
+    categories = [c for c in next(iter(parts.values()), [{}])[0]
+                  if all(key in of.get(c, {}) for found in parts.values() for of in found)]
+    if len(categories) < 2:
+        return None
+    column = next(c for c in FIGURES if c.key == key)
+    columns = [Column(c, c, column.better, column.format, column.unit) for c in categories]
+    rows = [Row(name, "baseline", {c: _over_seeds([_summary(of[c], key) for of in found])
+                                   for c in categories}) for name, found in parts.items()]
+    return Table(f"{column.label} by category", columns, rows,
+                 "Marks in this table take models as measured independently, and are not "
+                 "corrected: read it for patterns.")
+
+
+def _summary(part: dict[str, Any], key: str) -> Figure:
+    return Figure(part[key], part.get(f"{key}_stderr"), part["n_answers"])
+
+
+def _over_seeds(figures: Sequence[Figure]) -> Figure:
+    """Mean; the error of the questions, which are the same for all seeds, and of the seeds."""
+    values = [f.value for f in figures if f.value is not None]
+    errors = [f.stderr for f in figures if f.stderr is not None]
+    if len(values) < len(figures):
+        return Figure(None)
+    mean = math.fsum(values) / len(values)
+    spread = math.fsum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1) / len(values)
+    stderr = math.sqrt(math.fsum(e * e for e in errors) / len(errors) + spread) \
+        if len(errors) == len(values) else None
+    return Figure(mean, stderr, figures[0].n)
+
+
+def tag_tables(task: str, title: str, methods: Sequence[Method]) -> list[Table]:
+    """A benchmark's headline figure by every tag that has a few values."""
+    having = [m for m in methods if m.evaluated(task)]
+    reports = {m.name: [e.results["tasks"][task] for e in m.evaluated(task)] for m in having}
+    some = next(iter(reports.values()))[0]
+    headline = next(iter(some["figures"]))
+    scale, unit = (1.0, "points") if some.get("decimals", 1) is None else (100.0, "%")
+    tables = []
+    for tag in some.get("by_tag") or {}:
+        values = [value for value in some["by_tag"][tag]
+                  if all(_tagged(r, tag, value, headline) for of in reports.values() for r in of)]
+        if not 2 <= len(values) <= MOST_TAGS:
+            continue
+        columns = [Column(value, value, "higher", ".1f", unit) for value in values]
+        rows = [Row(name, ROLES.get(name, "baseline"), {
+            value: _scaled([_tagged(r, tag, value, headline) for r in found], scale)
+            for value in values}) for name, found in reports.items()]
+        tables.append(Table(f"{title} by {tag}", columns, rows))
+    return tables
+
+
+def _tagged(report: dict[str, Any], tag: str, value: str, figure: str) -> dict[str, Any]:
+    """{} where it is not there."""
+    return (report.get("by_tag") or {}).get(tag, {}).get(value, {}).get(figure, {})
+
+
+def _scaled(found: Sequence[dict[str, Any]], scale: float) -> Figure:
+    def scaled(value: float | None) -> float | None:
+        return None if value is None else scale * value
+
+    return _over_seeds([Figure(scaled(f["value"]), scaled(f["stderr"]), f["n"]) for f in found])
+
+
+def failures_table(comparison: Comparison) -> Table | None:
+    """How many answers could not be read, in percent; they count as wrong."""
+    tasks = [j.measure.column for j in comparison.benchmarks if j.measure.estimates]
+    rows = []
+    for method in (*comparison.references, *comparison.methods):
+        cells = {}
+        for column in tasks:
+            reports = [e.results["tasks"][column.key] for e in method.evaluated(column.key)]
+            if reports:
+                failed = sum(r["parse_failures"] for r in reports) / sum(r["n"] for r in reports)
+                cells[column.key] = Figure(100 * failed, None, reports[0]["n"])
+        if cells:
+            rows.append(Row(method.name, ROLES.get(method.name, "baseline"), cells))
+    if not any(figure.value for row in rows for figure in row.values.values()):
+        return None
+    columns = [replace(column, better="", format=".1f", unit="% of answers") for column in tasks]
+    return Table("Answers that could not be read", columns, rows,
+                 "They count as wrong. Methods that differ here differ in following instructions.")
+
+
+# ----- cost ---------------------------------------------------------------------------------
+
+
+def cost_table(methods: Sequence[Method]) -> Table | None:
+    """What training took, mean over seeds."""
+    rows = [Row(m.name, "baseline", _cost(m)) for m in methods if m.runs]
+    devices = dict.fromkeys(run.results["machine"].get("device", "") for m in methods
+                            for run in m.runs)
+    caption = f"Measured on: {', '.join(devices)}." if rows else ""
+    return Table("Cost", list(COST), rows, caption) if rows else None
+
+
+def _cost(method: Method) -> dict[str, Figure]:
+    found = [run.results for run in method.runs]
+    parts = {
+        "steps": [r["train"]["steps"] for r in found],
+        "answer_tokens": [r["train"].get("answer_tokens") for r in found],
+        "minutes": [r["train"]["seconds"] / 60 for r in found],
+        "memory": [r["memory"].get("peak_device_bytes", r["memory"]["peak_rss_bytes"]) / 2**30
+                   for r in found],
+        "parameters": [r["models"]["student"]["parameters"] / 1e6 for r in found],
+    }
+    return {key: Figure(sum(values) / len(values), verdict="") for key, values in parts.items()
+            if all(value is not None for value in values)}
+
+
+def spread_table(judged: Sequence[Judged], comparison: Comparison) -> Table | None:
+    """How concentrated the models are: entropy, mass on the teacher's head and tail."""
+    if not judged:
+        return None
+    return replace(figures_table("Where the probability goes", judged, comparison,
+                                 "Nearest to the teacher is best, so there is no ranking."),
+                   key="Value ± standard error.")
