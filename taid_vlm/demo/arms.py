@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,10 @@ WORLDS = (
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker process is handed; `arm` is a key of OBJECTIVES, START or TEACHER."""
+    """What one worker process is handed.
+
+    arm: a key of OBJECTIVES, START or TEACHER, or any name with an `objective` of its own.
+    """
 
     world: World
     arm: str
@@ -71,6 +74,12 @@ class Job:
     models: Path
     output: Path
     seed: int
+    objective: Mapping[str, Any] | None = None
+
+    @property
+    def trained_by(self) -> dict[str, Any] | None:
+        """The objective of an arm that trains."""
+        return dict(self.objective) if self.objective else OBJECTIVES.get(self.arm)
 
 
 def run_arm(job: Job) -> dict[str, Any]:
@@ -84,7 +93,7 @@ def run_arm(job: Job) -> dict[str, Any]:
         load_model(recipe.student, "student"), load_model(recipe.teacher, "teacher"),
         ingredients.args, ingredients.train, ingredients.eval,
         ingredients.student_processor, ingredients.teacher_processor)
-    if job.arm in OBJECTIVES:
+    if job.trained_by:
         trainer.train()
         write_text(recipe.to_yaml(), Path(recipe.output_dir) / "recipe.yaml")
         save_student(trainer, Path(recipe.output_dir) / "student")
@@ -111,7 +120,7 @@ def arm_recipe(job: Job) -> Recipe:
             "train": str(data / f"train.{world.suffix}"),
             "eval": {"path": str(data / f"eval.{world.suffix}"), "max_records": world.records},
         },
-        "objective": OBJECTIVES.get(job.arm, {"name": "taid"}),
+        "objective": job.trained_by or {"name": "taid"},
         "train": {
             "max_steps": world.steps, "per_device_train_batch_size": world.batch_size,
             "per_device_eval_batch_size": 50, "learning_rate": world.learning_rate,
@@ -142,10 +151,10 @@ def _measure(job: Job, trainer: DistillationTrainer, records: Sequence[Record]) 
 
 
 def _loss(answer: AnswerTotals) -> dict[str, Any]:
-    """One answer's negative log-likelihood under both models, and KL, summed over its tokens."""
-    kept = ("nll", "teacher_nll", "kl")
+    """One answer's likelihoods under both models, KL and agreement, summed over its tokens."""
+    kept = ("nll", "teacher_nll", "kl", "agreement")
     return {"source": answer.source, "turn": answer.turn, "category": answer.category,
-            **{name: answer.totals[name] for name in kept}}
+            "tokens": answer.tokens, **{name: answer.totals[name] for name in kept}}
 
 
 def _free_answers(
@@ -164,8 +173,11 @@ def _free_answers(
 
 
 def _accuracy(answers: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
-    """Share of right answers with its standard error, over all questions ("") and by category."""
+    """Share of right answers with its standard error, over all questions ("") and by category;
+    empty where nothing was asked (plain text)."""
     scored = [a for a in answers if a["category"] != CAPTION]
+    if not scored:
+        return {}
     groups = {"": scored} | {c: [a for a in scored if a["category"] == c]
                              for c in sorted({a["category"] for a in scored})}
     return {name: proportion([a["right"] for a in group]) for name, group in groups.items()}

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from taid_vlm.demo.arms import OBJECTIVES, START, TEACHER, WORLDS, Job, caption_entropies, run_arm
 from taid_vlm.demo.page import demo_report
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, refuse_file_in_the_way
 from taid_vlm.report import write_report
 from taid_vlm.results import SCHEMA, machine, peak_memory, versions, write_json
 
@@ -27,8 +27,9 @@ def run_demo(output: Path, seed: int = 0, train_teacher: bool = False) -> dict[s
         train_teacher: first train the shipped teachers and warm starts again (an hour or so).
 
     Raises:
-        TaidError: the shipped data or models are not there.
+        TaidError: the shipped data or models are not there, or `output` cannot be written.
     """
+    refuse_file_in_the_way(output)
     started, data = time.perf_counter(), data_folder()
     models = data / "models"
     if train_teacher:

@@ -1,0 +1,1 @@
+"""A miniature of the TAID paper, measured on exactly known languages and small models."""
