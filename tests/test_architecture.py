@@ -13,20 +13,33 @@ PACKAGE = ROOT / "taid_vlm"
 
 
 def listed() -> list[str]:
-    """Module paths in the order of the page's tree, for example 'objectives/schedule'."""
+    """Module paths in the order of the page's tree, for example 'objectives/schedule'.
+
+    A folder without files below it stands for all of its files.
+    """
     tree = (ROOT / "docs" / "architecture.md").read_text().split("```text\n")[1].split("```")[0]
-    found, folder = [], ""
+    found: list[str] = []
+    folders: list[str] = []
     for line in tree.splitlines()[1:]:
         match = re.match(r"^( +)([\w.]+)(/?)\s", line + " ")
         if not match:
             continue
-        indent, name, is_folder = len(match[1]), match[2], match[3]
-        if is_folder:
-            folder = name
+        depth, name = len(match[1]) // 2 - 1, match[2]
+        path = "/".join([*folders[:depth], name])
+        if match[3]:
+            folders = [*folders[:depth], name]
+            found.append(path + "/")
         elif name.endswith(".py"):
-            stem = name.removesuffix(".py")
-            found.append(stem if indent == 2 else f"{folder}/{stem}")
-    return found
+            found.append(path.removesuffix(".py"))
+    return [module for entry in found for module in _opened(entry, found)]
+
+
+def _opened(entry: str, found: list[str]) -> list[str]:
+    if not entry.endswith("/"):
+        return [entry]
+    if any(other != entry and other.startswith(entry) for other in found):
+        return []
+    return [module for module in modules() if module.startswith(entry)]
 
 
 def modules() -> dict[str, Path]:
