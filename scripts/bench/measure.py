@@ -45,18 +45,19 @@ def floor_flops(case: Case) -> int:
 def make_floor(case: Case, problem: Problem) -> Step:
     """The four GEMMs on the answers and nothing else, in the case's type and chunks.
 
-    Every buffer stands ready. The head's gradient is added up by the GEMM itself (beta = 1) from
-    the second chunk on. A frozen head does not lower the floor.
+    Room for the logits stands ready; the gradients are new tensors, as every implementation's are
+    (on a CPU new pages cost time). The head's is added up by the GEMM itself (beta = 1) from the
+    second chunk on. A frozen head does not lower the floor.
     """
     x = problem.student_hidden.detach()[problem.answers]
     y = problem.teacher_hidden[problem.answers]
     chunks = case.chunks()
     rows = max(chunk.stop - chunk.start for chunk in chunks)
     s, u = (x.new_zeros(rows, case.vocab) for _ in range(2))
-    g_x, g_w = torch.empty_like(x), torch.empty_like(problem.student_head.detach())
 
     def floor(given: Problem) -> None:
         head = given.student_head.detach()
+        g_x, g_w = torch.empty_like(x), torch.empty_like(head)
         for index, chunk in enumerate(chunks):
             n = chunk.stop - chunk.start
             torch.mm(x[chunk], head.T, out=s[:n])
