@@ -307,7 +307,8 @@ def _shrink(options: argparse.Namespace) -> None:
 def _compose(options: argparse.Namespace) -> None:
     from taid_vlm.students.compose import compose
 
-    arguments = {key: value for key, value in vars(options).items() if key != "run"}
+    arguments = {key: value for key, value in vars(options).items()
+                 if key not in ("run", "interrupted")}
     layers = arguments["vision_feature_layer"]
     if layers is not None and len(layers) == 1:
         arguments["vision_feature_layer"] = layers[0]

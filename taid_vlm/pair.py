@@ -90,12 +90,16 @@ def _refuse_empty(collator: DistillationCollator, probed: Sequence[Record]) -> N
         raise TaidError(f"none of the first {len(probed)} records can be used: {told}.")
 
 
-def with_adapter(student: PreTrainedModel, config: Any) -> Any:
-    """The student with an adapter of the peft library; raises TaidError if it does not fit."""
+def with_adapter(student: PreTrainedModel, config: Any, on_meta: bool = False) -> Any:
+    """The student with an adapter of the peft library; raises TaidError if it does not fit.
+
+    Args:
+        on_meta: whether the adapter's own weights stay on the meta device.
+    """
     from peft import get_peft_model
 
     try:
-        return get_peft_model(student, config)
+        return get_peft_model(student, config, low_cpu_mem_usage=on_meta)
     except ValueError as error:
         raise TaidError(f"student.peft: {error}") from error
 

@@ -11,7 +11,7 @@ from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter
 from taid_vlm.alignment import Aligned
 from taid_vlm.collator import DistillationCollator
 from taid_vlm.errors import SampleDropped, TaidError
-from taid_vlm.records import Record
+from taid_vlm.records import Malformed, Record
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,11 @@ class Listener(DistillationCollator):
     def of(cls, collator: DistillationCollator) -> Listener:
         return cls(**{part.name: getattr(collator, part.name) for part in fields(collator)})
 
-    def check(self, record: Record) -> Checked:
+    def check(self, record: Record | Malformed) -> Checked:
         """Pass one record through everything that training does to it before the models."""
-        self._record, self._detail, self._found = record, "", list[Aligned]()
+        source, self._detail = ("", record.problem) if isinstance(record, Malformed) else (
+            record.source, "")
+        self._record, self._found = record, list[Aligned]()
         self._whole: dict[str, EncodedRow] = {}
         self._rows: dict[str, EncodedRow] = {}
         try:
@@ -52,7 +54,7 @@ class Listener(DistillationCollator):
         except TaidError as error:  # the collator leaves out what can be; this ends a run
             counts, stops = {"dropped": {}, "cut": 0}, str(error)
         reason = next(iter(counts["dropped"]), "")
-        return Checked(record.source, reason, self._detail, stops, bool(counts["cut"]),
+        return Checked(source, reason, self._detail, stops, bool(counts["cut"]),
                        self._whole, self._rows, self._found, counts)
 
     def _prepare(self, record: Record) -> Any:

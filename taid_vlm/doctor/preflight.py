@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from taid_vlm.collator import TOO_LONG, UNALIGNED, DistillationCollator
 from taid_vlm.doctor.checkup import Listener
 from taid_vlm.doctor.facts import image_tokens
-from taid_vlm.errors import TaidError
-from taid_vlm.records import Record, StreamedRecords
+from taid_vlm.errors import RecordError, TaidError
+from taid_vlm.records import Malformed, Record, StreamedRecords
 from taid_vlm.trainer import DistillationConfig
 
 EXAMPLES = 3  # sources named per reason
@@ -158,34 +159,16 @@ def check_sized(name: str, records: Any, limit: int | None) -> None:
                         f"known: set {name}.max_records, or look at it without --all.")
 
 
-class _Guarded(Dataset[Any]):
-    """The same records; one that cannot be read comes as the error it raises."""
-
-    def __init__(self, records: Any, length: int) -> None:
-        self.records, self.length = records, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Record | TaidError:
-        try:
-            return self.records[index]
-        except TaidError as error:
-            return error
-
-
 @dataclass
 class _Checkup:
     """Collate function that measures every record; runs in data-loader workers."""
 
     listener: Listener
 
-    def __call__(self, rows: Sequence[Record | TaidError]) -> list[_Measured]:
+    def __call__(self, rows: Sequence[Record | Malformed]) -> list[_Measured]:
         return [self._one(row) for row in rows]
 
-    def _one(self, row: Record | TaidError) -> _Measured:
-        if isinstance(row, TaidError):  # nothing catches it in training
-            return _Measured("", "malformed record", str(row), str(row), False, {}, {}, {})
+    def _one(self, row: Record | Malformed) -> _Measured:
         checked = self.listener.check(row)
         names = ("supervised_tokens", "aligned_tokens", "chunk_tokens")
         used = not checked.reason and not checked.stops
@@ -202,17 +185,25 @@ def _measure(
 ) -> Iterator[_Measured]:
     checkup = _Checkup(listener)
     if not hasattr(records, "__len__"):
-        rows: Iterable[Any] = records if first is None else (
-            row for row, _ in zip(records, range(first), strict=False))
-        for row in rows:
-            yield from checkup([row])
+        yield from _measure_stream(records, checkup, first)
         return
     length = len(records) if first is None else min(first, len(records))
     loader = DataLoader(
-        _Guarded(records, length), args.per_device_train_batch_size, collate_fn=checkup,
+        records, args.per_device_train_batch_size, sampler=range(length), collate_fn=checkup,
         num_workers=0 if first is not None else args.dataloader_num_workers)
     for batch in loader:
         yield from batch
+
+
+def _measure_stream(
+    records: Iterable[Record], checkup: _Checkup, first: int | None
+) -> Iterator[_Measured]:
+    try:
+        for row in islice(records, first):
+            yield from checkup([row])
+    except RecordError as problem:  # a stream cannot go on after it, and ends training
+        (one,) = checkup([Malformed(str(problem))])
+        yield replace(one, stops=str(problem))
 
 
 def _add(sums: _Sums, one: _Measured) -> None:

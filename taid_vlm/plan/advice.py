@@ -50,18 +50,23 @@ class Advice:
     together: Change | None = None
 
 
-def advise(reload: Reload, plans: Sequence[Plan], memory: int, processes: int = 1) -> Advice:
+def advise(
+    reload: Reload, plans: Sequence[Plan], memory: int, processes: int = 1,
+    seen: Seen | None = None, tell: Callable[[str], None] = lambda what: None,
+) -> Advice:
     """Compare a plan with the memory there is.
 
     Args:
         reload: the recipe under more overrides.
         plans: of the recipe as it is.
         memory: bytes of one device.
+        seen: what `plan_recipe` noted of the records.
+        tell: is called with every change before it is planned, which takes seconds or more.
     """
     peak = fullest(plans).peak
     if peak <= memory:
         return Advice(memory, True, peak)
-    planner = _Planner(reload, memory, processes)
+    planner = _Planner(reload, memory, processes, {} if seen is None else seen, tell)
     found = [planner.best(steps, ()) for steps in candidates(reload(()), plans)]
     helpful = [change for change in found if change is not None and change.peak < peak]
     helpful.sort(key=lambda change: change.peak)
@@ -73,25 +78,34 @@ def advise(reload: Reload, plans: Sequence[Plan], memory: int, processes: int = 
 class _Planner:
     """Plans of one recipe under changes."""
 
-    def __init__(self, reload: Reload, memory: int, processes: int) -> None:
+    def __init__(
+        self, reload: Reload, memory: int, processes: int, seen: Seen, tell: Callable[[str], None]
+    ) -> None:
         self.reload, self.memory, self.processes = reload, memory, processes
         self._known: dict[tuple[str, ...], int | None] = {}
-        self._seen: Seen = {}
+        self._seen, self._tell = seen, tell
 
     def best(self, steps: Sequence[Change], before: Sequence[str]) -> Change | None:
         """The first of a row of ever stronger changes that fits, or the strongest that works."""
+        strongest = self._planned(steps[-1], before) if steps else None
+        if strongest is not None and strongest.peak > self.memory:
+            return strongest  # so that the weaker ones need no plan
         last = None
         for change in steps:
-            peak = self._peak((*before, *change.overrides))
-            if peak is not None:
-                last = replace(change, peak=peak)
-                if peak <= self.memory:
-                    break
+            last = self._planned(change, before) or last
+            if last is not None and last.peak <= self.memory:
+                break
         return last
 
-    def _peak(self, overrides: tuple[str, ...]) -> int | None:
+    def _planned(self, change: Change, before: Sequence[str]) -> Change | None:
+        """A change with its peak; None where the recipe would be refused."""
+        peak = self._peak((*before, *change.overrides), change.what)
+        return None if peak is None else replace(change, peak=peak)
+
+    def _peak(self, overrides: tuple[str, ...], what: str) -> int | None:
         """Bytes of the recipe with more overrides; None where it would be refused."""
         if overrides not in self._known:
+            self._tell(what)
             try:
                 plans = plan_recipe(self.reload(overrides), self.processes, self._seen)
                 self._known[overrides] = fullest(plans).peak

@@ -178,8 +178,7 @@ def _for_rehearsal(recipe: Recipe, folder: str) -> Recipe:
 def _trainer(recipe: Recipe, found: Ingredients, shapes: Shapes) -> DistillationTrainer:
     student: Any = model_of_shapes(recipe.student, "student", shapes)
     if recipe.student.peft is not None:
-        with shapes:
-            student = with_adapter(student, lora_config(recipe.student.peft))
+        student = with_adapter(student, lora_config(recipe.student.peft), on_meta=True)
         shapes.hollow(student)
     teacher = None if recipe.teacher is None else model_of_shapes(
         _stored(recipe.teacher, recipe), "teacher", shapes)

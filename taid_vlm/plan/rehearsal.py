@@ -119,7 +119,7 @@ class _FewFigures(FusedStep):
         return super().__call__(*args, **kwargs)
 
     def _measure(
-        self, batch: Batch, index: int, rows: Rows, s: Tensor, u: Tensor | None
+        self, batch: Mapping[str, Any], index: int, rows: Rows, s: Tensor, u: Tensor | None
     ) -> dict[str, Tensor]:
         self._chunks[index] += 1
         if self._chunks[index] <= 2:

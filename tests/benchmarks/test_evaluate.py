@@ -436,7 +436,7 @@ def test_likelihood_needs_choices(models: Path, data: Path, tmp_path: Path) -> N
     task = wordy(data)
     mixed = replace(task, questions=[*task.questions, open_question],
                     asked={**task.asked, "open": "x"})
-    with pytest.raises(TaidError, match=r"1 of 11 questions of quiz have no choices to read \(.*'open'\)"):
+    with pytest.raises(TaidError, match=r"1 of 11 questions of quiz have no choices to .*'open'"):
         run(models / "text", mixed, tmp_path / "out", method="likelihood")
     never = replace(task, benchmark=replace(QUIZ, likelihood=False))
     with pytest.raises(TaidError, match="quiz is not answered by choosing"):

@@ -169,6 +169,16 @@ def test_long_answers_take_linear_time(piece: str) -> None:
         assert time.perf_counter() - since < 5, reader.__name__
 
 
+def test_options_that_no_answer_had_before_cost_little() -> None:
+    """Every question has options of its own; 8 s if each of their texts were compiled with the
+    classes of word characters."""
+    since = time.perf_counter()
+    for number in range(200):
+        choices = tuple(f"the {number} {pet}s" for pet in PETS)
+        assert read_option(f"I can see the {number} birds, not the {number} cats", choices) == "C"
+    assert time.perf_counter() - since < 3
+
+
 def test_a_long_answer_is_read_to_its_end() -> None:
     reasoning = "The picture shows many things, none of them clear. " * 4000
     assert read_option(reasoning + "So the answer is C.", PETS) == "C"

@@ -446,8 +446,8 @@ def test_a_full_disk_at_the_first_student(
 
 
 @pytest.mark.parametrize(("name", "left"), [
-    ("recipe.yaml", set()), ("results.json", {"recipe.yaml", "student"}),
-    ("report.html", {"recipe.yaml", "student", "results.json"}),
+    ("recipe.yaml", set()), ("results.json", {"recipe.yaml", "student", "eval_answers.jsonl"}),
+    ("report.html", {"recipe.yaml", "student", "eval_answers.jsonl", "results.json"}),
 ])
 def test_a_full_disk_at_the_small_files(
     name: str, left: set[str], kitchen: Kitchen, cli: Cli, monkeypatch: pytest.MonkeyPatch

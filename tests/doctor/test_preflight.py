@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,20 +123,48 @@ def test_a_stream_needs_an_end(patient: Patient) -> None:
         streamed(patient)
 
 
-def test_a_row_that_would_stop_training_is_found(patient: Patient) -> None:
+def gap(patient: Patient, number: int, at: int) -> Path:
+    """A table of `number` rows whose row `at` is no record."""
+    rows = pairs(number)
+    rows[at]["prompt"] = None
+    return write_parquet(patient.folder / "train.parquet", rows)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_malformed_row_is_left_out_as_in_training(patient: Patient, workers: int) -> None:
     """Rows of tables are only checked at their beginning when they are opened."""
-    rows = pairs(300)
-    rows[290]["prompt"] = None
-    data = write_parquet(patient.folder / "train.parquet", rows)
+    path = patient.recipe(
+        patient.checkpoints("llama"), patient.checkpoints("qwen2"),
+        data={"train": str(gap(patient, 300, 290))},
+        train={"per_device_train_batch_size": 4, "dataloader_num_workers": workers})
+    found = patient.inspect(path, everything=True)
+    (check,) = found.preflight
+    assert found.verdict.outcome == "shared"
+    assert (check.records, check.usable, check.stops) == (300, 299, "")
+    assert "data.train: 1 of 300 records will be left out (0.3%): 1 x malformed record" in (
+        found.verdict.warnings)
+    assert "train.parquet[290]: column 'prompt' is missing" in check.dropped[0].detail
+
+
+def test_the_command_line_names_a_malformed_row(patient: Patient) -> None:
     path = patient.recipe(patient.checkpoints("llama"), patient.checkpoints("qwen2"),
-                          data={"train": str(data)})
-    assert patient.inspect(path).verdict.outcome == "shared"
+                          data={"train": str(gap(patient, 260, 258))})
+    done = patient.cli("inspect", path, "--all")
+    assert done.status == 0
+    assert "1 x malformed record: train.parquet[258]: column 'prompt' is missing" in done.out
+    assert REMEDIES["malformed record"] in done.out
+
+
+def test_a_malformed_row_ends_a_stream(patient: Patient) -> None:
+    """An iterator that has raised has no next row, so training ends, too."""
+    source = {"path": str(gap(patient, 60, 50)), "streaming": True, "max_records": 60}
+    path = patient.recipe(patient.checkpoints("llama"), patient.checkpoints("qwen2"),
+                          train={"max_steps": 1}, data={"train": source})
     found = patient.inspect(path, everything=True)
     assert found.verdict.outcome == "refused"
-    assert "train.parquet[290]: column 'prompt' is missing" in found.problem
-    done = patient.cli("inspect", path, "--all")
-    assert done.status == 2
-    assert "299" in done.out  # the rest is accounted for all the same
+    assert "train.parquet[streamed 50]: column 'prompt' is missing" in found.problem
+    (check,) = found.preflight
+    assert (check.records, check.usable) == (51, 50)  # the rest is accounted for all the same
 
 
 def test_a_conversation_that_would_stop_training_is_found(patient: Patient) -> None:

@@ -16,6 +16,7 @@ from plan.models import write_pair
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from taid_vlm.errors import TaidError
+from taid_vlm.fused_step import FusedStep
 from taid_vlm.models import ModelSpec
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.advice import EIGHT_BIT, advise
@@ -48,6 +49,12 @@ def small(folder: Path, checkpoints: Checkpoints, **train: Any) -> dict[str, Any
             "train": {"per_device_train_batch_size": 4, **train}}
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, checkpoints: Checkpoints) -> Plan:
+    """The plan of `small` as it is."""
+    return plan_recipe(parse_recipe(small(tmp_path_factory.mktemp("base"), checkpoints)))[0]
+
+
 def numel(checkpoints: Checkpoints, family: str, seed: int = 0) -> int:
     model = model_of_shapes(ModelSpec(checkpoints(family, seed=seed)), "student", Shapes())
     return sum(p.numel() for p in model.parameters())
@@ -56,15 +63,14 @@ def numel(checkpoints: Checkpoints, family: str, seed: int = 0) -> int:
 # ----- what is counted ----------------------------------------------------------------------
 
 
-def test_parameters_gradients_and_states(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    plan = plan_recipe(parse_recipe(small(tmp_path, checkpoints)))[0]
-    found, count = sizes(plan), numel(checkpoints, "qwen2", seed=1)
+def test_parameters_gradients_and_states(base: Plan, checkpoints: Checkpoints) -> None:
+    found, count = sizes(base), numel(checkpoints, "qwen2", seed=1)
     assert found[kinds.GRADIENTS] == 4 * count
     assert found[kinds.OPTIMIZER] == 8 * count
     for kind, expected in ((kinds.STUDENT, count), (kinds.TEACHER, numel(checkpoints, "llama"))):
         assert 4 * expected <= found[kind] < 4 * expected + 1000  # buffers of the positions
-    assert plan.peak >= GPU_PROCESS
-    assert plan.peak == sum(part.at_peak for part in plan.components) == max(plan.phases.values())
+    assert base.peak >= GPU_PROCESS
+    assert base.peak == sum(part.at_peak for part in base.components) == max(base.phases.values())
 
 
 def test_what_stays_frozen_has_no_gradient(tmp_path: Path, checkpoints: Checkpoints) -> None:
@@ -76,16 +82,18 @@ def test_what_stays_frozen_has_no_gradient(tmp_path: Path, checkpoints: Checkpoi
     assert found[kinds.OPTIMIZER] == 2 * found[kinds.GRADIENTS]
 
 
-def test_more_processes_keep_buckets(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    recipe = parse_recipe(small(tmp_path, checkpoints))
-    one, four = plan_recipe(recipe)[0], plan_recipe(recipe, processes=4)[0]
-    assert sizes(four)[kinds.BUCKETS] == sizes(one)[kinds.GRADIENTS]
-    assert kinds.BUCKETS not in sizes(one)
+def test_more_processes_keep_buckets(
+    base: Plan, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    four = plan_recipe(parse_recipe(small(tmp_path, checkpoints)), processes=4)[0]
+    assert sizes(four)[kinds.BUCKETS] == sizes(base)[kinds.GRADIENTS]
+    assert kinds.BUCKETS not in sizes(base)
 
 
-def test_a_teacher_in_half_precision(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    tree = small(tmp_path, checkpoints)
-    full = sizes(plan_recipe(parse_recipe(tree))[0])[kinds.TEACHER]
+def test_a_teacher_in_half_precision(
+    base: Plan, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    tree, full = small(tmp_path, checkpoints), sizes(base)[kinds.TEACHER]
     tree["teacher"] = {"model_name_or_path": tree["teacher"], "dtype": "bfloat16"}
     half = sizes(plan_recipe(parse_recipe(tree))[0])[kinds.TEACHER]
     assert half == pytest.approx(full / 2, rel=0.01)
@@ -221,8 +229,8 @@ class Sums:
 
 
 @pytest.fixture
-def sums(tmp_path: Path, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> Sums:
-    found = Sums(plan_recipe(parse_recipe(small(tmp_path, checkpoints)))[0])
+def sums(base: Plan, monkeypatch: pytest.MonkeyPatch) -> Sums:
+    found = Sums(base)
     monkeypatch.setattr("taid_vlm.plan.advice.plan_recipe", found)
     return found
 
@@ -258,7 +266,31 @@ def test_several_changes_together(
     assert advice.together.peak == 100 + 10 + 8
     assert sums(reload(advice.together.overrides))[0].peak == 118
     assert "student.peft" not in " ".join(advice.together.overrides)  # it is not needed
-    assert advise(reload, sums(reload(())), 50).together is None
+    asked, told = sums.asked, list[str]()
+    assert advise(reload, sums(reload(())), 50, tell=told.append).together is None
+    assert sums.asked - asked == 1 + len(told)  # nothing is planned twice, or without a word
+    batches = [what for what in told if what.startswith("micro-batches")]
+    assert set(batches) == {"micro-batches of 1, as many records per step"}  # 2 cannot fit then
+
+
+def test_a_large_adapter_needs_no_values(tmp_path: Path) -> None:
+    """One that is large enough to be made without values, as those of real models are."""
+    text = {"hidden_size": 512, "intermediate_size": 2048}
+    path = write_pair(tmp_path, words=5, number=2, text=text,
+                      student={"peft": {"r": 64, "target_modules": ["down_proj"]}})
+    found = sizes(plan_recipe(load_recipe(path))[0])
+    assert found[kinds.GRADIENTS] == 4 * 4 * 64 * (2048 + 512)  # rank 64 in four layers, A and B
+
+
+def test_figures_of_two_chunks_stand_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_pair(tmp_path, words=20, number=4, text={"vocab_size": 4096}, train={
+        "loss_implementation": "fused", "loss_memory_budget": 3 * 2**20,
+        "gradient_accumulation_steps": 2})
+    few = plan_recipe(load_recipe(path))[0]
+    monkeypatch.setattr("taid_vlm.plan.rehearsal._FewFigures", FusedStep)
+    assert plan_recipe(load_recipe(path))[0].peak == pytest.approx(few.peak, rel=1e-4)
 
 
 def test_no_usable_record(tmp_path: Path, checkpoints: Checkpoints) -> None:

@@ -172,8 +172,9 @@ def test_line_that_is_not_utf8(tmp_path):
 
 @pytest.mark.parametrize(("content", "message"), [
     ("[{", "not valid JSON"), ('{\n "text": "a"', "not valid JSON"),
-    ('[{"text": "a"}]\n[{"text": "b"}]', "not valid JSON: Extra data"), ('{"text": "a"}', "must hold a list of objects"),
-    ('["a"]', "must hold a list of objects"), ("", "not valid JSON"),
+    ('[{"text": "a"}]\n[{"text": "b"}]', "not valid JSON: Extra data"),
+    ('{"text": "a"}', "must hold a list of objects"), ('["a"]', "must hold a list of objects"),
+    ("", "not valid JSON"),
 ])
 def test_malformed_json(content, message, tmp_path):
     (tmp_path / "a.json").write_text(content)

@@ -178,9 +178,10 @@ def _texts_in(text: str, texts: Sequence[str]) -> set[int]:
     """Options whose text occurs: the longest at each place, as words, and not after "not"; "a"
     and "I" are words of every text."""
     keys = [_key(choice) for choice in texts]
-    after_not = _ends(_NOT, text)
+    negated = {place for match in _NOT.finditer(text)  # "the" of an option's own, too
+               for place in range(match.start() + 1, match.end() + 1)}
     found = {_key(text[start:end]) for start, end in _occurrences({*keys} - {"", "a", "i"}, text)
-             if start not in after_not}
+             if start not in negated}
     return {index for index, key in enumerate(keys) if key in found}
 
 
