@@ -10,8 +10,10 @@ one process, in turn, with the floor among them.
 The floor is the four GEMMs that no exact implementation can avoid: student logits (2 N Hs V
 operations), teacher logits (2 N Ht V), gradients of hidden states and of the head (4 N Hs V), with
 N the answers. They run in the same type and in the same chunks as our own objective: student
-logits, their gradient and teacher logits of a chunk, counted as float32, fit 384 MiB, and chunks
-are about equal. A second chunk's gradient of the head is added by the GEMM itself (beta = 1).
+logits and teacher logits of a chunk (on CUDA also the gradient), counted as float32, fit 384 MiB,
+and chunks are about equal. A second chunk's gradient of the head is added by the GEMM itself
+(beta = 1). Logits are made in memory that stands ready; the two gradients are new tensors, as every
+implementation's are, because they are handed out.
 `ratio_to_floor` is the median over rounds of a step's time over the floor's in the same round.
 
 With `--answer-fraction 0.25`, a quarter of the `--tokens` positions are answers. The floor stays on
@@ -30,11 +32,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,6 +42,7 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own remarks
 
 import torch
+from bench.common import conditions, names, number, numbers, reason
 from bench.implementations import FORMULAS, IMPLEMENTATIONS, Loss
 from bench.measure import (
     check_case,
@@ -59,11 +60,10 @@ from bench.output import conditions_line, plot, table, write_csv
 from bench.problem import Case, Problem, make_problem
 
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.results import machine, versions, write_json
+from taid_vlm.results import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 PICTURES = (".svg", ".png", ".pdf")
-ERROR_LENGTH = 200
 Rows = list[dict[str, Any]]
 
 
@@ -95,18 +95,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=about[0], epilog="\n\n".join(about[2:]),
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    listed: dict[str, Any] = {"type": _names, "metavar": "NAME[,NAME]"}
-    parser.add_argument("--tokens", type=_numbers, default=[256], metavar="N[,N...]")
+    listed: dict[str, Any] = {"type": names, "metavar": "NAME[,NAME]"}
+    parser.add_argument("--tokens", type=numbers, default=[256], metavar="N[,N...]")
     parser.add_argument("--answer-fraction", type=float, default=1.0, metavar="F")
-    parser.add_argument("--vocab", type=_number, default=151936, metavar="V")
-    parser.add_argument("--student-hidden", type=_number, default=896, metavar="H")
-    parser.add_argument("--teacher-hidden", type=_number, default=2048, metavar="H")
+    parser.add_argument("--vocab", type=number, default=151936, metavar="V")
+    parser.add_argument("--student-hidden", type=number, default=896, metavar="H")
+    parser.add_argument("--teacher-hidden", type=number, default=2048, metavar="H")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--objective", default=["taid", "forward_kl", "jsd"], **listed)
     parser.add_argument("--implementations", default=list(IMPLEMENTATIONS), **listed)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=_number, default=5, metavar="N")
-    parser.add_argument("--threads", type=_number, metavar="N", help="default: as torch decides")
+    parser.add_argument("--repeats", type=number, default=5, metavar="N")
+    parser.add_argument("--threads", type=number, metavar="N", help="default: as torch decides")
     parser.add_argument("--frozen-head", action="store_true",
                         help="no gradient of the head is asked for; the floor stays")
     for name in ("json", "csv", "plot"):
@@ -150,7 +150,7 @@ def measure(case: Case, names: Sequence[str], repeats: int) -> Rows:
         seconds, failed = interleave(
             {"floor": floor, **steps}, rotation(problem, case.device), repeats, case.device)
     for name, error in failed.items():
-        found[name] = {"error": _reason(error)}
+        found[name] = {"error": reason(error)}
     for name in steps.keys() - failed.keys():
         ratios = [a / b for a, b in zip(seconds[name], seconds["floor"], strict=True)]
         found[name] |= {
@@ -176,10 +176,13 @@ def _memory(
     steps: dict[str, Callable[[Problem], object]] = {}
 
     def peak(loss: Loss, name: str) -> dict[str, Any]:
-        run = step(loss)
+        run = steps[name] = step(loss)
         gradient_bytes = sum(g.nbytes for g in run(problem) if g is not None)
-        steps[name] = run
-        return {"peak_extra_bytes": peak_extra_bytes(lambda: run(problem), case.device),
+
+        def first_call() -> object:  # of a new one, which has kept no memory from a call before
+            return step(IMPLEMENTATIONS[name](case))(problem)
+
+        return {"peak_extra_bytes": peak_extra_bytes(first_call, case.device),
                 "gradient_bytes": gradient_bytes}
 
     for name, values in found.items():
@@ -196,15 +199,7 @@ def _attempt(
         values |= work(IMPLEMENTATIONS[name](case))
     except Exception as error:
         values.clear()
-        values["error"] = _reason(error)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ImportError):
-        return f"not installed, or another version: {error}"[:ERROR_LENGTH]
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return (first if isinstance(error, TaidError) else
-            f"{type(error).__name__}: {first}")[:ERROR_LENGTH]
+        values["error"] = reason(error)
 
 
 def _row(case: Case, name: str, values: dict[str, Any], floor_seconds: float) -> dict[str, Any]:
@@ -219,24 +214,6 @@ def _row(case: Case, name: str, values: dict[str, Any], floor_seconds: float) ->
         "chunks": len(case.chunks())}
 
 
-def conditions() -> dict[str, Any]:
-    """Machine, threads and versions, peers included."""
-    found = versions()
-    for package in ("trl", "liger-kernel", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {**machine(), "processor": _processor(), "versions": found}
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor() or platform.machine())
-
-
 def write(rows: Rows, args: argparse.Namespace) -> None:
     if args.json:
         write_json(rows, args.json)
@@ -244,21 +221,6 @@ def write(rows: Rows, args: argparse.Namespace) -> None:
         write_csv(rows, args.csv)
     if args.plot:
         plot(rows, args.plot)
-
-
-def _number(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}, but it must be at least 1")
-    return value
-
-
-def _numbers(text: str) -> list[int]:
-    return [_number(part) for part in text.split(",")]
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
 
 
 if __name__ == "__main__":
