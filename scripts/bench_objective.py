@@ -10,8 +10,8 @@ one process, in turn, with the floor among them.
 The floor is the four GEMMs that no exact implementation can avoid: student logits (2 N Hs V
 operations), teacher logits (2 N Ht V), gradients of hidden states and of the head (4 N Hs V), with
 N the answers. They run in the same type and in the same chunks as our own objective: student
-logits and teacher logits of a chunk (on CUDA also the gradient), counted as float32, fit 384 MiB,
-and chunks are about equal. A second chunk's gradient of the head is added by the GEMM itself
+logits and teacher logits of a chunk fit 384 MiB (on CUDA both in float32, and their gradient), and
+chunks are about equal. A second chunk's gradient of the head is added by the GEMM itself
 (beta = 1). Logits are made in memory that stands ready; the two gradients are new tensors, as every
 implementation's are, because they are handed out.
 `ratio_to_floor` is the median over rounds of a step's time over the floor's in the same round.

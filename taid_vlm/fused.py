@@ -267,10 +267,12 @@ class _Work:
 
     def _row_bytes(self, hidden: Tensor, vocabulary: VocabularyMap | None) -> int:
         """What one row has in memory at a time, at most."""
-        size = max(4, hidden.element_size())
+        # where it does not take the logits' place, the gradient of half-precision ones is float32
+        in_place = self._in_place(vocabulary, hidden)
+        size = hidden.element_size() if in_place else max(4, hidden.element_size())
         # beside the logits their gradient, perhaps in two parts or rounded for the product
-        copies = self.student_head.copies + (not self._in_place(vocabulary, hidden)) \
-            + (self._apart(vocabulary) and bool(self.on_data))
+        copies = self.student_head.copies + (not in_place) + (
+            self._apart(vocabulary) and bool(self.on_data))
         numbers = self.student_head.rows * copies
         if self.compares and self.teacher_head is not None:
             numbers += self.teacher_head.rows * self.teacher_head.copies

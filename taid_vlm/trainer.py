@@ -222,17 +222,23 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """Answer tokens of the optimizer step, over all micro-batches and processes; its images
-        are noted."""
-        own = torch.tensor([[sum(len(b["labels"]) for b in batch_samples),
-                             sum(int(b["images"].sum()) for b in batch_samples)]], device=device)
-        tokens, self._step_images = self.accelerator.gather(own).sum(0)
+        are noted. Both are on the CPU: no micro-batch waits for the device to know them."""
+        counts = torch.tensor([sum(len(b["labels"]) for b in batch_samples),
+                               sum(int(b["images"].sum()) for b in batch_samples)])
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
+        tokens, self._step_images = counts
         return tokens
 
     @torch.no_grad()
     def _remember(self, batch: Batch, found: StepLoss, seen: Mapping[str, Tensor]) -> None:
         """Add up this micro-batch for the schedule and the log."""
         sums = {f"loss/{name}": x.sum() for name, x in found.losses.items()}
-        sums["tokens"] = torch.tensor(len(batch["labels"]), device=found.loss.device)
+
+        def count(values: Tensor) -> Tensor:  # made on the device, which nothing waits for
+            return torch.full((), len(values), dtype=torch.float64, device=found.loss.device)
+
+        sums["tokens"] = count(batch["labels"])
         figures = {f"loss/{name}": Measured(values) for name, values in seen.items()}
         if found.weight is not None:
             tokens, weight = compared_tokens(batch), found.weight
@@ -240,7 +246,7 @@ class DistillationTrainer(Trainer):
         figures |= found.figures
         for name, figure in figures.items():
             sums[name] = figure.values.sum()
-            sums[f"tokens/{name}"] = torch.tensor(len(figure.values), device=found.loss.device)
+            sums[f"tokens/{name}"] = count(figure.values)
         for name, value in sums.items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.double()
         counts = batch["counts"]

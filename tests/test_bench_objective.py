@@ -127,7 +127,7 @@ def test_the_floor_does_what_its_formula_counts(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 4, 9, 10])
 def test_the_floor_is_cut_as_our_objective_is(rows, dtype, monkeypatch):
-    case = replace(CASE, dtype=dtype, memory_budget=2 * 4 * 300 * rows)
+    case = replace(CASE, dtype=dtype, memory_budget=2 * dtype.itemsize * 300 * rows)
     seen, plain = [], Head.open
 
     def opened(head, needs=(), chunks=1, *more, **named):

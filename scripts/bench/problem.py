@@ -36,9 +36,11 @@ class Case:
 
     @property
     def row_bytes(self) -> int:
-        """The student's and the teacher's logits of one answer in float32, and on CUDA, where it
-        does not take the former's place, their gradient."""
-        return (2 + (self.device == "cuda")) * self.vocab * max(4, self.dtype.itemsize)
+        """The student's and the teacher's logits of one answer; on CUDA they are in float32, and
+        their gradient does not take the former's place."""
+        if self.device == "cuda":
+            return 3 * self.vocab * max(4, self.dtype.itemsize)
+        return 2 * self.vocab * self.dtype.itemsize
 
     def chunks(self) -> list[slice]:
         """The answers as `FusedDivergence` cuts them: within the budget, about equal."""
