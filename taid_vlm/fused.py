@@ -154,8 +154,8 @@ class _Fused(torch.autograd.Function):
 
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
     """In place, and without rounding the factor to the gradient's type."""
-    if gradient.dtype.itemsize >= 4:
-        return gradient.mul_(factor)
+    if gradient.dtype.itemsize >= 4 or factor.device.type == "cpu":
+        return gradient.mul_(factor)  # a number on the CPU is not rounded
     rows = torch.atleast_1d(gradient)
     for part in rows.split(max(1, SCALED_AT_ONCE * len(rows) // max(1, rows.numel()))):
         part.copy_(part.float() * factor)
