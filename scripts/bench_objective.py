@@ -42,7 +42,19 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own remarks
 
 import torch
-from bench.common import conditions, names, number, numbers, reason
+from bench.common import (
+    Rows,
+    carry_out,
+    check_device,
+    check_names,
+    conditions,
+    described,
+    names,
+    number,
+    numbers,
+    parsed,
+    reason,
+)
 from bench.implementations import FORMULAS, IMPLEMENTATIONS, Loss
 from bench.measure import (
     check_case,
@@ -59,42 +71,23 @@ from bench.measure import (
 from bench.output import conditions_line, plot, table, write_csv
 from bench.problem import Case, Problem, make_problem
 
-from taid_vlm.errors import TaidError, nearest
+from taid_vlm.errors import TaidError
 from taid_vlm.results import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 PICTURES = (".svg", ".png", ".pdf")
-Rows = list[dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> Rows:
     """Measure every case, print tables, write what was asked for; returns the rows."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    try:
-        check(args)
-    except TaidError as error:
-        parser.error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    about, rows = conditions(), Rows()
-    for tokens in args.tokens:
-        for objective in args.objective:
-            found = measure(make_case(args, tokens, objective), args.implementations, args.repeats)
-            found = [{**row, "conditions": about} for row in found]
-            if not rows:
-                print(conditions_line(found[0]))
-            print(f"\n{table(found)}", flush=True)
-            rows += found
-            write(rows, args)  # after every case, so that a long run that ends early has left some
-    return rows
+    args = parsed(make_parser(), check, arguments)
+    cases = (measure(make_case(args, tokens, objective), args.implementations, args.repeats)
+             for tokens in args.tokens for objective in args.objective)
+    return carry_out(cases, conditions(), conditions_line, table, partial(write, args=args))
 
 
 def make_parser() -> argparse.ArgumentParser:
-    about = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=about[0], epilog="\n\n".join(about[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = described(__doc__)
     listed: dict[str, Any] = {"type": names, "metavar": "NAME[,NAME]"}
     parser.add_argument("--tokens", type=numbers, default=[256], metavar="N[,N...]")
     parser.add_argument("--answer-fraction", type=float, default=1.0, metavar="F")
@@ -116,14 +109,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is measured; raises TaidError."""
-    for flag, valid in (("objective", FORMULAS), ("implementations", IMPLEMENTATIONS)):
-        for name in getattr(args, flag):
-            if name not in valid:
-                raise TaidError(f"--{flag} {name!r}.{nearest(name, valid)}")
+    check_names(args, {"objective": FORMULAS, "implementations": IMPLEMENTATIONS})
     if not 0 < args.answer_fraction <= 1:
         raise TaidError(f"--answer-fraction {args.answer_fraction}, but it must be in (0, 1].")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise TaidError("--device cuda, but this machine has no CUDA device.")
+    check_device(args.device)
     if args.plot and args.plot.suffix not in PICTURES:
         raise TaidError(f"--plot {args.plot}, but the name must end in one of {PICTURES}.")
 

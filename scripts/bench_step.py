@@ -32,6 +32,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,51 +42,42 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # large blocks then go back to the system when they are freed: memory is what is in use
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 
-import torch
-from bench.common import conditions, names, number
+from bench.common import (
+    Rows,
+    carry_out,
+    check_device,
+    check_names,
+    conditions,
+    described,
+    names,
+    number,
+    parsed,
+)
 from bench.step_output import conditions_line, markdown, table
 from bench.step_processes import Found, references_of, run_all
 from bench.step_reference import FORMULAS
 from bench.step_setup import DTYPES, KINDS, SCALES, Setup
 from bench.step_trainers import NOTES, TRAINERS, WITHOUT_TEACHER
 
-from taid_vlm.errors import TaidError, nearest
+from taid_vlm.errors import TaidError
 from taid_vlm.results import write_json, write_text
 
 OBJECTIVES = tuple(name for name in FORMULAS if name != "ce")
 # a relative error beyond which a loss is another loss, not another rounding
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "mixed": 5e-2}
-Rows = list[dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> Rows:
     """Measure every objective, print tables, write what was asked for; returns the rows."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    try:
-        check(args)
-    except TaidError as error:
-        parser.error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    about, rows = {**conditions(), "load": os.getloadavg()[0]}, Rows()
-    for objective in args.objective:
-        setup = make_setup(args, objective)
-        found = measure(setup, args.implementations, args.rounds, args.steps, not args.one_by_one)
-        found = [{**row, "conditions": about} for row in found]
-        if not rows:
-            print(conditions_line(found[0]))
-        print(f"\n{table(found)}", flush=True)
-        rows += found
-        write(rows, args)  # after every case, so that a long run that ends early has left some
-    return rows
+    args = parsed(make_parser(), check, arguments)
+    cases = (measure(make_setup(args, objective), args.implementations, args.rounds, args.steps,
+                     not args.one_by_one) for objective in args.objective)
+    about = {**conditions(), "load": os.getloadavg()[0]}
+    return carry_out(cases, about, conditions_line, table, partial(write, args=args))
 
 
 def make_parser() -> argparse.ArgumentParser:
-    about = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        description=about[0], epilog="\n\n".join(about[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = described(__doc__)
     listed: dict[str, Any] = {"type": names, "metavar": "NAME[,NAME]"}
     parser.add_argument("--kind", choices=KINDS, default="text")
     parser.add_argument("--scale", choices=tuple(SCALES), default="small",
@@ -115,18 +107,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is measured; raises TaidError."""
-    for flag, valid in (("objective", OBJECTIVES), ("implementations", tuple(TRAINERS))):
-        for name in getattr(args, flag):
-            if name not in valid:
-                raise TaidError(f"--{flag} {name!r}.{nearest(name, valid)}")
+    check_names(args, {"objective": OBJECTIVES, "implementations": tuple(TRAINERS)})
     if not 0 < args.answer_fraction < 1:
         raise TaidError(f"--answer-fraction {args.answer_fraction}, but it must be in (0, 1).")
     if (args.student is None) != (args.teacher is None):
         raise TaidError("--student and --teacher go together.")
     if args.student is not None and args.layers is not None:
         raise TaidError("--layers cuts a built-in pair only; leave it out with --student.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise TaidError("--device cuda, but this machine has no CUDA device.")
+    check_device(args.device)
 
 
 def make_setup(args: argparse.Namespace, objective: str) -> Setup:

@@ -16,6 +16,7 @@ from typing import Any
 from taid_vlm.errors import TaidError
 
 SCHEMA = 1
+STUDENT_FOLDER = "student"  # of a run's folder: the model it has trained
 PACKAGES = ("taid-vlm", "torch", "transformers", "accelerate", "datasets", "tokenizers", "timm",
             "pillow", "peft")
 

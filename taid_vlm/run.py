@@ -42,13 +42,19 @@ from taid_vlm.records import (
 )
 from taid_vlm.report import write_report
 from taid_vlm.report.run import question_text, run_report
-from taid_vlm.results import SCHEMA, machine, peak_memory, versions, write_json, write_text
+from taid_vlm.results import (
+    SCHEMA,
+    STUDENT_FOLDER,
+    machine,
+    peak_memory,
+    versions,
+    write_json,
+    write_text,
+)
 from taid_vlm.students.folder import whole_or_absent
 from taid_vlm.trainer import DistillationConfig, DistillationTrainer
 
 logger = logging.getLogger(__name__)
-
-STUDENT_FOLDER = "student"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from accelerate import PartialState
 from taid_vlm import run
 from taid_vlm.errors import TaidError
 from taid_vlm.recipe import Recipe, StageSpec
+from taid_vlm.results import STUDENT_FOLDER
 
 
 def expand(recipe: Recipe) -> list[Recipe]:
@@ -48,7 +49,7 @@ def _folder(recipe: Recipe, number: int, stage: StageSpec) -> str:
 def _start(recipe: Recipe, folder: str) -> Any:
     """The student that lies in a stage's folder, with the processor that it was trained with."""
     spec = recipe.student
-    return replace(spec, model_name_or_path=str(Path(folder) / run.STUDENT_FOLDER),
+    return replace(spec, model_name_or_path=str(Path(folder) / STUDENT_FOLDER),
                    processor_name_or_path=spec.processor_name_or_path or spec.model_name_or_path)
 
 

@@ -4,14 +4,73 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from taid_vlm.errors import TaidError
+import torch
+
+from taid_vlm.errors import TaidError, nearest
 from taid_vlm.results import machine, versions
 
 ERROR_LENGTH = 200
+Rows = list[dict[str, Any]]
+
+
+def described(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with a script's docstring: its first paragraph, and what follows the command."""
+    about = (doc or "").split("\n\n")
+    return argparse.ArgumentParser(
+        description=about[0], epilog="\n\n".join(about[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def parsed(
+    parser: argparse.ArgumentParser, check: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None,
+) -> argparse.Namespace:
+    """The flags, refused where `check` raises TaidError; `--threads` holds from here on."""
+    args = parser.parse_args(arguments)
+    try:
+        check(args)
+    except TaidError as error:
+        parser.error(str(error))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def check_names(args: argparse.Namespace, valid: Mapping[str, Collection[str]]) -> None:
+    """Flags that hold lists of names, and the names there are; raises TaidError."""
+    for flag, known in valid.items():
+        for name in getattr(args, flag):
+            if name not in known:
+                raise TaidError(f"--{flag} {name!r}.{nearest(name, known)}")
+
+
+def check_device(device: str) -> None:
+    """Raises TaidError for a device that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TaidError("--device cuda, but this machine has no CUDA device.")
+
+
+def carry_out(
+    cases: Iterable[Rows], about: Mapping[str, Any],
+    heading: Callable[[dict[str, Any]], str], table: Callable[[Rows], str],
+    write: Callable[[Rows], None],
+) -> Rows:
+    """Print every case's rows and write all so far, so that a long run that ends early has left
+    some."""
+    rows: Rows = []
+    for case in cases:
+        found = [{**row, "conditions": about} for row in case]
+        if not rows:
+            print(heading(found[0]))
+        print(f"\n{table(found)}", flush=True)
+        rows += found
+        write(rows)
+    return rows
 
 
 def number(text: str) -> int:

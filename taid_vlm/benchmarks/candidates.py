@@ -26,8 +26,7 @@ from taid_vlm.models import (
     read_template,
     weights_dtype,
 )
-
-STUDENT_FOLDER = "student"
+from taid_vlm.results import STUDENT_FOLDER
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from taid_vlm.benchmarks.answering import Answer, Given
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import TaidError
-from taid_vlm.records import ImageRef
+from taid_vlm.records.fingerprint import image_hash
 from taid_vlm.results import write_text
 
 FOLDER = "answers"
@@ -178,21 +176,10 @@ def question_hash(question: Question) -> str:
     images = iter(question.images)
     for part in question.prompt:
         digest.update(b"text\0" + part.encode() + b"\0" if part is not None else
-                      b"image\0" + _image_hash(next(images)))
+                      b"image\0" + image_hash(next(images), _path_hash))
     for choice in question.choices:
         digest.update(b"choice\0" + choice.encode() + b"\0")
     return digest.hexdigest()[:DIGITS]
-
-
-def _image_hash(image: ImageRef) -> bytes:
-    value = image.stored()
-    if isinstance(value, Image.Image):
-        data = repr((value.mode, value.size)).encode() + value.tobytes()
-    elif isinstance(value, bytes):
-        data = value
-    else:
-        return _path_hash(Path(value))
-    return hashlib.sha256(data).digest()
 
 
 def _path_hash(path: Path) -> bytes:

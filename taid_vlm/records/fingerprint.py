@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,23 @@ def _of_record(record: Record) -> bytes:
     said = [(message.role, message.parts) for message in record.messages]
     digest = hashlib.sha256(repr((said, record.text, record.categories)).encode())
     for image in record.images:
-        digest.update(_of_image(image))
+        digest.update(image_hash(image, _of_file))
     return digest.digest()
 
 
-def _of_image(image: ImageRef) -> bytes:
-    """Of what is stored, which need not be decoded."""
+def image_hash(image: ImageRef, of_file: Callable[[Path], bytes]) -> bytes:
+    """Of what is stored, which need not be decoded; `of_file` says it where that is a path."""
     value = image.stored()
-    if not isinstance(value, (bytes, str, Path)):
+    if isinstance(value, (str, Path)):
+        return of_file(Path(value))
+    if not isinstance(value, bytes):
         value = repr((value.mode, value.size)).encode() + value.tobytes()
-    elif not isinstance(value, bytes):
-        try:
-            value = Path(value).read_bytes()
-        except OSError:
-            value = b"unreadable"
     return hashlib.sha256(value).digest()
+
+
+def _of_file(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        data = b"unreadable"
+    return hashlib.sha256(data).digest()
