@@ -31,9 +31,10 @@ from taid_vlm.errors import TaidError
 from taid_vlm.objectives.bodies import BodyTerm
 from taid_vlm.objectives.divergences import LOG_SMALLEST, LOSSES
 
-# Logits of a row in flight, for one term by 8 warps; a sum needs more registers for each logit,
-# so that 16 warps take half as many. Four to eight times the width spills registers.
+# Logits of a row in flight for one term. A sum needs more registers for each logit, so that two
+# terms take half as many and more a quarter: with that, no sum of these losses spills registers.
 BLOCK = 4096
+WARPS = 16
 MOST_TERMS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -122,10 +123,10 @@ def launch_arguments(
     labels = losses if labels is None else labels.contiguous()
     arguments = (s, u, gradient, losses, labels, s.stride(0), u.stride(0), *s.shape,
                  1 / temperature, t, numbers)
-    block, warps = (BLOCK, 8) if len(terms) == 1 else (BLOCK // 2, 16)
     return arguments, {
         "KINDS": kinds, "SCALED": "ce" in kinds and temperature != 1, "SLOTS": MOST_TERMS,
-        "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+        "BLOCK": BLOCK // {1: 1, 2: 2}.get(len(terms), 4), "num_warps": WARPS,
+        "enable_fp_fusion": True}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -241,8 +242,12 @@ def _ratio(d, c, log_q, log_p):
 
 
 @triton.jit
-def _term(q, p, r, p_t, r_t, numbers, KIND: tl.constexpr):
-    """a = q dL/dq and the loss's summands, for one term that compares with the teacher."""
+def _term(q, p, r, p_t, r_t, numbers, KINDS: tl.constexpr, I: tl.constexpr):
+    """a = q dL/dq and the loss's summands, for one term that compares with the teacher.
+
+    The kind comes as a place in KINDS: Triton 3.6 takes a string of a tuple for a tensor.
+    """
+    KIND: tl.constexpr = KINDS[I]
     if KIND == "taid":
         gap, loss, _ = _orders(q, p_t, r_t)
         a = -gap
@@ -281,7 +286,7 @@ def _compare(s, u, d, row, inverse, t, numbers, KINDS: tl.constexpr, SLOTS: tl.c
     losses = tl.zeros([SLOTS], tl.float32)
     for i in tl.static_range(len(KINDS)):
         if KINDS[i] != "ce":
-            a, loss = _term(q, p, r, p_t, r_t, numbers[i], KINDS[i])
+            a, loss = _term(q, p, r, p_t, r_t, numbers[i], KINDS, i)
             total += numbers[i][0] * a
             losses += tl.where(slot == i, numbers[i][1] * tl.sum(loss, 0), 0.0)
     return q, total, losses

@@ -145,6 +145,8 @@ def interpreted(tmp_path_factory):
                    "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run([sys.executable, __file__, str(target)], env=environment,
                           capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        pytest.skip("the interpreter of this Triton (3.6, say) does not run with numpy 2.4")
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(target)
 
@@ -326,12 +328,11 @@ def resources(kernel, tmp_path):
 
 
 COMPILED = {
-    "taid": [SINGLE["taid"]],
-    "ce": [SINGLE["ce"]],
-    "jsd": [SINGLE["jsd"]],
+    **{name: [term] for name, term in SINGLE.items()},
     "forward and reverse": [SINGLE["forward_kl"], SINGLE["reverse_kl"]],
     "skews": [SINGLE["skew_kl"], SINGLE["skew_rkl"]],
     "taid and ce": TAID_AND_CE,
+    "three": [SINGLE["jsd"], SINGLE["skew_kl"], SINGLE["reverse_kl"]],
     "all": weighted(2.5),
 }
 
@@ -351,8 +352,9 @@ def test_registers_do_not_spill(compiled_for_hopper, tmp_path, case):
 
 
 def test_wider_blocks_would_spill(compiled_for_hopper, tmp_path, monkeypatch):
-    """A test of the test above, and the reason for the block's width."""
-    monkeypatch.setattr(kernels, "BLOCK", 32768)
+    """A test of the test above: 128 logits of each model in a thread that has 128 registers, which
+    no compiler can keep there (at what width it gives up differs between Triton 3.6 and 3.8)."""
+    monkeypatch.setattr(kernels, "BLOCK", 2**17)
     assert resources(compiled_for_hopper(TAID_AND_CE), tmp_path)["STACK"] > 0
 
 
