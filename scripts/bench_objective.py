@@ -72,7 +72,7 @@ from bench.output import conditions_line, plot, table, write_csv
 from bench.problem import Case, Problem, make_problem
 
 from taid_vlm.errors import TaidError
-from taid_vlm.results import write_json
+from taid_vlm.io.files import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 PICTURES = (".svg", ".png", ".pdf")

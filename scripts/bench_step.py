@@ -60,7 +60,7 @@ from bench.step_setup import DTYPES, KINDS, SCALES, Setup
 from bench.step_trainers import NOTES, TRAINERS, WITHOUT_TEACHER
 
 from taid_vlm.errors import TaidError
-from taid_vlm.results import write_json, write_text
+from taid_vlm.io.files import write_json, write_text
 
 OBJECTIVES = tuple(name for name in FORMULAS if name != "ce")
 # a relative error beyond which a loss is another loss, not another rounding

@@ -7,9 +7,10 @@ from taid_vlm.errors import AlignmentError, RecipeError, RecordError, TaidError
 from taid_vlm.objectives import Objective, TaidSchedule, divergence, parse_objective
 
 if TYPE_CHECKING:
-    from taid_vlm.fused import FusedDivergence
-    from taid_vlm.heads import Head
-    from taid_vlm.trainer import DistillationConfig, DistillationTrainer
+    from taid_vlm.fused.divergence import FusedDivergence
+    from taid_vlm.fused.heads import Head
+    from taid_vlm.training.config import DistillationConfig
+    from taid_vlm.training.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
 
@@ -29,8 +30,8 @@ __all__ = [
 ]
 
 
-_LATER = {"DistillationConfig": "trainer", "DistillationTrainer": "trainer",
-          "FusedDivergence": "fused", "Head": "heads"}
+_LATER = {"DistillationConfig": "training.config", "DistillationTrainer": "training.trainer",
+          "FusedDivergence": "fused.divergence", "Head": "fused.heads"}
 
 
 def __getattr__(name: str) -> Any:

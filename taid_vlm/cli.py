@@ -224,11 +224,12 @@ def _numbers(text: str) -> list[int]:
 def _distill(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from taid_vlm.recipe import load_recipe
-    from taid_vlm.stages import distill_stages
+    from taid_vlm.report.run import write_run_report
+    from taid_vlm.runs.recipe import load_recipe
+    from taid_vlm.runs.stages import distill_stages
 
     recipe = load_recipe(options.recipe, options.overrides)
-    results = distill_stages(recipe, resume=options.resume)
+    results = distill_stages(recipe, options.resume, write_run_report)
     process = PartialState()
     if process.is_main_process:
         print(_closing(results, recipe.output_dir))
@@ -251,7 +252,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from taid_vlm.doctor.doctor import inspect_recipe
     from taid_vlm.doctor.page import write_page
     from taid_vlm.doctor.text import as_text
-    from taid_vlm.recipe import load_recipe
+    from taid_vlm.runs.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     inspection = inspect_recipe(recipe, options.record, everything=options.all)
@@ -270,7 +271,7 @@ def _plan(options: argparse.Namespace) -> None:
     from taid_vlm.plan.plan import Seen, plan_recipe
     from taid_vlm.plan.sizes import parse_bytes
     from taid_vlm.plan.text import as_json, as_text, human
-    from taid_vlm.recipe import Recipe, load_recipe
+    from taid_vlm.runs.recipe import Recipe, load_recipe
 
     def reload(more: Sequence[str]) -> Recipe:
         return load_recipe(options.recipe, [*options.overrides, *more])
@@ -293,7 +294,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> None:
-    from taid_vlm.models import ModelSpec
+    from taid_vlm.models.loading import ModelSpec
     from taid_vlm.students.shrink import shrink
 
     teacher = ModelSpec(options.teacher, revision=options.revision, dtype="auto",
@@ -320,7 +321,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from taid_vlm.benchmarks.command import run_command
     from taid_vlm.benchmarks.table import as_text
-    from taid_vlm.results import as_json
+    from taid_vlm.io.files import as_json
 
     results = run_command(vars(options))
     process = PartialState()
@@ -346,7 +347,7 @@ def _compare(options: argparse.Namespace) -> None:
         read_reference,
         write_page,
     )
-    from taid_vlm.results import as_json, write_text
+    from taid_vlm.io.files import as_json, write_text
 
     teacher, base = (folder and read_reference(name, folder) for name, folder in
                      (("Teacher", options.teacher), ("Base", options.base)))

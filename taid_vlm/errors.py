@@ -42,13 +42,6 @@ def nearest(name: object, valid: Iterable[str]) -> str:
     return f"{hint} Valid: {', '.join(names)}." if len(names) <= MANY else hint
 
 
-def refuse_file_in_the_way(folder: Path) -> None:
-    """Raise TaidError if an output folder cannot be made because a file stands there or above."""
-    blocking = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
-    if blocking is not None:
-        raise TaidError(f"output_dir = '{folder}', but '{blocking}' is a file.")
-
-
 def nearest_sibling(path: Path, pattern: str = "*") -> str:
     """The same for a path that does not exist: what lies beside it; "" where nothing does."""
     names = [p.name for p in path.parent.glob(pattern)] if path.parent.is_dir() else []

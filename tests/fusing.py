@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from taid_vlm.alignment import VocabularyMap
 from taid_vlm.alignment.vocabulary import SideMap
-from taid_vlm.fused import FusedDivergence
-from taid_vlm.heads import Bend, Head
+from taid_vlm.fused.divergence import FusedDivergence
+from taid_vlm.fused.heads import Head
+from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import LOSSES, Objective, diagnose
 from taid_vlm.objectives.divergences import row_chunks
 
@@ -43,7 +44,7 @@ def problem(
 
 
 def fuse(
-    objective: Objective, p: SimpleNamespace, *, bend: Bend | None = None,
+    objective: Objective, p: SimpleNamespace, *, transform: LogitTransform | None = None,
     maps: tuple[VocabularyMap, ...] = (), memory_budget: int = 2**20, body: str = "eager",
     figures: bool = False, **more,
 ):
@@ -58,8 +59,8 @@ def fuse(
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
         more["measure"] = measure
-    return fused(p.hidden, Head(p.weight, p.bias, bend or Bend()), p.teacher_hidden,
-                 Head(p.teacher_weight, bend=bend or Bend()), p.labels, **more)
+    return fused(p.hidden, Head(p.weight, p.bias, transform or LogitTransform()), p.teacher_hidden,
+                 Head(p.teacher_weight, transform=transform or LogitTransform()), p.labels, **more)
 
 
 def gradients(p: SimpleNamespace, loss: Tensor) -> dict[str, Tensor]:
@@ -76,16 +77,16 @@ def cast(p: SimpleNamespace, dtype: torch.dtype) -> SimpleNamespace:
         for name, x in vars(p).items()})
 
 
-def bent(z: Tensor, bend: Bend | None) -> Tensor:
-    if bend is None:
+def bent(z: Tensor, transform: LogitTransform | None) -> Tensor:
+    if transform is None:
         return z
-    z = z * bend.scale
-    return z if bend.softcap is None else bend.softcap * torch.tanh(z / bend.softcap)
+    z = z * transform.scale
+    return z if transform.softcap is None else transform.softcap * torch.tanh(z / transform.softcap)
 
 
-def logits(p: SimpleNamespace, bend: Bend | None = None) -> tuple[Tensor, Tensor]:
+def logits(p: SimpleNamespace, transform: LogitTransform | None = None) -> tuple[Tensor, Tensor]:
     s = torch.nn.functional.linear(p.hidden, p.weight, p.bias)
-    return bent(s, bend), bent(p.teacher_hidden @ p.teacher_weight.T, bend)
+    return bent(s, transform), bent(p.teacher_hidden @ p.teacher_weight.T, transform)
 
 
 def textbook(
@@ -109,19 +110,21 @@ def total(objective: Objective, losses: dict[str, Tensor], weights: Tensor | Non
 
 
 def naive(
-    objective: Objective, p: SimpleNamespace, t: float = 0.3, bend: Bend | None = None
+    objective: Objective, p: SimpleNamespace, t: float = 0.3,
+    transform: LogitTransform | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss in float64 from textbook formulas, and its gradients through autograd."""
     p = cast(p, torch.float64)
-    loss = total(objective, textbook(objective, *logits(p, bend), p.labels, t))
+    loss = total(objective, textbook(objective, *logits(p, transform), p.labels, t))
     return loss.detach(), gradients(p, loss)
 
 
 def unfused(
-    objective: Objective, p: SimpleNamespace, t: float = 0.3, bend: Bend | None = None
+    objective: Objective, p: SimpleNamespace, t: float = 0.3,
+    transform: LogitTransform | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The package's own path over full logits, in the type of `p`."""
-    s, u = logits(p, bend)
+    s, u = logits(p, transform)
     loss = objective.weighted(objective.per_token(s, u, p.labels, t=t)).sum()
     return loss.detach(), gradients(p, loss)
 

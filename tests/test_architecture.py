@@ -49,17 +49,27 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of the package that a file imports at its top, folders as 'records/'."""
+    """Modules of the package that a file imports anywhere in it, folders as 'records/'."""
     names: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("taid_vlm"):
-            base = (node.module or "").removeprefix("taid_vlm").strip(".").replace(".", "/")
-            is_folder = (PACKAGE / base).is_dir()
-            for alias in node.names:
-                inner = f"{base}/{alias.name}".strip("/")
-                is_module = is_folder and (PACKAGE / f"{inner}.py").exists()
-                names.add(inner if is_module else base + "/" * is_folder)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.removeprefix("taid_vlm.").replace(".", "/")
+                      for alias in node.names if alias.name.startswith("taid_vlm.")}
+        if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("taid_vlm")):
+            continue
+        base = (node.module or "").removeprefix("taid_vlm").strip(".").replace(".", "/")
+        is_folder = (PACKAGE / base).is_dir()
+        for alias in node.names:
+            inner = f"{base}/{alias.name}".strip("/")
+            is_module = is_folder and (PACKAGE / f"{inner}.py").exists()
+            names.add(inner if is_module else base + "/" * is_folder)
     return names - {"", "/"}
+
+
+def wings() -> set[str]:
+    """Rooms below the line of the tree."""
+    page = (ROOT / "docs" / "architecture.md").read_text().split("--- wings")[1].split("```")[0]
+    return set(re.findall(r"^  (\w+)/", page, re.MULTILINE))
 
 
 ORDER = listed()
@@ -80,6 +90,18 @@ def test_a_file_imports_only_what_stands_before_it(name: str) -> None:
             assert max(place[m] for m in inside) < place[name], f"{name} imports {target}"
         else:
             assert place[target] < place[name], f"{name} imports {target}"
+
+
+def test_the_core_knows_no_wing() -> None:
+    assert {"students", "report", "benchmarks", "compare", "doctor", "plan", "demo"} <= wings()
+    for name, path in modules().items():
+        if name.split("/")[0] not in wings() and "/" in name:
+            for target in imported(path):
+                assert target.split("/")[0] not in wings(), f"{name} imports {target}"
+
+
+def test_few_modules_lie_in_no_room() -> None:
+    assert len([*PACKAGE.glob("*.py")]) <= 4
 
 
 def test_files_and_functions_stay_short() -> None:

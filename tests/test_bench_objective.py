@@ -13,7 +13,7 @@ import torch
 from objectives import reference as textbook
 from torch.utils.flop_counter import FlopCounterMode
 
-from taid_vlm.heads import Head
+from taid_vlm.fused.heads import Head
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))

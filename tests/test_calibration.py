@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from taid_vlm.calibration import BINS, Calibration, binned_sums
+from taid_vlm.evaluation.calibration import BINS, Calibration, binned_sums
 
 Answers = list[tuple[np.ndarray, np.ndarray]]
 

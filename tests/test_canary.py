@@ -19,17 +19,28 @@ from training.runs import make_trainer
 from zoo import Built, build
 from zoo.images import image, images, noise
 
-from taid_vlm import DistillationConfig, canary, run
+from taid_vlm import DistillationConfig
 from taid_vlm.adapters import ModelAdapter, make_adapter
-from taid_vlm.canary import BLIND_BELOW, account, blank, choose, is_blind, look, shuffled, told
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import RecipeError, TaidError
-from taid_vlm.evaluation import Tally
+from taid_vlm.evaluation import canary
+from taid_vlm.evaluation.canary import (
+    BLIND_BELOW,
+    account,
+    blank,
+    choose,
+    is_blind,
+    look,
+    shuffled,
+    told,
+)
+from taid_vlm.evaluation.held_out import Tally
 from taid_vlm.objectives import diagnose
-from taid_vlm.recipe import parse_recipe
 from taid_vlm.records import Record, parse_record
 from taid_vlm.report import render
 from taid_vlm.report.run import run_report
+from taid_vlm.runs import run
+from taid_vlm.runs.recipe import parse_recipe
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3")
 BRIDGES = ("projector", "merger", "connector")  # what stands between tower and language model

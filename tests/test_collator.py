@@ -17,11 +17,13 @@ from zoo import build
 from zoo.images import image, noise
 
 from taid_vlm.adapters import ModelAdapter, make_adapter
-from taid_vlm.collator import TOO_LONG, DistillationCollator
+from taid_vlm.batch.collator import TOO_LONG, DistillationCollator
+from taid_vlm.batch.figures import token_figures
+from taid_vlm.batch.forward import student_forward, teacher_forward
+from taid_vlm.batch.losses import token_losses
 from taid_vlm.errors import TaidError
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import parse_record
-from taid_vlm.step import student_forward, teacher_forward, token_figures, token_losses
 
 BOS = ("llama", "gemma2", "gemma3", "idefics3")  # added to texts, written by templates
 FAMILIES = ("internvl", "smolvlm")  # teacher and student: other tiles, other template, a glue

@@ -25,13 +25,15 @@ from taid_vlm.alignment import (
     supervised_positions,
     teacher_positions,
 )
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.batch.forward import student_forward, teacher_forward
+from taid_vlm.batch.losses import token_losses
 from taid_vlm.errors import TaidError
-from taid_vlm.generation import generate_answers
-from taid_vlm.models import ModelSpec, answer_logits, head_rows, load_model, load_processor
+from taid_vlm.models.forward import answer_logits, head_rows
+from taid_vlm.models.generation import generate_answers
+from taid_vlm.models.loading import ModelSpec, load_model, load_processor
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record, parse_record
-from taid_vlm.step import student_forward, teacher_forward, token_losses
 
 torch.set_num_threads(1)
 

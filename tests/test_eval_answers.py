@@ -11,8 +11,8 @@ from PIL import Image
 from test_evaluation import evaluated, records
 
 from taid_vlm.errors import TaidError
-from taid_vlm.eval_answers import read_answers, to_lines
-from taid_vlm.evaluation import AnswerTotals, Tally, summarise
+from taid_vlm.evaluation.answers import read_answers, to_lines
+from taid_vlm.evaluation.held_out import AnswerTotals, Tally, summarise
 from taid_vlm.records import Records, fingerprint, open_records
 from taid_vlm.records.record import ImageRef, Record, parse_record
 

@@ -18,8 +18,8 @@ from training.runs import WORDS, make_trainer
 from zoo.images import images
 
 from taid_vlm import DistillationTrainer
-from taid_vlm.evaluation import ALL, Moments, Tally, evaluate_pair, summarise
-from taid_vlm.models import answer_logits
+from taid_vlm.evaluation.held_out import ALL, Moments, Tally, evaluate_pair, summarise
+from taid_vlm.models.forward import answer_logits
 
 FIGURES = ("kl", "reverse_kl", "jsd", "teacher_entropy", "student_entropy", "agreement", "nll",
            "teacher_nll", "confidence", "token_accuracy", "head_mass", "tail_mass",
@@ -307,7 +307,7 @@ def test_nothing_usable() -> None:
 
 
 def test_without_a_teacher() -> None:
-    from taid_vlm.collator import DistillationCollator
+    from taid_vlm.batch.collator import DistillationCollator
 
     collator = DistillationCollator(trainer().data_collator.student)
     tally = evaluate_pair(trainer().model, None, records(),

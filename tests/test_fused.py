@@ -21,8 +21,9 @@ from fusing import (
 )
 
 from taid_vlm.errors import RecipeError
-from taid_vlm.fused import FusedDivergence
-from taid_vlm.heads import Bend, Head
+from taid_vlm.fused.divergence import FusedDivergence
+from taid_vlm.fused.heads import Head
+from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import DIAGNOSTICS, LOSSES, diagnose, parse_objective
 
 SUM = {"terms": [{"name": "taid"}, {"name": "jsd", "weight": 0.4, "beta": 0.3},
@@ -129,8 +130,9 @@ def test_any_number_of_rows_per_chunk(most, monkeypatch):
     objective, p = parse_objective(SUM), problem(dtype=torch.float64)
     bytes_of_a_row = 8 * 2 * 23  # both models' logits; the gradient takes the student's place
     seen = []
-    forward = Bend.forward
-    monkeypatch.setattr(Bend, "forward", lambda bend, z: seen.append(len(z)) or forward(bend, z))
+    forward = LogitTransform.forward
+    monkeypatch.setattr(LogitTransform, "forward",
+                        lambda transform, z: seen.append(len(z)) or forward(transform, z))
     result = fuse(objective, p, t=0.3, memory_budget=most * bytes_of_a_row, figures=True)
     whole = fuse(objective, p, t=0.3, figures=True)
     assert max(seen[:-2]) <= most

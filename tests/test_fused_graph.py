@@ -27,7 +27,7 @@ SUM = {"terms": [{"name": "taid"}, {"name": "jsd", "weight": 0.4, "beta": 0.3},
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_upstream_gradient_multiplies_without_rounding(dtype, monkeypatch):
     """bfloat16 has no 0.37: rounding the factor would scale every gradient by 1.0012."""
-    monkeypatch.setattr("taid_vlm.fused.SCALED_AT_ONCE", 20)
+    monkeypatch.setattr("taid_vlm.fused.divergence.SCALED_AT_ONCE", 20)
     objective, p = parse_objective(SUM), problem(dtype=dtype)
     plain = gradients(p, fuse(objective, p, t=0.3).loss)
     scaled = gradients(p, 0.37 * fuse(objective, p, t=0.3).loss)
@@ -77,7 +77,7 @@ def test_a_second_derivative_is_an_error():
 def test_no_gradient_is_computed_where_none_is_recorded(mode, monkeypatch):
     objective, p = parse_objective(SUM), problem()
     want = fuse(objective, p, t=0.3, figures=True)
-    monkeypatch.setattr("taid_vlm.heads._MatrixPass.backward", None)
+    monkeypatch.setattr("taid_vlm.fused.heads._MatrixPass.backward", None)
     with mode():
         got = fuse(objective, p, t=0.3, figures=True, memory_budget=2000)
     assert not got.loss.requires_grad

@@ -21,8 +21,9 @@ from fusing import (
 from torch import nn
 from torch.nn.functional import linear
 
-from taid_vlm.fused import FusedDivergence
-from taid_vlm.heads import Bend, Head, ModuleHead
+from taid_vlm.fused.divergence import FusedDivergence
+from taid_vlm.fused.heads import Head, ModuleHead
+from taid_vlm.models.head import IDENTITY, LogitTransform
 from taid_vlm.objectives import parse_objective
 
 SUM = parse_objective({"terms": [{"name": "taid"}, {"name": "reverse_kl", "weight": 0.5},
@@ -40,24 +41,25 @@ def fused(p, head, teacher_head=None, memory_budget=2000, hidden=None, **more):
 # ----- the matrix -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bend", [Bend(scale=0.25), Bend(softcap=2.0), Bend(3.0, 1.5)], ids=str)
+@pytest.mark.parametrize("transform", [
+    LogitTransform(scale=0.25), LogitTransform(softcap=2.0), LogitTransform(3.0, 1.5)], ids=str)
 @pytest.mark.parametrize("memory_budget", [1, 2**20])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_scale_then_softcap_then_temperature(bend, memory_budget, dtype):
+def test_scale_then_softcap_then_temperature(transform, memory_budget, dtype):
     p = problem(dtype=dtype)
-    want, want_gradients = naive(SUM, p, bend=bend)
-    loss = fuse(SUM, p, t=0.3, bend=bend, memory_budget=memory_budget).loss
+    want, want_gradients = naive(SUM, p, transform=transform)
+    loss = fuse(SUM, p, t=0.3, transform=transform, memory_budget=memory_budget).loss
     limit = 1e-12 if dtype == torch.float64 else 2e-6
     assert error(loss.detach(), want) < limit
     assert max(errors(gradients(p, loss), want_gradients).values()) < limit
 
 
-@pytest.mark.parametrize("bend", [Bend(), Bend(3.0, 1.5)], ids=str)
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(3.0, 1.5)], ids=str)
 @pytest.mark.parametrize("name", ["rest", "cells"])
-def test_bent_logits_through_a_map(bend, name):
+def test_bent_logits_through_a_map(transform, name):
     p = problem(teacher_width=TEACHER_ROWS, dtype=torch.float64)
-    loss = fuse(SUM, p, t=0.3, bend=bend, maps=(MAPS[name],), memory_budget=3000).loss
-    s, u = logits(p, bend)
+    loss = fuse(SUM, p, t=0.3, transform=transform, maps=(MAPS[name],), memory_budget=3000).loss
+    s, u = logits(p, transform)
     losses = SUM.per_token(MAPS[name].map_student(s), MAPS[name].map_teacher(u), p.labels,
                            own_logits=s, t=0.3)
     want = SUM.weighted(losses).sum()
@@ -67,8 +69,8 @@ def test_bent_logits_through_a_map(bend, name):
 
 def test_half_precision_is_bent_in_float32():
     p = problem(rows=40, width=300, dtype=torch.bfloat16)
-    bend = Bend(0.5, 4.0)
-    got = gradients(p, fuse(SUM, p, t=0.3, bend=bend, memory_budget=10**6).loss)
+    transform = LogitTransform(0.5, 4.0)
+    got = gradients(p, fuse(SUM, p, t=0.3, transform=transform, memory_budget=10**6).loss)
     z = linear(p.hidden, p.weight, p.bias).detach().double().requires_grad_()
     u = (p.teacher_hidden @ p.teacher_weight.T).double()
     s, u = (4 * torch.tanh(x * 0.5 / 4) for x in (z, u))
@@ -90,14 +92,14 @@ def test_many_chunks_of_half_precision_are_added_up_in_float32():
         assert error(many[name], 600 * one[name].double()) < 1e-2
 
 
-@pytest.mark.parametrize("bend", [Bend(), Bend(2.0)], ids=str)
-def test_tokens_ruled_out_by_the_bias(bend):
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0)], ids=str)
+def test_tokens_ruled_out_by_the_bias(transform):
     p = problem(dtype=torch.float64)
     with torch.no_grad():
         p.bias[[2, 5]] = -torch.inf
         p.labels.clamp_(min=6)
-    loss = fuse(SUM, p, t=0.3, bend=bend, memory_budget=1500).loss
-    s, u = logits(p, bend)
+    loss = fuse(SUM, p, t=0.3, transform=transform, memory_budget=1500).loss
+    s, u = logits(p, transform)
     want = SUM.weighted(SUM.per_token(s, u, p.labels, t=0.3)).sum()
     got, want_gradients = gradients(p, loss), gradients(p, want)
     assert loss.isfinite()
@@ -230,15 +232,15 @@ def test_linear_module_is_the_matrix(dtype, memory_budget):
 
 @pytest.mark.parametrize("make", [Sum, LowRank])
 @pytest.mark.parametrize("memory_budget", [1, 5000, 2**20])
-@pytest.mark.parametrize("bend", [Bend(), Bend(0.5, 2.0)], ids=str)
-def test_any_module(make, memory_budget, bend):
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 2.0)], ids=str)
+def test_any_module(make, memory_budget, transform):
     p = problem(dtype=torch.float64)
     module = make(p.weight.detach())
     leaves = [p.hidden, *(x for x in module.parameters() if x.requires_grad)]
-    loss = fused(p, ModuleHead(module, WIDTH, bend), memory_budget=memory_budget)
+    loss = fused(p, ModuleHead(module, WIDTH, transform), memory_budget=memory_budget)
     got = torch.autograd.grad(0.37 * loss, leaves)
-    s = module(p.hidden) * bend.scale
-    s = s if bend.softcap is None else bend.softcap * torch.tanh(s / bend.softcap)
+    s = module(p.hidden) * transform.scale
+    s = s if transform.softcap is None else transform.softcap * torch.tanh(s / transform.softcap)
     u = p.teacher_hidden @ p.teacher_weight.T
     want = total(SUM, textbook(SUM, s, u, p.labels))
     assert error(loss.detach(), want.detach()) < 1e-12
@@ -337,12 +339,12 @@ WIDE = 23 * TIMES
 SCRATCH = 2**14  # what stands for 2**24 numbers in these tests
 
 
-def peak(dtype, rows, memory_budget, maps=(), bend=None):
+def peak(dtype, rows, memory_budget, maps=(), transform=None):
     """Bytes beside the gradients, losses and figures that a call leaves."""
     p = problem(rows=rows, width=WIDE, dtype=dtype, bias=False,
                 teacher_width=TEACHER_ROWS * TIMES if maps else WIDE)
     with Watched() as watched:
-        result = fuse(SUM, p, t=0.3, maps=maps, bend=bend, memory_budget=memory_budget,
+        result = fuse(SUM, p, t=0.3, maps=maps, transform=transform, memory_budget=memory_budget,
                       figures=True)
         gradients(p, result.loss)
     size = p.hidden.element_size()
@@ -363,20 +365,23 @@ def widened(vocabulary):
         vocabulary.student, WIDTH), False, vocabulary.has_rest, vocabulary.cells * TIMES)
 
 
-@pytest.mark.parametrize(("dtype", "name", "bend", "memory_budget"), [
-    (torch.float32, None, Bend(), 120_000), (torch.float32, None, Bend(), 300_000),
-    (torch.bfloat16, None, Bend(2.0, 5.0), 120_000), (torch.float32, "cells", Bend(), 120_000),
-    (torch.bfloat16, "cells", Bend(2.0, 5.0), 300_000), (torch.float32, "rest", Bend(), 300_000),
+CAPPED = LogitTransform(2.0, 5.0)
+
+
+@pytest.mark.parametrize(("dtype", "name", "transform", "memory_budget"), [
+    (torch.float32, None, IDENTITY, 120_000), (torch.float32, None, IDENTITY, 300_000),
+    (torch.bfloat16, None, CAPPED, 120_000), (torch.float32, "cells", IDENTITY, 120_000),
+    (torch.bfloat16, "cells", CAPPED, 300_000), (torch.float32, "rest", IDENTITY, 300_000),
 ])
-def test_memory_stays_within_the_budget(dtype, name, bend, memory_budget, monkeypatch):
+def test_memory_stays_within_the_budget(dtype, name, transform, memory_budget, monkeypatch):
     """However many tokens there are; and the arithmetic on a chunk has `CHUNK_ELEMENTS` float32
     beside it, or a row's own."""
     monkeypatch.setattr("taid_vlm.objectives.divergences.CHUNK_ELEMENTS", SCRATCH)
-    monkeypatch.setattr("taid_vlm.objectives.bodies.CACHED",
+    monkeypatch.setattr("taid_vlm.fused.bodies.CACHED",
                         SCRATCH // (16 * torch.get_num_threads()))
     assert SCRATCH > 16 * WIDE
     maps = () if name is None else (widened(MAPS[name]),)
-    few, many = (peak(dtype, rows, memory_budget, maps, bend) for rows in (60, 180))
+    few, many = (peak(dtype, rows, memory_budget, maps, transform) for rows in (60, 180))
     assert few < memory_budget + 4 * SCRATCH
     assert 0.4 * memory_budget < many < memory_budget + 4 * SCRATCH
 

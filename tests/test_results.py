@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from taid_vlm import results
 from taid_vlm.errors import TaidError
+from taid_vlm.runs import results
 
 
 def strict(path: Path) -> Any:

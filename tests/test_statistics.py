@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from taid_vlm import statistics
-from taid_vlm.evaluation import Moments
-from taid_vlm.statistics import (
+from taid_vlm.evaluation import statistics
+from taid_vlm.evaluation.held_out import Moments
+from taid_vlm.evaluation.statistics import (
     Arm,
     Bootstrap,
     Estimate,

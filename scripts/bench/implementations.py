@@ -16,8 +16,8 @@ from torch.nn.functional import linear, log_softmax, softmax
 
 from bench.problem import TAID_T, Case, Problem
 from taid_vlm.errors import TaidError
-from taid_vlm.fused import FusedDivergence
-from taid_vlm.heads import Head
+from taid_vlm.fused.divergence import FusedDivergence
+from taid_vlm.fused.heads import Head
 from taid_vlm.objectives import parse_objective
 
 Loss = Callable[[Problem], Tensor]
@@ -26,7 +26,7 @@ BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
 def ours(case: Case) -> Loss:
-    """`taid_vlm.fused.FusedDivergence` on the answers alone."""
+    """`taid_vlm.fused.divergence.FusedDivergence` on the answers alone."""
     fused = FusedDivergence(parse_objective(case.objective), memory_budget=case.memory_budget)
     t = TAID_T if case.objective == "taid" else None
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taid_vlm.io.files import write_text
 from taid_vlm.report.palette import SLOTS
-from taid_vlm.results import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -33,7 +33,7 @@ from transformers import (
 from bench.problem import LOGIT_SPREAD
 from bench.step_rows import make_rows, tokenizer_of
 from taid_vlm.demo.demo import data_folder
-from taid_vlm.models import ModelSpec, load_model, load_processor
+from taid_vlm.models.loading import ModelSpec, load_model, load_processor
 
 KINDS, ROLES = ("text", "vlm"), ("student", "teacher")
 DTYPES = ("float32", "bfloat16", "mixed")

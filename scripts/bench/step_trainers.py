@@ -19,14 +19,15 @@ from bench.implementations import BETAS
 from bench.step_rows import Row, as_prompt, encode
 from bench.step_setup import Pair, Setup
 from taid_vlm.errors import TaidError
-from taid_vlm.trainer import DistillationConfig, DistillationTrainer
+from taid_vlm.training.config import DistillationConfig
+from taid_vlm.training.trainer import DistillationTrainer
 
 Builder = Callable[[Setup, Pair, str, int], Trainer]
 NEVER = 10**9  # steps between two logs after the first one
 
 
 def ours(setup: Setup, pair: Pair, folder: str, steps: int, loss: str = "auto") -> Trainer:
-    """`taid_vlm.trainer.DistillationTrainer`."""
+    """`taid_vlm.training.trainer.DistillationTrainer`."""
     args = DistillationConfig(**_arguments(setup, folder, steps), objective=setup.objective,
                               loss_implementation=loss)
     return DistillationTrainer(

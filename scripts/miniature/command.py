@@ -18,9 +18,11 @@ from miniature.page import markdown, miniature_report
 from miniature.parts import NEEDS_RATES, PARTS, Outcome, Plan, assemble, first_round, second_round
 from miniature.scale import SCALES, Scale
 from taid_vlm.demo.demo import data_folder
-from taid_vlm.errors import TaidError, nearest, refuse_file_in_the_way
+from taid_vlm.errors import TaidError, nearest
+from taid_vlm.io.files import write_json, write_text
+from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.report import write_report
-from taid_vlm.results import SCHEMA, machine, peak_memory, versions, write_json, write_text
+from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

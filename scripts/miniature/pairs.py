@@ -14,9 +14,9 @@ from miniature.crew import Jobs
 from miniature.pooling import as_json, pool, pool_difference, sums
 from miniature.scale import Models
 from taid_vlm.demo.arms import START, TEACHER, WORLDS, Job, World, caption_entropies, run_arm
-from taid_vlm.recipe import parse_recipe
-from taid_vlm.run import distill
-from taid_vlm.statistics import Pooled
+from taid_vlm.evaluation.statistics import Pooled
+from taid_vlm.runs.recipe import parse_recipe
+from taid_vlm.runs.run import distill
 
 SCENES: dict[str, dict[str, Any]] = {
     "SFT": {"name": "sft"}, "KL": {"name": "forward_kl"}, "RKL": {"name": "reverse_kl"},

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from miniature.intervals import Interval, around
-from taid_vlm.statistics import Pooled, pool_seeds
+from taid_vlm.evaluation.statistics import Pooled, pool_seeds
 
 Sums = Mapping[str, tuple[float, float]]  # record -> total of a figure, and over how much
 PER_TOKEN = ("kl", "nll", "agreement")

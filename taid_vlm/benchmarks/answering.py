@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from taid_vlm.adapters import ModelAdapter
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import SampleDropped, TaidError
-from taid_vlm.generation import PROCESSOR_FAILED, Sampling, generate_batch
+from taid_vlm.models.generation import PROCESSOR_FAILED, Sampling, generate_batch
 
 REFUSALS = 8  # so many without one answer: the way of asking is wrong, not the questions
 

@@ -12,8 +12,8 @@ from typing import Any
 from taid_vlm.benchmarks.answering import generate_settings
 from taid_vlm.benchmarks.likelihood import CHOOSE_BY, NORMALISE, choose_settings
 from taid_vlm.benchmarks.question import Benchmark, Question, Rule
+from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import find_benchmark
-from taid_vlm.benchmarks.rows import read_questions
 from taid_vlm.benchmarks.store import DIGITS, data_hash, question_hash
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.records import DataSource

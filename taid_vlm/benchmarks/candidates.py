@@ -18,7 +18,7 @@ from taid_vlm.adapters import ModelAdapter, make_adapter
 from taid_vlm.benchmarks.remote import Endpoint
 from taid_vlm.benchmarks.store import DIGITS, weights_hash
 from taid_vlm.errors import TaidError
-from taid_vlm.models import (
+from taid_vlm.models.loading import (
     ModelSpec,
     load_config,
     load_processor,
@@ -26,7 +26,7 @@ from taid_vlm.models import (
     read_template,
     weights_dtype,
 )
-from taid_vlm.results import STUDENT_FOLDER
+from taid_vlm.runs.results import STUDENT_FOLDER
 
 
 @dataclass(frozen=True)

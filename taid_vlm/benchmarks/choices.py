@@ -9,7 +9,7 @@ from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, accuracy, one_by_one
 from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.errors import RecordError
-from taid_vlm.statistics import Estimate
+from taid_vlm.evaluation.statistics import Estimate
 
 Reader = Callable[[str, Sequence[str]], str | None]
 Figures = Callable[[Sequence[Judged]], dict[str, Estimate]]

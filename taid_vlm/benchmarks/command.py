@@ -10,7 +10,7 @@ from taid_vlm.benchmarks.asking import Asking, open_tasks
 from taid_vlm.benchmarks.candidates import Candidate, parse_candidates, parse_served
 from taid_vlm.benchmarks.evaluate import evaluate
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.models import DTYPES, ModelSpec
+from taid_vlm.models.loading import DTYPES, ModelSpec
 
 HARNESSES = ("lm-eval",)
 _ASKING = ("method", "choose_by", "normalise", "max_new_tokens", "temperature", "top_p", "seeds")

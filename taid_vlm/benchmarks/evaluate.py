@@ -26,9 +26,11 @@ from taid_vlm.benchmarks.likelihood import Choosing
 from taid_vlm.benchmarks.remote import Endpoint, Remote
 from taid_vlm.benchmarks.scoring import by_tag, counts, figures, judge, lines
 from taid_vlm.benchmarks.store import FOLDER, AnswerStore, flat
-from taid_vlm.errors import TaidError, refuse_file_in_the_way
-from taid_vlm.models import load_model
-from taid_vlm.results import SCHEMA, machine, peak_memory, versions, write_json
+from taid_vlm.errors import TaidError
+from taid_vlm.io.files import write_json
+from taid_vlm.io.folders import refuse_file_in_the_way
+from taid_vlm.models.loading import load_model
+from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from taid_vlm.benchmarks.answering import Answer, LocalAnswerer, Settings
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.benchmarks.rows import LETTERS
 from taid_vlm.errors import AlignmentError, SampleDropped
-from taid_vlm.generation import processing
-from taid_vlm.models import answer_logits, evaluation_mode
+from taid_vlm.models.forward import answer_logits, evaluation_mode
+from taid_vlm.models.generation import processing
 
 CHOOSE_BY = ("letter", "text")
 NORMALISE = ("sum", "bytes", "tokens")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from taid_vlm.benchmarks.rows import Row
+from taid_vlm.evaluation.statistics import Estimate, mean_of
 from taid_vlm.records import ImageRef, Message, Record
-from taid_vlm.statistics import Estimate, mean_of
-
-if TYPE_CHECKING:
-    from taid_vlm.benchmarks.rows import Row
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,13 @@ import copy
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taid_vlm.benchmarks.question import Benchmark, Question
-from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest
-from taid_vlm.records import DataSource, ImageRef, Records, open_rows
+from taid_vlm.errors import RecordError, nearest
+from taid_vlm.records import ImageRef, Records
 
 logger = logging.getLogger(__name__)
 
@@ -191,58 +189,6 @@ class _InItsRow:
         row = Row(self.records.columns_of(self.number), self.records.where(self.number),
                   self.records.root, self.by_index)
         return row.stored_image(self.column, self.place)
-
-
-def read_questions(benchmark: Benchmark, source: DataSource, base: Path | None = None,
-                   left_out: Counter[str] | None = None) -> list[Question]:
-    """All questions of a benchmark.
-
-    Args:
-        base: folder that a relative path starts from (default: the working directory).
-        left_out: counts the rows that are no part of the benchmark, by reason; without it they
-            are told of in a warning.
-
-    Raises:
-        TaidError: no data there, or ids that are not unique.
-        RecordError: a row that does not have the benchmark's columns.
-    """
-    rows = open_rows(source, base)
-    by_index = _Lookup(rows) if Path(source.path).suffix.lower() == ".tsv" else None
-    questions: list[Question] = []
-    dropped = Counter[str]()
-    for index in range(len(rows)):
-        row = Row(rows.columns_of(index), rows.where(index), rows.root, by_index, index, rows)
-        try:
-            questions.extend(benchmark.read(row))
-        except SampleDropped as problem:
-            dropped[problem.reason] += 1
-    questions = benchmark.complete(questions)
-    _check(questions, benchmark, source, dropped)
-    if left_out is not None:
-        left_out.update(dropped)
-    elif dropped:
-        logger.warning("%s: rows of '%s' left out: %s.", benchmark.name, source.path,
-                       _counts(dropped))
-    return questions
-
-
-def _check(questions: Sequence[Question], benchmark: Benchmark, source: DataSource,
-           dropped: Counter[str]) -> None:
-    """There must be questions, each with an id of its own."""
-    if not questions:
-        reason = f" (rows left out: {_counts(dropped)})" if dropped else ""
-        raise TaidError(f"{benchmark.name}: '{source.path}' holds no questions{reason}.")
-    seen: dict[str, int] = {}
-    for number, question in enumerate(questions):
-        if question.id in seen:
-            raise TaidError(f"{benchmark.name}: two questions of '{source.path}' have the id "
-                            f"'{question.id}' (questions {seen[question.id]} and {number}, from "
-                            "0); their answers could not be told apart.")
-        seen[question.id] = number
-
-
-def _counts(dropped: Counter[str]) -> str:
-    return ", ".join(f"{count} with {reason}" for reason, count in dropped.most_common())
 
 
 class _Lookup:

@@ -11,8 +11,8 @@ from typing import Any
 from taid_vlm.benchmarks.answering import Answer
 from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict
 from taid_vlm.benchmarks.store import answer_fields
+from taid_vlm.evaluation.statistics import Estimate
 from taid_vlm.records.record import IMAGE_TAG
-from taid_vlm.statistics import Estimate
 
 BySeed = Mapping[int, Sequence[Judged]]  # the same questions in the same order under every seed
 LINEAR = 1e-9  # a figure of mean scores that is this near the mean of figures is linear in them

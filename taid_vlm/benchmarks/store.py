@@ -18,8 +18,8 @@ from typing import Any
 from taid_vlm.benchmarks.answering import Answer, Given
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import TaidError
+from taid_vlm.io.files import write_text
 from taid_vlm.records.fingerprint import image_hash
-from taid_vlm.results import write_text
 
 FOLDER = "answers"
 WEIGHTS = (".safetensors", ".json", ".jinja", ".model", ".txt")

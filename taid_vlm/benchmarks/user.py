@@ -35,8 +35,8 @@ from taid_vlm.benchmarks.prompts import LETTER_LINE, SHORT_LINE
 from taid_vlm.benchmarks.question import Benchmark, Question, Rule, one_by_one
 from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.errors import RecipeError, RecordError, nearest
-from taid_vlm.recipe import build, known, read_yaml
 from taid_vlm.records import ImageRef, parse_record
+from taid_vlm.runs.recipe import build, known, read_yaml
 
 COLUMNS = ("answer", "group", "id", "image", "options", "question")
 

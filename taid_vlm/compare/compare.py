@@ -15,8 +15,8 @@ from taid_vlm.compare.measures import (
     held_out_measures,
     task_names,
 )
+from taid_vlm.evaluation.statistics import N_BOOT
 from taid_vlm.report import Column
-from taid_vlm.statistics import N_BOOT
 
 AVERAGE = Column("average", "average", "higher", ".1f", "%", "Plain mean over the benchmarks.")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from taid_vlm.errors import TaidError, nearest_sibling
-from taid_vlm.eval_answers import FILE as ANSWERS_FILE
-from taid_vlm.eval_answers import AnswerPair, read_answers
-from taid_vlm.results import SCHEMA
+from taid_vlm.evaluation.answers import FILE as ANSWERS_FILE
+from taid_vlm.evaluation.answers import AnswerPair, read_answers
+from taid_vlm.runs.results import SCHEMA
 
 Results = dict[str, Any]
 

@@ -13,9 +13,9 @@ from PIL import Image
 from taid_vlm.compare.folders import Distillation, Method
 from taid_vlm.compare.measures import BASE, TEACHER
 from taid_vlm.errors import SampleDropped, TaidError
-from taid_vlm.recipe import load_recipe
 from taid_vlm.records import DataSource, ImageRef, Records, open_records
 from taid_vlm.report import Example
+from taid_vlm.runs.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def _plain(prompt: Any) -> str:
 
 def benchmark_images(entry: Mapping[str, Any]) -> Images:
     """The images of its questions by id, if the benchmark and its data are still what they were."""
+    from taid_vlm.benchmarks.reading import read_questions
     from taid_vlm.benchmarks.registry import find_benchmark
-    from taid_vlm.benchmarks.rows import read_questions
     from taid_vlm.benchmarks.store import data_hash
 
     source = entry.get("source") or {}

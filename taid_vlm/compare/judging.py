@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from taid_vlm.compare.measures import BASE, TEACHER, Measure
-from taid_vlm.report import Figure
-from taid_vlm.report.judge import Verdict
-from taid_vlm.statistics import (
+from taid_vlm.evaluation.statistics import (
     LEVEL,
     Bootstrap,
     Estimate,
@@ -19,6 +17,8 @@ from taid_vlm.statistics import (
     mcnemar,
     pool_seeds,
 )
+from taid_vlm.report import Figure
+from taid_vlm.report.judge import Verdict
 
 ALPHA = 1 - LEVEL
 WIDTH = 1.959964  # standard errors to each side of a 95 % interval

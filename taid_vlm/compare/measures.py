@@ -9,10 +9,10 @@ from functools import reduce
 from typing import Any
 
 from taid_vlm.compare.folders import Distillation, Method
-from taid_vlm.eval_answers import AnswerPair, Key
+from taid_vlm.evaluation.answers import AnswerPair, Key
+from taid_vlm.evaluation.statistics import Arm, Estimate
 from taid_vlm.report import Column
 from taid_vlm.report.run import FIGURES, MASSES
-from taid_vlm.statistics import Arm, Estimate
 
 TEACHER, BASE = "Teacher", "Base"
 # what a teacher has against itself; the other figures against a teacher it has of its own

@@ -11,7 +11,7 @@ from taid_vlm.compare.compare import AVERAGE, Comparison
 from taid_vlm.compare.findings import findings
 from taid_vlm.compare.gallery import benchmark_examples, held_out_examples
 from taid_vlm.report import Example, Report, Section, write_report
-from taid_vlm.results import versions
+from taid_vlm.runs.results import versions
 
 
 def comparison_report(comparison: Comparison) -> Report:

@@ -11,10 +11,10 @@ from taid_vlm.compare.compare import Comparison
 from taid_vlm.compare.folders import Method
 from taid_vlm.compare.judging import EXACT, PAIRED, Difference, Judged
 from taid_vlm.compare.measures import BASE, ITSELF, TEACHER
+from taid_vlm.evaluation.statistics import Recovered
 from taid_vlm.report import Column, Figure, Row, Table
 from taid_vlm.report.data import Role
 from taid_vlm.report.run import FIGURES
-from taid_vlm.statistics import Recovered
 
 ROLES: dict[str, Role] = {TEACHER: "teacher", BASE: "start"}
 SPREAD = ("student_entropy", "head_mass", "tail_mass")

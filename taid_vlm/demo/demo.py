@@ -14,9 +14,11 @@ from tqdm.auto import tqdm
 
 from taid_vlm.demo.arms import OBJECTIVES, START, TEACHER, WORLDS, Job, caption_entropies, run_arm
 from taid_vlm.demo.page import demo_report
-from taid_vlm.errors import TaidError, refuse_file_in_the_way
+from taid_vlm.errors import TaidError
+from taid_vlm.io.files import write_json
+from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.report import write_report
-from taid_vlm.results import SCHEMA, machine, peak_memory, versions, write_json
+from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
 
 
 def run_demo(output: Path, seed: int = 0, train_teacher: bool = False) -> dict[str, Any]:

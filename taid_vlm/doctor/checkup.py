@@ -9,7 +9,7 @@ from typing import Any
 
 from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter
 from taid_vlm.alignment import Aligned
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.records import Malformed, Record
 

@@ -11,21 +11,21 @@ from typing import Any
 
 from taid_vlm.adapters import ModelAdapter, Processor, make_adapter
 from taid_vlm.alignment import Pairing
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.doctor.checkup import Checked, Listener
 from taid_vlm.doctor.facts import Facts, collect_facts
 from taid_vlm.doctor.preflight import Preflight, check_sized, preflight
 from taid_vlm.doctor.streams import Trace, trace
 from taid_vlm.doctor.verdict import Verdict, accept, refuse
 from taid_vlm.errors import TaidError
-from taid_vlm.models import ModelSpec, load_skeleton, read_config, read_processor
+from taid_vlm.models.loading import ModelSpec, load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
-from taid_vlm.pair import PROBED_RECORDS, length_limit, pair_for_training
-from taid_vlm.recipe import Recipe
 from taid_vlm.records import Record
-from taid_vlm.run import Ingredients, gather
-from taid_vlm.stages import expand
-from taid_vlm.visual import visual_collator
+from taid_vlm.runs.recipe import Recipe
+from taid_vlm.runs.run import Ingredients, gather
+from taid_vlm.runs.stages import expand
+from taid_vlm.training.pair import PROBED_RECORDS, length_limit, pair_for_training
+from taid_vlm.training.visual import visual_collator
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from taid_vlm.adapters import EncodedRow, ModelAdapter, Processor
 from taid_vlm.doctor.conversation import TemplateFacts, template_facts
-from taid_vlm.models import ModelSpec, head_rows
-from taid_vlm.parts import count_parameters, is_tied
+from taid_vlm.models.forward import head_rows
+from taid_vlm.models.loading import ModelSpec
+from taid_vlm.models.parts import count_parameters, is_tied
 from taid_vlm.records import ImageRef, Message, Record
 
 SIZES = ((224, 224), (336, 336), (448, 448), (640, 480), (1024, 768), (1000, 250))

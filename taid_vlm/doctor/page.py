@@ -11,10 +11,10 @@ from taid_vlm.doctor.doctor import Inspection
 from taid_vlm.doctor.preflight import Preflight, Spread
 from taid_vlm.doctor.streams import Piece, Trace
 from taid_vlm.doctor.table import fact_rows
+from taid_vlm.io.files import write_text
 from taid_vlm.report import charts
 from taid_vlm.report.page import TEMPLATES as REPORT
 from taid_vlm.report.page import csp_hash, data_uri, environment, stylesheet
-from taid_vlm.results import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 COLOURS = 6  # of linked pieces, in turn

@@ -11,12 +11,12 @@ from typing import Any
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from taid_vlm.collator import TOO_LONG, UNALIGNED, DistillationCollator
+from taid_vlm.batch.collator import TOO_LONG, UNALIGNED, DistillationCollator
 from taid_vlm.doctor.checkup import Listener
 from taid_vlm.doctor.facts import image_tokens
 from taid_vlm.errors import RecordError, TaidError
 from taid_vlm.records import Malformed, Record, StreamedRecords
-from taid_vlm.trainer import DistillationConfig
+from taid_vlm.training.config import DistillationConfig
 
 EXAMPLES = 3  # sources named per reason
 

@@ -50,7 +50,7 @@ class Objective:
     """What the student is trained on; build it with `parse_objective`.
 
     alignment: which comparisons are allowed, see `taid_vlm.alignment.pair_models`.
-    visual: losses on visual features, see `taid_vlm.visual`.
+    visual: losses on visual features, see `taid_vlm.training.visual`.
     visual_advantage: how much more tokens count that the teacher needs the image for; 0: all
         tokens count alike.
     """

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from taid_vlm.collator import Batch
-from taid_vlm.fused_step import FusedStep
-from taid_vlm.models import head_rows, unwrap
-from taid_vlm.parts import TOWER, parts_of
+from taid_vlm.batch.collator import Batch
+from taid_vlm.models.forward import head_rows, unwrap
+from taid_vlm.models.parts import TOWER, parts_of
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.rehearsal import Memory, parameters
 from taid_vlm.plan.sizes import bytes_of, resident
-from taid_vlm.trainer import DistillationTrainer
+from taid_vlm.training.loss import FusedStep
+from taid_vlm.training.trainer import DistillationTrainer
 
 PER_UNIT, PER_SCORE = 17, 2.5  # numbers kept per token and unit, and per score
 LOSS_COPIES = 4  # logits, their gradient, what comes back from the loss, and one chunk's worth

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
-from taid_vlm.collator import Batch
+from taid_vlm.batch.collator import Batch
 from taid_vlm.doctor.checkup import Checked, Listener
 from taid_vlm.doctor.facts import image_tokens
 from taid_vlm.errors import TaidError
 from taid_vlm.records import Record, parse_record
-from taid_vlm.trainer import DistillationTrainer
+from taid_vlm.training.trainer import DistillationTrainer
 
 LOOKED_AT = 64  # records whose lengths are taken
 

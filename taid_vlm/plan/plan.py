@@ -13,10 +13,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from taid_vlm.collator import Batch
+from taid_vlm.batch.collator import Batch
 from taid_vlm.errors import TaidError
-from taid_vlm.models import ModelSpec
-from taid_vlm.pair import with_adapter
+from taid_vlm.models.loading import ModelSpec
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
@@ -28,10 +27,11 @@ from taid_vlm.plan.rehearsal import (
 )
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
 from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes, resident
-from taid_vlm.recipe import Recipe
-from taid_vlm.run import Ingredients, gather, lora_config
-from taid_vlm.stages import expand
-from taid_vlm.trainer import DistillationTrainer
+from taid_vlm.runs.recipe import Recipe
+from taid_vlm.runs.run import Ingredients, gather, lora_config
+from taid_vlm.runs.stages import expand
+from taid_vlm.training.pair import with_adapter
+from taid_vlm.training.trainer import DistillationTrainer
 
 # what a process needs beside tensors: a CUDA context with its kernels and workspaces, or an
 # interpreter with the libraries loaded

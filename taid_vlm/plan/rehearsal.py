@@ -18,23 +18,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
-from taid_vlm.collator import Batch
-from taid_vlm.fused import Rows
-from taid_vlm.fused_step import (
-    FusedStep,
-    ReferenceStep,
-    StepLoss,
-    choose_step,
-    known_bends,
-    obstacle,
-)
-from taid_vlm.models import unwrap
-from taid_vlm.parts import TOWER, frozen_modules
+from taid_vlm.batch.collator import Batch
+from taid_vlm.batch.figures import token_figures
+from taid_vlm.batch.forward import student_forward, teacher_forward
+from taid_vlm.fused.divergence import Rows
+from taid_vlm.models.forward import unwrap
+from taid_vlm.models.head import known_logit_transforms
+from taid_vlm.models.parts import TOWER, frozen_modules
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.ledger import Ledger
 from taid_vlm.plan.shapes import Shapes
-from taid_vlm.step import student_forward, teacher_forward, token_figures
-from taid_vlm.trainer import DistillationTrainer
+from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step, obstacle
+from taid_vlm.training.trainer import DistillationTrainer
 
 ACTIVATIONS = {"student": (kinds.STUDENT_TOWER, kinds.STUDENT_LANGUAGE),
                "teacher": (kinds.TEACHER_TOWER, kinds.TEACHER_LANGUAGE)}
@@ -101,10 +96,10 @@ def _loss_step(trainer: DistillationTrainer, batch: Batch) -> ReferenceStep | Fu
         return choose_step(
             args.loss_implementation, trainer.objective, pairing, trainer.model, trainer.teacher,
             batch, args.loss_memory_budget, trainer.accelerator.autocast)
-    bends = {role: [*known_bends(unwrap(model).config.get_text_config())][-1]
-             for role, model in models.items() if model is not None}
-    step = _FewFigures(trainer.objective, pairing, trainer.model, bends, args.loss_memory_budget,
-                       trainer.accelerator.autocast)
+    transforms = {role: [*known_logit_transforms(unwrap(model).config.get_text_config())][-1]
+                  for role, model in models.items() if model is not None}
+    step = _FewFigures(trainer.objective, pairing, trainer.model, transforms,
+                       args.loss_memory_budget, trainer.accelerator.autocast)
     step.fused.body = step.likelihood.body = "eager"
     return step
 

@@ -95,6 +95,11 @@ class Record:
         answers = [i for i, message in enumerate(self.messages) if message.role == "assistant"]
         return list(self.messages[: answers[turn]] if turn < len(answers) else self.messages)
 
+    def question(self, turn: int) -> str:
+        """The user's last words before the `turn`-th assistant answer."""
+        asked = [message for message in self.before(turn) if message.role == "user"]
+        return asked[-1].text.strip() if asked else ""
+
     def category(self, turn: int) -> str:
         """Category of the `turn`-th assistant answer, "" where none is known."""
         if not self.categories:

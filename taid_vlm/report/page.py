@@ -13,10 +13,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from taid_vlm.io.files import write_text
 from taid_vlm.report import charts, judge, palette
 from taid_vlm.report.data import Column, Curve, Example, Figure, Report, Row, Section, Table
 from taid_vlm.report.palette import Style
-from taid_vlm.results import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 SCRIPTS = ("gallery.js", "tables.js")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from taid_vlm.report.data import Column, Curve, Example, Figure, Report, Row, Section, Table
+from taid_vlm.report.page import write_report
 
 FIGURES = (
     Column("kl", "KL(teacher ‖ student)", "lower", ".4f", "nats/token",
@@ -44,6 +46,13 @@ LOOKS = (
 )
 Answers = dict[str, list[str]]
 RATE = "learning_rate/"  # before a part's name, where parts have learning rates of their own
+
+
+def write_run_report(
+    results: dict[str, Any], examples: tuple[Sequence[Any], Answers], recipe_yaml: str, path: Path
+) -> None:
+    """`run_report` as a page; see there."""
+    write_report(run_report(results, examples, recipe_yaml), path)
 
 
 def run_report(
@@ -160,7 +169,7 @@ def gallery(questions: Sequence[Any], answers: Answers) -> list[Example]:
         given = {name: texts[index] for name, texts in answers.items() if texts}
         cards.append(Example(
             image=png(record.images[0].load()) if record.images else None,
-            prompt=question_text(record, turn), reference=record.answers[turn],
+            prompt=record.question(turn), reference=record.answers[turn],
             category=record.category(turn), answers=given,
         ))
     return cards
@@ -173,12 +182,6 @@ def png(image: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def question_text(record: Any, turn: int) -> str:
-    """The user's last words before the `turn`-th answer."""
-    asked = [message for message in record.before(turn) if message.role == "user"]
-    return asked[-1].text.strip() if asked else ""
 
 
 def _summary(results: dict[str, Any]) -> list[str]:

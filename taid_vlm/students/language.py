@@ -19,7 +19,14 @@ from transformers import (
 
 from taid_vlm.adapters import TOKENIZER_PROBES, tokenizer_change
 from taid_vlm.errors import TaidError
-from taid_vlm.models import ModelSpec, guarded, load_config, load_model, load_processor, sees_images
+from taid_vlm.models.loading import (
+    ModelSpec,
+    guarded,
+    load_config,
+    load_model,
+    load_processor,
+    sees_images,
+)
 
 ROLE = "language_model"
 MULTIPLE = 64  # rows of the embedding

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError
-from taid_vlm.models import answer_logits
+from taid_vlm.models.forward import answer_logits
 from taid_vlm.records import Record
 
 Side = Literal["language model", "vision tower"]

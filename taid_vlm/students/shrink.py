@@ -14,18 +14,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from taid_vlm.adapters import ModelAdapter, Processor, make_adapter, tokenizer_change
 from taid_vlm.alignment import check_modalities
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.generation import generate_answers
-from taid_vlm.models import (
-    ModelSpec,
-    answer_logits,
-    load_config,
-    load_model,
-    load_processor,
-    sees_images,
-)
-from taid_vlm.parts import count_parameters
+from taid_vlm.io.folders import new_folder, whole_or_absent
+from taid_vlm.models.forward import answer_logits
+from taid_vlm.models.generation import generate_answers
+from taid_vlm.models.loading import ModelSpec, load_config, load_model, load_processor, sees_images
+from taid_vlm.models.parts import count_parameters
 from taid_vlm.records import (
     DataSource,
     ImageRef,
@@ -34,7 +29,6 @@ from taid_vlm.records import (
     StreamedRecords,
     open_records,
 )
-from taid_vlm.students.folder import new_folder, whole_or_absent
 from taid_vlm.students.image_tokens import (
     Narrowing,
     choose_tokens,

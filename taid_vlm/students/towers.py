@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.models import ModelSpec, guarded, read_config
+from taid_vlm.models.loading import ModelSpec, guarded, read_config
 from taid_vlm.students.vit import obstacles, vit_config, vit_state
 
 Architecture = Literal["llava", "perception_lm", "fast_vlm"]

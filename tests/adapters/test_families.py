@@ -14,9 +14,9 @@ from zoo.images import image, noise
 from zoo.specs import SPECS
 
 from taid_vlm.adapters import EncodedBatch, make_adapter
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
-from taid_vlm.models import ModelSpec, load_config
+from taid_vlm.models.loading import ModelSpec, load_config
 from taid_vlm.records import Record, parse_record
 
 

@@ -18,7 +18,7 @@ from zoo.images import image
 
 from taid_vlm.adapters import EncodedBatch, GlobalViews, View, grids, make_adapter
 from taid_vlm.errors import TaidError
-from taid_vlm.models import forward_names
+from taid_vlm.models.forward import forward_names
 from taid_vlm.objectives import pool
 from taid_vlm.records import parse_record
 

@@ -12,7 +12,7 @@ from zoo import CORE_FAMILIES
 
 from taid_vlm.adapters import ModelAdapter, Side
 from taid_vlm.alignment import Pairing, pair_models
-from taid_vlm.collator import Batch, DistillationCollator
+from taid_vlm.batch.collator import Batch, DistillationCollator
 
 
 class Name(NamedTuple):

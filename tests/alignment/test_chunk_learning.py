@@ -18,9 +18,9 @@ from torch import Tensor
 from taid_vlm.adapters import ModelAdapter
 from taid_vlm.alignment import Pairing, build_vocabulary_map
 from taid_vlm.alignment.cells import build_cell_map
-from taid_vlm.collator import Batch, DistillationCollator
+from taid_vlm.batch.collator import Batch, DistillationCollator
+from taid_vlm.batch.losses import token_losses
 from taid_vlm.objectives import parse_objective
-from taid_vlm.step import token_losses
 
 LETTERS = 1000
 NEXT = {"independent": dict.fromkeys("abc", (0.5, 0.3, 0.2)),

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from taid_vlm.adapters import Side
 from taid_vlm.alignment import Pairing, pair_models, supervised_positions
-from taid_vlm.collator import Batch, DistillationCollator
-from taid_vlm.evaluation import Tally, evaluate_pair, summarise
-from taid_vlm.models import forward_names
+from taid_vlm.batch.collator import Batch, DistillationCollator
+from taid_vlm.batch.figures import token_figures
+from taid_vlm.batch.forward import student_forward, teacher_forward
+from taid_vlm.batch.losses import token_losses
+from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
+from taid_vlm.models.forward import forward_names
 from taid_vlm.objectives import LOSSES, chunk_logits, label_log_prob, parse_objective
-from taid_vlm.step import student_forward, teacher_forward, token_figures, token_losses
 
 PAIRS = [
     (Name("llama"), Name("qwen2", "other")),

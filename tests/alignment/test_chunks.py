@@ -17,7 +17,7 @@ from zoo.tokenizers import VARIANTS
 from taid_vlm.adapters import AnswerSpan, EncodedRow, Side, make_adapter
 from taid_vlm.alignment import AlignedToken, pair_models, supervised_positions
 from taid_vlm.alignment.pairing import student_positions, teacher_positions
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.records import Record, parse_record
 
 VARIANT_PAIRS = list(itertools.product(VARIANTS, repeat=2))

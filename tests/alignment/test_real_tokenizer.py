@@ -14,10 +14,11 @@ from zoo.tokenizers import VARIANTS
 
 from taid_vlm.adapters import ModelAdapter, make_adapter
 from taid_vlm.alignment import Pairing, pair_models
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.batch.figures import token_figures
+from taid_vlm.batch.forward import student_forward, teacher_forward
 from taid_vlm.objectives import label_log_prob
 from taid_vlm.records import parse_record
-from taid_vlm.step import student_forward, teacher_forward, token_figures
 
 FOLDER = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent")) / "stories260K"
 EVERY = pytest.mark.parametrize("variant", VARIANTS)

@@ -15,10 +15,12 @@ from zoo import CORE_FAMILIES, CORE_TEXT_FAMILIES
 
 from taid_vlm.adapters import TokenTable
 from taid_vlm.alignment import VocabularyMap, build_vocabulary_map, pair_models
-from taid_vlm.collator import Batch, DistillationCollator
+from taid_vlm.batch.collator import Batch, DistillationCollator
+from taid_vlm.batch.figures import token_figures
+from taid_vlm.batch.forward import student_forward, teacher_forward
+from taid_vlm.batch.losses import token_losses
 from taid_vlm.errors import AlignmentError
 from taid_vlm.objectives import parse_objective
-from taid_vlm.step import student_forward, teacher_forward, token_figures, token_losses
 
 OBJECTIVES = ("taid", "forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd", "adaptive_kl",
               "alpha_beta")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Rule, Verdict
-from taid_vlm.benchmarks.rows import Row, read_questions
+from taid_vlm.benchmarks.reading import read_questions
+from taid_vlm.benchmarks.rows import Row
 from taid_vlm.records import DataSource
 
 BROKEN = {

@@ -18,7 +18,7 @@ from taid_vlm.adapters import ModelAdapter, make_adapter
 from taid_vlm.benchmarks.answering import Answer, Generating, plan_batches
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import TaidError
-from taid_vlm.generation import Sampling, generate_answers, generate_batch
+from taid_vlm.models.generation import Sampling, generate_answers, generate_batch
 from taid_vlm.records import ImageRef, Message, Record
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl", "gemma3", "llava_next",

@@ -16,7 +16,8 @@ from zoo.images import images
 from taid_vlm.benchmarks.choices import letter_of, options_of
 from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Judged
-from taid_vlm.benchmarks.rows import LETTERS, Row, read_questions
+from taid_vlm.benchmarks.reading import read_questions
+from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.benchmarks.tasks import ai2d, mmbench, mmstar, nlvr, scienceqa
 from taid_vlm.errors import RecordError, TaidError
 from taid_vlm.records import DataSource

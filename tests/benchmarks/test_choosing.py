@@ -14,7 +14,7 @@ from taid_vlm.adapters import ModelAdapter, make_adapter
 from taid_vlm.benchmarks.answering import Answer
 from taid_vlm.benchmarks.likelihood import Choosing, log_likelihoods
 from taid_vlm.benchmarks.question import Question
-from taid_vlm.models import answer_logits
+from taid_vlm.models.forward import answer_logits
 from taid_vlm.records import ImageRef
 
 FAMILIES = ("llava", "qwen2_5_vl", "internvl", "idefics3", "gemma3", "llama", "gemma2")

@@ -17,7 +17,8 @@ from zoo.images import image
 
 from taid_vlm.benchmarks.harness.vlmevalkit import bare_question, export_tsv
 from taid_vlm.benchmarks.question import Question
-from taid_vlm.benchmarks.rows import Row, read_questions
+from taid_vlm.benchmarks.reading import read_questions
+from taid_vlm.benchmarks.rows import Row
 from taid_vlm.benchmarks.tasks import ai2d, mmbench, mmstar, ocrbench
 from taid_vlm.errors import TaidError
 from taid_vlm.records import DataSource, ImageRef

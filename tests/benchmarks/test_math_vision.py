@@ -17,7 +17,8 @@ from benchmarks.short_answers import BROKEN
 from taid_vlm.benchmarks.metrics.latex import DEEPEST, LONGEST, value_of
 from taid_vlm.benchmarks.metrics.math_vision import OFFICIAL, read_answer, same_answer
 from taid_vlm.benchmarks.question import Judged, Question, Verdict
-from taid_vlm.benchmarks.rows import Row, read_questions
+from taid_vlm.benchmarks.reading import read_questions
+from taid_vlm.benchmarks.rows import Row
 from taid_vlm.benchmarks.tasks.math_vision import BENCHMARK, TASK
 from taid_vlm.errors import RecordError
 from taid_vlm.records import DataSource

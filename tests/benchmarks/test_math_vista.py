@@ -20,7 +20,8 @@ from taid_vlm.benchmarks.metrics.math_vista import (
     normalised,
 )
 from taid_vlm.benchmarks.question import Question, Verdict
-from taid_vlm.benchmarks.rows import Row, read_questions
+from taid_vlm.benchmarks.reading import read_questions
+from taid_vlm.benchmarks.rows import Row
 from taid_vlm.benchmarks.tasks.math_vista import BENCHMARK, SPLIT_BY
 from taid_vlm.errors import RecordError
 from taid_vlm.records import DataSource

@@ -12,8 +12,8 @@ import yaml
 from zoo.images import images
 
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question
+from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import benchmark_names, find_benchmark
-from taid_vlm.benchmarks.rows import read_questions
 from taid_vlm.errors import RecipeError, RecordError, TaidError
 from taid_vlm.records import DataSource
 

@@ -13,7 +13,7 @@ from benchmarks.short_answers import BROKEN, judged, question, read_file, surviv
 
 from taid_vlm.benchmarks.metrics import rouge
 from taid_vlm.benchmarks.metrics.rouge import ROUGE_L, common_subsequence, rouge_l
-from taid_vlm.benchmarks.rows import read_questions
+from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.tasks.open_ended import BENCHMARK
 from taid_vlm.errors import RecordError, TaidError
 from taid_vlm.records import DataSource

@@ -6,8 +6,8 @@ import json
 
 from PIL import Image
 
+from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import find_benchmark
-from taid_vlm.benchmarks.rows import read_questions
 from taid_vlm.benchmarks.table import as_text
 from taid_vlm.cli import main
 from taid_vlm.records import DataSource

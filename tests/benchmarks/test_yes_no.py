@@ -25,7 +25,8 @@ from taid_vlm.benchmarks.metrics.yes_no import (
     yes_anywhere,
 )
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Verdict
-from taid_vlm.benchmarks.rows import Row, read_questions
+from taid_vlm.benchmarks.reading import read_questions
+from taid_vlm.benchmarks.rows import Row
 from taid_vlm.benchmarks.tasks import hallusion_bench, mme, pope
 from taid_vlm.errors import RecordError
 from taid_vlm.records import DataSource

@@ -26,7 +26,7 @@ from cli.recipes import (
     write_recipe,
 )
 
-from taid_vlm.trainer import DistillationTrainer
+from taid_vlm.training.trainer import DistillationTrainer
 
 Cli = Callable[..., Outcome]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cli.recipes import Checkpoints, Outcome, loaded, pairs, write_jsonl, write_recipe
 
-from taid_vlm.eval_answers import read_answers
+from taid_vlm.evaluation.answers import read_answers
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from taid_vlm import run
-from taid_vlm.recipe import load_recipe
-from taid_vlm.trainer import DistillationTrainer
+from taid_vlm.runs import run
+from taid_vlm.runs.recipe import load_recipe
+from taid_vlm.training.trainer import DistillationTrainer
 
 FAST = {"learning_rate": 5e-3, "use_cpu": True, "disable_tqdm": True, "logging_steps": 5}
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}

@@ -13,7 +13,7 @@ from cli.recipes import Checkpoints, Outcome, picture_rows, write_jsonl, write_r
 
 from taid_vlm.doctor import inspect_recipe
 from taid_vlm.doctor.text import as_text
-from taid_vlm.recipe import load_recipe
+from taid_vlm.runs.recipe import load_recipe
 
 Cli = Callable[..., Outcome]
 ANSWER = "a red square"
@@ -56,7 +56,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("safetensors.safe_open", refuse)
-    monkeypatch.setattr("taid_vlm.models.load_model", refuse)
+    monkeypatch.setattr("taid_vlm.models.loading.load_model", refuse)
     torch.set_num_threads(1)
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from taid_vlm.errors import RecipeError
-from taid_vlm.recipe import WITHOUT_EFFECT, Recipe, load_recipe, parse_recipe
+from taid_vlm.runs.recipe import WITHOUT_EFFECT, Recipe, load_recipe, parse_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = """\

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from taid_vlm.eval_answers import FILE, to_lines
-from taid_vlm.evaluation import ALL, AnswerTotals, Tally, summarise
-from taid_vlm.results import SCHEMA, write_json
+from taid_vlm.evaluation.answers import FILE, to_lines
+from taid_vlm.evaluation.held_out import ALL, AnswerTotals, Tally, summarise
+from taid_vlm.io.files import write_json
+from taid_vlm.runs.results import SCHEMA
 
 VERSIONS = {"python": "3.11", "taid-vlm": "0.1.0", "torch": "2.15"}
 MACHINE = {"device": "cpu", "threads": 1}

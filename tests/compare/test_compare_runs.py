@@ -26,7 +26,7 @@ from taid_vlm.compare.findings import findings
 from taid_vlm.compare.judging import APART, EXACT, PAIRED, Judged
 from taid_vlm.compare.tables import failures_table, figures_table, recovered_table
 from taid_vlm.errors import TaidError
-from taid_vlm.eval_answers import FILE
+from taid_vlm.evaluation.answers import FILE
 from taid_vlm.report import render
 
 BOOT = 2000

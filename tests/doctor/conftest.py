@@ -34,5 +34,5 @@ def no_weights(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("safetensors.safe_open", refuse)
-    monkeypatch.setattr("taid_vlm.models.load_model", refuse)
+    monkeypatch.setattr("taid_vlm.models.loading.load_model", refuse)
     torch.set_num_threads(1)

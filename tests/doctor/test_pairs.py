@@ -212,9 +212,9 @@ def test_what_distill_says_is_what_the_doctor_says(
     spoil: Spoil, patient: Patient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Distilling loads weights before it pairs, so the skeletons stand in for them here."""
-    from taid_vlm.models import load_skeleton
+    from taid_vlm.models.loading import load_skeleton
 
-    monkeypatch.setattr("taid_vlm.run.load_model", load_skeleton)
+    monkeypatch.setattr("taid_vlm.runs.run.load_model", load_skeleton)
     path = spoil(patient)
     told = patient.inspect(path, "train.max_steps=1").problem
     assert patient.cli("distill", path, "train.max_steps=1").errors == [f"error: {told}"]

@@ -13,10 +13,10 @@ from doctor.patients import ANSWER, Patient
 from taid_vlm.doctor import Inspection
 from taid_vlm.doctor.preflight import REMEDIES, spread
 from taid_vlm.errors import TaidError
-from taid_vlm.models import load_processor, load_skeleton
-from taid_vlm.pair import pair_for_training
-from taid_vlm.recipe import load_recipe
-from taid_vlm.run import gather
+from taid_vlm.models.loading import load_processor, load_skeleton
+from taid_vlm.runs.recipe import load_recipe
+from taid_vlm.runs.run import gather
+from taid_vlm.training.pair import pair_for_training
 
 
 def mixed_rows(patient: Patient) -> list[dict[str, Any]]:

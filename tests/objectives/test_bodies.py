@@ -7,8 +7,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from taid_vlm.errors import TaidError
-from taid_vlm.objectives import bodies
-from taid_vlm.objectives.bodies import BodyTerm, choose_body, compiled, eager
+from taid_vlm.fused import bodies
+from taid_vlm.fused.bodies import choose_body, compiled, eager
+from taid_vlm.fused.terms import BodyTerm
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TERMS = [BodyTerm("taid", 1.0, 2.0, {"t": 0.3}), BodyTerm("ce", 0.5)]
@@ -115,7 +116,7 @@ def test_without_a_compiler(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_auto_on_cuda_takes_triton_where_it_can():
-    from taid_vlm.objectives.kernels import triton_body
+    from taid_vlm.fused.kernels import triton_body
 
     big = bodies.WORTH_COMPILING
     assert choose_body("auto", CUDA, TERMS, 1) is triton_body

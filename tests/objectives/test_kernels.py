@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from taid_vlm.errors import TaidError
-from taid_vlm.objectives.bodies import BodyTerm, eager
+from taid_vlm.fused.bodies import eager
+from taid_vlm.fused.terms import BodyTerm
 from taid_vlm.objectives.divergences import LOG_SMALLEST
 
 kernels = pytest.importorskip(
-    "taid_vlm.objectives.kernels", reason="triton is not installed", exc_type=ImportError)
+    "taid_vlm.fused.kernels", reason="triton is not installed", exc_type=ImportError)
 
 WIDTH, BLOCK = 27, 16  # two blocks, the second one not full; four for sums
 INF = math.inf
@@ -286,7 +287,7 @@ def test_what_it_cannot_run_is_refused(dtype, message):
 
 def test_the_package_does_without_triton():
     code = ("import sys; sys.modules['triton'] = None; "
-            "import taid_vlm, taid_vlm.cli, taid_vlm.objectives.bodies")
+            "import taid_vlm, taid_vlm.cli, taid_vlm.fused.bodies")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -16,14 +16,14 @@ from plan.models import write_pair
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from taid_vlm.errors import TaidError
-from taid_vlm.fused_step import FusedStep
-from taid_vlm.models import ModelSpec
+from taid_vlm.models.loading import ModelSpec
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.advice import EIGHT_BIT, advise
 from taid_vlm.plan.plan import ESTIMATED, GPU_PROCESS, Plan, plan_recipe
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
 from taid_vlm.plan.text import human
-from taid_vlm.recipe import Recipe, load_recipe, parse_recipe
+from taid_vlm.runs.recipe import Recipe, load_recipe, parse_recipe
+from taid_vlm.training.loss import FusedStep
 
 Cli = Callable[..., Outcome]
 
@@ -35,7 +35,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("safetensors.safe_open", refuse)
-    monkeypatch.setattr("taid_vlm.models.load_model", refuse)
+    monkeypatch.setattr("taid_vlm.models.loading.load_model", refuse)
 
 
 def sizes(plan: Plan) -> dict[str, int]:

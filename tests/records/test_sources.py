@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from zoo import make_tokenizer
 
 from taid_vlm.adapters import make_adapter
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import RecordError, SampleDropped, TaidError
 from taid_vlm.records import (
     DataSource,

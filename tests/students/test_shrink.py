@@ -33,7 +33,7 @@ from taid_vlm import DistillationConfig, DistillationTrainer
 from taid_vlm.adapters import make_adapter
 from taid_vlm.cli import main
 from taid_vlm.errors import TaidError
-from taid_vlm.models import forward_names
+from taid_vlm.models.forward import forward_names
 from taid_vlm.records import parse_record
 from taid_vlm.students import image_tokens
 from taid_vlm.students import shrink as module

@@ -25,10 +25,10 @@ from zoo import build
 
 from taid_vlm.adapters import make_adapter
 from taid_vlm.alignment import pair_models
-from taid_vlm.collator import DistillationCollator
-from taid_vlm.fused_step import choose_step
-from taid_vlm.models import head_rows
+from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.models.forward import head_rows
 from taid_vlm.objectives import parse_objective
+from taid_vlm.training.loss import choose_step
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from training.runs import make_trainer, rows, weights
 from zoo import TEXT_FAMILIES, VLM_FAMILIES, build
 
 from taid_vlm import DistillationConfig, DistillationTrainer, TaidError
-from taid_vlm.fused_step import FusedStep, ReferenceStep, accept_distill, find_bend
-from taid_vlm.heads import Bend
-from taid_vlm.models import unwrap
+from taid_vlm.models.forward import unwrap
+from taid_vlm.models.head import LogitTransform
+from taid_vlm.training.loss import FusedStep, ReferenceStep, accept_distill, find_logit_transform
 
 SHORT = {"max_steps": 20, "optim": "sgd", "learning_rate": 0.05, "logging_steps": 5,
          "max_grad_norm": 1.0}
@@ -142,7 +142,7 @@ def test_the_first_batch_may_be_empty(tmp_path: Path) -> None:
     trainer._get_train_sampler = lambda *_: None  # in order
     trainer.train()
     assert isinstance(trainer._step, FusedStep)
-    assert trainer._step.bends["student"] == Bend(1.0, 3.0)
+    assert trainer._step.transforms["student"] == LogitTransform(1.0, 3.0)
 
 
 @pytest.mark.parametrize("family", VLM_FAMILIES + TEXT_FAMILIES)
@@ -154,9 +154,9 @@ def test_every_family_has_a_known_head(family: str) -> None:
     if family == "paligemma":
         probe["student_inputs"]["token_type_ids"] = torch.ones_like(tokens)
     state = torch.get_rng_state()
-    bend = find_bend(built.model, "student", probe)
+    transform = find_logit_transform(built.model, "student", probe)
     cap = getattr(built.model.config.get_text_config(), "final_logit_softcapping", None)
-    assert bend == (Bend() if cap is None else Bend(1.0, cap))
+    assert transform == (LogitTransform() if cap is None else LogitTransform(1.0, cap))
     assert torch.equal(state, torch.get_rng_state())
 
 

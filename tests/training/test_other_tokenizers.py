@@ -13,8 +13,9 @@ from training.runs import make_trainer, rows, step_gradient, weights
 from training.test_invariance import ALTERNATIVES, TOLERANCE, relative
 from training.test_trainer import by_hand, logs
 
+from taid_vlm.batch.figures import token_figures
+from taid_vlm.batch.forward import student_forward, teacher_forward
 from taid_vlm.errors import AlignmentError
-from taid_vlm.step import student_forward, teacher_forward, token_figures
 
 OBJECTIVE = {"terms": [{"name": "taid"}, {"name": "ce", "weight": 0.5}]}
 PAIR: dict[str, Any] = {"teacher": "internvl", "student": "llava", "tokenizer": "metaspace",

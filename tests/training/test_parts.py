@@ -17,7 +17,7 @@ from zoo import TEXT_FAMILIES, VLM_FAMILIES, build
 
 from taid_vlm import DistillationConfig, DistillationTrainer
 from taid_vlm.errors import TaidError
-from taid_vlm.parts import (
+from taid_vlm.models.parts import (
     PARTS,
     TrainedParts,
     count_parameters,

@@ -15,9 +15,10 @@ from transformers import TrainerCallback
 from zoo import Built, build, save
 
 from taid_vlm import DistillationConfig, DistillationTrainer
+from taid_vlm.batch.forward import student_forward, teacher_forward
+from taid_vlm.batch.losses import token_losses
 from taid_vlm.errors import AlignmentError, TaidError
-from taid_vlm.step import student_forward, teacher_forward, token_losses
-from taid_vlm.trainer import EMPTY_STEPS
+from taid_vlm.training.trainer import EMPTY_STEPS
 
 TEXT_ROWS = rows(8, text_only=True)
 LOGGED = ("loss", "loss/taid", "t", "adaptive_share", "kl", "reverse_kl", "teacher_entropy",

@@ -16,16 +16,19 @@ from training.runs import make_trainer, rows, weights
 from training.test_invariance import SGD, TOLERANCE, in_processes, relative
 from zoo import VLM_FAMILIES, build
 
-from taid_vlm import DistillationTrainer, step, visual
+from taid_vlm import DistillationTrainer
 from taid_vlm.adapters import make_adapter
 from taid_vlm.alignment import pair_models
-from taid_vlm.canary import blank
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch import step
+from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.batch.forward import student_forward, teacher_forward
+from taid_vlm.batch.losses import advantage_weights, token_losses
 from taid_vlm.errors import TaidError
-from taid_vlm.models import answer_logits, head_rows
+from taid_vlm.evaluation.canary import blank
+from taid_vlm.models.forward import answer_logits, head_rows
 from taid_vlm.objectives import divergence
-from taid_vlm.step import advantage_weights, student_forward, teacher_forward, token_losses
-from taid_vlm.visual import MAP, MAP_FILE, feature_map
+from taid_vlm.training import visual
+from taid_vlm.training.visual import MAP, MAP_FILE, feature_map
 
 WEIGHTS = {"name": "visual_advantage", "strength": 2.0}
 TERMS = ["taid", {"name": "visual_features", "weight": 0.5, "grid": 3},
@@ -258,7 +261,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("weights")
         return advantage_weights(*args)
 
-    monkeypatch.setattr("taid_vlm.fused_step.advantage_weights", counted)
+    monkeypatch.setattr("taid_vlm.training.loss.advantage_weights", counted)
     return calls
 
 

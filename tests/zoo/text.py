@@ -17,7 +17,7 @@ def _qwen2(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
 
 
 def _gemma2(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
-    """The final softcap is 3 (real: 30), so that it bends these small logits visibly."""
+    """The final softcap is 3 (real: 30), so that it transforms these small logits visibly."""
     extra = {"head_dim": 8, "sliding_window": 64, "final_logit_softcapping": 3.0}
     return tok, hf.Gemma2Config(**text | extra), hf.Gemma2ForCausalLM
 

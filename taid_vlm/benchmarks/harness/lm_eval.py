@@ -31,9 +31,10 @@ from taid_vlm.benchmarks.harness.converted import (
 from taid_vlm.benchmarks.harness.local_data import TaskChange, source_of, task_yaml
 from taid_vlm.benchmarks.harness.suites import SUITES
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.models import ModelSpec, load_config, load_model, load_processor, sees_images
-from taid_vlm.results import SCHEMA, machine, peak_memory, versions, write_json, write_text
-from taid_vlm.students.folder import new_folder, whole_or_absent
+from taid_vlm.io.files import write_json, write_text
+from taid_vlm.io.folders import new_folder, whole_or_absent
+from taid_vlm.models.loading import ModelSpec, load_config, load_model, load_processor, sees_images
+from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
 
 logger = logging.getLogger(__name__)
 ROLE = "model"

@@ -23,7 +23,7 @@ from taid_vlm.adapters import make_adapter
 from taid_vlm.benchmarks.answering import Generating
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import TaidError
-from taid_vlm.models import ModelSpec, load_model, load_processor
+from taid_vlm.models.loading import ModelSpec, load_model, load_processor
 from taid_vlm.records import ImageRef, Message, Record
 
 logger = logging.getLogger(__name__)

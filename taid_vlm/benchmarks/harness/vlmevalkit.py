@@ -22,7 +22,8 @@ from taid_vlm.benchmarks.choices import listed
 from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.benchmarks.rows import LETTERS, SHORTEST_BASE64
-from taid_vlm.errors import SampleDropped, TaidError, refuse_file_in_the_way
+from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.records import ImageRef
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, groups
-from taid_vlm.statistics import Estimate, mean_of
+from taid_vlm.evaluation.statistics import Estimate, mean_of
 
 LONGEST = 4  # words of an n-gram
 SIGMA = 6.0  # of the penalty for another length, in words

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from taid_vlm.benchmarks.metrics.text import of_text
 from taid_vlm.benchmarks.question import Judged, Question, Rule, accuracy
-from taid_vlm.statistics import Estimate
+from taid_vlm.evaluation.statistics import Estimate
 
 TOLERANCE = 0.05
 ORIGINS = ("human", "augmented")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, groups
 from taid_vlm.errors import TaidError
-from taid_vlm.statistics import Estimate, mean_of
+from taid_vlm.evaluation.statistics import Estimate, mean_of
 
 SHORTEST_STEMMED = 4  # letters
 _WORD = re.compile(r"[a-z0-9]+")

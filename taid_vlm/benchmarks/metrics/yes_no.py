@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from taid_vlm.benchmarks.question import Judged, Question, Verdict, groups
 from taid_vlm.errors import RecordError
-from taid_vlm.statistics import Estimate, mean_of, ratio_of
+from taid_vlm.evaluation.statistics import Estimate, mean_of, ratio_of
 
 YES, NO = "yes", "no"
 _WORDS = re.compile(r"[^\W_]+")

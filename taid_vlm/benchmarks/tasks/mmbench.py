@@ -18,7 +18,7 @@ from taid_vlm.benchmarks.metrics.letters import lmms_mmbench_option
 from taid_vlm.benchmarks.metrics.yes_no import all_right
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question
 from taid_vlm.benchmarks.rows import LETTERS, Row
-from taid_vlm.statistics import Estimate, mean_of
+from taid_vlm.evaluation.statistics import Estimate, mean_of
 
 ROTATION = 1_000_000  # the k-th rotation of question i has the index i + k * ROTATION
 _NOTHING = "nan"  # how the hub's copy writes an empty cell

@@ -16,7 +16,7 @@ from taid_vlm.benchmarks.metrics.yes_no import (
 )
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Rule, groups, one_by_one
 from taid_vlm.benchmarks.rows import Row
-from taid_vlm.statistics import Estimate, mean_of
+from taid_vlm.evaluation.statistics import Estimate, mean_of
 
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation",
              "code_reasoning")

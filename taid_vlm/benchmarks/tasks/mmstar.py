@@ -18,7 +18,7 @@ from taid_vlm.benchmarks.metrics.letters import lmms_option, mmstar_option
 from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, accuracy
 from taid_vlm.benchmarks.rows import LETTERS, Row
-from taid_vlm.statistics import Estimate, mean_of_means
+from taid_vlm.evaluation.statistics import Estimate, mean_of_means
 
 UNKNOWN = ("",) * 4  # the texts of options that cannot be found in the question
 _TAGS = ("category", "l2_category")

@@ -8,7 +8,7 @@ from taid_vlm.benchmarks.metrics.text import of_text
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Rule, groups
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.errors import RecordError, nearest
-from taid_vlm.statistics import Estimate, mean_of
+from taid_vlm.evaluation.statistics import Estimate, mean_of
 
 FORMULAS = "Handwritten Mathematical Expression Recognition"
 RECOGNITION = ("Regular Text Recognition", "Irregular Text Recognition",

@@ -26,7 +26,8 @@ from transformers import (
 from transformers.training_args import ParallelMode
 
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.models import sees_images, unwrap
+from taid_vlm.models.forward import unwrap
+from taid_vlm.models.loading import sees_images
 
 TOWER, PROJECTOR, LANGUAGE_MODEL, HEAD = PARTS = ("tower", "projector", "language_model", "head")
 

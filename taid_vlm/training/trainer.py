@@ -11,7 +11,6 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,83 +29,24 @@ from transformers.trainer_callback import ExportableState
 
 from taid_vlm.adapters import Processor
 from taid_vlm.alignment import Pairing
-from taid_vlm.canary import Canary, Looks
-from taid_vlm.collator import Batch, DistillationCollator
+from taid_vlm.batch.collator import Batch, DistillationCollator
+from taid_vlm.batch.figures import Measured
+from taid_vlm.batch.losses import compared_tokens
 from taid_vlm.errors import TaidError
-from taid_vlm.evaluation import Tally, evaluate_pair, summarise
-from taid_vlm.fused import MEMORY_BUDGET
-from taid_vlm.fused_step import (
-    IMPLEMENTATIONS,
-    FusedStep,
-    ReferenceStep,
-    StepLoss,
-    choose_step,
-)
-from taid_vlm.models import restore_weights
+from taid_vlm.evaluation.canary import Canary, Looks
+from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
+from taid_vlm.models.loading import restore_weights
+from taid_vlm.models.parts import TrainedParts
 from taid_vlm.objectives import TaidSchedule, parse_objective
-from taid_vlm.pair import pair_for_training, resolve, with_adapter
-from taid_vlm.parts import TrainedParts, check_parts
-from taid_vlm.step import Measured, compared_tokens
-from taid_vlm.visual import VisualTerms, visual_collator
-from taid_vlm.window import Window
+from taid_vlm.training.config import DistillationConfig
+from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
+from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
+from taid_vlm.training.visual import VisualTerms, visual_collator
+from taid_vlm.training.window import Window
 
 logger = logging.getLogger(__name__)
 
 EMPTY_STEPS = 20  # optimizer steps without one usable record, after which a run gives up
-
-
-@dataclass
-class DistillationConfig(TrainingArguments):
-    """TrainingArguments and what distillation adds.
-
-    Args:
-        objective: a name ("taid") or a mapping as in a recipe's `objective`.
-        supervise: "answers" (the assistant's texts) or "all".
-        max_length: tokens per row after image expansion; None takes each model's own limit.
-        padding_side: of both models' inputs in training.
-        canary_records: records with images at which every evaluation asks whether the models look
-            (`taid_vlm.canary`); 0 asks nothing.
-        loss_implementation: "fused" (never all logits in memory), "reference", or "auto": fused
-            where it gives the same, which is checked at the first batch.
-        loss_memory_budget: bytes that the fused loss may take for logits and their gradient.
-        freeze: parts of the student that stay as they are (`taid_vlm.parts`).
-        learning_rates: {part: learning rate}; the others take `learning_rate`.
-        model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
-            given by name.
-    """
-
-    objective: str | dict[str, Any] = field(default="taid")
-    supervise: str = field(default="answers")
-    max_length: int | None = field(default=None)
-    padding_side: str = field(default="right")
-    canary_records: int = field(default=64)
-    loss_implementation: str = field(default="auto")
-    loss_memory_budget: int = field(default=MEMORY_BUDGET)
-    freeze: list[str] | None = field(default=None)
-    learning_rates: dict[str, float] | None = field(default=None)
-    model_init_kwargs: dict[str, Any] | None = field(default=None)
-    teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
-    remove_unused_columns: bool = field(default=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # every process makes its own batches: a batch of aligned tokens cannot be cut in two
-        self.accelerator_config.dispatch_batches = False
-        for key, value, valid in (("supervise", self.supervise, ("answers", "all")),
-                                  ("padding_side", self.padding_side, ("left", "right")),
-                                  ("loss_implementation", self.loss_implementation,
-                                   IMPLEMENTATIONS)):
-            if value not in valid:
-                raise TaidError(f"{key} = '{value}', but it must be one of {', '.join(valid)}.")
-        if self.max_length is not None and self.max_length < 2:
-            raise TaidError(f"max_length = {self.max_length}, but it must be at least 2.")
-        if self.loss_memory_budget < 1:
-            raise TaidError(f"loss_memory_budget = {self.loss_memory_budget}, but it must be "
-                            "positive.")
-        if self.canary_records < 0:
-            raise TaidError(f"canary_records = {self.canary_records}, but it must be at least 0.")
-        check_parts(self.freeze, self.learning_rates)
-        parse_objective(self.objective)
 
 
 class DistillationTrainer(Trainer):
@@ -317,11 +257,11 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def held_out(self, dataset: Sequence[Any]) -> dict[str, Any]:
-        """`taid_vlm.evaluation.summarise` over all processes."""
+        """`taid_vlm.evaluation.held_out.summarise` over all processes."""
         return summarise(self.tally(dataset))
 
     def tally(self, dataset: Sequence[Any], keep_answers: bool = False) -> Tally:
-        """`taid_vlm.evaluation.evaluate_pair` over all processes."""
+        """`taid_vlm.evaluation.held_out.evaluate_pair` over all processes."""
         tally = evaluate_pair(
             self.model, self.teacher, dataset, self.collator, self.pairing,
             keep_answers=keep_answers,
@@ -334,7 +274,7 @@ class DistillationTrainer(Trainer):
         return merged
 
     def look(self, dataset: Sequence[Any]) -> Looks:
-        """`taid_vlm.canary.canary` of teacher and student, by role; {} without images."""
+        """`evaluation.canary.canary` of teacher and student, by role; {} without images."""
         return self.canary.ask(
             dataset, self.model, self.teacher, self.collator, **self._evaluation_options())
 

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from taid_vlm.alignment import Pairing
-from taid_vlm.calibration import Calibration, binned_sums
-from taid_vlm.collator import DistillationCollator
-from taid_vlm.models import evaluation_mode
-from taid_vlm.step import Measured, student_forward, teacher_forward, token_figures
+from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.batch.figures import Measured, token_figures
+from taid_vlm.batch.forward import student_forward, teacher_forward
+from taid_vlm.evaluation.calibration import Calibration, binned_sums
+from taid_vlm.models.forward import evaluation_mode
 
 ALL = ""  # the category that holds every token
 

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from taid_vlm.errors import TaidError
-from taid_vlm.objectives.bodies import BodyTerm
+from taid_vlm.fused.terms import BodyTerm
 from taid_vlm.objectives.divergences import LOG_SMALLEST, LOSSES
 
 # Logits of a row in flight for one term. A sum needs more registers for each logit, so that two
@@ -242,12 +242,12 @@ def _ratio(d, c, log_q, log_p):
 
 
 @triton.jit
-def _term(q, p, r, p_t, r_t, numbers, KINDS: tl.constexpr, I: tl.constexpr):
+def _term(q, p, r, p_t, r_t, numbers, KINDS: tl.constexpr, AT: tl.constexpr):
     """a = q dL/dq and the loss's summands, for one term that compares with the teacher.
 
     The kind comes as a place in KINDS: Triton 3.6 takes a string of a tuple for a tensor.
     """
-    KIND: tl.constexpr = KINDS[I]
+    KIND: tl.constexpr = KINDS[AT]
     if KIND == "taid":
         gap, loss, _ = _orders(q, p_t, r_t)
         a = -gap

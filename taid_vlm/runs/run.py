@@ -7,7 +7,7 @@ import difflib
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,22 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from taid_vlm.adapters import Processor, make_adapter, tokenizer_change
 from taid_vlm.alignment import check_modalities
-from taid_vlm.canary import Looks, account
-from taid_vlm.errors import TaidError, refuse_file_in_the_way
-from taid_vlm.eval_answers import FILE as ANSWERS_FILE
-from taid_vlm.eval_answers import to_lines
-from taid_vlm.evaluation import Tally, summarise
-from taid_vlm.generation import generate_answers
-from taid_vlm.models import (
+from taid_vlm.errors import TaidError
+from taid_vlm.evaluation.answers import FILE as ANSWERS_FILE
+from taid_vlm.evaluation.answers import to_lines
+from taid_vlm.evaluation.canary import Looks, account
+from taid_vlm.evaluation.held_out import Tally, summarise
+from taid_vlm.io.files import write_json, write_text
+from taid_vlm.io.folders import refuse_file_in_the_way, whole_or_absent
+from taid_vlm.models.generation import generate_answers
+from taid_vlm.models.loading import (
     load_config,
     load_model,
     load_processor,
     load_skeleton,
     sees_images,
 )
-from taid_vlm.parts import count_parameters, freeze_parts
-from taid_vlm.recipe import Recipe
+from taid_vlm.models.parts import count_parameters, freeze_parts
 from taid_vlm.records import (
     DataSource,
     Record,
@@ -40,21 +41,15 @@ from taid_vlm.records import (
     fingerprint,
     open_records,
 )
-from taid_vlm.report import write_report
-from taid_vlm.report.run import question_text, run_report
-from taid_vlm.results import (
-    SCHEMA,
-    STUDENT_FOLDER,
-    machine,
-    peak_memory,
-    versions,
-    write_json,
-    write_text,
-)
-from taid_vlm.students.folder import whole_or_absent
-from taid_vlm.trainer import DistillationConfig, DistillationTrainer
+from taid_vlm.runs.recipe import Recipe
+from taid_vlm.runs.results import SCHEMA, STUDENT_FOLDER, machine, peak_memory, versions
+from taid_vlm.training.config import DistillationConfig
+from taid_vlm.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
+
+# results, (questions, {who: answers}), the recipe as YAML, the page's path
+WriteReport = Callable[[dict[str, Any], tuple[Any, Any], str, Path], None]
 
 
 @dataclass(frozen=True)
@@ -103,22 +98,26 @@ def gather(recipe: Recipe) -> Ingredients:
     return Ingredients(args, configs, train, held_out, student, teacher)
 
 
-def distill(recipe: Recipe, resume: bool = False, place: Place | None = None) -> dict[str, Any]:
-    """Carry out a recipe; one with stages is for `taid_vlm.stages.distill_stages`.
+def distill(
+    recipe: Recipe, resume: bool = False, place: Place | None = None,
+    report: WriteReport | None = None,
+) -> dict[str, Any]:
+    """Carry out a recipe; one with stages is for `taid_vlm.runs.stages.distill_stages`.
 
     Args:
         resume: go on from the last whole checkpoint in `output_dir`.
         place: which stage `recipe` is, if it is one.
+        report: writes report.html, if one is wanted.
 
     Returns:
         What was written to results.json. On disk: `student/` (loads with plain Auto classes),
-        `recipe.yaml`, `eval_answers.jsonl`, `results.json`, `report.html`.
+        `recipe.yaml`, `eval_answers.jsonl`, `results.json`.
 
     Raises:
         TaidError: anything a user can mend, with nothing half-written left behind.
     """
     if recipe.stages:
-        raise TaidError("a recipe with stages is carried out by taid_vlm.stages.distill_stages.")
+        raise TaidError("a recipe with stages is carried out by `distill_stages`.")
     ingredients, output = gather(recipe), Path(recipe.output_dir)
     args, told = ingredients.args, place.whole if place and not place.later else recipe
     checkpoint = find_checkpoint(output, resume)
@@ -145,7 +144,8 @@ def distill(recipe: Recipe, resume: bool = False, place: Place | None = None) ->
         if answers is not None:
             write_text(answers, output / ANSWERS_FILE)
         write_json(results, output / "results.json")
-        write_report(run_report(results, examples, told.to_yaml()), output / "report.html")
+        if report is not None:
+            report(results, examples, told.to_yaml(), output / "report.html")
     trainer.accelerator.wait_for_everyone()
     return results
 
@@ -288,7 +288,7 @@ def _examples(
 ) -> list[dict[str, Any]]:
     """Questions with their answers as text; the images are in the report."""
     return [{"source": record.source, "turn": turn, "category": record.category(turn),
-             "prompt": question_text(record, turn), "reference": record.answers[turn],
+             "prompt": record.question(turn), "reference": record.answers[turn],
              "answers": {name: texts[index] for name, texts in answers.items() if texts}}
             for index, (record, turn) in enumerate(questions)]
 

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 import yaml
 
 from taid_vlm.errors import RecipeError, TaidError, nearest, nearest_sibling
-from taid_vlm.models import DTYPES, ModelSpec
+from taid_vlm.models.loading import DTYPES, ModelSpec
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import DataSource
 
 if TYPE_CHECKING:
-    from taid_vlm.trainer import DistillationConfig
+    from taid_vlm.training.config import DistillationConfig
 
 WHOLE_NUMBERS = frozenset({"max_steps", "max_length", "save_total_limit", "eval_steps"})
 SHARES_OF_STEPS = frozenset({"logging_steps", "save_steps", "eval_steps", "warmup_steps"})
@@ -100,7 +100,7 @@ class Recipe:
     objective: Any = field(default_factory=lambda: {"name": "taid"})
     train: Mapping[str, Any] = field(default_factory=dict)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
-    stages: tuple[StageSpec, ...] | None = None  # one after the other; see `taid_vlm.stages`
+    stages: tuple[StageSpec, ...] | None = None  # one after the other; see `taid_vlm.runs.stages`
     base: Path = field(default=Path("."), compare=False)  # where relative data paths start
 
     def to_yaml(self) -> str:
@@ -113,7 +113,7 @@ class Recipe:
 
     def training_arguments(self) -> DistillationConfig:
         """transformers' arguments with this package's defaults under them."""
-        from taid_vlm.trainer import DistillationConfig
+        from taid_vlm.training.config import DistillationConfig
 
         steps = self.train.get("max_steps", 0)
         defaults = {
@@ -338,7 +338,7 @@ def _at_least(given: int | None, least: int, where: str) -> None:
 
 
 def _train(value: Any) -> dict[str, Any]:
-    from taid_vlm.trainer import DistillationConfig
+    from taid_vlm.training.config import DistillationConfig
 
     if not isinstance(value, Mapping):
         raise RecipeError("train must be a mapping of transformers' TrainingArguments.")
@@ -357,7 +357,7 @@ def _train(value: Any) -> dict[str, Any]:
 
 
 def _check_parts(train: Mapping[str, Any]) -> None:
-    from taid_vlm.parts import check_parts
+    from taid_vlm.models.parts import check_parts
 
     try:
         check_parts(train.get("freeze"), train.get("learning_rates"), "train.")

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from taid_vlm.alignment import VocabularyMap
 from taid_vlm.errors import RecipeError, TaidError
-from taid_vlm.heads import Head, HeadPass, ModuleHead
+from taid_vlm.fused.bodies import choose_body
+from taid_vlm.fused.heads import Head, HeadPass, ModuleHead
+from taid_vlm.fused.scratch import Scratch
+from taid_vlm.fused.terms import BodyTerm
 from taid_vlm.objectives import LOSSES, Objective
-from taid_vlm.objectives.bodies import BodyTerm, choose_body
 from taid_vlm.objectives.divergences import check_parameters, upcast
-from taid_vlm.scratch import Scratch
 
 MEMORY_BUDGET = 384 * 2**20  # bytes that the logits and gradients of one chunk may take
 SCALED_AT_ONCE = 2**22  # numbers of a half-precision gradient that are scaled in float32 at a time
@@ -310,7 +311,7 @@ class _Work:
 
     def _in_place(self, vocabulary: VocabularyMap | None, like: Tensor) -> bool:
         """Whether the gradient takes the logits' place; on CUDA they differ in type."""
-        return self.student_head.spends and not self._apart(vocabulary) and not like.is_cuda
+        return self.student_head.reuses_logits and not self._apart(vocabulary) and not like.is_cuda
 
     def _compared(
         self, s: Tensor, u: Tensor, vocabulary: VocabularyMap | None, rows: Rows

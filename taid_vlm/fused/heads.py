@@ -13,39 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from taid_vlm.objectives.divergences import upcast
-from taid_vlm.scratch import Scratch
+from taid_vlm.fused.scratch import Scratch
+from taid_vlm.models.head import IDENTITY, LogitTransform
 
 BLOCK = 8192  # rows of a half-precision head's gradient that are added up at a time
-
-
-@dataclass(frozen=True)
-class Bend:
-    """What some models do behind the head: z -> softcap(scale * z), c * tanh(z / c).
-
-    softcap: c; None for none.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def straight(self) -> bool:
-        """Whether it does nothing."""
-        return self.scale == 1.0 and self.softcap is None
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Logits of its own in float32 (float64), or `z` itself where it does nothing."""
-        if self.straight:
-            return z
-        z = upcast(z) * self.scale
-        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """The gradient in z from that in the logits; it overwrites both where it does anything."""
-        if self.softcap is not None:
-            gradient.addcmul_(gradient, logits.div_(self.softcap).square_(), value=-1.0)
-        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
 class HeadPass(Protocol):
@@ -73,11 +44,11 @@ class HeadPass(Protocol):
 
 @dataclass(frozen=True)
 class Head:
-    """A plain matrix: logits = bend(x @ weight.T + bias), weight [V, H], bias [V] or None."""
+    """A plain matrix: logits = transform(x @ weight.T + bias), weight [V, H], bias [V] or None."""
 
     weight: Tensor
     bias: Tensor | None = None
-    bend: Bend = Bend()
+    transform: LogitTransform = IDENTITY
 
     @property
     def rows(self) -> int:
@@ -86,12 +57,12 @@ class Head:
     @property
     def copies(self) -> int:
         """How many tensors of a chunk's logits it has in use at a time."""
-        return 1 if self.bend.straight else 2
+        return 1 if self.transform.is_identity else 2
 
     @property
-    def spends(self) -> bool:
+    def reuses_logits(self) -> bool:
         """Whether its way back needs no logits: their gradient may take their place."""
-        return self.bend.straight
+        return self.transform.is_identity
 
     def parameters(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
@@ -117,7 +88,7 @@ class _MatrixPass:
         self, head: Head, needs: Sequence[bool], chunks: int, dtype: torch.dtype, scratch: Scratch
     ) -> None:
         self.head, self.needs, self.dtype, self.scratch = head, needs[1:], dtype, scratch
-        self.product = dtype if head.bend.straight else _wide(dtype)
+        self.product = dtype if head.transform.is_identity else _wide(dtype)
         self.weight = head.weight.to(dtype)
         self.bias = None if head.bias is None else head.bias.to(dtype)
         self.weight_gradient: Tensor | None = None
@@ -130,16 +101,16 @@ class _MatrixPass:
         if _leaves_wide(x, self.weight):
             z = torch.mm(x, self.weight.T, out_dtype=torch.float32)
             z = z if self.bias is None else z.add_(self.bias)
-            return self.head.bend.forward(z)
+            return self.head.transform.forward(z)
         z = self.scratch.take(len(x), self.head.rows, self.dtype, x.device)
         if self.bias is None:
             torch.mm(x, self.weight.T, out=z)
         else:
             torch.addmm(self.bias, x, self.weight.T, out=z)
-        return self.head.bend.forward(z)
+        return self.head.transform.forward(z)
 
     def backward(self, x: Tensor, gradient: Tensor, logits: Tensor, needs_x: bool) -> Tensor | None:
-        g = self.head.bend.backward(gradient, logits).to(self.dtype)
+        g = self.head.transform.backward(gradient, logits).to(self.dtype)
         if self.needs[0]:
             self._add_weight(g, self._cast(x))
         if self.bias is not None and self.needs[1]:
@@ -184,14 +155,16 @@ class ModuleHead:
     Args:
         module: takes [n, H], gives [n, V].
         rows: V.
-        bend: what follows the module.
+        transform: what follows the module.
     """
 
     copies = 4  # of a low-rank head: the product, the update, its multiple, their sum
-    spends = False  # the module may have saved them for its own way back
+    reuses_logits = False  # the module may have saved them for its own way back
 
-    def __init__(self, module: nn.Module, rows: int, bend: Bend | None = None) -> None:
-        self.module, self.rows, self.bend = module, rows, bend or Bend()
+    def __init__(
+        self, module: nn.Module, rows: int, transform: LogitTransform = IDENTITY
+    ) -> None:
+        self.module, self.rows, self.transform = module, rows, transform
 
     def parameters(self) -> list[Tensor]:
         return [p for p in self.module.parameters() if p.requires_grad]
@@ -217,13 +190,13 @@ class _ModulePass:
         with autocast, torch.set_grad_enabled(self.needs_graph):
             x = x.detach().requires_grad_(self.needs_x)
             z = self.head.module(x)
-        self.product = z.dtype if self.head.bend.straight else _wide(z.dtype)
+        self.product = z.dtype if self.head.transform.is_identity else _wide(z.dtype)
         if self.needs_graph:
             self.x, self.z = x, z
-        return self.head.bend.forward(z.detach())
+        return self.head.transform.forward(z.detach())
 
     def backward(self, x: Tensor, gradient: Tensor, logits: Tensor, needs_x: bool) -> Tensor | None:
-        g = self.head.bend.backward(gradient, logits).to(self.z.dtype)
+        g = self.head.transform.backward(gradient, logits).to(self.z.dtype)
         wanted = [self.x] * needs_x + self.parameters
         found = list(torch.autograd.grad(self.z, wanted, g, allow_unused=True))
         g_x = found.pop(0) if needs_x else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from taid_vlm.errors import TaidError
-from taid_vlm.evaluation import AnswerTotals
+from taid_vlm.evaluation.held_out import AnswerTotals
 
 FILE = "eval_answers.jsonl"
 DIGITS = 8  # float32 has 7

@@ -21,7 +21,7 @@ from transformers import (
 
 from taid_vlm.adapters import ModelAdapter
 from taid_vlm.errors import SampleDropped, TaidError
-from taid_vlm.models import evaluation_mode, forward_names, unwrap
+from taid_vlm.models.forward import evaluation_mode, forward_names, unwrap
 from taid_vlm.records import ImageRef, Record
 
 Question = tuple[Record, int]  # a record, and which of its answers is asked for

@@ -13,13 +13,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from taid_vlm.errors import TaidError, nearest
+from taid_vlm.fused.terms import BodyTerm
 from taid_vlm.objectives.divergences import closed_form, row_chunks, upcast
 
 BODIES = ("auto", "eager", "compiled", "triton")
@@ -28,19 +29,6 @@ SCRATCH, SCRATCH_COMPILED = 16, 4  # float32 [n, V] that a sum of terms has in u
 CACHED = 2**18  # logits of one model that a thread on a CPU works on at a time
 
 Body = Callable[..., tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class BodyTerm:
-    """One loss of a weighted sum, with all its numbers; `parameters` holds TAID's t, too.
-
-    kd_temperature: 1 for a loss on the data.
-    """
-
-    name: str
-    weight: float = 1.0
-    kd_temperature: float = 1.0
-    parameters: Mapping[str, float] = field(default_factory=dict)
 
 
 def eager(
@@ -199,7 +187,7 @@ def _triton(name: str, terms: Sequence[BodyTerm]) -> Body | None:
         if name == "triton":
             raise TaidError("body = 'triton' needs the package triton. Take body: auto.")
         return None
-    from taid_vlm.objectives import kernels
+    from taid_vlm.fused import kernels
 
     if kernels.supports(terms):
         return kernels.triton_body

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from taid_vlm import run
 from taid_vlm.errors import TaidError
-from taid_vlm.recipe import Recipe, StageSpec
-from taid_vlm.results import STUDENT_FOLDER
+from taid_vlm.runs import run
+from taid_vlm.runs.recipe import Recipe, StageSpec
+from taid_vlm.runs.results import STUDENT_FOLDER
 
 
 def expand(recipe: Recipe) -> list[Recipe]:
@@ -53,11 +53,14 @@ def _start(recipe: Recipe, folder: str) -> Any:
                    processor_name_or_path=spec.processor_name_or_path or spec.model_name_or_path)
 
 
-def distill_stages(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+def distill_stages(
+    recipe: Recipe, resume: bool = False, report: run.WriteReport | None = None
+) -> dict[str, Any]:
     """Carry out a recipe with or without stages.
 
     Args:
         resume: pass over the stages that are finished, and go on with the first that is not.
+        report: writes every stage's report.html, if one is wanted.
 
     Returns:
         The results of the last stage; `stages` in them is an account of those before.
@@ -66,7 +69,7 @@ def distill_stages(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         TaidError: as `run.distill`; what can be checked of any stage is checked before the first.
     """
     if not recipe.stages:
-        return run.distill(recipe, resume)
+        return run.distill(recipe, resume, report=report)
     stages = expand(recipe)
     _check(recipe, stages)
     first = _first_unfinished(recipe, stages) if resume else _fresh_start(stages)
@@ -78,7 +81,7 @@ def distill_stages(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     for number, stage in enumerate(stages[first:], start=first):
         earlier = [_account(recipe, *pair) for pair in enumerate(stages[:number])]
         later = [Path(other.output_dir) for other in stages[number + 1:]]
-        results = run.distill(stage, resumable, run.Place(recipe, earlier, later))
+        results = run.distill(stage, resumable, run.Place(recipe, earlier, later), report)
         resumable = False
         _free_memory()
     return results

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from taid_vlm.adapters import ModelAdapter, Rendered
 from taid_vlm.alignment import supervised_positions
-from taid_vlm.collator import DistillationCollator, predicting_mask, target_ids
+from taid_vlm.batch.collator import DistillationCollator, predicting_mask, target_ids
 from taid_vlm.errors import RecordError
-from taid_vlm.evaluation import ALL, Tally
-from taid_vlm.models import answer_logits, evaluation_mode
+from taid_vlm.evaluation.held_out import ALL, Tally
+from taid_vlm.models.forward import answer_logits, evaluation_mode
 from taid_vlm.objectives import diagnose, divergence
 from taid_vlm.records import Record, parse_record
 

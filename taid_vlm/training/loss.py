@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,36 +18,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from taid_vlm.alignment import Pairing
+from taid_vlm.batch.figures import Measured, compared_figures, token_figures
+from taid_vlm.batch.forward import Batch, student_forward, teacher_forward
+from taid_vlm.batch.losses import advantage_weights, token_losses
 from taid_vlm.errors import TaidError
-from taid_vlm.fused import MEMORY_BUDGET, FusedDivergence, FusedLoss, Rows
-from taid_vlm.heads import Bend, Head, ModuleHead
-from taid_vlm.models import (
-    answer_hidden,
-    answer_logits,
-    evaluation_mode,
-    head_rows,
-    unwrap,
-)
+from taid_vlm.fused.divergence import MEMORY_BUDGET, FusedDivergence, FusedLoss, Rows
+from taid_vlm.fused.heads import Head, ModuleHead
+from taid_vlm.models.forward import answer_hidden, answer_logits, evaluation_mode, head_rows, unwrap
+from taid_vlm.models.head import LogitTransform, known_logit_transforms
 from taid_vlm.objectives import Objective, divergence, parse_objective
-from taid_vlm.step import (
-    Batch,
-    Measured,
-    advantage_weights,
-    compared_figures,
-    student_forward,
-    teacher_forward,
-    token_figures,
-    token_losses,
-)
 
 logger = logging.getLogger(__name__)
 
 Autocast: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
-IMPLEMENTATIONS = ("auto", "fused", "reference")
 FIGURE_BYTES = 64  # per pair of logits, that the figures of a logged step have in use, about
 CHECKED_POSITIONS = 8  # at which head(hidden) must be the model's own logits
-SCALES = ("logit_scale", "lm_head_multiplier")  # config keys of factors behind a head
-DIVISORS = ("logits_scaling",)
 
 
 class StepLoss(NamedTuple):
@@ -104,15 +89,15 @@ class FusedStep:
     Args:
         pairing: None without a teacher.
         student: wrapped or not; its innermost forward takes one argument more from now on.
-        bends: what student and teacher do behind their heads.
+        transforms: what student and teacher do behind their heads.
         memory_budget: bytes that a chunk of logits may take.
     """
 
     def __init__(
         self, objective: Objective, pairing: Pairing | None, student: nn.Module,
-        bends: Mapping[str, Bend], memory_budget: int, autocast: Autocast,
+        transforms: Mapping[str, LogitTransform], memory_budget: int, autocast: Autocast,
     ) -> None:
-        self.objective, self.pairing, self.bends = objective, pairing, bends
+        self.objective, self.pairing, self.transforms = objective, pairing, transforms
         self.autocast = autocast
         maps = pairing.maps if pairing is not None and objective.needs_teacher else ()
         self.fused = FusedDivergence(objective, maps, memory_budget=memory_budget)
@@ -146,7 +131,7 @@ class FusedStep:
 
     def _answers(self, model: PreTrainedModel, role: str, batch: Batch) -> Answers:
         return Answers(answer_hidden(model, batch[f"{role}_inputs"], batch[f"{role}_mask"]),
-                       output_head(model, self.bends[role]))
+                       output_head(model, self.transforms[role]))
 
     def _advantage(self, teacher: PreTrainedModel, batch: Batch, seeing: Answers) -> Tensor:
         def nll(answers: Answers) -> Tensor:
@@ -193,12 +178,12 @@ def accept_distill(model: PreTrainedModel) -> None:
     model.forward = forward  # type: ignore[method-assign]
 
 
-def output_head(model: PreTrainedModel, bend: Bend) -> Head | ModuleHead:
+def output_head(model: PreTrainedModel, transform: LogitTransform) -> Head | ModuleHead:
     """The model's head as the fused objective takes it."""
     module = model.get_output_embeddings()
     if type(module) is nn.Linear:
-        return Head(module.weight, module.bias, bend)
-    return ModuleHead(module, head_rows(model), bend)
+        return Head(module.weight, module.bias, transform)
+    return ModuleHead(module, head_rows(model), transform)
 
 
 # ----- which one ----------------------------------------------------------------------------
@@ -220,23 +205,23 @@ def choose_step(
         TaidError: "fused" for something only the reference can do, with the reason.
     """
     reason = obstacle(objective, pairing)
-    bends: dict[str, Bend] = {}
+    transforms: dict[str, LogitTransform] = {}
     if reason is None and implementation != "reference":
         models = {"student": student, "teacher": teacher if objective.needs_teacher else None}
         for role, model in models.items():
-            bend = None if model is None else find_bend(unwrap(model), role, probe)
-            if model is not None and bend is None:
+            transform = None if model is None else find_logit_transform(unwrap(model), role, probe)
+            if model is not None and transform is None:
                 reason = (f"the {role} ({unwrap(model).config.model_type}) does something behind "
                           "its head that is not known here")
-            elif bend is not None:
-                bends[role] = bend
+            elif transform is not None:
+                transforms[role] = transform
     if implementation == "reference" or (implementation == "auto" and reason is not None):
         if implementation == "auto":
             logger.warning("The loss keeps the logits of all answer positions: %s.", reason)
         return ReferenceStep(objective, pairing)
     if reason is not None:
         raise TaidError(f"loss_implementation = 'fused', but {reason}. Use auto or reference.")
-    return FusedStep(objective, pairing, student, bends, memory_budget, autocast)
+    return FusedStep(objective, pairing, student, transforms, memory_budget, autocast)
 
 
 def obstacle(objective: Objective, pairing: Pairing | None) -> str | None:
@@ -247,7 +232,7 @@ def obstacle(objective: Objective, pairing: Pairing | None) -> str | None:
 
 
 @torch.no_grad()
-def find_bend(model: PreTrainedModel, role: str, probe: Batch) -> Bend | None:
+def find_logit_transform(model: PreTrainedModel, role: str, probe: Batch) -> LogitTransform | None:
     """What the model does between its head and its logits; None if it is not known here."""
     mask = probe[f"{role}_mask"].clone()
     places = mask.nonzero()[CHECKED_POSITIONS:]
@@ -257,19 +242,10 @@ def find_bend(model: PreTrainedModel, role: str, probe: Batch) -> Bend | None:
     with evaluation_mode(model):
         own = answer_logits(model, inputs, mask.to(device))
         hidden = answer_hidden(model, inputs, mask.to(device))
-    for bend in known_bends(model.config.get_text_config()):
-        if torch.allclose(output_head(model, bend).open().logits(hidden).float(), own.float(),
+    for transform in known_logit_transforms(model.config.get_text_config()):
+        if torch.allclose(output_head(model, transform).open().logits(hidden).float(), own.float(),
                           rtol=1e-3, atol=1e-3 * float(own.float().abs().max())):
-            return bend
+            return transform
     return None
 
 
-def known_bends(config: Any) -> Iterator[Bend]:
-    """Nothing, or what the config names."""
-    scale, softcap = 1.0, getattr(config, "final_logit_softcapping", None)
-    for name in SCALES:
-        scale *= getattr(config, name, None) or 1.0
-    for name in DIVISORS:
-        scale /= getattr(config, name, None) or 1.0
-    yield Bend()
-    yield Bend(scale, softcap)

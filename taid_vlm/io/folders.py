@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from taid_vlm.errors import TaidError, refuse_file_in_the_way
+from taid_vlm.errors import TaidError
 
 
 def new_folder(output_dir: str | Path) -> Path:
@@ -45,3 +45,10 @@ def whole_or_absent(folder: Path, failed: str, main: bool = True) -> Iterator[Pa
     finally:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_file_in_the_way(folder: Path) -> None:
+    """Raise TaidError if an output folder cannot be made because a file stands there or above."""
+    blocking = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if blocking is not None:
+        raise TaidError(f"output_dir = '{folder}', but '{blocking}' is a file.")

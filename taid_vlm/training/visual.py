@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from taid_vlm.adapters import GlobalViews
-from taid_vlm.canary import blank
-from taid_vlm.collator import Batch, DistillationCollator
+from taid_vlm.batch.collator import Batch, DistillationCollator
 from taid_vlm.errors import TaidError
-from taid_vlm.models import unwrap
+from taid_vlm.evaluation.canary import blank
+from taid_vlm.models.forward import unwrap
+from taid_vlm.models.parts import PROJECTOR, TOWER, parts_of
 from taid_vlm.objectives import Objective, VisualTerm, feature_loss, pool, relation_loss
-from taid_vlm.parts import PROJECTOR, TOWER, parts_of
 
 logger = logging.getLogger(__name__)
 

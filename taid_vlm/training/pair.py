@@ -11,14 +11,15 @@ from transformers import PreTrainedModel
 
 from taid_vlm.adapters import Processor, make_adapter
 from taid_vlm.alignment import Pairing, check_modalities, pair_models
-from taid_vlm.collator import DistillationCollator
+from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError
-from taid_vlm.models import ModelSpec, head_rows, load_model, load_processor
+from taid_vlm.models.forward import head_rows
+from taid_vlm.models.loading import ModelSpec, load_model, load_processor
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record, parse_record
 
 if TYPE_CHECKING:
-    from taid_vlm.trainer import DistillationConfig
+    from taid_vlm.training.config import DistillationConfig
 
 logger = logging.getLogger(__name__)
 
