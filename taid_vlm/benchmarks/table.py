@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from taid_vlm.io.terminal import table
+
 HEADER = ("model", "task", "rule", "figure", "value", "n", "unread", "seconds")
-_RIGHT = (4, 5, 6, 7)  # columns of numbers
 
 
 def as_text(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -15,7 +16,8 @@ def as_text(results: Mapping[str, Mapping[str, Any]]) -> str:
     or that are missing, each of which is wrong in every figure."""
     rows = [row for name, each in results.items()
             for row in [*_rows(name, each["tasks"]), *_suites(name, each.get("suites", {}))]]
-    return "\n".join([*_aligned([HEADER, *rows]), *_left_out(results)])
+    head = [(name, "bold") for name in HEADER]
+    return "\n".join([table([head, *rows], right=(4, 5, 6, 7)), *_left_out(results)])
 
 
 def _suites(name: str, suites: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -53,10 +55,3 @@ def shown(value: float | None, stderr: float | None, decimals: int | None) -> st
     scale, digits = (1.0, 2) if decimals is None else (100.0, decimals)
     error = "" if stderr is None or math.isnan(stderr) else f" ± {scale * stderr:.{digits}f}"
     return f"{scale * value:.{digits}f}{error}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) if index in _RIGHT else cell.ljust(width)
-                      for index, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-            for row in rows]

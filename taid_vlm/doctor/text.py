@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import shutil
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, zip_longest
 
 from taid_vlm.doctor.doctor import Inspection
 from taid_vlm.doctor.facts import Facts
 from taid_vlm.doctor.preflight import Preflight, Spread
 from taid_vlm.doctor.streams import Piece, StreamToken, Trace
-from taid_vlm.doctor.table import FactRow, fact_rows
+from taid_vlm.doctor.table import fact_rows
+from taid_vlm.io.terminal import Cell, printable, table
 
 SHOWN_ROWS = 24  # of the table of what is compared
-LABEL = 26  # columns of the facts' labels
-_PLAIN, _BOLD, _RED, _GREEN, _YELLOW, _BLUE, _GREY = (
-    f"\033[{code}m" for code in (0, 1, 31, 32, 33, 34, 90))
-_OUTCOMES = {"exact": _GREEN, "shared": _GREEN, "chunks": _YELLOW, "alone": _GREEN, "refused": _RED}
+_PLAIN, _RED, _GREEN, _BLUE, _GREY = (f"\033[{code}m" for code in (0, 31, 32, 34, 90))
+_OUTCOMES = {"exact": "green", "shared": "green", "chunks": "yellow", "alone": "green",
+             "refused": "red"}
 _MARKS = {"aligned": ("⟦", "⟧", _GREEN), "chunk": ("⟪", "⟫", _BLUE), "unaligned": ("⟨", "⟩", _RED)}
 
 
 class Paint:
-    """Colours of a terminal, or none."""
+    """Printable text in colours of a terminal, or without."""
 
     def __init__(self, colour: bool) -> None:
         self.colour = colour
 
     def __call__(self, text: str, code: str) -> str:
+        text = printable(text)
         return f"{code}{text}{_PLAIN}" if self.colour and text else text
 
 
@@ -42,61 +42,44 @@ def as_text(inspection: Inspection, colour: bool = False, width: int | None = No
         width: columns; the terminal's by default.
     """
     paint = Paint(colour)
-    width = width or shutil.get_terminal_size((110, 24)).columns
-    blocks = [_head(inspection, paint, width), _facts(inspection.facts, paint, width)]
-    blocks += [_preflight(check) for check in inspection.preflight if check.whole or check.dropped]
+    width = max(width or shutil.get_terminal_size((110, 24)).columns, 60)
+    blocks = [[table(_head(inspection), width=width, colour=colour)],
+              [table(_facts(inspection.facts), width=width, colour=colour)]]
+    blocks += [[*map(printable, _preflight(check))] for check in inspection.preflight
+               if check.whole or check.dropped]
     if inspection.record is not None:
         blocks.append(_trace(inspection.record, paint))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-def _head(inspection: Inspection, paint: Paint, width: int) -> list[str]:
+def _head(inspection: Inspection) -> list[Sequence[Cell]]:
     verdict, record = inspection.verdict, inspection.record
     name = verdict.outcome.upper()
-    lines = _wrapped("verdict", f"{name}: {verdict.headline}", width)
-    lines[0] = lines[0].replace(name, paint(name, _BOLD + _OUTCOMES[verdict.outcome]), 1)
-    lines += (_wrapped("case", f"{verdict.case}: {verdict.reason}", width) if verdict.case else
-              _wrapped("why", verdict.reason, width))
-    for change in verdict.changes:
-        lines += _wrapped("change", change, width)
-    for warning in verdict.warnings:
-        lines += _wrapped("warning", warning, width)
+    rows: list[Sequence[Cell]] = [
+        ("verdict ", (f"{name}: {verdict.headline}", _OUTCOMES[verdict.outcome])),
+        ("case", f"{verdict.case}: {verdict.reason}") if verdict.case else ("why", verdict.reason),
+        *(("change", change) for change in verdict.changes),
+        *(("warning", warning) for warning in verdict.warnings)]
     if record is not None:
         chunks = f", {record.chunk} of them in chunks" if record.chunk else ""
         word = "aligned" if len(record.sides) > 1 else "learned"
-        lines.append(f"{word:<10}{record.aligned} of {record.supervised} answer tokens of the "
-                     f"student{chunks}")
-        lines.append(f"record    {record.source}{', cut' if record.cut else ''}")
-    return lines
-
-
-def _wrapped(word: str, text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, max(width, 60), initial_indent=f"{word:<10}",
-                         subsequent_indent=" " * 10, break_on_hyphens=False,
-                         break_long_words=False)
+        rows.append((word, f"{record.aligned} of {record.supervised} answer tokens of the "
+                           f"student{chunks}"))
+        rows.append(("record", f"{record.source}{', cut' if record.cut else ''}"))
+    return rows
 
 
 # ----- facts --------------------------------------------------------------------------------
 
 
-def _facts(facts: Mapping[str, Facts], paint: Paint, width: int) -> list[str]:
+def _facts(facts: Mapping[str, Facts]) -> list[Sequence[Cell]]:
     """Both sides beside each other; ≠ where they differ in what matters."""
-    column = max((width - LABEL - 4) // len(facts) - 1, 20)
-    heads = "".join(f"{role:<{column + 1}}" for role in facts)
-    lines = [paint(f"{'':<{LABEL + 2}}{heads}".rstrip(), _BOLD)]
+    lines: list[Sequence[Cell]] = [("", "", *((role, "bold") for role in facts))]
     for section, rows in groupby(fact_rows(facts), key=lambda row: row.section):
-        lines.append(paint(section, _BOLD))
-        for row in rows:
-            lines += _fact(row, column, paint)
+        lines.append([(section, "bold")])
+        lines += [(f"  {row.label}", ("≠" if row.differs else "", "yellow"), *row.values)
+                  for row in rows]
     return lines
-
-
-def _fact(row: FactRow, column: int, paint: Paint) -> Iterator[str]:
-    cells = [textwrap.wrap(value, column) or [""] for value in row.values]
-    for index, parts in enumerate(zip_longest(*cells, fillvalue="")):
-        label = f"  {row.label if index == 0 else '':<{LABEL - 2}}"
-        mark = paint("≠", _YELLOW) if row.differs and index == 0 else " "
-        yield f"{label}{mark} {' '.join(f'{part:<{column}}' for part in parts)}".rstrip()
 
 
 # ----- preflight ----------------------------------------------------------------------------
@@ -139,7 +122,7 @@ def _shown(piece: Piece, paint: Paint) -> str:
     if piece.kind == "image":
         return paint(f"[image: {piece.count} tokens]", _GREY)
     if piece.kind not in _MARKS:
-        return paint(piece.text, _GREY) if piece.kind == "special" else piece.text
+        return paint(piece.text, _GREY) if piece.kind == "special" else printable(piece.text)
     opening, closing, code = _MARKS[piece.kind]
     inner = "|".join(token.text for token in piece.tokens) if piece.kind == "chunk" else piece.text
     return paint(f"{opening}{inner}{closing}", code)

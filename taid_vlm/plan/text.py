@@ -7,10 +7,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from taid_vlm.io.terminal import table
 from taid_vlm.plan.advice import Advice, Change
 from taid_vlm.plan.plan import Plan, fullest
-
-_COLUMN = 36
 
 
 def human(size: int) -> str:
@@ -24,7 +23,7 @@ def human(size: int) -> str:
 def as_text(plans: Sequence[Plan], advice: Advice | None = None) -> str:
     """The fullest stage's table, the other stages in a line each, and what to change."""
     worst = fullest(plans)
-    blocks = [_head(worst, advice), _table(worst), _notes(worst)]
+    blocks = [_head(worst, advice), [_table(worst)], _notes(worst)]
     if len(plans) > 1:
         blocks.append([f"stage '{plan.stage}': {human(plan.peak)} ({plan.fullest})"
                        for plan in plans])
@@ -59,12 +58,11 @@ def _head(plan: Plan, advice: Advice | None) -> list[str]:
     return [*lines, f"phases    {phases}"]
 
 
-def _table(plan: Plan) -> list[str]:
-    lines = [f"{'':<{_COLUMN}}{'most':>10}{'at the peak':>14}"]
-    for part in plan.components:
-        lines.append(f"{part.name:<{_COLUMN}}{human(part.most):>10}{human(part.at_peak):>14}"
-                     f"   {part.how}")
-    return [*lines, f"{'total':<{_COLUMN}}{'':>10}{human(plan.peak):>14}"]
+def _table(plan: Plan) -> str:
+    rows = [(part.name, human(part.most), human(part.at_peak), part.how)
+            for part in plan.components]
+    return table([("", "most", "at the peak", ""), *rows, ("total", "", human(plan.peak), "")],
+                 right=(1, 2))
 
 
 def _notes(plan: Plan) -> list[str]:

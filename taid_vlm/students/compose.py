@@ -38,6 +38,7 @@ from transformers.activations import ACT2FN
 from taid_vlm.adapters import make_adapter
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.folders import new_folder, whole_or_absent
+from taid_vlm.io.terminal import table
 from taid_vlm.models.forward import forward_names
 from taid_vlm.models.loading import DTYPES, read_template
 from taid_vlm.students.language import (
@@ -107,7 +108,7 @@ class Composed:
             "loaded again": "; ".join(self.checks),
             "written to": str(self.output_dir),
         }
-        return "\n".join(f"{name:<16} {value}" for name, value in lines.items())
+        return table([*lines.items()])
 
 
 def compose(

@@ -17,6 +17,7 @@ from taid_vlm.alignment import check_modalities
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.folders import new_folder, whole_or_absent
+from taid_vlm.io.terminal import table
 from taid_vlm.models.forward import answer_logits
 from taid_vlm.models.generation import generate_answers
 from taid_vlm.models.loading import ModelSpec, load_config, load_model, load_processor, sees_images
@@ -80,8 +81,7 @@ class Shrunk:
                 *((part, f"{a:,}", f"{b:,}") for part, (a, b) in self.parameters.items()),
                 *((f"image tokens {what}", f"{a:,}", f"{b:,}")
                   for what, (a, b) in self.image_tokens.items())]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [f"{name:<{widths[0]}}  {a:>{widths[1]}}  {b:>{widths[2]}}" for name, a, b in rows]
+        lines = [table(rows, right=(1, 2))]
         for name, kept in (("layers kept", self.layers), ("tower layers kept", self.tower_layers)):
             if kept is not None:
                 lines.append(f"{name}: {', '.join(map(str, kept))}")

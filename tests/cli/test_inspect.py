@@ -170,6 +170,26 @@ def test_colours_only_where_asked(text_pair: dict[str, str], tmp_path: Path) -> 
     assert re.sub(r"\033\[\d+m", "", coloured) == plain
 
 
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_record_does_not_steer_the_terminal(
+    colour: bool, cli: Cli, text_pair: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steering = "\x1b[2J\x1b]0;owned\x07\r\x9b1A"
+    rows = [{"prompt": f"what {steering}", "completion": f"{ANSWER}{steering}"}]
+    path = recipe(tmp_path, rows, **text_pair)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: colour)
+    done = cli("inspect", path, "--all")
+    assert done.status == 0, done.err
+    assert ("\x1b[" in done.out) == colour
+    ours = re.sub(r"\x1b\[\d+m", "", done.out)
+    assert not set(ours) & set("\x1b\x07\r\x9b")
+    for text in sides(ours).values():
+        assert r"what \x1b[2J\x1b]0;owned\x07\r\x9b1A" in text
+        assert marked(text).replace("⟧⟦", "").startswith(ANSWER)
+        assert r"\x1b[2J" in marked(text)
+
+
 def test_streamed_records_can_be_looked_at(
     cli: Cli, text_pair: dict[str, str], tmp_path: Path
 ) -> None:
