@@ -2,8 +2,8 @@
 
     accelerate launch scripts/distill_llm.py recipes/qwen3_8b_to_0.6b.yaml [KEY=VALUE ...]
 
-The same as `taid-vlm distill`, for launchers that want a file. `--resume` goes on from the last
-checkpoint.
+The same as `accelerate launch -m taid_vlm distill`, for launchers that want a file. `--resume` goes
+on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,4 +13,4 @@ import sys
 from taid_vlm.cli import distill_script
 
 if __name__ == "__main__":
-    sys.exit(distill_script("recipes/qwen3_8b_to_0.6b.yaml"))
+    sys.exit(distill_script("qwen3_8b_to_0.6b"))

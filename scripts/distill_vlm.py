@@ -2,8 +2,8 @@
 
     accelerate launch scripts/distill_vlm.py recipes/internvl3_8b_to_1b.yaml [KEY=VALUE ...]
 
-The same as `taid-vlm distill`, for launchers that want a file. `--resume` goes on from the last
-checkpoint.
+The same as `accelerate launch -m taid_vlm distill`, for launchers that want a file. `--resume` goes
+on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,4 +13,4 @@ import sys
 from taid_vlm.cli import distill_script
 
 if __name__ == "__main__":
-    sys.exit(distill_script("recipes/internvl3_8b_to_1b.yaml"))
+    sys.exit(distill_script("internvl3_8b_to_1b"))

@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from taid_vlm.errors import AlignmentError, RecipeError, RecordError, TaidError
-from taid_vlm.objectives import Objective, TaidSchedule, divergence, parse_objective
 
 if TYPE_CHECKING:
     from taid_vlm.fused.divergence import FusedDivergence
     from taid_vlm.fused.heads import Head
+    from taid_vlm.objectives import Objective, TaidSchedule, divergence, parse_objective
     from taid_vlm.training.config import DistillationConfig
     from taid_vlm.training.trainer import DistillationTrainer
 
@@ -31,7 +31,9 @@ __all__ = [
 
 
 _LATER = {"DistillationConfig": "training.config", "DistillationTrainer": "training.trainer",
-          "FusedDivergence": "fused.divergence", "Head": "fused.heads"}
+          "FusedDivergence": "fused.divergence", "Head": "fused.heads",
+          **dict.fromkeys(("Objective", "TaidSchedule", "divergence", "parse_objective"),
+                          "objectives")}
 
 
 def __getattr__(name: str) -> Any:

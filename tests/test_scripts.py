@@ -40,11 +40,10 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def launch(script: str, recipe: Path, processes: int, *overrides: str) -> None:
-    # accelerate's launcher spawns CPU processes through MPI only, so torch's stands in for it
+def launch(program: list[str], recipe: Path, processes: int, *overrides: str) -> None:
+    # accelerate's launcher starts one process on a CPU, whatever it is told, so torch's stands in
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={processes}", str(ROOT / "scripts" / script), str(recipe),
-               *overrides]
+               f"--nproc_per_node={processes}", *program, str(recipe), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -53,8 +52,9 @@ def launch(script: str, recipe: Path, processes: int, *overrides: str) -> None:
 def test_two_processes_leave_the_results_of_one(recipe: Path) -> None:
     """Global batch of 8 either way; held-out figures over 24 records, none counted twice."""
     folder = recipe.parent
-    launch("distill_llm.py", recipe, 1, "train.per_device_train_batch_size=8")
-    launch("distill_llm.py", recipe, 2, f"output_dir={folder / 'two'}")
+    script = [str(ROOT / "scripts" / "distill_llm.py")]
+    launch(script, recipe, 1, "train.per_device_train_batch_size=8")
+    launch(script, recipe, 2, f"output_dir={folder / 'two'}")
     results = [json.loads((folder / name / "results.json").read_text()) for name in ("one", "two")]
     assert [r["machine"]["processes"] for r in results] == [1, 2]
     one, two = (r["eval"] for r in results)
@@ -63,3 +63,20 @@ def test_two_processes_leave_the_results_of_one(recipe: Path) -> None:
         for figure in ("kl", "kl_stderr", "agreement", "nll"):
             assert two[when][figure] == pytest.approx(one[when][figure], rel=1e-4), figure
     assert (folder / "two" / "student" / "model.safetensors").exists()
+
+
+def test_two_processes_without_the_repository(recipe: Path) -> None:
+    """`-m taid_vlm distill` is what an installed package has in place of the scripts."""
+    launch(["-m", "taid_vlm", "distill"], recipe, 2, "train.max_steps=1")
+    results = json.loads((recipe.parent / "one" / "results.json").read_text())
+    assert results["machine"]["processes"] == 2
+    assert results["train"]["steps"] == 1
+
+
+def test_accelerate_starts_the_package(recipe: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1",
+               "-m", "taid_vlm", "distill", "train.max_steps=1", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (recipe.parent / "one" / "report.html").exists()

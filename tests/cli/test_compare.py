@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from cli.recipes import Checkpoints, Outcome, loaded, pairs, write_jsonl, write_recipe
 
+from taid_vlm.commands.compare import compare
+from taid_vlm.compare import as_markdown
 from taid_vlm.evaluation.answers import read_answers
 
 
@@ -86,6 +88,14 @@ def test_compared(runs: list[Path], cli: Callable[..., Outcome], tmp_path: Path)
     page = (tmp_path / "page.html").read_text()
     assert "KL of chunks" in page
     assert "TAID and SFT, compared" in page
+
+
+def test_from_python(runs: list[Path], tmp_path: Path) -> None:
+    comparison = compare(runs=[f"TAID={runs[0]}", f"SFT={runs[1]}"], baseline="SFT",
+                         html=tmp_path / "page.html", markdown=tmp_path / "card.md")
+    assert (comparison.names, comparison.baseline) == (["TAID", "SFT"], "SFT")
+    assert as_markdown(comparison) == (tmp_path / "card.md").read_text()
+    assert "TAID and SFT, compared" in (tmp_path / "page.html").read_text()
 
 
 def test_other_held_out_data_are_refused(

@@ -21,6 +21,8 @@ from benchmarks.serving import KEY, Server, completion, failure, serving
 from cli.recipes import Checkpoints, Outcome, command, loaded, png, write_jsonl, write_parquet
 
 from taid_vlm.benchmarks.registry import find_benchmark
+from taid_vlm.commands.evaluate import evaluate
+from taid_vlm.errors import TaidError
 
 EXTRA = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent"))
 Cli = Callable[..., Outcome]
@@ -201,6 +203,18 @@ def test_killed_and_called_again(cli: Cli, checkpoints: Checkpoints, data: Path)
         done = cli(*arguments, "--output-dir", data / output)
         assert done.status == 0, done.err
     assert answers(data / "eval", "mmstar") == answers(data / "whole", "mmstar")
+
+
+def test_from_python(checkpoints: Checkpoints, data: Path) -> None:
+    """One model and one task need no list; the command writes the same."""
+    (results,) = evaluate(model=Path(checkpoints("llama")), tasks=data / "sums.yaml",
+                          output_dir=data / "eval", max_new_tokens=3, batch_size=2).values()
+    assert results == loaded(data / "eval" / "results.json")
+    assert results["tasks"]["sums"]["answering"]["max_new_tokens"] == 3
+    with pytest.raises(TaidError, match=r"no option '--task'\. Did you mean '--tasks'\?"):
+        evaluate(model="m", tasks="sums", output_dir=data, task="pope")
+    with pytest.raises(TaidError, match="--tasks is missing"):
+        evaluate(model="m", output_dir=data)
 
 
 # ----- mistakes -----------------------------------------------------------------------------

@@ -1,0 +1,21 @@
+"""The commands of `taid-vlm`, one file each, imported when it is called.
+
+`taid_vlm.commands.NAME` holds the options as a pydantic model, `NameOptions`, and carries them out
+in `run(options)`, which imports what takes seconds; where there is one, `INTERRUPTED` says how to
+go on after Ctrl-C.
+"""
+
+COMMANDS = {  # and what each is for
+    "init": "write a recipe to begin with",
+    "recipes": "list the recipes that come with the package",
+    "inspect": "say whether a recipe can work, what is compared, and what to change",
+    "plan": "say how much memory a recipe needs, and what to change if it does not fit",
+    "distill": "carry out a recipe",
+    "shrink": "make a student of a teacher: fewer layers, fewer image tokens",
+    "compose": "make a student of a vision tower and a language model",
+    "evaluate": "let models answer benchmarks, and judge the answers",
+    "export": "write benchmarks as tables for VLMEvalKit",
+    "compare": "say which of several runs is best, by how much, and how sure that is",
+    "demo": "distil a VLM and a text LLM offline, in minutes",
+    "completion": "print what makes a shell complete commands and options",
+}

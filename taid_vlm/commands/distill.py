@@ -1,0 +1,73 @@
+"""`taid-vlm distill`: a recipe carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taid_vlm.commands.options import option
+from taid_vlm.commands.recipes import RecipeOptions, recipe_path
+
+if TYPE_CHECKING:
+    from taid_vlm.runs.recipe import Recipe
+
+INTERRUPTED = "; --resume goes on from the last checkpoint, if there is one"
+
+
+class DistillOptions(RecipeOptions):
+    resume: bool = option("go on from the last whole checkpoint in output_dir", default=False)
+
+
+def distill(
+    recipe: Recipe | Mapping[str, Any] | str | Path, resume: bool = False
+) -> dict[str, Any]:
+    """Carry out a recipe, with or without stages, and write its report.
+
+    Args:
+        recipe: a Recipe, its YAML file, the name of one that comes with the package, or what such
+            a file holds.
+        resume: go on from the last whole checkpoint in `output_dir`.
+
+    Returns:
+        What was written to results.json; on disk: `student/`, `recipe.yaml`,
+        `eval_answers.jsonl`, `results.json`, `report.html`.
+
+    Raises:
+        TaidError: anything a user can mend, with nothing half-written left behind.
+    """
+    from taid_vlm.runs.recipe import load_recipe, parse_recipe
+
+    if isinstance(recipe, (str, Path)):
+        recipe = load_recipe(recipe_path(recipe))
+    elif isinstance(recipe, Mapping):
+        recipe = parse_recipe(recipe)
+
+    from taid_vlm.report.run import write_run_report
+    from taid_vlm.runs.stages import distill_stages
+
+    return distill_stages(recipe, resume, write_run_report)
+
+
+def run(options: DistillOptions) -> None:
+    recipe = options.load()
+
+    from accelerate import PartialState
+
+    results = distill(recipe, options.resume)
+    process = PartialState()
+    if process.is_main_process:
+        print(_closing(results, recipe.output_dir))
+    process.destroy_process_group()  # left to the interpreter's exit, processes can abort
+
+
+def _closing(results: Mapping[str, Any], output_dir: str) -> str:
+    before, after = results["eval"]["before"], results["eval"]["after"]
+    lines = []
+    if before and after and "kl" in after:
+        lines.append(f"held-out KL   {before['kl']:.4f} -> {after['kl']:.4f} nats per answer token "
+                     f"(n = {after['n_tokens']:,})")
+        lines.append(f"agreement     {before['agreement']:.4f} -> {after['agreement']:.4f}")
+    lines.append(f"student       {output_dir}/student")
+    lines.append(f"report        {output_dir}/report.html")
+    return "\n".join(lines)

@@ -1,0 +1,153 @@
+"""`taid-vlm evaluate`: which models, which benchmarks, asked how, by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from taid_vlm.commands.options import Many, Options, flag, option
+from taid_vlm.errors import TaidError
+
+if TYPE_CHECKING:
+    from taid_vlm.benchmarks.candidates import Candidate
+
+INTERRUPTED = "; the same command goes on with the next question"
+_ASKING = ("method", "choose_by", "normalise", "max_new_tokens", "temperature", "top_p", "seeds")
+_LOCAL = ("dtype", "chat_template")
+_SERVED = ("api_key_env", "timeout")
+_OF_HARNESS = ("num_fewshot", "apply_chat_template")
+TIMEOUT = 120.0  # seconds
+
+
+class EvaluateOptions(Options):
+    """What is not given is None, so that what has no effect can be refused."""
+
+    groups: ClassVar = {"rule": "how questions are asked and judged",
+                        "dtype": "models of this machine, or behind a URL",
+                        "harness": "benchmarks of lm-eval, for text"}
+
+    model: Many = option(
+        "folder, folder of a run (its student), hub name[@revision], or with --base-url what the "
+        "server calls it", "[NAME=]MODEL", ..., many=True)
+    tasks: Many = option(
+        "benchmarks, or YAML files that describe one; without DATA (a file or folder) they are "
+        "read from the hub", "TASK[=DATA]", ..., many=True)
+    output_dir: Path = option(default=...)
+    batch_size: int = option("rows, or requests to a server, at once", "N", 8)
+    max_records: int | None = option("the first rows only", "N")
+    json_: bool = option("print JSON instead of a table", default=False)
+
+    rule: Many | None = option(
+        "judge a task by another of its rules; asks nothing again", "TASK:RULE", many=True)
+    method: Literal["generate", "likelihood"] | None = option(
+        "likelihood chooses the most likely of a question's choices")
+    choose_by: Literal["letter", "text"] | None = option("whose likelihood (default letter)")
+    normalise: Literal["sum", "bytes", "tokens"] | None = option(
+        "what likelihoods are divided by (default sum: nothing)")
+    max_new_tokens: int | None = option("default: the benchmark's", "N")
+    temperature: float | None = option(
+        "sample answers; 0, the default, takes the most likely token", "T")
+    top_p: float | None = option(metavar="P")
+    seeds: tuple[int, ...] | None = option(
+        "of sampling; every question is answered once per seed", "SEED", many=True)
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option()
+    chat_template: str | None = option("jinja file, for all models", "FILE")
+    base_url: str | None = option(
+        "of OpenAI-compatible chat completions, as http://localhost:8000/v1", "URL")
+    api_key_env: str | None = option("environment variable that holds the server's key", "NAME")
+    timeout: float | None = option("of one request to the server (default 120)", "SECONDS")
+
+    harness: Literal["lm-eval"] | None = option("--tasks are those of lm-eval")
+    num_fewshot: int | None = option("solved examples", "N")
+    apply_chat_template: bool | None = option()
+
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of `names` that are not None."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        for name in self.given(names):
+            raise TaidError(f"{flag(name)} {why}.")
+
+
+def evaluate(**options: Any) -> dict[str, dict[str, Any]]:
+    """Let models answer benchmarks, and judge the answers.
+
+    Args:
+        options: those of `EvaluateOptions`, for example `model="runs/first"`,
+            `tasks=["pope=pope.jsonl"]` and `output_dir="runs/first/eval"`.
+
+    Returns:
+        By model what was written to its results.json.
+
+    Raises:
+        TaidError: anything a user can mend, before weights are loaded where it can show there.
+    """
+    return _evaluate(EvaluateOptions(**options))
+
+
+def run(options: EvaluateOptions) -> None:
+    results = _evaluate(options)
+
+    from accelerate import PartialState
+
+    from taid_vlm.benchmarks.table import as_text
+    from taid_vlm.io.files import as_json
+
+    process = PartialState()
+    if process.is_main_process:
+        print(as_json(results) if options.json_ else as_text(results))
+    process.destroy_process_group()  # left to the interpreter's exit, processes can abort
+
+
+def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+    if options.harness is not None:
+        return _with_harness(options)
+    options.refuse(_OF_HARNESS, "goes with --harness lm-eval")
+
+    from taid_vlm.benchmarks.asking import Asking, open_tasks
+    from taid_vlm.benchmarks.evaluate import evaluate
+
+    asking = Asking(**options.given(_ASKING), batch_size=options.batch_size)
+    candidates = _candidates(options)
+    tasks = open_tasks(options.tasks, options.rule or (), options.max_records)
+    return evaluate(candidates, tasks, options.output_dir, asking)
+
+
+def _candidates(options: EvaluateOptions) -> list[Candidate]:
+    if options.base_url is not None:
+        options.refuse(_LOCAL, "is up to the server that --base-url names")
+    else:
+        options.refuse(_SERVED, "goes with --base-url")
+
+    from taid_vlm.benchmarks.candidates import parse_candidates, parse_served
+    from taid_vlm.models.loading import ModelSpec
+
+    if options.base_url is not None:
+        timeout = TIMEOUT if options.timeout is None else options.timeout
+        return parse_served(options.model, options.base_url, options.api_key_env, timeout)
+    return parse_candidates(options.model, ModelSpec(
+        "", dtype=options.dtype, chat_template=options.chat_template))
+
+
+def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+    """lm-eval's own tasks, by lm-eval."""
+    options.refuse(("rule", *_ASKING, "base_url"), "is for this package's own benchmarks; leave it "
+                                                   "out with --harness")
+    from taid_vlm.benchmarks.harness.lm_eval import run_lm_eval
+    from taid_vlm.models.loading import ModelSpec
+
+    candidates, output = _candidates(options), options.output_dir.expanduser()
+    named = [text.partition("=") for text in options.tasks]
+    results = {}
+    for candidate in candidates:
+        assert isinstance(candidate.source, ModelSpec)
+        results[candidate.name] = run_lm_eval(
+            candidate.source, [task for task, _, _ in named],
+            output / candidate.name if len(candidates) > 1 else output,
+            data={task: data for task, _, data in named if data}, name=candidate.name,
+            limit=options.max_records, batch_size=options.batch_size,
+            **options.given(_OF_HARNESS))
+    return results
