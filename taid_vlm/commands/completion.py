@@ -9,7 +9,8 @@ from taid_vlm.commands import COMMANDS
 from taid_vlm.commands.options import Options, choices, positional
 from taid_vlm.commands.parser import add_options, command, overview
 
-PATHS = ("recipe", "output_dir", "FILE", "FOLDER", "DATA")  # options, metavars
+PATHS = ("recipe", "output_dir", "teacher", "tower", "language_model", "runs", "MODEL", "FILE",
+         "FOLDER", "DATA")  # options and metavars
 
 
 class CompletionOptions(Options):
