@@ -224,8 +224,8 @@ def _numbers(text: str) -> list[int]:
 def _distill(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
+    from taid_vlm.config.recipe import load_recipe
     from taid_vlm.report.run import write_run_report
-    from taid_vlm.runs.recipe import load_recipe
     from taid_vlm.runs.stages import distill_stages
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -249,10 +249,10 @@ def _closing(results: dict, output_dir: str) -> str:  # type: ignore[type-arg]
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from taid_vlm.config.recipe import load_recipe
     from taid_vlm.doctor.doctor import inspect_recipe
     from taid_vlm.doctor.page import write_page
     from taid_vlm.doctor.text import as_text
-    from taid_vlm.runs.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     inspection = inspect_recipe(recipe, options.record, everything=options.all)
@@ -267,11 +267,11 @@ def _inspect(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
+    from taid_vlm.config.recipe import Recipe, load_recipe
     from taid_vlm.plan.advice import advise
     from taid_vlm.plan.plan import Seen, plan_recipe
     from taid_vlm.plan.sizes import parse_bytes
     from taid_vlm.plan.text import as_json, as_text, human
-    from taid_vlm.runs.recipe import Recipe, load_recipe
 
     def reload(more: Sequence[str]) -> Recipe:
         return load_recipe(options.recipe, [*options.overrides, *more])
@@ -294,11 +294,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> None:
-    from taid_vlm.models.loading import ModelSpec
+    from taid_vlm.config.model import ModelSpec
     from taid_vlm.students.shrink import shrink
 
-    teacher = ModelSpec(options.teacher, revision=options.revision, dtype="auto",
-                        chat_template=options.chat_template)
+    teacher = ModelSpec(model_name_or_path=options.teacher, revision=options.revision,
+                        dtype="auto", chat_template=options.chat_template)
     names = ("layers", "choose", "calibration", "calibration_records", "keep", "tower_layers",
              "image_tokens")
     made = shrink(teacher, options.output_dir, **{name: getattr(options, name) for name in names})

@@ -9,8 +9,8 @@ from typing import Any
 from taid_vlm.benchmarks.asking import Asking, open_tasks
 from taid_vlm.benchmarks.candidates import Candidate, parse_candidates, parse_served
 from taid_vlm.benchmarks.evaluate import evaluate
+from taid_vlm.config.model import DTYPES, ModelSpec
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.models.loading import DTYPES, ModelSpec
 
 HARNESSES = ("lm-eval",)
 _ASKING = ("method", "choose_by", "normalise", "max_new_tokens", "temperature", "top_p", "seeds")
@@ -53,7 +53,7 @@ def _candidates(options: Options) -> list[Candidate]:
     if dtype is not None and dtype not in DTYPES:
         raise TaidError(f"--dtype = '{dtype}'.{nearest(dtype, DTYPES)}")
     return parse_candidates(options["model"], ModelSpec(
-        "", dtype=dtype, chat_template=options["chat_template"]))
+        model_name_or_path="", dtype=dtype, chat_template=options["chat_template"]))
 
 
 def _with_harness(options: Options) -> dict[str, dict[str, Any]]:
