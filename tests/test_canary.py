@@ -22,6 +22,7 @@ from zoo.images import image, images, noise
 from taid_vlm import DistillationConfig
 from taid_vlm.adapters import ModelAdapter, make_adapter
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.config.recipe import parse_recipe
 from taid_vlm.errors import RecipeError, TaidError
 from taid_vlm.evaluation import canary
 from taid_vlm.evaluation.canary import (
@@ -40,7 +41,7 @@ from taid_vlm.records import Record, parse_record
 from taid_vlm.report import render
 from taid_vlm.report.run import run_report
 from taid_vlm.runs import run
-from taid_vlm.runs.recipe import parse_recipe
+from taid_vlm.training.config import training_arguments
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3")
 BRIDGES = ("projector", "merger", "connector")  # what stands between tower and language model
@@ -424,7 +425,7 @@ def test_mistakes(tmp_path: Path) -> None:
         parse_recipe({**tree, "evaluate": {"canary": -1}})
     with pytest.raises(RecipeError, match=r"train\.canary_records belongs to 'evaluate\.canary'"):
         parse_recipe({**tree, "train": {"canary_records": 3}})
-    args = parse_recipe({**tree, "evaluate": {"canary": 3}}).training_arguments()
+    args = training_arguments(parse_recipe({**tree, "evaluate": {"canary": 3}}))
     assert args.canary_records == 3
 
 

@@ -28,10 +28,11 @@ from taid_vlm.alignment import (
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.batch.forward import student_forward, teacher_forward
 from taid_vlm.batch.losses import token_losses
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import answer_logits, head_rows
 from taid_vlm.models.generation import generate_answers
-from taid_vlm.models.loading import ModelSpec, load_model, load_processor
+from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record, parse_record
 

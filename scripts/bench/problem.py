@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taid_vlm.fused.divergence import MEMORY_BUDGET
+from taid_vlm.config.training import MEMORY_BUDGET
 
 LOGIT_SPREAD = 4.0  # standard deviation of the student's logits in a row
 TEACHER_NOISE = 0.3  # of the teacher's hidden states, relative to the part shared with the student

@@ -32,8 +32,9 @@ from transformers import (
 
 from bench.problem import LOGIT_SPREAD
 from bench.step_rows import make_rows, tokenizer_of
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.demo.demo import data_folder
-from taid_vlm.models.loading import ModelSpec, load_model, load_processor
+from taid_vlm.models.loading import load_model, load_processor
 
 KINDS, ROLES = ("text", "vlm"), ("student", "teacher")
 DTYPES = ("float32", "bfloat16", "mixed")
@@ -146,7 +147,7 @@ def make_pair(setup: Setup, roles: tuple[str, ...] = ROLES) -> Pair:
 
 
 def _spec(setup: Setup, role: str) -> ModelSpec:
-    return ModelSpec(getattr(setup, role))
+    return ModelSpec(model_name_or_path=getattr(setup, role))
 
 
 def _model(setup: Setup, role: str, processor: Any) -> PreTrainedModel:

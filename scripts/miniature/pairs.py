@@ -13,9 +13,9 @@ from typing import Any
 from miniature.crew import Jobs
 from miniature.pooling import as_json, pool, pool_difference, sums
 from miniature.scale import Models
+from taid_vlm.config.recipe import parse_recipe
 from taid_vlm.demo.arms import START, TEACHER, WORLDS, Job, World, caption_entropies, run_arm
 from taid_vlm.evaluation.statistics import Pooled
-from taid_vlm.runs.recipe import parse_recipe
 from taid_vlm.runs.run import distill
 
 SCENES: dict[str, dict[str, Any]] = {

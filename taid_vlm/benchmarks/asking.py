@@ -15,8 +15,8 @@ from taid_vlm.benchmarks.question import Benchmark, Question, Rule
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import find_benchmark
 from taid_vlm.benchmarks.store import DIGITS, data_hash, question_hash
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.records import DataSource
 
 METHODS = ("generate", "likelihood")
 
@@ -161,5 +161,5 @@ def _source(benchmark: Benchmark, data: str, max_records: int | None) -> DataSou
     if not data and not path:
         raise TaidError(f"--tasks {benchmark.name}: its data is not on the hub; say where it is, "
                         f"as in {benchmark.name}=FILE.")
-    return DataSource(data or path, split=split, name=None if data else name,
+    return DataSource(path=data or path, split=split, name=None if data else name,
                       max_records=max_records)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from transformers import PretrainedConfig
 from taid_vlm.adapters import ModelAdapter, make_adapter
 from taid_vlm.benchmarks.remote import Endpoint
 from taid_vlm.benchmarks.store import DIGITS, weights_hash
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import (
-    ModelSpec,
     load_config,
     load_processor,
     load_skeleton,
@@ -51,7 +51,8 @@ def parse_candidates(given: Sequence[str], spec: ModelSpec) -> list[Candidate]:
         path = str(folder) if folder.exists() else path
         if not (folder / "config.json").exists() and (folder / STUDENT_FOLDER).is_dir():
             path = str(folder / STUDENT_FOLDER)
-        found.append(Candidate(name, replace(spec, model_name_or_path=path, revision=revision)))
+        found.append(Candidate(name, spec.model_copy(update={
+            "model_name_or_path": path, "revision": revision})))
     return distinct(found)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.benchmarks.rows import Row, _Lookup, logger
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import SampleDropped, TaidError
-from taid_vlm.records import DataSource, open_rows
+from taid_vlm.records import open_rows
 
 
 def read_questions(benchmark: Benchmark, source: DataSource, base: Path | None = None,

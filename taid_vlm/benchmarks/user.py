@@ -14,12 +14,9 @@ its text; yes or no; or one accepted text or a list of them. A prompt may name a
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
-from typing import Any
 
 from taid_vlm.benchmarks.choices import (
     letter_of,
@@ -34,40 +31,11 @@ from taid_vlm.benchmarks.metrics.yes_no import as_word, detection, judged_by, ri
 from taid_vlm.benchmarks.prompts import LETTER_LINE, SHORT_LINE
 from taid_vlm.benchmarks.question import Benchmark, Question, Rule, one_by_one
 from taid_vlm.benchmarks.rows import LETTERS, Row
-from taid_vlm.errors import RecipeError, RecordError, nearest
+from taid_vlm.config.benchmark import BenchmarkSpec, prompt_pieces
+from taid_vlm.config.section import check
+from taid_vlm.config.yaml import read_yaml
+from taid_vlm.errors import RecipeError, RecordError
 from taid_vlm.records import ImageRef, parse_record
-from taid_vlm.runs.recipe import build, known, read_yaml
-
-COLUMNS = ("answer", "group", "id", "image", "options", "question")
-
-
-@dataclass(frozen=True)
-class BenchmarkSpec:
-    """What the YAML file says; see the module's head.
-
-    Args:
-        type: one of KINDS.
-        data: a path (from the working directory, or, if nothing is there, from the file's
-            folder) or a name on the hub, with `split` and `subset` (its configuration).
-        name: what results call it (default: the file's name).
-        images: false for questions of text alone; otherwise every question must have an image.
-    """
-
-    type: str
-    data: str
-    split: str = "train"
-    subset: str | None = None
-    name: str | None = None
-    title: str | None = None
-    prompt: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    tags: Any = ()
-    images: bool = True
-    max_new_tokens: int | None = None
-
-    def column(self, ours: str) -> str:
-        """What the data call a column."""
-        return self.columns.get(ours, ours)
 
 
 def load_benchmark(path: str | Path) -> Benchmark:
@@ -78,50 +46,19 @@ def load_benchmark(path: str | Path) -> Benchmark:
     """
     path = Path(path)
     tree = read_yaml(path, "benchmark")
+    if isinstance(tree, dict) and tree.get("name") is None:
+        tree["name"] = path.stem
     try:
-        spec = build(BenchmarkSpec, tree, "benchmark")
-        _check(spec)
+        spec = check(BenchmarkSpec, tree, "benchmark")
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
-    name = spec.name or path.stem
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise RecipeError(f"{path}: name = {name!r}, but it must be letters, digits, '_', '-' and "
-                          "'.' (it names a file).")
+    assert spec.name is not None
     kind = KINDS[spec.type]
     return Benchmark(
-        name, spec.title or name, lambda row: [_question(spec, row)], kind.rules,
+        spec.name, spec.title or spec.name, lambda row: [_question(spec, row)], kind.rules,
         hub=(_place(spec.data, path.parent), spec.subset, spec.split),
         max_new_tokens=spec.max_new_tokens or kind.max_new_tokens, likelihood=kind.likelihood,
         file=str(path.resolve()))
-
-
-def _check(spec: BenchmarkSpec) -> None:
-    if spec.type not in KINDS:
-        raise RecipeError(f"type = '{spec.type}'.{nearest(spec.type, KINDS)}")
-    known(spec.columns, COLUMNS, "columns")
-    for key, column in spec.columns.items():
-        if not isinstance(column, str):
-            raise RecipeError(f"columns.{key} = {column!r}, but it must be a column's name.")
-    if not isinstance(spec.tags, (list, tuple)) or not all(isinstance(t, str) for t in spec.tags):
-        raise RecipeError(f"tags = {spec.tags!r}, but it must be a list of columns.")
-    if spec.max_new_tokens is not None and spec.max_new_tokens < 1:
-        raise RecipeError(f"max_new_tokens = {spec.max_new_tokens}, but it must be at least 1.")
-    if not (spec.prompt is None or spec.prompt.strip()):
-        raise RecipeError("prompt is blank; leave it out for the usual one.")
-    _pieces(spec)
-
-
-def _pieces(spec: BenchmarkSpec) -> list[tuple[str, str | None]]:
-    """The prompt as (text, column that follows or None)."""
-    try:
-        parsed = list(Formatter().parse(spec.prompt or KINDS[spec.type].prompt))
-    except ValueError as error:
-        raise RecipeError(f"prompt: {error}; write {{{{ and }}}} for braces.") from None
-    for _, name, form, conversion in parsed:
-        if name is not None and (form or conversion or not name.strip()):
-            raise RecipeError(f"prompt: {{{name}{':' if form else ''}{form}}} must be a column's "
-                              "name alone; write {{ and }} for braces.")
-    return [(text, name) for text, name, _, _ in parsed]
 
 
 def _place(data: str, folder: Path) -> str:
@@ -138,7 +75,7 @@ def _question(spec: BenchmarkSpec, row: Row) -> Question:
     choices, answers = KINDS[spec.type].answers(row, spec)
     images = _images(row, spec)
     text = "".join(literal + ("" if name is None else _filled(name, row, spec, choices))
-                   for literal, name in _pieces(spec))
+                   for literal, name in prompt_pieces(spec.prompt or KINDS[spec.type].prompt))
     places = [image.source for image in images]  # only where they stand is asked for
     record = parse_record({"messages": [{"role": "user", "content": text}], "images": places},
                           row.where)

@@ -17,5 +17,6 @@ COMMANDS = {  # and what each is for
     "export": "write benchmarks as tables for VLMEvalKit",
     "compare": "say which of several runs is best, by how much, and how sure that is",
     "demo": "distil a VLM and a text LLM offline, in minutes",
+    "schema": "print the JSON Schema of a recipe or a benchmark, for editors",
     "completion": "print what makes a shell complete commands and options",
 }

@@ -10,7 +10,7 @@ from taid_vlm.commands.options import option
 from taid_vlm.commands.recipes import RecipeOptions, recipe_path
 
 if TYPE_CHECKING:
-    from taid_vlm.runs.recipe import Recipe
+    from taid_vlm.config.recipe import Recipe
 
 INTERRUPTED = "; --resume goes on from the last checkpoint, if there is one"
 
@@ -36,7 +36,7 @@ def distill(
     Raises:
         TaidError: anything a user can mend, with nothing half-written left behind.
     """
-    from taid_vlm.runs.recipe import load_recipe, parse_recipe
+    from taid_vlm.config.recipe import load_recipe, parse_recipe
 
     if isinstance(recipe, (str, Path)):
         recipe = load_recipe(recipe_path(recipe))

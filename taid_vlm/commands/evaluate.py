@@ -123,13 +123,13 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
         options.refuse(_SERVED, "goes with --base-url")
 
     from taid_vlm.benchmarks.candidates import parse_candidates, parse_served
-    from taid_vlm.models.loading import ModelSpec
+    from taid_vlm.config.model import ModelSpec
 
     if options.base_url is not None:
         timeout = TIMEOUT if options.timeout is None else options.timeout
         return parse_served(options.model, options.base_url, options.api_key_env, timeout)
     return parse_candidates(options.model, ModelSpec(
-        "", dtype=options.dtype, chat_template=options.chat_template))
+        model_name_or_path="", dtype=options.dtype, chat_template=options.chat_template))
 
 
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
@@ -137,7 +137,7 @@ def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     options.refuse(("rule", *_ASKING, "base_url"), "is for this package's own benchmarks; leave it "
                                                    "out with --harness")
     from taid_vlm.benchmarks.harness.lm_eval import run_lm_eval
-    from taid_vlm.models.loading import ModelSpec
+    from taid_vlm.config.model import ModelSpec
 
     candidates, output = _candidates(options), options.output_dir.expanduser()
     named = [text.partition("=") for text in options.tasks]

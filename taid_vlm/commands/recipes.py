@@ -13,7 +13,7 @@ from taid_vlm.commands.options import Many, Options, option, positional
 from taid_vlm.errors import RecipeError, nearest, nearest_sibling
 
 if TYPE_CHECKING:
-    from taid_vlm.runs.recipe import Recipe
+    from taid_vlm.config.recipe import Recipe
 
 
 class RecipeOptions(Options):
@@ -35,7 +35,7 @@ class RecipeOptions(Options):
 
     def load(self, more: Sequence[str] = ()) -> Recipe:
         """The recipe under its overrides, and more of them."""
-        from taid_vlm.runs.recipe import load_recipe
+        from taid_vlm.config.recipe import load_recipe
 
         return load_recipe(recipe_path(self.recipe), [*self.overrides, *more])
 

@@ -26,10 +26,10 @@ class ShrinkOptions(Options):
 
 
 def run(options: ShrinkOptions) -> None:
-    from taid_vlm.models.loading import ModelSpec
+    from taid_vlm.config.model import ModelSpec
     from taid_vlm.students.shrink import shrink
 
-    teacher = ModelSpec(options.teacher, revision=options.revision, dtype="auto",
+    teacher = ModelSpec(model_name_or_path=options.teacher, revision=options.revision, dtype="auto",
                         chat_template=options.chat_template)
     rest = options.model_dump(exclude={"teacher", "revision", "chat_template"})
     print(shrink(teacher, **rest).table())

@@ -12,10 +12,11 @@ from PIL import Image
 
 from taid_vlm.compare.folders import Distillation, Method
 from taid_vlm.compare.measures import BASE, TEACHER
+from taid_vlm.config.data import DataSource
+from taid_vlm.config.recipe import load_recipe
 from taid_vlm.errors import SampleDropped, TaidError
-from taid_vlm.records import DataSource, ImageRef, Records, open_records
+from taid_vlm.records import ImageRef, Records, open_records
 from taid_vlm.report import Example
-from taid_vlm.runs.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def benchmark_images(entry: Mapping[str, Any]) -> Images:
     try:
         if not (source.get("path") and source.get("sha256")) or data_hash(path) != source["sha256"]:
             return {}
-        data = DataSource(str(path), split=source.get("split") or "train",
+        data = DataSource(path=str(path), split=source.get("split") or "train",
                           max_records=source.get("max_records"))
         questions = read_questions(find_benchmark(entry.get("benchmark", "")), data)
     except TaidError as error:

@@ -18,12 +18,12 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from taid_vlm.adapters import ModelAdapter
+from taid_vlm.config.recipe import Recipe, parse_recipe
 from taid_vlm.evaluation.held_out import AnswerTotals, Tally, evaluate_pair, summarise
 from taid_vlm.io.files import write_text
 from taid_vlm.models.generation import generate_answers
 from taid_vlm.models.loading import load_model
 from taid_vlm.records import Record
-from taid_vlm.runs.recipe import Recipe, parse_recipe
 from taid_vlm.runs.run import gather, save_student
 from taid_vlm.training.trainer import DistillationTrainer
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from taid_vlm.adapters import PROBE_WORDS, ModelAdapter, Processor, Rendered
 from taid_vlm.adapters.template import has_chat_template, render_prompt
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import SampleDropped, TaidError
-from taid_vlm.models.loading import ModelSpec
 from taid_vlm.records import Message, Record
 
 QUESTION, ANSWER, SYSTEM = "probe question", "probe answer", "probe system"

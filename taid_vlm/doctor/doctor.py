@@ -6,22 +6,23 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from taid_vlm.adapters import ModelAdapter, Processor, make_adapter
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.config.model import ModelSpec
+from taid_vlm.config.recipe import Recipe
 from taid_vlm.doctor.checkup import Checked, Listener
 from taid_vlm.doctor.facts import Facts, collect_facts
 from taid_vlm.doctor.preflight import Preflight, check_sized, preflight
 from taid_vlm.doctor.streams import Trace, trace
 from taid_vlm.doctor.verdict import Verdict, accept, refuse
 from taid_vlm.errors import TaidError
-from taid_vlm.models.loading import ModelSpec, load_skeleton, read_config, read_processor
+from taid_vlm.models.loading import load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record
-from taid_vlm.runs.recipe import Recipe
 from taid_vlm.runs.run import Ingredients, gather
 from taid_vlm.runs.stages import expand
 from taid_vlm.training.pair import PROBED_RECORDS, length_limit, pair_for_training
@@ -96,7 +97,7 @@ def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) ->
 def _parts(recipe: Recipe) -> list[tuple[str, Recipe]]:
     """Every stage by name; later ones stand on the first student until theirs is there."""
     names = [stage.name for stage in recipe.stages or ()] or [""]
-    return [(name, replace(part, student=recipe.student))
+    return [(name, part.model_copy(update={"student": recipe.student}))
             for name, part in zip(names, expand(recipe), strict=True)]
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from taid_vlm.adapters import EncodedRow, ModelAdapter, Processor
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.doctor.conversation import TemplateFacts, template_facts
 from taid_vlm.models.forward import head_rows
-from taid_vlm.models.loading import ModelSpec
 from taid_vlm.models.parts import count_parameters, is_tied
 from taid_vlm.records import ImageRef, Message, Record
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from taid_vlm.alignment import VocabularyMap
+from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import RecipeError, TaidError
 from taid_vlm.fused.bodies import choose_body
 from taid_vlm.fused.heads import Head, HeadPass, ModuleHead
@@ -25,7 +26,6 @@ from taid_vlm.fused.terms import BodyTerm
 from taid_vlm.objectives import LOSSES, Objective
 from taid_vlm.objectives.divergences import check_parameters, upcast
 
-MEMORY_BUDGET = 384 * 2**20  # bytes that the logits and gradients of one chunk may take
 SCALED_AT_ONCE = 2**22  # numbers of a half-precision gradient that are scaled in float32 at a time
 
 Rows = Tensor | slice
@@ -123,9 +123,7 @@ class FusedDivergence:
         for term in self.objective.terms:
             needs = LOSSES[term.name].needs_teacher
             parameters = dict(term.parameters)
-            if term.name == "taid":
-                if t is None:
-                    raise RecipeError("loss 'taid' needs t, the interpolation parameter in [0, 1].")
+            if term.name == "taid" and t is not None:
                 parameters["t"] = float(t)
             check_parameters(term.name, parameters)
             sides[not needs].append(BodyTerm(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +23,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from taid_vlm.adapters import Processor
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One model of a recipe.
-
-    Args:
-        model_name_or_path: folder or hub name.
-        processor_name_or_path: where processor or tokenizer come from (default: the model).
-        revision: hub revision.
-        dtype: "auto", "float32", "bfloat16" or "float16". Default: float32 for the student (its
-            master weights), the checkpoint's own for the teacher.
-        attn_implementation: as in transformers.
-        trust_remote_code: run code that came with the checkpoint; off unless asked for.
-        chat_template: a jinja file, or the template itself.
-        init_kwargs: anything else `from_pretrained` takes.
-    """
-
-    model_name_or_path: str
-    processor_name_or_path: str | None = None
-    revision: str = "main"
-    dtype: str | None = None
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    chat_template: str | None = None
-    init_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_config(spec: ModelSpec, role: str) -> PretrainedConfig:
@@ -207,8 +178,3 @@ def guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         reason = " ".join(lines[:2]) or type(error).__name__
         hint = "" if Path(name).exists() else _similar_folder(Path(name))
         raise TaidError(f"{role}: cannot load '{name}': {reason}{hint}") from error
-
-
-# ----- forward ------------------------------------------------------------------------------
-
-

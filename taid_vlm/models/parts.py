@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,11 +24,12 @@ from transformers import (
 )
 from transformers.training_args import ParallelMode
 
-from taid_vlm.errors import TaidError, nearest
+from taid_vlm.config.training import PARTS
+from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.loading import sees_images
 
-TOWER, PROJECTOR, LANGUAGE_MODEL, HEAD = PARTS = ("tower", "projector", "language_model", "head")
+TOWER, PROJECTOR, LANGUAGE_MODEL, HEAD = PARTS
 
 # what the families of transformers call their encoders (`PreTrainedModel.get_encoder`)
 _TOWER_NAME = re.compile(r"(^|_)(tower|visual|vision_model|vision_encoder|image_encoder)$")
@@ -89,40 +89,6 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 # ----- what a user asks for -----------------------------------------------------------------
-
-
-def check_parts(freeze: Any, learning_rates: Any, where: str = "") -> None:
-    """Check `freeze` and `learning_rates` as far as that goes without a model.
-
-    Args:
-        where: stands before both names in messages.
-
-    Raises:
-        TaidError: what is wrong with which of them.
-    """
-    freeze, rates = [] if freeze is None else freeze, learning_rates or {}
-    if not isinstance(freeze, (list, tuple)):
-        raise TaidError(f"{where}freeze = {freeze!r}, but it must be a list of parts: "
-                        f"{', '.join(PARTS)}.")
-    if not isinstance(rates, Mapping):
-        raise TaidError(f"{where}learning_rates = {rates!r}, but it must be a mapping "
-                        "{part: learning rate}.")
-    for key, names in (("freeze", freeze), ("learning_rates", rates)):
-        for name in names:
-            if name not in PARTS:
-                raise TaidError(f"{where}{key}: a model has no part {name!r}."
-                                f"{nearest(name, PARTS)}")
-    for part, rate in rates.items():
-        if not _is_rate(rate):
-            raise TaidError(f"{where}learning_rates.{part} = {rate!r}, but it must be a number "
-                            "above 0.")
-        if part in freeze:
-            raise TaidError(f"{where}learning_rates.{part} = {rate!r}, but '{part}' is frozen.")
-
-
-def _is_rate(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
 
 
 def freeze_parts(

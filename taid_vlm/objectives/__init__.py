@@ -8,18 +8,11 @@ from taid_vlm.objectives.diagnostics import (
 )
 from taid_vlm.objectives.divergences import LOSSES, divergence
 from taid_vlm.objectives.likelihood import chunk_logits, label_log_prob
-from taid_vlm.objectives.objective import (
-    ALIGNMENTS,
-    Objective,
-    Term,
-    VisualTerm,
-    parse_objective,
-)
+from taid_vlm.objectives.objective import Objective, Term, VisualTerm, parse_objective
 from taid_vlm.objectives.schedule import TaidSchedule
 from taid_vlm.objectives.visual import advantage_weight, feature_loss, pool, relation_loss
 
 __all__ = [
-    "ALIGNMENTS",
     "CLOSE_DIAGNOSTICS",
     "DIAGNOSTICS",
     "LOSSES",

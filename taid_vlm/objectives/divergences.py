@@ -12,18 +12,23 @@ the textbook forms lose all their digits exactly where distillation ends: at agr
 A logit of -inf has probability 0, and its logarithm counts as that of the smallest float32, so
 that losses stay finite instead of turning into 0 * inf.
 
-To add a loss: write its function, and name it in `LOSSES`.
+To add a loss: write its function, name it in `LOSSES`, and say in `config/objective.py` what a
+recipe calls it and its parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from taid_vlm.config.kinds import Share
+from taid_vlm.config.objective import TERMS, canonical_name
+from taid_vlm.config.objective import Term as TermSpec
+from taid_vlm.config.section import Section, check
 from taid_vlm.errors import RecipeError, nearest
 
 LOG_SMALLEST = -149 * math.log(2)  # log of the smallest positive float32
@@ -278,59 +283,47 @@ def ce(pair: Pair) -> Result:
 
 # ----- their names --------------------------------------------------------------------------
 
-Check = Callable[[float], bool]
-UNIT: tuple[Check, str] = (lambda x: 0 <= x <= 1, "in [0, 1]")
-HALF_OPEN: tuple[Check, str] = (lambda x: 0 <= x < 1, "in [0, 1)")
-ANY: tuple[Check, str] = (math.isfinite, "a finite number")
-
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss, the names it goes by, and what its parameters may be."""
+    """A loss's function, and what a recipe can say of it."""
 
     function: Callable[..., Result]
-    aliases: tuple[str, ...] = ()
-    parameters: dict[str, tuple[Check, str]] = field(default_factory=dict)
-    needs_teacher: bool = True
+    spec: type[TermSpec]
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        return self.spec.names()[1:]
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.spec.compares
 
 
-LOSSES: dict[str, Loss] = {
-    "taid": Loss(taid, parameters={"t": UNIT}),
-    "forward_kl": Loss(forward_kl, ("fkl", "kl")),
-    "reverse_kl": Loss(reverse_kl, ("rkl",)),
-    "jsd": Loss(jsd, ("js", "gjs"), {"beta": UNIT}),
-    "skew_kl": Loss(skew_kl, ("skl", "sfkl", "skew_fkl", "skew_forward_kl"), {"lam": HALF_OPEN}),
-    "skew_rkl": Loss(skew_rkl, ("srkl", "skew_reverse_kl"), {"lam": HALF_OPEN}),
-    "tvd": Loss(tvd, ("total_variation",)),
-    "adaptive_kl": Loss(adaptive_kl, ("akl",), {"mu": UNIT}),
-    "alpha_beta": Loss(alpha_beta, ("ab", "abkd"), {"alpha": ANY, "beta": ANY}),
-    "ce": Loss(ce, ("sft", "cross_entropy", "hard_label_ce"), needs_teacher=False),
-}
-_CANONICAL = {alias: name for name, loss in LOSSES.items() for alias in (name, *loss.aliases)}
+LOSSES: dict[str, Loss] = {function.__name__: Loss(function, TERMS[function.__name__])
+                           for function in (taid, forward_kl, reverse_kl, jsd, skew_kl, skew_rkl,
+                                            tvd, adaptive_kl, alpha_beta, ce)}
+_NAMES = {alias: name for name, loss in LOSSES.items() for alias in (name, *loss.aliases)}
 
 
-def canonical_name(name: str, others: Iterable[str] = ()) -> str:
-    """Resolve a loss name or alias; raises RecipeError with the nearest valid name.
-
-    Args:
-        others: names that are valid beside those of `LOSSES`.
-    """
-    key, known = str(name).lower().replace("-", "_").replace(" ", "_"), set(others)
-    if key not in _CANONICAL and key not in known:
-        raise RecipeError(f"unknown loss '{name}'.{nearest(key, known.union(_CANONICAL))}")
-    return _CANONICAL.get(key, key)
+class _Interpolation(Section):
+    t: Share
 
 
 def check_parameters(name: str, parameters: dict[str, float]) -> None:
     """Raise RecipeError if a parameter of the loss `name` is unknown or out of range."""
-    allowed = LOSSES[name].parameters
-    for key, value in parameters.items():
+    spec = LOSSES[name].spec
+    allowed = ["t"] if name == "taid" else spec.parameters()
+    for key in parameters:
         if key not in allowed:
             known = nearest(key, allowed) if allowed else " It takes none."
             raise RecipeError(f"loss '{name}' has no parameter '{key}'.{known}")
-        check, wanted = allowed[key]
-        if not isinstance(value, (int, float)) or not check(value):
-            raise RecipeError(f"loss '{name}': {key} = {value!r}, but it must be {wanted}.")
+    if name == "taid" and "t" not in parameters:
+        raise RecipeError("loss 'taid' needs t, the interpolation parameter in [0, 1].")
+    if name == "taid":
+        check(_Interpolation, parameters)
+    else:
+        check(spec, {"name": name, **parameters})
 
 
 # ----- the public function ------------------------------------------------------------------
@@ -364,11 +357,9 @@ def divergence(
     Raises:
         RecipeError: unknown name or parameter, value out of range, shapes that do not match.
     """
-    name = canonical_name(name)
+    name = canonical_name(name, _NAMES)
     parameters = {key: getattr(x, "item", lambda x=x: x)() for key, x in parameters.items()}
     check_parameters(name, parameters)
-    if name == "taid" and "t" not in parameters:
-        raise RecipeError("loss 'taid' needs t, the interpolation parameter in [0, 1].")
     if not kd_temperature > 0:
         raise RecipeError(f"kd_temperature = {kd_temperature!r}, but it must be positive.")
     needs_teacher = LOSSES[name].needs_teacher

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
+from taid_vlm.config.objective import ScheduleSpec
 from taid_vlm.errors import RecipeError
 
 # alpha * total_steps in the paper's own runs (5e-4 x 11,720 steps): with alpha="auto" a run of any
@@ -46,23 +46,19 @@ class TaidSchedule:
         total_steps: int,
         t_start: float = 0.4,
         t_end: float = 1.0,
-        alpha: str | float = "auto",
+        alpha: Literal["auto"] | float = "auto",
         momentum: float = 0.99,
         adaptive: bool = True,
     ) -> None:
-        self.total_steps = _checked("total_steps", total_steps, lambda x: x >= 1, ">= 1")
-        self.t_start = _checked("t_start", t_start, lambda x: 0 <= x <= 1, "in [0, 1]")
-        self.t_end = _checked("t_end", t_end, lambda x: 0 <= x <= 1, "in [0, 1]")
-        if t_start > t_end:
-            raise RecipeError(
-                f"t_start = {t_start} is greater than t_end = {t_end}; t only rises, so swap them."
-            )
-        self.alpha = _resolve_alpha(alpha, total_steps)
-        self.momentum = _checked("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
-        if not isinstance(adaptive, bool):
-            raise RecipeError(f"adaptive = {adaptive!r}, but it must be true or false.")
-        self.adaptive = adaptive
-        self.state = ScheduleState(t=float(t_start))
+        if not total_steps >= 1:
+            raise RecipeError(f"total_steps = {total_steps!r}, but it must be >= 1.")
+        spec = ScheduleSpec(t_start=t_start, t_end=t_end, alpha=alpha, momentum=momentum,
+                            adaptive=adaptive)
+        self.total_steps, self.t_start, self.t_end = total_steps, spec.t_start, spec.t_end
+        self.alpha = (spec.alpha if spec.alpha != "auto" else
+                      min(1.0, PAPER_ALPHA_STEPS / total_steps))
+        self.momentum, self.adaptive = spec.momentum, spec.adaptive
+        self.state = ScheduleState(t=spec.t_start)
 
     @property
     def t(self) -> float:
@@ -114,19 +110,6 @@ class TaidSchedule:
             self.state = ScheduleState(**state)
         except TypeError as error:
             raise RecipeError(f"not a TaidSchedule state: {error}") from None
-
-
-def _resolve_alpha(alpha: str | float, total_steps: int) -> float:
-    if alpha == "auto":
-        return min(1.0, PAPER_ALPHA_STEPS / total_steps)
-    return float(_checked("alpha", alpha, lambda x: x >= 0, "'auto' or a number >= 0"))
-
-
-def _checked(key: str, value: Any, ok: Callable[[float], bool], wanted: str) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not ok(value):
-        raise RecipeError(f"{key} = {value!r}, but it must be {wanted}.")
-    return value
 
 
 def _sigmoid(x: float) -> float:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from taid_vlm.config.recipe import Recipe
+from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
-from taid_vlm.fused.divergence import MEMORY_BUDGET
 from taid_vlm.models.loading import load_config, sees_images, weights_dtype
 from taid_vlm.models.parts import HEAD, LANGUAGE_MODEL, PROJECTOR, TOWER
 from taid_vlm.plan.plan import EVALUATION, Plan, Seen, fullest, optim_of, plan_recipe
-from taid_vlm.runs.recipe import Recipe
 
 Reload = Callable[[Sequence[str]], Recipe]
 EIGHT_BIT = "adamw_bnb_8bit"

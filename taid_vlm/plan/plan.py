@@ -14,8 +14,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from taid_vlm.batch.collator import Batch
+from taid_vlm.config.model import ModelSpec
+from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
-from taid_vlm.models.loading import ModelSpec
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
@@ -27,7 +28,6 @@ from taid_vlm.plan.rehearsal import (
 )
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
 from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes, resident
-from taid_vlm.runs.recipe import Recipe
 from taid_vlm.runs.run import Ingredients, gather, lora_config
 from taid_vlm.runs.stages import expand
 from taid_vlm.training.pair import with_adapter
@@ -102,7 +102,7 @@ def plan_recipe(recipe: Recipe, processes: int = 1, seen: Seen | None = None) ->
     names = [stage.name for stage in recipe.stages or ()] or [""]
     with _quiet():
         seen = {} if seen is None else seen
-        return [_plan(replace(part, student=recipe.student), name, processes, seen)
+        return [_plan(part.model_copy(update={"student": recipe.student}), name, processes, seen)
                 for name, part in zip(names, expand(recipe), strict=True)]
 
 
@@ -172,7 +172,7 @@ def _for_rehearsal(recipe: Recipe, folder: str) -> Recipe:
     own = {"bf16": bool(train.get("bf16") or recipe.train.get("fp16")), "use_cpu": True,
            "max_steps": 1, "optim": "sgd", "logging_steps": 1, "logging_nan_inf_filter": False,
            "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
-    return replace(recipe, train={**train, **own}, output_dir=folder)
+    return recipe.model_copy(update={"train": {**train, **own}, "output_dir": folder})
 
 
 def _trainer(recipe: Recipe, found: Ingredients, shapes: Shapes) -> DistillationTrainer:
@@ -191,7 +191,8 @@ def _trainer(recipe: Recipe, found: Ingredients, shapes: Shapes) -> Distillation
 
 def _stored(spec: ModelSpec, recipe: Recipe) -> ModelSpec:
     """A teacher stays in the half precision it is stored in, except on a CPU."""
-    return replace(spec, dtype="auto") if spec.dtype is None and _device(recipe) == "gpu" else spec
+    half = spec.dtype is None and _device(recipe) == "gpu"
+    return spec.model_copy(update={"dtype": "auto"}) if half else spec
 
 
 def _device(recipe: Recipe) -> str:

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
 
-from taid_vlm.models.loading import ModelSpec, load_skeleton, weights_dtype
+from taid_vlm.config.model import ModelSpec
+from taid_vlm.models.loading import load_skeleton, weights_dtype
 
 VALUES_UP_TO = 2**16  # entries of a floating-point tensor that is computed for real
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)

@@ -2,16 +2,9 @@
 
 from taid_vlm.records.fingerprint import fingerprint
 from taid_vlm.records.record import ImageRef, Malformed, Message, Record, parse_record
-from taid_vlm.records.sources import (
-    DataSource,
-    Records,
-    StreamedRecords,
-    open_records,
-    open_rows,
-)
+from taid_vlm.records.sources import Records, StreamedRecords, open_records, open_rows
 
 __all__ = [
-    "DataSource",
     "ImageRef",
     "Malformed",
     "Message",

@@ -6,49 +6,18 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.utils.data
 
-from taid_vlm.errors import (
-    RecordError,
-    SampleDropped,
-    TaidError,
-    nearest,
-    nearest_sibling,
-)
+from taid_vlm.config.data import DELIMITERS, FILE_TYPES, JSON_LINES, DataSource
+from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest, nearest_sibling
 from taid_vlm.records.record import Malformed, Record, parse_record
 
-_JSON_LINES = (".jsonl", ".ndjson")
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_FILE_TYPES = (*_JSON_LINES, ".json", ".parquet", *_DELIMITERS)
 PROBED_ROWS = 256  # rows of a table that are checked before training; JSONL is checked whole
 PROBED_IMAGES = 8
 LONGEST_CELL = 2**28  # characters of CSV and TSV
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One side of `data:` in a recipe.
-
-    Args:
-        path: a file, a folder or the name of a dataset on the hub.
-        split, name: split and configuration of a dataset (`name` as in `load_dataset`).
-        streaming: read without downloading; training then needs `max_steps`.
-        columns: {ours: theirs}, for example {prompt: question, completion: answer}.
-        image_root: folder that relative image paths start from (default: the file's own).
-        max_records: only the first so many.
-    """
-
-    path: str
-    split: str = "train"
-    name: str | None = None
-    streaming: bool = False
-    columns: Mapping[str, str] = field(default_factory=dict)
-    image_root: str | None = None
-    max_records: int | None = None
 
 
 class Records(torch.utils.data.Dataset[Record]):
@@ -150,7 +119,7 @@ def open_records(source: DataSource | str, base: Path | None = None) -> Records 
         TaidError: nothing there, or nothing that could be read.
         RecordError: a malformed record, with file and line.
     """
-    source = DataSource(source) if isinstance(source, str) else source
+    source = DataSource(path=source) if isinstance(source, str) else source
     records = _open(source, base)
     _check(records, source)
     return records
@@ -182,16 +151,16 @@ def _open_path(path: Path, source: DataSource, base: Path) -> Records | Streamed
     suffix = path.suffix.lower()
     if path.is_dir():
         return _open_folder(path, source, root)
-    if suffix in _JSON_LINES:
+    if suffix in JSON_LINES:
         return Records(JsonLines(path), source, path.name, root)
     if suffix == ".json":
         return Records(_json_rows(path), source, path.name, root)
-    if suffix in _DELIMITERS:
-        return Records(_delimited(path, _DELIMITERS[suffix]), source, path.name, root)
+    if suffix in DELIMITERS:
+        return Records(_delimited(path, DELIMITERS[suffix]), source, path.name, root)
     if suffix == ".parquet":
         return _open_table(path, source, root)
     raise TaidError(f"{path}: file type '{path.suffix}' is not supported."
-                    f"{nearest(path.suffix, _FILE_TYPES)}")
+                    f"{nearest(path.suffix, FILE_TYPES)}")
 
 
 def _open_table(path: Path, source: DataSource, root: Path) -> Records | StreamedRecords:
@@ -240,19 +209,30 @@ def _open_folder(path: Path, source: DataSource, root: Path) -> Records | Stream
     metadata = path / "metadata.jsonl"
     if metadata.exists():
         columns = {"image": "file_name", **source.columns}
-        return Records(JsonLines(metadata), DataSource(
-            source.path, columns=columns, max_records=source.max_records),
-            f"{path.name}/metadata.jsonl", root)
+        return Records(JsonLines(metadata), source.model_copy(update={"columns": columns}),
+                       f"{path.name}/metadata.jsonl", root)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         rows = _guarded(path.name, datasets.load_from_disk, str(path))
         rows = _split(rows, source) if isinstance(rows, Mapping) else rows
-    elif any(next(path.rglob("*" + kind), None) for kind in (".parquet", ".jsonl", ".csv")):
+    elif _holds_data(path):
         rows = _guarded(path.name, datasets.load_dataset, str(path), source.name,
                         split=source.split, streaming=source.streaming)
     else:
         raise TaidError(f"{path}: a folder needs metadata.jsonl (one line per image, with "
                         "'file_name'), or Parquet, JSONL or CSV files, or a saved dataset.")
     return _wrap(rows, source, path.name, root)
+
+
+def _holds_data(path: Path) -> bool:
+    """Whether data files lie in a folder, or in folders inside it as on the hub (data/, x/train/).
+
+    The working directory, and what holds it, has to have some of its own: `datasets` would read
+    everything below it.
+    """
+    around = Path.cwd().is_relative_to(path.resolve())
+    return any(file.suffix in (".parquet", ".jsonl", ".csv")
+               for pattern in (("*",) if around else ("*", "*/*", "*/*/*"))
+               for file in path.glob(pattern))
 
 
 def _split(parts: Mapping[str, Any], source: DataSource) -> Any:
@@ -263,7 +243,7 @@ def _split(parts: Mapping[str, Any], source: DataSource) -> Any:
 
 
 def _open_hub(path: Path, source: DataSource) -> Records | StreamedRecords:
-    if path.suffix in _FILE_TYPES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
+    if path.suffix in FILE_TYPES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
         hint = nearest_sibling(path) or f" No folder {path.parent}."
         raise TaidError(f"data: '{source.path}' does not exist.{hint}")
     import datasets

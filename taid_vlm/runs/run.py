@@ -17,6 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from taid_vlm.adapters import Processor, make_adapter, tokenizer_change
 from taid_vlm.alignment import check_modalities
+from taid_vlm.config.data import DataSource
+from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.answers import FILE as ANSWERS_FILE
 from taid_vlm.evaluation.answers import to_lines
@@ -33,17 +35,9 @@ from taid_vlm.models.loading import (
     sees_images,
 )
 from taid_vlm.models.parts import count_parameters, freeze_parts
-from taid_vlm.records import (
-    DataSource,
-    Record,
-    Records,
-    StreamedRecords,
-    fingerprint,
-    open_records,
-)
-from taid_vlm.runs.recipe import Recipe
+from taid_vlm.records import Record, Records, StreamedRecords, fingerprint, open_records
 from taid_vlm.runs.results import SCHEMA, STUDENT_FOLDER, machine, peak_memory, versions
-from taid_vlm.training.config import DistillationConfig
+from taid_vlm.training.config import DistillationConfig, training_arguments
 from taid_vlm.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -75,7 +69,7 @@ class Place:
 
 def gather(recipe: Recipe) -> Ingredients:
     """Open data and processors; every mistake that can show without weights shows here."""
-    args = recipe.training_arguments()
+    args = training_arguments(recipe)
     if args.freeze or args.learning_rates:
         freeze_parts(load_skeleton(recipe.student, "student"), args.freeze, args.learning_rates)
     configs = {"student": load_config(recipe.student, "student")}

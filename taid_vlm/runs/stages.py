@@ -13,16 +13,16 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
+from taid_vlm.config.model import StudentSpec
+from taid_vlm.config.recipe import Recipe, StageSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.runs import run
-from taid_vlm.runs.recipe import Recipe, StageSpec
 from taid_vlm.runs.results import STUDENT_FOLDER
 
 
@@ -32,13 +32,13 @@ def expand(recipe: Recipe) -> list[Recipe]:
     for number, stage in enumerate(stages, start=1):
         last = number == len(stages)
         folder = recipe.output_dir if last else _folder(recipe, number, stage)
-        made.append(replace(
-            recipe, stages=None, output_dir=folder,
-            student=_start(recipe, made[-1].output_dir) if made else recipe.student,
-            train={**recipe.train, **stage.train},
-            data=replace(recipe.data, **stage.data),
-            objective=recipe.objective if stage.objective is None else stage.objective,
-        ))
+        made.append(recipe.model_copy(update={
+            "stages": None, "output_dir": folder,
+            "student": _start(recipe, made[-1].output_dir) if made else recipe.student,
+            "train": {**recipe.train, **stage.train},
+            "data": recipe.data.model_copy(update=stage.data),
+            "objective": recipe.objective if stage.objective is None else stage.objective,
+        }))
     return made or [recipe]
 
 
@@ -46,11 +46,12 @@ def _folder(recipe: Recipe, number: int, stage: StageSpec) -> str:
     return str(Path(recipe.output_dir) / "stages" / f"{number}-{stage.name}")
 
 
-def _start(recipe: Recipe, folder: str) -> Any:
+def _start(recipe: Recipe, folder: str) -> StudentSpec:
     """The student that lies in a stage's folder, with the processor that it was trained with."""
     spec = recipe.student
-    return replace(spec, model_name_or_path=str(Path(folder) / STUDENT_FOLDER),
-                   processor_name_or_path=spec.processor_name_or_path or spec.model_name_or_path)
+    return spec.model_copy(update={
+        "model_name_or_path": str(Path(folder) / STUDENT_FOLDER),
+        "processor_name_or_path": spec.processor_name_or_path or spec.model_name_or_path})
 
 
 def distill_stages(
@@ -94,7 +95,7 @@ def _check(recipe: Recipe, stages: Sequence[Recipe]) -> None:
                         "from an adapter. Merge it, and start another run from there.")
     for spec, stage in zip(recipe.stages or (), stages, strict=True):
         try:
-            run.gather(replace(stage, student=recipe.student))
+            run.gather(stage.model_copy(update={"student": recipe.student}))
         except TaidError as error:
             raise type(error)(f"stages '{spec.name}': {error}") from error
 

@@ -36,11 +36,12 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from taid_vlm.adapters import make_adapter
+from taid_vlm.config.model import DTYPES
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.folders import new_folder, whole_or_absent
 from taid_vlm.io.terminal import table
 from taid_vlm.models.forward import forward_names
-from taid_vlm.models.loading import DTYPES, read_template
+from taid_vlm.models.loading import read_template
 from taid_vlm.students.language import (
     Language,
     check_tokenizer,

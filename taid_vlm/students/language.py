@@ -18,15 +18,9 @@ from transformers import (
 )
 
 from taid_vlm.adapters import TOKENIZER_PROBES, tokenizer_change
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
-from taid_vlm.models.loading import (
-    ModelSpec,
-    guarded,
-    load_config,
-    load_model,
-    load_processor,
-    sees_images,
-)
+from taid_vlm.models.loading import guarded, load_config, load_model, load_processor, sees_images
 
 ROLE = "language_model"
 MULTIPLE = 64  # rows of the embedding
@@ -75,7 +69,7 @@ def find_language(name: str, dtype: str, kinds: tuple[str, ...]) -> Language:
         TaidError: nothing there, not a plain causal language model, or one whose logits are not
             its head's product with the last hidden states.
     """
-    spec = ModelSpec(name)
+    spec = ModelSpec(model_name_or_path=name)
     config = load_config(spec, ROLE)
     if sees_images(config):
         raise TaidError(f"{ROLE} = '{name}' ({config.model_type}) sees images already; choose a "
@@ -173,8 +167,8 @@ def load_language(language: Language) -> tuple[PreTrainedModel, Tensor]:
         TaidError: what is not there; or old logits that changed by more than the rounding that
             another width of the same matrix product brings.
     """
-    dtype = str(language.dtype).removeprefix("torch.")
-    model = load_model(ModelSpec(language.name, dtype=dtype), ROLE).eval()
+    spec = ModelSpec(model_name_or_path=language.name)
+    model = load_model(spec.model_copy(update={"dtype": str(language.dtype)[6:]}), ROLE).eval()
     before = probe_logits(model, language)
     _widen(model, language)
     after = probe_logits(model, language)

@@ -15,21 +15,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from taid_vlm.adapters import ModelAdapter, Processor, make_adapter, tokenizer_change
 from taid_vlm.alignment import check_modalities
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.config.data import DataSource
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.folders import new_folder, whole_or_absent
 from taid_vlm.io.terminal import table
 from taid_vlm.models.forward import answer_logits
 from taid_vlm.models.generation import generate_answers
-from taid_vlm.models.loading import ModelSpec, load_config, load_model, load_processor, sees_images
+from taid_vlm.models.loading import load_config, load_model, load_processor, sees_images
 from taid_vlm.models.parts import count_parameters
-from taid_vlm.records import (
-    DataSource,
-    ImageRef,
-    Message,
-    Record,
-    StreamedRecords,
-    open_records,
-)
+from taid_vlm.records import ImageRef, Message, Record, StreamedRecords, open_records
 from taid_vlm.students.image_tokens import (
     Narrowing,
     choose_tokens,
@@ -116,7 +111,8 @@ def shrink(
     wishes = _Wishes(layers, keep, choose, calibration, calibration_records, tower_layers,
                      image_tokens)
     folder = _check(wishes, Path(output_dir).expanduser().absolute())
-    spec = ModelSpec(teacher, dtype="auto") if isinstance(teacher, str) else teacher
+    spec = (ModelSpec(model_name_or_path=teacher, dtype="auto") if isinstance(teacher, str)
+            else teacher)
     config, processor = load_config(spec, "teacher"), load_processor(spec, "teacher")
     if getattr(config, "quantization_config", None) is not None:
         raise TaidError(f"teacher: '{spec.model_name_or_path}' is quantized, and only plain "
@@ -189,9 +185,9 @@ def _records(wishes: _Wishes, sees: bool) -> list[Record]:
     source = wishes.calibration
     if source is None:
         return []
-    source = DataSource(source) if isinstance(source, str) else source
+    source = DataSource(path=source) if isinstance(source, str) else source
     number = min(wishes.calibration_records, source.max_records or wishes.calibration_records)
-    records = open_records(replace(source, max_records=number))
+    records = open_records(source.model_copy(update={"max_records": number}))
     check_modalities([] if sees else ["teacher"], records.has_images)
     if isinstance(records, StreamedRecords):
         return list(records)
@@ -319,7 +315,7 @@ def _check_saved(
     Returns the probes as the loaded processor makes them.
     """
     before = make_adapter(processor, "teacher").tokenizer
-    spec = ModelSpec(str(folder), dtype="auto")
+    spec = ModelSpec(model_name_or_path=str(folder), dtype="auto")
     again = load_model(spec, "student").to(student.device).eval()
     processor = load_processor(spec, "student")
     ours, theirs = student.state_dict(), again.state_dict()

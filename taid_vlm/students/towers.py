@@ -37,8 +37,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.models.loading import ModelSpec, guarded, read_config
+from taid_vlm.models.loading import guarded, read_config
 from taid_vlm.students.vit import obstacles, vit_config, vit_state
 
 Architecture = Literal["llava", "perception_lm", "fast_vlm"]
@@ -116,7 +117,7 @@ def find_tower(
 
 
 def _native_tower(name: str, architecture: str, random: bool, layer: Layer | None) -> Tower:
-    spec = ModelSpec(name)
+    spec = ModelSpec(model_name_or_path=name)
     if name.startswith("timm/") and not Path(name).exists():
         raise TaidError(f"tower = '{name}' is a timm model: write 'timm:{name[5:]}'.")
     whole = read_config(spec, ROLE)

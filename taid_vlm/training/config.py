@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import (
-    TrainingArguments,
-)
+import torch
+from transformers import TrainingArguments
 
-from taid_vlm.errors import TaidError
-from taid_vlm.fused.divergence import MEMORY_BUDGET
-from taid_vlm.models.parts import check_parts
+from taid_vlm.config.kinds import Count
+from taid_vlm.config.recipe import Recipe
+from taid_vlm.config.section import check
+from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec
+from taid_vlm.errors import RecipeError, TaidError
 from taid_vlm.objectives import parse_objective
 
 
@@ -52,21 +53,31 @@ class DistillationConfig(TrainingArguments):
         super().__post_init__()
         # every process makes its own batches: a batch of aligned tokens cannot be cut in two
         self.accelerator_config.dispatch_batches = False
-        for key, value, valid in (("supervise", self.supervise, ("answers", "all")),
-                                  ("padding_side", self.padding_side, ("left", "right")),
-                                  ("loss_implementation", self.loss_implementation,
-                                   IMPLEMENTATIONS)):
-            if value not in valid:
-                raise TaidError(f"{key} = '{value}', but it must be one of {', '.join(valid)}.")
-        if self.max_length is not None and self.max_length < 2:
-            raise TaidError(f"max_length = {self.max_length}, but it must be at least 2.")
-        if self.loss_memory_budget < 1:
-            raise TaidError(f"loss_memory_budget = {self.loss_memory_budget}, but it must be "
-                            "positive.")
-        if self.canary_records < 0:
-            raise TaidError(f"canary_records = {self.canary_records}, but it must be at least 0.")
-        check_parts(self.freeze, self.learning_rates)
+        check(_OwnArguments, {key: getattr(self, key) for key in _OwnArguments.model_fields})
         parse_objective(self.objective)
 
 
-IMPLEMENTATIONS = ("auto", "fused", "reference")
+class _OwnArguments(OwnArguments):
+    canary_records: Count = 64
+
+
+def training_arguments(recipe: Recipe) -> DistillationConfig:
+    """transformers' arguments for a recipe, with this package's defaults under them.
+
+    Raises:
+        TaidError: values or combinations that transformers refuses.
+    """
+    steps = recipe.train.get("max_steps", 0)
+    defaults = {key: TrainSpec.model_fields[key].default
+                for key in ("report_to", "save_total_limit", "logging_steps")}
+    defaults["dataloader_pin_memory"] = torch.accelerator.is_available()
+    if steps:
+        defaults["logging_steps"] = max(1, steps // 100)
+    own = {"output_dir": recipe.output_dir, "objective": recipe.objective,
+           "canary_records": recipe.evaluate.canary}
+    try:
+        return DistillationConfig(**{**defaults, **recipe.train, **own})
+    except TaidError:
+        raise
+    except Exception as error:  # transformers checks values and combinations its own way
+        raise RecipeError(f"train: {error}") from error

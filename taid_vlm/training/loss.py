@@ -21,8 +21,9 @@ from taid_vlm.alignment import Pairing
 from taid_vlm.batch.figures import Measured, compared_figures, token_figures
 from taid_vlm.batch.forward import Batch, student_forward, teacher_forward
 from taid_vlm.batch.losses import advantage_weights, token_losses
+from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
-from taid_vlm.fused.divergence import MEMORY_BUDGET, FusedDivergence, FusedLoss, Rows
+from taid_vlm.fused.divergence import FusedDivergence, FusedLoss, Rows
 from taid_vlm.fused.heads import Head, ModuleHead
 from taid_vlm.models.forward import answer_hidden, answer_logits, evaluation_mode, head_rows, unwrap
 from taid_vlm.models.head import LogitTransform, known_logit_transforms

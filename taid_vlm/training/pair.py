@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from taid_vlm.adapters import Processor, make_adapter
 from taid_vlm.alignment import Pairing, check_modalities, pair_models
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import head_rows
-from taid_vlm.models.loading import ModelSpec, load_model, load_processor
+from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record, parse_record
 
@@ -111,5 +112,5 @@ def resolve(
     """Load what was given by name."""
     if not isinstance(model, str):
         return model, processor
-    spec = ModelSpec(model, init_kwargs=dict(init_kwargs or {}))
+    spec = ModelSpec(model_name_or_path=model, init_kwargs=dict(init_kwargs or {}))
     return load_model(spec, role), processor or load_processor(spec, role)

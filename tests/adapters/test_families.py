@@ -15,8 +15,9 @@ from zoo.specs import SPECS
 
 from taid_vlm.adapters import EncodedBatch, make_adapter
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
-from taid_vlm.models.loading import ModelSpec, load_config
+from taid_vlm.models.loading import load_config
 from taid_vlm.records import Record, parse_record
 
 

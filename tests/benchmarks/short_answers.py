@@ -12,7 +12,7 @@ from typing import Any
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Rule, Verdict
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.rows import Row
-from taid_vlm.records import DataSource
+from taid_vlm.config.data import DataSource
 
 BROKEN = {
     "blank": " \n\t", "letters": "a" * 200_000, "words": "a red dog " * 20_000,

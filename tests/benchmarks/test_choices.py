@@ -19,8 +19,8 @@ from taid_vlm.benchmarks.question import Judged
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.benchmarks.tasks import ai2d, mmbench, mmstar, nlvr, scienceqa
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import RecordError, TaidError
-from taid_vlm.records import DataSource
 
 NLVR = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent")) / "nlvr_test.parquet"
 

@@ -25,10 +25,11 @@ from taid_vlm.benchmarks.evaluate import evaluate
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Rule, one_by_one
 from taid_vlm.benchmarks.scoring import counts, figures, judge, pooled
 from taid_vlm.benchmarks.store import question_hash
+from taid_vlm.config.data import DataSource
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.statistics import Estimate, mean_of
-from taid_vlm.models.loading import ModelSpec
-from taid_vlm.records import DataSource, ImageRef
+from taid_vlm.records import ImageRef
 
 NUMBER = 10
 Results = dict[str, Any]

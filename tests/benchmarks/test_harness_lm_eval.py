@@ -25,8 +25,8 @@ from lm_eval.tasks import TaskManager
 from taid_vlm.benchmarks.harness import lm_eval as ours
 from taid_vlm.benchmarks.harness.asked import leaves
 from taid_vlm.benchmarks.harness.lm_eval import run_lm_eval
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
-from taid_vlm.models.loading import ModelSpec
 
 EXTRA = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent"))
 TASKS = ("arc_challenge", "hellaswag", "winogrande", "gsm8k")

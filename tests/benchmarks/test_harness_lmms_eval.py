@@ -22,9 +22,10 @@ from zoo import build, save
 from zoo.images import image
 
 from taid_vlm.adapters import make_adapter
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.generation import generate_answers
-from taid_vlm.models.loading import ModelSpec, load_model, load_processor
+from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.records import ImageRef, Message, Record
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None

@@ -20,8 +20,9 @@ from taid_vlm.benchmarks.question import Question
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.benchmarks.tasks import ai2d, mmbench, mmstar, ocrbench
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import TaidError
-from taid_vlm.records import DataSource, ImageRef
+from taid_vlm.records import ImageRef
 
 
 def png(seed: int) -> bytes:

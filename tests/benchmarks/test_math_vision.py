@@ -20,8 +20,8 @@ from taid_vlm.benchmarks.question import Judged, Question, Verdict
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.benchmarks.tasks.math_vision import BENCHMARK, TASK
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import RecordError
-from taid_vlm.records import DataSource
 
 DATA = Path(__file__).parent / "data" / "math_vision.json.gz"
 EXTRA = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent")) / "conformance" / "mathvision"

@@ -23,8 +23,8 @@ from taid_vlm.benchmarks.question import Question, Verdict
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.benchmarks.tasks.math_vista import BENCHMARK, SPLIT_BY
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import RecordError
-from taid_vlm.records import DataSource
 
 EXTRA = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent")) / "conformance" / "mathvista"
 published = pytest.mark.skipif(not EXTRA.exists(), reason="TAID_VLM_EXTRA_DATA lacks mathvista")

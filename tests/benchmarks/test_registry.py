@@ -14,8 +14,8 @@ from zoo.images import images
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import benchmark_names, find_benchmark
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import RecipeError, RecordError, TaidError
-from taid_vlm.records import DataSource
 
 Own = Callable[..., Benchmark]
 ROWS = [
@@ -188,7 +188,7 @@ def test_questions_of_text_alone(own: Own) -> None:
     ({"colums": {}}, r"charts.yaml: benchmark has no key 'colums'. Did you mean 'columns'"),
     ({"columns": {"questin": "q"}}, "columns has no key 'questin'. Did you mean 'question'"),
     ({"columns": {"question": 3}}, "columns.question = 3, but it must be a column's name"),
-    ({"columns": "question"}, "columns = 'question', but it must be a mapping"),
+    ({"columns": "question"}, "columns must be a mapping, got 'question'"),
     ({"tags": "kind"}, "tags = 'kind', but it must be a list of columns"),
     ({"images": "no"}, "images = 'no', but it must be true or false"),
     ({"max_new_tokens": 0}, "max_new_tokens = 0, but it must be at least 1"),
@@ -197,7 +197,7 @@ def test_questions_of_text_alone(own: Own) -> None:
     ({"prompt": "{}"}, r"prompt: \{\} must be a column's name"),
     ({"prompt": "{question!r:>9}"}, r"must be a column's name alone"),
     ({"name": "a/b"}, "name = 'a/b', but it must be letters"),
-    ({"data": None}, "benchmark.data = None, but it must be text"),
+    ({"data": None}, "charts.yaml: data = None, but it must be text"),
 ])
 def test_a_mistake_in_the_file(own: Own, keys: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
@@ -223,7 +223,7 @@ def test_files_that_are_no_benchmark(tmp_path: Path) -> None:
         find_benchmark(str(path))
     for text, message in (("- a", "must be a mapping"), ("type: [", "not valid YAML"),
                           ("type: yes_no\ntype: caption", "stands twice"),
-                          ("", "must be a mapping"), ("type: yes_no", "data is missing")):
+                          ("", "must be a mapping"), ("type: yes_no", "'data' is missing")):
         path.write_text(text)
         with pytest.raises(RecipeError, match=message):
             find_benchmark(str(path))

@@ -15,8 +15,8 @@ from taid_vlm.benchmarks.metrics import rouge
 from taid_vlm.benchmarks.metrics.rouge import ROUGE_L, common_subsequence, rouge_l
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.tasks.open_ended import BENCHMARK
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import RecordError, TaidError
-from taid_vlm.records import DataSource
 
 EXTRA = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent"))
 

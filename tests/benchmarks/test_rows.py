@@ -31,9 +31,9 @@ from taid_vlm.benchmarks.question import (
 )
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.rows import Row
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import RecordError, SampleDropped, TaidError
 from taid_vlm.evaluation.statistics import mean_of, mean_of_means
-from taid_vlm.records import DataSource
 
 
 def png(seed: int = 0) -> bytes:

@@ -10,7 +10,7 @@ from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import find_benchmark
 from taid_vlm.benchmarks.table import as_text
 from taid_vlm.cli import main
-from taid_vlm.records import DataSource
+from taid_vlm.config.data import DataSource
 
 
 def entry(**more):

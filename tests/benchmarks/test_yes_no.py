@@ -28,8 +28,8 @@ from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Verdict
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.benchmarks.tasks import hallusion_bench, mme, pope
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import RecordError
-from taid_vlm.records import DataSource
 
 EXTRA = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent")) / "conformance" / "pope"
 READERS = (first_sentence, exactly, as_word, first_letters, first_letters_or_initial, yes_anywhere)

@@ -22,8 +22,8 @@ from taid_vlm.commands.distill import distill
 from taid_vlm.commands.options import Options, choices
 from taid_vlm.commands.parser import Parser, add_options, command
 from taid_vlm.commands.recipes import recipe_path, shipped_recipes
+from taid_vlm.config.recipe import Recipe, load_recipe
 from taid_vlm.errors import TaidError
-from taid_vlm.runs.recipe import Recipe, load_recipe
 
 Cli = Callable[..., Outcome]
 ROOT = Path(__file__).parents[2]
@@ -51,6 +51,7 @@ def read(name: str, *words: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("words", "status"), [
     ("--help", 0), ("--version", 0), ("evaluate --help", 0), ("recipes", 0), ("completion bash", 0),
+    ("schema recipe", 0),
     ("", 2), ("distil", 2), ("evaluate --modle x", 2), ("distill a.yaml --resume=1", 2),
     ("distill nowhere.yaml", 2), ("distill qwen3_8b_to_0.6b train.max_stesp=9", 2),
 ])
@@ -87,8 +88,9 @@ def test_every_option_is_in_its_help(name: str, cli: Cli) -> None:
     assert shown.status == 0
     assert issubclass(model, Options)
     for field, how in model.model_fields.items():
-        label = how.json_schema_extra["metavar"] or field \
-            if how.json_schema_extra["positional"] else f"--{field.strip('_').replace('_', '-')}"
+        label = f"--{field.strip('_').replace('_', '-')}"
+        if how.json_schema_extra["positional"]:
+            label = how.json_schema_extra["metavar"] or ",".join(choices(how)) or field
         assert label in shown.out
         assert (how.description or "").split(" ")[0].replace("%", "%%") in shown.out
 
@@ -166,6 +168,7 @@ def test_numbers_and_negative_ones() -> None:
     ("shrink t --output-dir o --choose evn", ("--choose = 'evn'", "Did you mean 'even'?")),
     ("shrink t --output-dir o --keep 1,b", ("--keep = '1,b'", "list of numbers like 0,1,5")),
     ("compose t l --output-dir o --architecture lava", ("Did you mean 'llava'?",)),
+    ("schema recip", ("file = 'recip'", "Did you mean 'recipe'?")),
     ("completion bsh", ("shell = 'bsh'", "Did you mean 'bash'?")),
     ("distill train.max_steps=9", ("a recipe is missing", "train.max_steps=9")),
     ("demo x", ("unrecognized arguments: x",)),
@@ -183,14 +186,15 @@ def test_a_mistake_is_one_line(words: str, expected: tuple[str, ...], cli: Cli) 
 def test_choices_are_those_of_the_package() -> None:
     from taid_vlm.benchmarks.asking import METHODS
     from taid_vlm.benchmarks.likelihood import CHOOSE_BY, NORMALISE
-    from taid_vlm.models.loading import DTYPES
+    from taid_vlm.config.init import RATES
+    from taid_vlm.config.model import DTYPES
     from taid_vlm.students.compose import Architecture
     from taid_vlm.students.shrink import CHOICES
 
     for name, field, valid in (
         ("evaluate", "method", METHODS), ("evaluate", "choose_by", CHOOSE_BY),
         ("evaluate", "normalise", NORMALISE), ("evaluate", "dtype", DTYPES),
-        ("shrink", "choose", CHOICES),
+        ("shrink", "choose", CHOICES), ("init", "train_what", RATES),
         ("compose", "architecture", ("auto", *get_args(Architecture))),
     ):
         assert set(choices(command(name)[1].model_fields[field])) == set(valid), field
@@ -243,26 +247,39 @@ def test_the_wheel_holds_recipes_and_types() -> None:
 # ----- a recipe to begin with ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("teacher", [None, "models/big: 8B"])
-def test_init_writes_a_recipe_that_can_be_loaded(
-    teacher: str | None, tmp_path: Path, cli: Cli
-) -> None:
-    path, words = tmp_path / "mine.yaml", [] if teacher is None else ["--teacher", teacher]
-    done = cli("init", path, *words, "--student", "small", "--train", "a.jsonl", "--eval", "b.csv")
+def test_init_writes_a_recipe_that_can_be_loaded(tmp_path: Path, cli: Cli) -> None:
+    path = tmp_path / "mine.yaml"
+    words = ("--teacher", "org/big", "--student", "org/small", "--train", "org/data",
+             "--train-what")
+    done = cli("init", path, *words, "lora")
     assert done.status == 0, done.err
     assert f"taid-vlm inspect {path}" in done.out
     recipe = load_recipe(path)
-    assert recipe.student.model_name_or_path == "small"
-    assert (recipe.teacher and recipe.teacher.model_name_or_path) == teacher
-    assert recipe.objective == {"name": "ce" if teacher is None else "taid"}
-    assert (recipe.data.train.path, recipe.data.eval and recipe.data.eval.path) == (
-        "a.jsonl", "b.csv")
-    assert recipe.output_dir == "runs/mine"
+    assert recipe.teacher and recipe.teacher.model_name_or_path == "org/big"
+    assert (recipe.student.model_name_or_path, recipe.data.train.path) == ("org/small", "org/data")
+    assert recipe.student.peft
     before = path.read_text()
-    done = cli("init", path, "--student", "small", "--train", "a.jsonl")
+    done = cli("init", path, *words, "full")
     assert done.status == 2
     assert "is there already" in done.errors[0]
     assert path.read_text() == before
+
+
+def test_init_writes_nothing_for_data_that_are_not_there(tmp_path: Path, cli: Cli) -> None:
+    done = cli("init", tmp_path / "a.yaml", "--teacher", "org/big", "--student", "org/small",
+               "--train", tmp_path / "no.jsonl")
+    assert done.status == 2
+    assert "train: " in done.errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", ["recipe", "benchmark"])
+def test_schema_is_what_editors_check_by(file: str, cli: Cli) -> None:
+    done = cli("schema", file)
+    assert done.status == 0
+    schema = json.loads(done.out)
+    assert schema["$schema"].endswith("2020-12/schema")
+    assert {"recipe": "output_dir", "benchmark": "data"}[file] in schema["required"]
 
 
 # ----- completion ---------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from transformers import (
     AutoTokenizer,
 )
 
+from taid_vlm.config.recipe import load_recipe
 from taid_vlm.runs import run
-from taid_vlm.runs.recipe import load_recipe
 from taid_vlm.training.trainer import DistillationTrainer
 
 FAST = {"learning_rate": 5e-3, "use_cpu": True, "disable_tqdm": True, "logging_steps": 5}

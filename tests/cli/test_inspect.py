@@ -11,9 +11,9 @@ import pytest
 import torch
 from cli.recipes import Checkpoints, Outcome, picture_rows, write_jsonl, write_recipe
 
+from taid_vlm.config.recipe import load_recipe
 from taid_vlm.doctor import inspect_recipe
 from taid_vlm.doctor.text import as_text
-from taid_vlm.runs.recipe import load_recipe
 
 Cli = Callable[..., Outcome]
 ANSWER = "a red square"

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from taid_vlm.config.recipe import Recipe, load_recipe, parse_recipe
+from taid_vlm.config.training import WITHOUT_EFFECT
 from taid_vlm.errors import RecipeError
-from taid_vlm.runs.recipe import WITHOUT_EFFECT, Recipe, load_recipe, parse_recipe
+from taid_vlm.training.config import training_arguments
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = """\
@@ -131,7 +133,7 @@ def test_numbers(written: str, value: float, tmp_path: Path) -> None:
 def test_whole_numbers(written: str, value: float | None, tmp_path: Path) -> None:
     """1e3 is one; where transformers takes a share of all steps, one below 1 is kept."""
     key = written.partition("=")[0].removeprefix("train.")
-    arguments = read(tmp_path, overrides=[written, "train.use_cpu=true"]).training_arguments()
+    arguments = training_arguments(read(tmp_path, overrides=[written, "train.use_cpu=true"]))
     assert getattr(arguments, key) == value
     assert type(getattr(arguments, key)) is type(value)
 
@@ -220,7 +222,7 @@ def test_t_never_falls(tmp_path: Path) -> None:
 ])
 def test_values_of_a_wrong_kind_are_refused(override: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
-        read(tmp_path, overrides=[override, "train.use_cpu=true"]).training_arguments()
+        training_arguments(read(tmp_path, overrides=[override, "train.use_cpu=true"]))
     assert told in str(caught.value)
 
 
@@ -248,9 +250,9 @@ def test_options_without_effect_are_refused(key: str, tmp_path: Path) -> None:
 
 
 def test_own_arguments_may_stand_under_train(tmp_path: Path) -> None:
-    arguments = read(tmp_path, overrides=[
+    arguments = training_arguments(read(tmp_path, overrides=[
         "train.supervise=all", "train.max_length=64", "train.padding_side=left",
-        "train.use_cpu=true"]).training_arguments()
+        "train.use_cpu=true"]))
     assert (arguments.supervise, arguments.max_length) == ("all", 64)
     assert arguments.padding_side == "left"
 
@@ -332,6 +334,6 @@ def test_the_digest_tells_recipes_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = load_recipe(path, ["train.use_cpu=true"])
-    recipe.training_arguments()
+    training_arguments(recipe)
     resolved = yaml.safe_load(recipe.to_yaml())
     assert parse_recipe(resolved).digest() == recipe.digest()

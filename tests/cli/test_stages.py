@@ -23,10 +23,10 @@ from cli.recipes import (
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from taid_vlm.config.recipe import Recipe, load_recipe, parse_recipe
 from taid_vlm.errors import RecipeError, TaidError
 from taid_vlm.models.parts import parts_of
 from taid_vlm.runs import run
-from taid_vlm.runs.recipe import Recipe, load_recipe, parse_recipe
 from taid_vlm.runs.stages import distill_stages, expand
 from taid_vlm.training.trainer import DistillationTrainer
 

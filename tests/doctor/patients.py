@@ -11,8 +11,8 @@ from typing import Any
 
 from cli.recipes import Checkpoints, Outcome, picture_rows, write_jsonl, write_recipe
 
+from taid_vlm.config.recipe import load_recipe
 from taid_vlm.doctor import Inspection, inspect_recipe
-from taid_vlm.runs.recipe import load_recipe
 
 Rows = Sequence[dict[str, Any]]
 ANSWER = "a red square on the left"

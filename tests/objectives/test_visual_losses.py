@@ -194,7 +194,7 @@ def test_weights_reach_the_terms_with_a_teacher_only() -> None:
     ({"terms": ["taid", {"name": "visual_relation", "grid": True}]}, "grid = True"),
     ({"terms": ["taid", {"name": "visual_features", "weight": -1}]}, "weight = -1"),
     ({"name": "taid", "token_weights": "visual_advantages"}, "Did you mean 'visual_advantage'"),
-    ({"name": "taid", "token_weights": {"strength": 1}}, "token_weights.name = None"),
+    ({"name": "taid", "token_weights": {"strength": 1}}, "token_weights.name is missing"),
     ({"name": "taid", "token_weights": 3}, "token_weights must be"),
     ({"name": "taid", "token_weights": {"name": "visual_advantage", "strengh": 1}},
      "Did you mean 'strength'"),

@@ -26,8 +26,8 @@ from zoo.families import FAMILIES
 from zoo.images import noise
 
 from taid_vlm import DistillationTrainer
+from taid_vlm.config.recipe import Recipe
 from taid_vlm.models.loading import sees_images
-from taid_vlm.runs.recipe import Recipe
 from taid_vlm.runs.run import gather, lora_config
 
 WORDS = ("a", "red", "green", "blue", "square", "circle", "left", "right", "above", "of", "the")

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from plan.models import real_trainer
 
-from taid_vlm.runs.recipe import load_recipe
+from taid_vlm.config.recipe import load_recipe
 
 
 def status(key: str) -> int:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from plan.models import measured_step, write_pair
 
+from taid_vlm.config.recipe import load_recipe
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.plan import Plan, plan_recipe
-from taid_vlm.runs.recipe import load_recipe
 
 TOLERANCE = 0.08
 WIDE = {"vocab_size": 16384, "hidden_size": 128, "num_hidden_layers": 1}

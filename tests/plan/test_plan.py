@@ -15,14 +15,14 @@ from cli.recipes import Checkpoints, Outcome, pairs, picture_rows, write_jsonl, 
 from plan.models import write_pair
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from taid_vlm.config.model import ModelSpec
+from taid_vlm.config.recipe import Recipe, load_recipe, parse_recipe
 from taid_vlm.errors import TaidError
-from taid_vlm.models.loading import ModelSpec
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.advice import EIGHT_BIT, advise
 from taid_vlm.plan.plan import ESTIMATED, GPU_PROCESS, Plan, plan_recipe
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
 from taid_vlm.plan.text import human
-from taid_vlm.runs.recipe import Recipe, load_recipe, parse_recipe
 from taid_vlm.training.loss import FusedStep
 
 Cli = Callable[..., Outcome]

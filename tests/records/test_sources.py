@@ -13,15 +13,9 @@ from zoo import make_tokenizer
 
 from taid_vlm.adapters import make_adapter
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import RecordError, SampleDropped, TaidError
-from taid_vlm.records import (
-    DataSource,
-    Malformed,
-    Record,
-    Records,
-    StreamedRecords,
-    open_records,
-)
+from taid_vlm.records import Malformed, Record, Records, StreamedRecords, open_records
 
 QA = [{"prompt": f"{n} + 1 = ?", "completion": f"It is {n + 1}."} for n in range(5)]
 ANSWERS = [[row["completion"]] for row in QA]
@@ -332,6 +326,27 @@ def test_folder_with_nothing_known_in_it(folder):
         open_records(str(folder / "pictures"))
 
 
+def test_the_working_directory_has_to_hold_data_of_its_own(tmp_path, monkeypatch):
+    """Everything below it would be read: a home directory holds millions of files."""
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    (project / "data").mkdir()
+    write_jsonl(project / "data" / "train.jsonl", QA)
+    monkeypatch.setattr(Path, "rglob", None)
+    for path in (".", "..", str(project)):
+        with pytest.raises(TaidError, match=r"a folder needs metadata\.jsonl"):
+            open_records(path)
+    assert answers(open_records("data")) == ANSWERS
+
+
+@pytest.mark.parametrize("inside", ["data", "default/train"])
+def test_folders_laid_out_as_on_the_hub(inside, tmp_path):
+    (tmp_path / "set" / inside).mkdir(parents=True)
+    write_any(tmp_path / "set" / inside / "train.parquet", QA)
+    assert answers(open_records(str(tmp_path / "set"))) == ANSWERS
+
+
 # ----- streams ------------------------------------------------------------------------------
 
 
@@ -396,7 +411,7 @@ def test_empty_file(name, content, tmp_path):
 def test_no_records_asked_for(tmp_path):
     path = write_table(tmp_path / "a.parquet", QA)
     for streaming in (False, True):
-        with pytest.raises(TaidError, match="holds no records"):
+        with pytest.raises(TaidError, match="max_records = 0, but it must be at least 1"):
             open_records(DataSource(path, max_records=0, streaming=streaming))
 
 

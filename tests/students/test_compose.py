@@ -22,8 +22,9 @@ from zoo.images import image
 import taid_vlm.students.language as language
 from taid_vlm import DistillationConfig, DistillationTrainer
 from taid_vlm.cli import main
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
-from taid_vlm.models.loading import ModelSpec, load_model, load_processor
+from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.runs.run import save_student
 from taid_vlm.students.compose import compose
 from taid_vlm.students.towers import find_tower

@@ -30,10 +30,11 @@ from taid_vlm.benchmarks.harness.converted import (
 )
 from taid_vlm.benchmarks.harness.local_data import TaskChange, source_of, task_yaml
 from taid_vlm.benchmarks.harness.suites import SUITES
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.files import write_json, write_text
 from taid_vlm.io.folders import new_folder, whole_or_absent
-from taid_vlm.models.loading import ModelSpec, load_config, load_model, load_processor, sees_images
+from taid_vlm.models.loading import load_config, load_model, load_processor, sees_images
 from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def run_lm_eval(
             any weights are loaded. Nothing is left half-written.
     """
     chosen, output = _options(options), new_folder(output_dir)
-    spec = model if isinstance(model, ModelSpec) else ModelSpec(str(model))
+    spec = model if isinstance(model, ModelSpec) else ModelSpec(model_name_or_path=str(model))
     index = _packaged_tasks()
     asked = expand(tasks, data or {}, chosen.num_fewshot)
     changes = [change for task in asked for change in changes_of(task, index)]

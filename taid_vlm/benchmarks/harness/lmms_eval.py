@@ -22,8 +22,9 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from taid_vlm.adapters import make_adapter
 from taid_vlm.benchmarks.answering import Generating
 from taid_vlm.benchmarks.question import Question
+from taid_vlm.config.model import Dtype, ModelSpec
 from taid_vlm.errors import TaidError
-from taid_vlm.models.loading import ModelSpec, load_model, load_processor
+from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.records import ImageRef, Message, Record
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class TaidVlm(lmms):  # type: ignore[misc]
 
     def __init__(
         self, pretrained: str, batch_size: int | str = 1, device: str | None = None,
-        max_batch_size: int | None = None, revision: str = "main", dtype: str | None = None,
+        max_batch_size: int | None = None, revision: str = "main", dtype: Dtype | None = None,
         attn_implementation: str | None = None, trust_remote_code: bool = False,
         chat_template: str | None = None, max_new_tokens: int = 1024, seed: int = 0,
     ) -> None:
@@ -68,7 +69,8 @@ class TaidVlm(lmms):  # type: ignore[misc]
         self.device = self.accelerator.device
         if device is not None and self._world_size == 1:
             self.device = torch.device(device)
-        spec = ModelSpec(pretrained, revision=revision, dtype=dtype, chat_template=chat_template,
+        spec = ModelSpec(model_name_or_path=pretrained, revision=revision, dtype=dtype,
+                         chat_template=chat_template,
                          attn_implementation=attn_implementation,
                          trust_remote_code=trust_remote_code)
         self.adapter = make_adapter(load_processor(spec, "model"), "model")

@@ -10,7 +10,8 @@ from taid_vlm.benchmarks.metrics.text import equal_after, without_punctuation
 from taid_vlm.benchmarks.prompts import SHORT_LINE
 from taid_vlm.benchmarks.question import Benchmark, Question, Rule
 from taid_vlm.benchmarks.rows import Row
-from taid_vlm.records import DataSource, ImageRef, open_rows
+from taid_vlm.config.data import DataSource
+from taid_vlm.records import ImageRef, open_rows
 
 HUB = "lmms-lab/GQA"
 
@@ -34,7 +35,7 @@ def _image(row: Row) -> ImageRef:
 
 @functools.cache
 def _hub_images() -> Mapping[str, Any]:
-    rows = open_rows(DataSource(HUB, name="testdev_balanced_images", split="testdev"))
+    rows = open_rows(DataSource(path=HUB, name="testdev_balanced_images", split="testdev"))
     return {str(one["id"]): one["image"] for one in map(rows.columns_of, range(len(rows)))}
 
 

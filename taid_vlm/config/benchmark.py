@@ -1,0 +1,89 @@
+"""A benchmark of a user's own, as its YAML file describes it."""
+
+from __future__ import annotations
+
+from string import Formatter
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from taid_vlm.config.kinds import AsWritten, Name, Positive, wanted
+from taid_vlm.config.section import Section
+
+Column = Annotated[str, wanted("a column's name")]
+
+
+class Columns(Section):
+    """What the data call the columns, where it is something else.
+
+    Args:
+        question: The question.
+        answer: An option's letter, place from 0 or text; yes or no; one accepted text or a list.
+        options: A list of options; otherwise they are in the columns A, B, C, ...
+        image: The image, or a list in `images`.
+        id: What results call a question.
+        group: Questions about one item share it.
+    """
+
+    question: Column = "question"
+    answer: Column = "answer"
+    options: Column = "options"
+    image: Column = "image"
+    id: Column = "id"
+    group: Column = "group"
+
+
+def prompt_pieces(prompt: str) -> list[tuple[str, str | None]]:
+    """A prompt as (text, column that follows or None); raises ValueError."""
+    try:
+        parsed = list(Formatter().parse(prompt))
+    except ValueError as error:
+        raise ValueError(f"{error}; write {{{{ and }}}} for braces.") from None
+    for _, name, form, conversion in parsed:
+        if name is not None and (form or conversion or not name.strip()):
+            raise ValueError(f"{{{name}{':' if form else ''}{form}}} must be a column's name "
+                             "alone; write {{ and }} for braces.")
+    return [(text, name) for text, name, _, _ in parsed]
+
+
+def _readable(prompt: str | None) -> str | None:
+    if prompt is not None and not prompt.strip():
+        raise ValueError(" is blank; leave it out for the usual one.")
+    prompt_pieces(prompt or "")
+    return prompt
+
+
+class BenchmarkSpec(Section):
+    """A benchmark in a YAML file.
+
+    Args:
+        type: What answers are, and how they are judged.
+        data: A file or folder (from the working directory or, if nothing is there, from this file's
+            folder), or a hub name.
+        split: Split of a dataset.
+        subset: Configuration of a dataset.
+        name: What results call it; left out, the file's name.
+        title: What pages call it; left out, its name.
+        prompt: The question as models see it, with columns in braces: "{question}, {options}". An
+            image is shown where <image> stands, otherwise first. Left out, the type's.
+        columns: Our columns and what the data call them: {question: query}.
+        tags: Columns that figures are split by.
+        images: false for questions of text alone; otherwise every question must have an image.
+        max_new_tokens (tokens): Longest answer; left out, the type's.
+    """
+
+    type: Literal["multiple_choice", "short_answer", "yes_no", "caption"]
+    data: str
+    split: str = "train"
+    subset: str | None = None
+    name: Name | None = None
+    title: str | None = None
+    prompt: Annotated[str | None, AfterValidator(_readable)] = None
+    columns: Annotated[dict[str, str], AsWritten(lambda: Columns)] = {}
+    tags: Annotated[list[str], wanted("a list of columns")] = []
+    images: bool = True
+    max_new_tokens: Positive | None = None
+
+    def column(self, ours: str) -> str:
+        """What the data call a column."""
+        return self.columns.get(ours, ours)

@@ -1,0 +1,68 @@
+"""pydantic's errors as our messages: one line with the key's path, its value, and the mend.
+
+A check of our own raises ValueError, whose text follows the key's path: behind a colon, or, where
+it begins with a space or a dot, as it is (" has no key 'x'.", ".head = 0, but ...").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from taid_vlm.errors import nearest
+
+TAG = "@"  # begins what stands in pydantic's paths, but in no file: which loss is meant
+_WANTED = {
+    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+    "finite_number": "a finite number", "bool_type": "true or false", "string_type": "text",
+    "dict_type": "a mapping", "list_type": "a list", "tuple_type": "a list",
+    "greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "wanted": "{wanted}",
+}
+
+
+def one_line(
+    error: ValidationError, whole: str = "", at: Sequence[str] = (), tree: Any = None
+) -> str:
+    """The first of pydantic's errors in a line.
+
+    Args:
+        whole: what the outermost mapping is called ("recipe").
+        at: path of what was checked, where it is a part.
+        tree: what was checked, for the names of stages.
+    """
+    first: Any = error.errors(include_url=False)[0]
+    keys = [*at, *(key for key in first["loc"]
+                   if not str(key).startswith(TAG) and key != "[key]")]
+    if first["type"] == "missing":
+        *keys, missing = keys
+        text = f".{missing} is missing." if keys else f": '{missing}' is missing."
+    else:
+        text = _text(first)
+    path = _path(keys, tree) or whole
+    if path and text[0] not in " .:[":
+        path += ": "
+    return f"{path}{text}" if path else text.lstrip(":. ")
+
+
+def _text(error: Mapping[str, Any]) -> str:
+    kind, value, facts = error["type"], error["input"], error.get("ctx", {})
+    if kind == "value_error":
+        return str(facts["error"])
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']*)'", facts["expected"])
+        return f" = {value!r:.60}.{nearest(value, valid)}"
+    wanted = _WANTED[kind].format(**facts) if kind in _WANTED else error["msg"]
+    if kind == "string_type" and isinstance(value, bool):
+        wanted += "; YAML reads yes, no, on and off as true and false, so put quotes around them"
+    return f" = {value!r:.60}, but it must be {wanted}."
+
+
+def _path(keys: Sequence[Any], tree: Any) -> str:
+    """`data.train.columns`, `stages[0].name`, and from there on `stages 'align': train.seed`."""
+    if len(keys) > 2 and keys[0] == "stages" and keys[2] != "name":
+        name = tree["stages"][keys[1]]["name"]
+        return f"stages '{name}': {_path(keys[2:], None)}"
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")

@@ -1,0 +1,209 @@
+"""Recipes: one strict YAML file says what a run does.
+
+    teacher: {model_name_or_path: path-or-name}
+    student: {model_name_or_path: path-or-name}
+    data: {train: train.jsonl, eval: eval.parquet}
+    objective: {name: taid}
+    train: {max_steps: 200, learning_rate: 1e-3}   # transformers' TrainingArguments
+    output_dir: runs/first
+
+Everything is checked before anything is loaded, torch included, and the resolved recipe is written
+with the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
+
+from taid_vlm.config.data import DataSource, DataSpec, StageData
+from taid_vlm.config.evaluation import EvaluateSpec
+from taid_vlm.config.kinds import AsWritten, Name, wanted
+from taid_vlm.config.model import ModelSpec, StudentSpec
+from taid_vlm.config.objective import ObjectiveSpec, read_objective
+from taid_vlm.config.section import Section, check
+from taid_vlm.config.training import train_spec
+from taid_vlm.config.yaml import dump_yaml, parse_yaml, read_yaml
+from taid_vlm.errors import RecipeError
+
+
+def _without_nulls(value: Any) -> Any:
+    for key, inner in value.items() if isinstance(value, Mapping) else ():
+        if inner is None:  # a resolved recipe holds no null, so it would not be the same
+            raise ValueError(f".{key} has no value; leave it out.")
+    return value
+
+
+def _named(model: Any) -> Any:
+    if model is not None and not model.model_name_or_path:
+        raise ValueError(".model_name_or_path = '', but it must be a folder or a hub name.")
+    return model
+
+
+def _different(stages: tuple[StageSpec, ...]) -> tuple[StageSpec, ...]:
+    names = [stage.name for stage in stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the name '{name}' stands twice.")
+    return stages
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(" must be a list of {name: ..., train: {...}}.")
+    return tuple(value)
+
+
+Objective = Annotated[Any, AsWritten(lambda: ObjectiveSpec, values=False)]
+Train = Annotated[dict[str, Any], AsWritten(train_spec)]
+
+
+class StageSpec(Section):
+    """One stage of a run in stages; what it leaves out is as in the rest of the recipe.
+
+    Args:
+        name: Names the stage's folder, output_dir/stages/1-NAME.
+        train: Keys that replace those of the recipe's train.
+        objective: Instead of the recipe's.
+        data: Sides that replace those of the recipe's data.
+    """
+
+    name: Name
+    train: Annotated[Train, BeforeValidator(_without_nulls)] = {}
+    objective: Objective | None = None
+    data: Annotated[dict[str, DataSource], AsWritten(lambda: StageData),
+                    BeforeValidator(_without_nulls)] = {}
+
+
+class Recipe(Section):
+    """A whole run.
+
+    Args:
+        student: The model that learns.
+        data: Records to train on, and held-out records.
+        output_dir: Where everything is written: checkpoints, student, figures, report.
+        teacher: The model that is learned from; only ce (SFT) needs none.
+        objective: A loss, or a weighted sum of losses.
+        train: How it is trained.
+        evaluate: What is done with the held-out records.
+        stages: Runs one after the other, each from the student of the one before.
+    """
+
+    blank_is_absent: ClassVar[bool] = True
+
+    student: Annotated[StudentSpec, AfterValidator(_named)]
+    data: DataSpec
+    output_dir: Annotated[str, Field(min_length=1), wanted("a folder's path")]
+    teacher: Annotated[ModelSpec | None, AfterValidator(_named)] = None
+    objective: Objective = {"name": "taid"}
+    train: Train = {}
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    stages: Annotated[tuple[StageSpec, ...], BeforeValidator(_listed), AfterValidator(_different)
+                      ] | None = None
+    _base: Path = PrivateAttr(default=Path("."))  # where relative data paths start
+
+    @model_validator(mode="after")
+    def _teacher_where_one_is_needed(self) -> Self:
+        objectives = [self.objective, *(stage.objective for stage in self.stages or ())]
+        if self.teacher is None and any(read_objective(objective).needs_teacher
+                                        for objective in objectives if objective is not None):
+            raise ValueError("'teacher' is missing; only the objective 'ce' (SFT) needs none.")
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and dict(self) == dict(other)  # wherever it was read
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, as it is written beside the results."""
+        return dump_yaml(_pruned(self))
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:16]
+
+    def resolved(self) -> Recipe:
+        """The recipe with data paths that hold from anywhere, to be written with the run."""
+        sides = {name: self._resolved_source(side) for name, side in self.data}
+        stages = self.stages and tuple(stage.model_copy(update={"data": {
+            name: self._resolved_source(side) for name, side in stage.data.items()
+        }}) for stage in self.stages)
+        return self.model_copy(update={"data": self.data.model_copy(update=sides),
+                                       "stages": stages})
+
+    def _resolved_source(self, source: DataSource | None) -> DataSource | None:
+        start = None if source is None else self.start_of(source)
+        if source is None or start is None:
+            return source
+        root = source.image_root and str((start / source.image_root).resolve())
+        return source.model_copy(update={"path": str((start / source.path).resolve()),
+                                         "image_root": root})
+
+    def start_of(self, source: DataSource) -> Path | None:
+        """Where a relative data path starts: the working directory, or else the recipe's folder.
+
+        None if it is at neither place (a name on the hub).
+        """
+        for start in (Path("."), self._base):
+            if (start / Path(source.path).expanduser()).exists():
+                return start
+        return None
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: YAML file; relative data paths start from the working directory, or, if nothing is
+            there, from the file's folder.
+        overrides: "section.key=value", value in YAML.
+
+    Raises:
+        RecipeError: with the key, the value and what would be valid.
+    """
+    path = Path(path)
+    tree = read_yaml(path, "recipe")
+    if not isinstance(tree, dict):
+        empty = " (this file is empty)" if tree is None else ""
+        raise RecipeError(f"{path}: a recipe is a mapping with 'student', 'data', ...{empty}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, path.parent)
+
+
+def parse_recipe(tree: Mapping[str, Any], base: Path = Path(".")) -> Recipe:
+    """Check a recipe that is already a mapping."""
+    recipe = check(Recipe, tree, "recipe")
+    recipe._base = base
+    return recipe
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override '{override}' must look like train.max_steps=100.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = tree.setdefault(parent, {})
+        if isinstance(inner, str) and parent in ("teacher", "student"):
+            inner = tree[parent] = {"model_name_or_path": inner}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"override '{override}': '{parent}' is no mapping.")
+        tree = inner
+    try:
+        tree[last] = parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override '{override}': not valid YAML: {error}") from None
+
+
+def _pruned(value: Any) -> Any:
+    """Without None and empty mappings, so that the written recipe is short."""
+    if isinstance(value, (Mapping, BaseModel)):
+        cleaned = {str(key): _pruned(item) for key, item in dict(value).items()}
+        return {key: item for key, item in cleaned.items() if item is not None and item != {}}
+    if isinstance(value, (list, tuple)):
+        return [_pruned(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

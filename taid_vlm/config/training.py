@@ -1,0 +1,180 @@
+"""`train:` of a recipe: transformers' TrainingArguments, and what distillation adds.
+
+What is used often stands here with its kind and meaning; the other keys are read from the
+transformers that is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, Self, Union, get_args
+
+from pydantic import BeforeValidator, Field, create_model, model_validator
+
+from taid_vlm.config.arguments import Argument, trainer_arguments
+from taid_vlm.config.kinds import (
+    AtLeastTwo,
+    Number,
+    Positive,
+    Rate,
+    Steps,
+    Whole,
+    wanted,
+)
+from taid_vlm.config.section import Section
+from taid_vlm.errors import nearest
+
+Part = Literal["tower", "projector", "language_model", "head"]
+PARTS: tuple[str, ...] = get_args(Part)
+MEMORY_BUDGET = 384 * 2**20  # bytes that the logits and gradients of one chunk may take
+# TrainingArguments that act in parts of transformers' Trainer which distillation replaces
+WITHOUT_EFFECT = frozenset({
+    "average_tokens_across_devices", "batch_eval_metrics", "do_eval", "do_predict", "do_train",
+    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
+    "include_for_metrics", "label_names", "label_smoothing_factor", "prediction_loss_only",
+    "remove_unused_columns", "resume_from_checkpoint", "use_liger_kernel", "liger_kernel_config",
+})
+ELSEWHERE = {
+    "output_dir": "output_dir", "objective": "objective", "canary_records": "evaluate.canary",
+    "model_init_kwargs": "student.init_kwargs", "teacher_model_init_kwargs": "teacher.init_kwargs",
+}
+
+
+def _known_parts(names: Any) -> Any:
+    for name in names if isinstance(names, (list, dict)) else ():
+        if name not in PARTS:
+            raise ValueError(f"a model has no part {name!r}.{nearest(name, PARTS)}")
+    return names
+
+
+class OwnArguments(Section):
+    """What distillation adds to TrainingArguments.
+
+    Args:
+        supervise: Whose texts are learned: the assistant's, or all.
+        max_length (tokens): Longest row after image expansion; left out, each model's own limit.
+            Longer conversations are left out, longer texts cut.
+        padding_side: Of both models' inputs in training.
+        loss_implementation: fused never has all logits in memory; auto takes it where it gives the
+            same as reference, which is checked at the first batch.
+        loss_memory_budget (bytes): What the fused loss may take for logits and their gradient.
+        freeze: Parts of the student that stay as they are.
+        learning_rates: {part: learning rate}; the others take learning_rate.
+    """
+
+    supervise: Literal["answers", "all"] = "answers"
+    max_length: AtLeastTwo | None = None
+    padding_side: Literal["left", "right"] = "right"
+    loss_implementation: Literal["auto", "fused", "reference"] = "auto"
+    loss_memory_budget: Positive = MEMORY_BUDGET
+    freeze: Annotated[list[Part] | None, BeforeValidator(_known_parts)] = None
+    learning_rates: Annotated[dict[Part, Rate] | None, BeforeValidator(_known_parts)] = None
+
+    @model_validator(mode="after")
+    def _no_rate_for_frozen(self) -> Self:
+        for part, rate in (self.learning_rates or {}).items():
+            if part in (self.freeze or ()):
+                raise ValueError(f".learning_rates.{part} = {rate!r}, but '{part}' is frozen.")
+        return self
+
+
+class TrainSpec(OwnArguments):
+    """transformers' TrainingArguments, and what distillation adds.
+
+    Args:
+        num_train_epochs (epochs): How often all records are seen.
+        max_steps (optimizer steps): Instead of num_train_epochs; -1: as many as the epochs have.
+        per_device_train_batch_size (records): Records of a micro-batch on each device.
+        per_device_eval_batch_size (records): The same for held-out records.
+        gradient_accumulation_steps (micro-batches): Micro-batches per optimizer step.
+        learning_rate: At its highest, after warmup.
+        lr_scheduler_type: linear, cosine, constant, constant_with_warmup, ...
+        warmup_steps (steps): Steps in which the learning rate rises, or their share below 1.
+        optim: The optimizer's name.
+        weight_decay: Not for biases and normalisations.
+        max_grad_norm: Longer gradients are cut to this.
+        bf16: Mixed precision in bfloat16.
+        fp16: Mixed precision in float16.
+        gradient_checkpointing: Recompute activations: less memory, more time.
+        logging_steps (steps): Between two log lines; left out, a hundredth of max_steps.
+        eval_strategy: When to evaluate in training: 'no' (in quotes), steps or epoch.
+        eval_steps (steps): Between two evaluations; left out, logging_steps.
+        save_strategy: When to write checkpoints: 'no' (in quotes), steps, epoch or best.
+        save_steps (steps): Between two checkpoints.
+        save_total_limit (checkpoints): How many are kept; null keeps all.
+        seed: Of everything that is drawn.
+        use_cpu: No GPU, even where there is one.
+        dataloader_num_workers (processes): That prepare batches; 0: the training process itself.
+        dataloader_pin_memory: Left out, false where there is no GPU.
+        ddp_find_unused_parameters: Left out, true where a batch may leave parts of the student
+            unused.
+        fsdp: Fully sharded data parallel.
+        report_to: wandb, tensorboard, ..., all (that are installed) or none.
+        disable_tqdm: No progress bars.
+    """
+
+    num_train_epochs: Number = 3.0
+    max_steps: Whole = -1
+    per_device_train_batch_size: Positive = 8
+    per_device_eval_batch_size: Positive = 8
+    gradient_accumulation_steps: Positive = 1
+    learning_rate: Number = 5e-5
+    lr_scheduler_type: str = "linear"
+    warmup_steps: Steps = 0
+    optim: str = "adamw_torch_fused"
+    weight_decay: Number = 0.0
+    max_grad_norm: Number = 1.0
+    bf16: bool = False
+    fp16: bool = False
+    gradient_checkpointing: bool | None = None
+    logging_steps: Steps = 10
+    eval_strategy: str = "no"
+    eval_steps: Steps | None = None
+    save_strategy: str = "steps"
+    save_steps: Steps = 500
+    save_total_limit: Whole | None = 2
+    seed: Whole = 42
+    use_cpu: bool = False
+    dataloader_num_workers: Whole = 0
+    dataloader_pin_memory: bool = True
+    ddp_find_unused_parameters: bool | None = None
+    fsdp: Annotated[bool | str | list[Any] | None, wanted("true, false or text")] = None
+    report_to: Annotated[str | list[Any] | None, wanted("text or a list")] = "none"
+    disable_tqdm: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_keys(cls, value: Any) -> Any:
+        for key in value if isinstance(value, Mapping) else ():
+            if key in ELSEWHERE:
+                raise ValueError(f".{key} belongs to '{ELSEWHERE[key]}' of the recipe.")
+            if key in WITHOUT_EFFECT:
+                raise ValueError(f".{key} has no effect on a distillation; take it out.")
+        return value
+
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    "bool": (bool, "true or false"), "int": (Whole, "a whole number"),
+    "float": (Number, "a number"), "str": (str, "text"), "dict": (dict[str, Any], "a mapping"),
+    "list": (list[Any], "a list"), "None": (None, ""),
+}
+
+
+@cache
+def train_spec() -> type[TrainSpec]:
+    """TrainSpec with every other key of the installed transformers."""
+    others: dict[str, Any] = {
+        key: (_kind(argument), Field(default=argument.default, description=argument.help))
+        for key, argument in trainer_arguments().items()
+        if key not in TrainSpec.model_fields and key not in ELSEWHERE and key not in WITHOUT_EFFECT}
+    return create_model("Train", __base__=TrainSpec, __doc__=TrainSpec.summary(), **others)
+
+
+def _kind(argument: Argument) -> Any:
+    """What an annotation of transformers allows; its own classes are for it to check."""
+    if not set(argument.kinds) <= set(_KINDS):
+        return Any
+    kinds = [_KINDS[kind] for kind in argument.kinds]
+    return Annotated[Union[tuple(kind for kind, _ in kinds)],  # noqa: UP007
+                     wanted(" or ".join(name for _, name in kinds if name))]
