@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,13 @@ def trainer_arguments() -> dict[str, Argument]:
     spec = importlib.util.find_spec("transformers")
     folder = Path(str(spec and spec.origin)).parent
     tree = ast.parse((folder / "training_args.py").read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body
-                if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    return dict(_arguments(body))
+    found = [node for node in tree.body
+             if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"]
+    if not found or found[0].bases:  # not all of its keys are written here
+        from transformers import TrainingArguments
+
+        return {field.name: Argument(("Any",)) for field in fields(TrainingArguments) if field.init}
+    return dict(_arguments(found[0].body))
 
 
 def _arguments(body: list[ast.stmt]) -> Iterator[tuple[str, Argument]]:

@@ -53,13 +53,14 @@ Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 AtLeastTwo = Annotated[int, Field(ge=2), BeforeValidator(_whole)]
 Steps = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_steps)]
 Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_written)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), WrapValidator(_as_written)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), WrapValidator(_as_written),
+                 wanted("a number above 0")]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), wanted(">= 0")]
 Finite = Annotated[float, Field(allow_inf_nan=False), wanted("a finite number")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), wanted("in [0, 1]")]
 HalfOpen = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), wanted("in [0, 1)")]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$"), wanted(
-    "letters, digits, '_', '-' and '.' (files are named after it)")]
+    "letters, digits, '_', '-' and '.' (it names a folder or file)")]
 
 
 class AsWritten:

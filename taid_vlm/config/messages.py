@@ -16,10 +16,9 @@ from taid_vlm.errors import nearest
 
 TAG = "@"  # begins what stands in pydantic's paths, but in no file: which loss is meant
 _WANTED = {
-    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-    "finite_number": "a finite number", "bool_type": "true or false", "string_type": "text",
-    "dict_type": "a mapping", "list_type": "a list", "tuple_type": "a list",
-    "greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "wanted": "{wanted}",
+    "int_type": "a whole number", "float_type": "a number", "finite_number": "a finite number",
+    "bool_type": "true or false", "string_type": "text", "dict_type": "a mapping",
+    "list_type": "a list", "greater_than_equal": "at least {ge}", "wanted": "{wanted}",
 }
 
 

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
 from taid_vlm.config.data import DataSource, DataSpec, StageData
@@ -195,8 +194,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = inner
     try:
         tree[last] = parse_yaml(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override '{override}': not valid YAML: {error}") from None
+    except RecipeError as error:
+        raise RecipeError(f"override '{override}': {error}") from None
 
 
 def _pruned(value: Any) -> Any:

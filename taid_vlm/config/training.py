@@ -41,11 +41,15 @@ ELSEWHERE = {
 }
 
 
-def _known_parts(names: Any) -> Any:
-    for name in names if isinstance(names, (list, dict)) else ():
-        if name not in PARTS:
-            raise ValueError(f"a model has no part {name!r}.{nearest(name, PARTS)}")
-    return names
+def _of_parts(kind: type) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        names: Any = value if isinstance(value, kind) else ()
+        for name in names:
+            if name not in PARTS:
+                raise ValueError(f"a model has no part {name!r}.{nearest(name, PARTS)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class OwnArguments(Section):
@@ -68,8 +72,8 @@ class OwnArguments(Section):
     padding_side: Literal["left", "right"] = "right"
     loss_implementation: Literal["auto", "fused", "reference"] = "auto"
     loss_memory_budget: Positive = MEMORY_BUDGET
-    freeze: Annotated[list[Part] | None, BeforeValidator(_known_parts)] = None
-    learning_rates: Annotated[dict[Part, Rate] | None, BeforeValidator(_known_parts)] = None
+    freeze: Annotated[list[Part] | None, _of_parts(list)] = None
+    learning_rates: Annotated[dict[Part, Rate] | None, _of_parts(dict)] = None
 
     @model_validator(mode="after")
     def _no_rate_for_frozen(self) -> Self:

@@ -14,7 +14,7 @@ import yaml
 
 from taid_vlm.errors import RecipeError, nearest_sibling
 
-LARGEST_FILE = 2**20  # bytes; beyond it is no recipe, but data
+LARGEST_FILE = 2**18  # bytes; beyond it is no recipe, but data
 MOST_VALUES = 100_000  # once every alias is written out
 DEEPEST = 50  # values inside values
 
@@ -54,20 +54,21 @@ def read_yaml(path: Path, what: str) -> Any:
     """What a YAML file holds; `what` it is, for the message where it cannot be read.
 
     Raises:
-        RecipeError: no such file, a folder or a pipe, not UTF-8, not YAML, too large when every
-            alias is written out.
+        RecipeError: no such file, a folder or a pipe, not UTF-8, or as `parse_yaml`.
     """
-    if not path.is_file():
-        raise RecipeError(f"{what} '{path}' {_no_file(path)}")
-    if path.stat().st_size > LARGEST_FILE:
-        raise RecipeError(f"{what} '{path}' is larger than {LARGEST_FILE:,} bytes; is it a file of "
-                          "data?")
     try:
-        return parse_yaml(path.read_bytes().decode("utf-8"))
+        if not path.is_file():
+            raise RecipeError(f"{what} '{path}' {_no_file(path)}")
+        if path.stat().st_size > LARGEST_FILE:
+            raise RecipeError(f"{what} '{path}' is larger than {LARGEST_FILE:,} bytes; is it a "
+                              "file of data?")
+        text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8.") from None
-    except (yaml.YAMLError, OSError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    except OSError as error:
+        raise RecipeError(f"{what} '{path}' cannot be read: {error.strerror}.") from None
+    try:
+        return parse_yaml(text)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
 
@@ -85,20 +86,25 @@ def parse_yaml(text: str) -> Any:
     """What a text in YAML stands for.
 
     Raises:
-        RecipeError: a key that stands twice, values nested too deep or repeated too often.
-        yaml.YAMLError: no YAML.
+        RecipeError: no YAML, a key that stands twice, values nested too deep or repeated too often.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         _measure(node, {}, ())
         return loader.construct_document(node)
+    except RecipeError:
+        raise
     except RecursionError:
         raise RecipeError(f"values are nested more than {DEEPEST} deep.") from None
-    finally:
-        loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        reason = ": ".join(part for part in (error.context, error.problem) if part)
+        raise RecipeError(f"not valid YAML{line}: {reason}.") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date with a 13th month is a ValueError
+        raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}.") from None
 
 
 def _measure(node: yaml.Node, sizes: dict[yaml.Node, int], above: tuple[yaml.Node, ...]) -> int:
@@ -114,7 +120,8 @@ def _measure(node: yaml.Node, sizes: dict[yaml.Node, int], above: tuple[yaml.Nod
         children = [child for item in inner for child in (item if pairs else (item,))]
         sizes[node] = 1 + sum(_measure(child, sizes, (*above, node)) for child in children)
         if sizes[node] > MOST_VALUES:
-            raise RecipeError(f"anchors and aliases make more than {MOST_VALUES:,} values of it.")
+            raise RecipeError(f"it stands for more than {MOST_VALUES:,} values, every alias "
+                              "written out.")
     return sizes[node]
 
 

@@ -53,7 +53,9 @@ class DistillationConfig(TrainingArguments):
         super().__post_init__()
         # every process makes its own batches: a batch of aligned tokens cannot be cut in two
         self.accelerator_config.dispatch_batches = False
-        check(_OwnArguments, {key: getattr(self, key) for key in _OwnArguments.model_fields})
+        own = {key: getattr(self, key) for key in _OwnArguments.model_fields}
+        for key, value in check(_OwnArguments, own):
+            setattr(self, key, value)
         parse_objective(self.objective)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +149,16 @@ def test_every_key_of_the_installed_transformers_is_known() -> None:
     own = {field.name for field in dataclasses.fields(DistillationConfig) if field.init}
     assert set(train_spec().model_fields) == own - set(ELSEWHERE) - set(WITHOUT_EFFECT)
     assert own >= {*ELSEWHERE, *WITHOUT_EFFECT}
+
+
+def test_a_transformers_that_spreads_its_keys_over_classes_is_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "training_args.py").write_text("class TrainingArguments(Base):\n    a: int = 1\n")
+    found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    keys = trainer_arguments.__wrapped__()
+    assert "learning_rate" in keys and "a" not in keys
 
 
 RUNS_OWN = {"logging_steps", "save_total_limit", "dataloader_pin_memory"}

@@ -32,18 +32,21 @@ def refused(path: Path) -> str:
                                   "a0: &a0 {x: 1}\n" + MERGED])
 def test_aliases_of_aliases(text: str, tmp_path: Path) -> None:
     (tmp_path / "bomb.yaml").write_text(text)
-    assert "more than 100,000 values" in refused(tmp_path / "bomb.yaml")
+    assert "stands for more than 100,000 values" in refused(tmp_path / "bomb.yaml")
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("[" * 100_000, "nested more than"),
     ("[" * 200 + "]" * 200, "nested more than"),
     ("{a: " * (DEEPEST + 1) + "1" + "}" * (DEEPEST + 1), "nested more than"),
-    ("".join(" " * n + "a:\n" for n in range(900)), "nested more than"),
+    ("".join(" " * n + "a:\n" for n in range(300)), "nested more than"),
     ("a: &a [*a]", "a value holds itself (line 1)"),
     ("a: &a {b: *a}", "a value holds itself"),
     ("a: 1\nb: 2\na: 3", "the key 'a' stands twice (line 3)"),
-    ("? [a, b]\n: 1", "not valid YAML: while constructing"),
+    ("? [a, b]\n: 1", "not valid YAML (line 1): while constructing a mapping: found unhashable"),
+    ("a: {b", "not valid YAML (line 1): while parsing a flow mapping"),
+    ("a: 2024-13-01", "not valid YAML: month must be in 1..12."),
+    (f"a: {'9' * 5000}", "not valid YAML: Exceeds the limit"),
     ("a: !!python/object:os.system x", "not valid YAML"),
     ("a: \0", "not valid YAML"),
     ("", "this file is empty"),
@@ -54,7 +57,7 @@ def test_texts_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> No
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=r"r\.yaml") as caught:
         load_recipe(tmp_path / "r.yaml")
-    assert message in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
@@ -72,6 +75,17 @@ def test_a_pipe_and_a_device(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     assert "is no regular file" in refused(tmp_path / "pipe.yaml")
     assert "is no regular file" in refused(Path("/dev/zero"))
+
+
+def test_a_file_that_cannot_be_looked_at() -> None:
+    assert "cannot be read: File name too long." in refused(Path(f"/tmp/{'x' * 300}.yaml"))
+
+
+def test_overrides_are_bounded_too(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: 1")
+    for value, message in (("[" * 9999, "nested"), ("{b: 1, b: 2}", "twice"), ("[1", "not valid")):
+        with pytest.raises(RecipeError, match=rf"override 'a=.*': .*{message}"):
+            load_recipe(tmp_path / "r.yaml", [f"a={value}"])
 
 
 def test_data_in_place_of_a_recipe(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
