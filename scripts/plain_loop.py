@@ -21,6 +21,7 @@ from taid_vlm.config.recipe import load_recipe
 from taid_vlm.models.loading import load_model
 from taid_vlm.objectives import parse_objective
 from taid_vlm.runs.run import gather
+from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.loss import choose_step
 from taid_vlm.training.pair import pair_for_training
 
@@ -38,7 +39,7 @@ def train(student, teacher, collator, pairing, dataset, args):  # noqa: RET503
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(
         args.max_steps), args.max_steps)  # not prepared: one step of it per optimizer step
     student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
-    teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+    teacher = LocalTeacher(teacher.to(accelerator.device))
     pairing = pairing.to(accelerator.device)
     objective = parse_objective(args.objective)
     schedule, step, loss_of = objective.schedule(args.max_steps), 0, None

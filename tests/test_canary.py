@@ -387,7 +387,7 @@ def test_a_student_that_stops_looking_is_told(
 def test_both_blind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = make_trainer(tmp_path)
     blinded(made.model)
-    blinded(made.teacher)
+    blinded(made.teacher_model)
     with caplog.at_level(logging.WARNING, logger="taid_vlm"):
         looks = made.look(made.eval_dataset)
     told_now = [r.getMessage() for r in caplog.records if "DOES NOT LOOK" in r.getMessage()]

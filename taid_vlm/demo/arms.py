@@ -138,7 +138,7 @@ def _measure(job: Job, trainer: DistillationTrainer, records: Sequence[Record]) 
     collator = trainer.collator
     if job.arm == TEACHER:
         assert collator.teacher is not None
-        model, adapter = trainer.teacher, collator.teacher
+        model, adapter = trainer.teacher_model, collator.teacher
         tally = Tally()
     else:
         model, adapter = trainer.model, collator.student

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.batch.figures import Measured, token_figures
-from taid_vlm.batch.forward import student_forward, teacher_forward
+from taid_vlm.batch.forward import student_forward
 from taid_vlm.evaluation.calibration import Calibration, binned_sums
-from taid_vlm.models.forward import evaluation_mode
+from taid_vlm.models.forward import Autocast, evaluation_mode
+from taid_vlm.teachers import Teacher
 
 ALL = ""  # the category that holds every token
 
@@ -181,7 +182,7 @@ def _answer_totals(
 @torch.no_grad()
 def evaluate_pair(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     records: Sequence[Any],
     collator: DistillationCollator,
     pairing: Pairing | None,
@@ -191,7 +192,7 @@ def evaluate_pair(
     process: tuple[int, int] = (0, 1),
     progress: bool = False,
     keep_answers: bool = False,
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    autocast: Autocast = contextlib.nullcontext,
 ) -> Tally:
     """Figures of one process's share of the held-out records.
 
@@ -211,7 +212,7 @@ def evaluate_pair(
             batch = send_to_device(batch, device)
             with autocast():
                 s = student_forward(student, batch)
-                u = teacher_forward(teacher, batch) if teacher is not None else None
+                u = teacher.logits(batch) if teacher is not None else None
             tally.add(batch, token_figures(batch, s, u, pairing, closely=True))
     return tally
 

@@ -26,6 +26,8 @@ from taid_vlm.objectives.divergences import closed_form, row_chunks, upcast
 BODIES = ("auto", "eager", "compiled", "triton")
 WORTH_COMPILING = 2**22  # logits of a chunk below which compiling costs more than it saves
 SCRATCH, SCRATCH_COMPILED = 16, 4  # float32 [n, V] that a sum of terms has in use at a time, about
+# torch 2.11 compiles a sum that is written over its own logits so that later terms read gradients
+WRITES_TOO_EARLY = torch.__version__ < (2, 14)  # type: ignore[operator]
 CACHED = 2**18  # logits of one model that a thread on a CPU works on at a time
 
 Body = Callable[..., tuple[Tensor, Tensor]]
@@ -64,10 +66,14 @@ def compiled(
     body = _compiled(key, dtype)
 
     def inside(s: Tensor, u: Tensor | None, labels: Tensor | None, out: Tensor | None) -> Tensor:
-        for logits in (s, u, out):
+        apart = torch.empty_like(s, dtype=dtype) if out is None and WRITES_TOO_EARLY else out
+        for logits in (s, u, apart):
             if logits is not None:
                 torch._dynamo.mark_static(logits, 1)
-        return body(s, u, labels, out, t)
+        losses = body(s, u, labels, apart, t)
+        if apart is not out and apart is not None:
+            s.copy_(apart)
+        return losses
 
     return _by_rows(
         inside, s, u, labels, len(terms), None if in_place else dtype, SCRATCH_COMPILED)

@@ -74,6 +74,7 @@ class FusedDivergence:
         self.maps: tuple[VocabularyMap | None, ...] = tuple(
             None if vocabulary.identity else vocabulary for vocabulary in maps) or (None,)
         self.student_scratch, self.teacher_scratch = Scratch(), Scratch()
+        self.bodies_used: set[str] = set()
 
     def __call__(
         self,
@@ -151,6 +152,11 @@ class _Fused(torch.autograd.Function):
         return None, *(None if g is None else _scale(g, upstream) for g in gradients)
 
 
+def _is_half(head: Head | ModuleHead) -> bool:
+    """Whether a teacher's head is of half precision, and so computes in its own type."""
+    return isinstance(head, Head) and head.weight.dtype.itemsize < 4
+
+
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
     """In place, and without rounding the factor to the gradient's type."""
     if gradient.dtype.itemsize >= 4 or factor.device.type == "cpu":
@@ -226,7 +232,8 @@ class _Work:
         head = self.student_head.open(needs, len(chunks), dtype, self.fused.student_scratch)
         if self.compares and self.teacher_head is not None:
             self.teacher: HeadPass = self.teacher_head.open(
-                dtype=dtype, scratch=self.fused.teacher_scratch)
+                dtype=None if _is_half(self.teacher_head) else dtype,
+                scratch=self.fused.teacher_scratch)
         gradient = torch.zeros_like(hidden) if any(needs[:1]) else None
         for index, rows in chunks:
             x = hidden[rows]
@@ -332,6 +339,7 @@ class _Work:
         terms: Sequence[BodyTerm], dtype: torch.dtype, in_place: bool = False,
     ) -> Tensor:
         body = choose_body(self.fused.body, s.device, terms, s.numel(), s.dtype)
+        self.fused.bodies_used.add(body.__name__)
         gradient, losses = body(s, u, labels, terms, dtype, in_place)
         for term, loss in zip(terms, losses, strict=True):
             self.per_token[term.name][rows] = loss

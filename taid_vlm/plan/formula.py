@@ -52,14 +52,14 @@ def evaluation(trainer: DistillationTrainer, batch: Batch) -> Memory:
 def _resident(trainer: DistillationTrainer) -> dict[str, int]:
     live = {kinds.STUDENT: bytes_of([*parameters(trainer), *trainer.model.buffers()])}
     if trainer.teacher is not None:
-        live[kinds.TEACHER] = resident(trainer.teacher)
+        live[kinds.TEACHER] = resident(trainer.teacher.model)
     return live
 
 
 def _logits(trainer: DistillationTrainer, batch: Batch, copies: int) -> int:
     size = len(batch["labels"]) * head_rows(trainer.model) * copies
     if trainer.teacher is not None:
-        size += len(batch["teacher_labels"]) * head_rows(trainer.teacher)
+        size += len(batch["teacher_labels"]) * trainer.teacher.rows
     return 4 * size
 
 

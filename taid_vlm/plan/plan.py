@@ -227,7 +227,7 @@ def _reason(error: Exception) -> str:
 def _update(trainer: DistillationTrainer, recipe: Recipe) -> Memory:
     """The optimizer's step: all gradients, and nothing left of the activations."""
     _, scratch = _optimizer(trainer, recipe)
-    teacher = 0 if trainer.teacher is None else resident(trainer.teacher)
+    teacher = 0 if trainer.teacher is None else resident(trainer.teacher.model)
     live = {kinds.STUDENT: _student(trainer), kinds.TEACHER: teacher, kinds.SCRATCH: scratch,
             kinds.GRADIENTS: bytes_of(_trained(trainer))}
     return Memory(live, live)

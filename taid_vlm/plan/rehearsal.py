@@ -20,10 +20,10 @@ from transformers import TrainerCallback
 
 from taid_vlm.batch.collator import Batch
 from taid_vlm.batch.figures import token_figures
-from taid_vlm.batch.forward import student_forward, teacher_forward
+from taid_vlm.batch.forward import student_forward
 from taid_vlm.fused.divergence import Rows
 from taid_vlm.models.forward import unwrap
-from taid_vlm.models.head import known_logit_transforms
+from taid_vlm.models.head import LogitTransform, known_logit_transforms
 from taid_vlm.models.parts import TOWER, frozen_modules
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.ledger import Ledger
@@ -89,19 +89,23 @@ def _loss_step(trainer: DistillationTrainer, batch: Batch) -> ReferenceStep | Fu
     What a model does behind its head is taken from its configuration, and the arithmetic is the
     uncompiled one, whose scratch space has the same bound.
     """
-    args, models = trainer.args, {"student": trainer.model, "teacher": trainer.teacher}
-    pairing = trainer.pairing
+    args, pairing = trainer.args, trainer.pairing
     if args.loss_implementation == "reference" or obstacle(
             trainer.objective, pairing) is not None:
         return choose_step(
             args.loss_implementation, trainer.objective, pairing, trainer.model, trainer.teacher,
             batch, args.loss_memory_budget, trainer.accelerator.autocast)
-    transforms = {role: [*known_logit_transforms(unwrap(model).config.get_text_config())][-1]
-                  for role, model in models.items() if model is not None}
-    step = _FewFigures(trainer.objective, pairing, trainer.model, transforms,
-                       args.loss_memory_budget, trainer.accelerator.autocast)
+    if trainer.teacher is not None:
+        trainer.teacher.transform = _configured_transform(trainer.teacher.model)
+    step = _FewFigures(trainer.objective, pairing, trainer.model,
+                       _configured_transform(trainer.model), args.loss_memory_budget,
+                       trainer.accelerator.autocast)
     step.fused.body = step.likelihood.body = "eager"
     return step
+
+
+def _configured_transform(model: nn.Module) -> LogitTransform:
+    return [*known_logit_transforms(unwrap(model).config.get_text_config())][-1]
 
 
 class _FewFigures(FusedStep):
@@ -131,7 +135,7 @@ def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shap
     with _watched(ledger, trainer), shapes, ledger:
         with trainer.accelerator.autocast():
             s = student_forward(trainer.model, batch)
-            u = None if trainer.teacher is None else teacher_forward(trainer.teacher, batch)
+            u = None if trainer.teacher is None else trainer.teacher.logits(batch)
         token_figures(batch, s, u, trainer.pairing, closely=True)
     return Memory(ledger.at_peak, ledger.most)
 
@@ -139,7 +143,7 @@ def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shap
 def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:
     """A ledger that knows what lies there before the step begins."""
     ledger = Ledger()
-    teacher = [] if trainer.teacher is None else _tensors(trainer.teacher)
+    teacher = [] if trainer.teacher is None else _tensors(trainer.teacher.model)
     ledger.adopt(teacher, kinds.TEACHER)
     ledger.adopt([*_tensors(trainer.model), *parameters(trainer)], kinds.STUDENT)
     ledger.adopt(tree_leaves(dict(batch)), kinds.BATCH)
@@ -162,7 +166,7 @@ def parameters(trainer: DistillationTrainer) -> list[nn.Parameter]:
 @contextlib.contextmanager
 def _watched(ledger: Ledger, trainer: DistillationTrainer) -> Iterator[None]:
     """Tell the ledger which model is at work, and on what."""
-    models = {"student": trainer.model, "teacher": trainer.teacher}
+    models = {"student": trainer.model, "teacher": trainer.teacher_model}
     handles = [handle for role, model in models.items() if model is not None
                for handle in _Labels(ledger, *ACTIVATIONS[role]).hook(unwrap(model))]
     try:

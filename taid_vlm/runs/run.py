@@ -300,7 +300,7 @@ def _alignment(trainer: DistillationTrainer) -> dict[str, Any] | None:
 
 def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, Any]:
     described = {}
-    for role, spec, model in (("teacher", recipe.teacher, trainer.teacher),
+    for role, spec, model in (("teacher", recipe.teacher, trainer.teacher_model),
                               ("student", recipe.student, trainer.model)):
         if spec is not None and model is not None:
             described[role] = {
@@ -325,7 +325,7 @@ def _answers(
     trainer: DistillationTrainer, role: str, questions: list[tuple[Record, int]], recipe: Recipe
 ) -> list[str]:
     """Greedy answers, on the main process only (nothing is trained or sharded here)."""
-    model = trainer.teacher if role == "teacher" else trainer.model
+    model = trainer.teacher_model if role == "teacher" else trainer.model
     adapter = getattr(trainer.collator, role)
     if not questions or model is None or not trainer.is_world_process_zero():
         return []

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,20 @@ from transformers import PreTrainedModel
 
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.figures import Measured, compared_figures, token_figures
-from taid_vlm.batch.forward import Batch, student_forward, teacher_forward
+from taid_vlm.batch.forward import Batch, student_forward
 from taid_vlm.batch.losses import advantage_weights, token_losses
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedDivergence, FusedLoss, Rows
-from taid_vlm.fused.heads import Head, ModuleHead
-from taid_vlm.models.forward import answer_hidden, answer_logits, evaluation_mode, head_rows, unwrap
-from taid_vlm.models.head import LogitTransform, known_logit_transforms
+from taid_vlm.fused.model_head import find_logit_transform, output_head
+from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
+from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, divergence, parse_objective
+from taid_vlm.teachers import HiddenSignal, Teacher
 
 logger = logging.getLogger(__name__)
 
-Autocast: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
 FIGURE_BYTES = 64  # per pair of logits, that the figures of a logged step have in use, about
-CHECKED_POSITIONS = 8  # at which head(hidden) must be the model's own logits
 
 
 class StepLoss(NamedTuple):
@@ -47,18 +46,28 @@ class StepLoss(NamedTuple):
 
 
 class ReferenceStep:
-    """All logits of the answer positions in memory: every objective, every pair."""
+    """All logits of the answer positions in memory: every objective, every pair.
 
-    def __init__(self, objective: Objective, pairing: Pairing | None) -> None:
-        self.objective, self.pairing = objective, pairing
+    Args:
+        reason: why it is taken, for the run's results.
+    """
+
+    def __init__(
+        self, objective: Objective, pairing: Pairing | None, reason: str | None = None
+    ) -> None:
+        self.objective, self.pairing, self.reason = objective, pairing, reason
+
+    def report(self) -> dict[str, Any]:
+        """For the run's results: which implementation ran, and why."""
+        return {"name": "reference", "reason": self.reason, "bodies": []}
 
     def __call__(
-        self, model: nn.Module, teacher: nn.Module | None, batch: Batch, t: float | None,
+        self, model: nn.Module, teacher: Teacher | None, batch: Batch, t: float | None,
         with_figures: bool,
     ) -> StepLoss:
         u = weight = None
         if teacher is not None and self.objective.needs_teacher:
-            u = teacher_forward(teacher, batch)
+            u = teacher.logits(batch)
             if self.objective.visual_advantage:
                 weight = _advantage(self.objective, teacher, batch, u)
         s = student_forward(model, batch)
@@ -69,19 +78,12 @@ class ReferenceStep:
 
 
 @torch.no_grad()
-def _advantage(objective: Objective, teacher: nn.Module, batch: Batch, u: Tensor) -> Tensor:
+def _advantage(objective: Objective, teacher: Teacher, batch: Batch, u: Tensor) -> Tensor:
     def nll(logits: Tensor) -> Tensor:
         return divergence("ce", logits, None, labels=batch["teacher_labels"])
 
     return advantage_weights(objective.visual_advantage, batch, nll(u),
-                             lambda blind: nll(teacher_forward(teacher, blind)))
-
-
-class Answers(NamedTuple):
-    """One model's hidden states at the answer positions [N, H], and its head."""
-
-    hidden: Tensor
-    head: Head | ModuleHead
+                             lambda blind: nll(teacher.logits(blind)))
 
 
 class FusedStep:
@@ -90,57 +92,58 @@ class FusedStep:
     Args:
         pairing: None without a teacher.
         student: wrapped or not; its innermost forward takes one argument more from now on.
-        transforms: what student and teacher do behind their heads.
+        transform: what the student does behind its head.
         memory_budget: bytes that a chunk of logits may take.
     """
 
     def __init__(
         self, objective: Objective, pairing: Pairing | None, student: nn.Module,
-        transforms: Mapping[str, LogitTransform], memory_budget: int, autocast: Autocast,
+        transform: LogitTransform, memory_budget: int, autocast: Autocast,
     ) -> None:
-        self.objective, self.pairing, self.transforms = objective, pairing, transforms
+        self.objective, self.pairing, self.transform = objective, pairing, transform
         self.autocast = autocast
         maps = pairing.maps if pairing is not None and objective.needs_teacher else ()
         self.fused = FusedDivergence(objective, maps, memory_budget=memory_budget)
         self.likelihood = FusedDivergence(parse_objective("ce"), memory_budget=memory_budget)
         accept_distill(unwrap(student))
 
+    def report(self) -> dict[str, Any]:
+        """For the run's results: which implementation ran, and with which bodies."""
+        return {"name": "fused", "reason": None, "bodies": sorted(self.fused.bodies_used)}
+
     def __call__(
-        self, model: nn.Module, teacher: nn.Module | None, batch: Batch, t: float | None,
+        self, model: nn.Module, teacher: Teacher | None, batch: Batch, t: float | None,
         with_figures: bool,
     ) -> StepLoss:
-        theirs = weight = None
+        signal = weight = None
         if teacher is not None and self.objective.needs_teacher:
-            with torch.no_grad(), self.autocast():
-                theirs = self._answers(unwrap(teacher), "teacher", batch)
-                if self.objective.visual_advantage:
-                    weight = self._advantage(unwrap(teacher), batch, theirs)
+            signal = _hidden(teacher, batch)
+            if self.objective.visual_advantage:
+                weight = self._advantage(teacher, batch, signal)
+        teacher_hidden, teacher_head = signal or (None, None)
 
         def distill(student: PreTrainedModel, inputs: Mapping[str, Tensor]) -> FusedLoss:
             with self.autocast():
-                ours = self._answers(student, "student", {**batch, "student_inputs": inputs})
-                their_hidden, their_head = theirs or (None, None)
                 return self.fused(
-                    ours.hidden, ours.head, their_hidden, their_head, batch["labels"], t=t,
+                    answer_hidden(student, inputs, batch["student_mask"]),
+                    output_head(student, self.transform), teacher_hidden, teacher_head,
+                    batch["labels"], t=t,
                     map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
                     token_weights=weight,
                     measure=functools.partial(self._measure, batch) if with_figures else None)
 
-        found = model(**batch["student_inputs"], distill=distill)
-        figures = {name: Measured(values) for name, values in found.figures.items()}
-        return StepLoss(found.loss, found.per_token, weight, figures)
+        result = model(**batch["student_inputs"], distill=distill)
+        figures = {name: Measured(values) for name, values in result.figures.items()}
+        return StepLoss(result.loss, result.per_token, weight, figures)
 
-    def _answers(self, model: PreTrainedModel, role: str, batch: Batch) -> Answers:
-        return Answers(answer_hidden(model, batch[f"{role}_inputs"], batch[f"{role}_mask"]),
-                       output_head(model, self.transforms[role]))
+    @torch.no_grad()
+    def _advantage(self, teacher: Teacher, batch: Batch, seeing: HiddenSignal) -> Tensor:
+        def nll(signal: HiddenSignal) -> Tensor:
+            with self.autocast():
+                return self.likelihood(*signal, labels=batch["teacher_labels"]).per_token["ce"]
 
-    def _advantage(self, teacher: PreTrainedModel, batch: Batch, seeing: Answers) -> Tensor:
-        def nll(answers: Answers) -> Tensor:
-            return self.likelihood(*answers, labels=batch["teacher_labels"]).per_token["ce"]
-
-        return advantage_weights(
-            self.objective.visual_advantage, batch, nll(seeing),
-            lambda blind: nll(self._answers(teacher, "teacher", blind)))
+        return advantage_weights(self.objective.visual_advantage, batch, nll(seeing),
+                                 lambda blind: nll(_hidden(teacher, blind)))
 
     def _measure(
         self, batch: Batch, index: int, rows: Rows, s: Tensor, u: Tensor | None
@@ -156,6 +159,12 @@ class FusedStep:
                 found |= compared_figures(self.pairing.maps[index], s[part], u[part])
             parts.append(found)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _hidden(teacher: Teacher, batch: Batch) -> HiddenSignal:
+    signal = teacher.hidden(batch)
+    assert signal is not None  # `choose_step` has asked
+    return signal
 
 
 # ----- the student's forward ----------------------------------------------------------------
@@ -179,20 +188,12 @@ def accept_distill(model: PreTrainedModel) -> None:
     model.forward = forward  # type: ignore[method-assign]
 
 
-def output_head(model: PreTrainedModel, transform: LogitTransform) -> Head | ModuleHead:
-    """The model's head as the fused objective takes it."""
-    module = model.get_output_embeddings()
-    if type(module) is nn.Linear:
-        return Head(module.weight, module.bias, transform)
-    return ModuleHead(module, head_rows(model), transform)
-
-
 # ----- which one ----------------------------------------------------------------------------
 
 
 def choose_step(
     implementation: str, objective: Objective, pairing: Pairing | None, student: nn.Module,
-    teacher: nn.Module | None, probe: Batch, memory_budget: int = MEMORY_BUDGET,
+    teacher: Teacher | None, probe: Batch, memory_budget: int = MEMORY_BUDGET,
     autocast: Autocast = contextlib.nullcontext,
 ) -> ReferenceStep | FusedStep:
     """The implementation asked for; "auto" takes the fused one where it gives the same.
@@ -205,24 +206,28 @@ def choose_step(
     Raises:
         TaidError: "fused" for something only the reference can do, with the reason.
     """
-    reason = obstacle(objective, pairing)
-    transforms: dict[str, LogitTransform] = {}
-    if reason is None and implementation != "reference":
-        models = {"student": student, "teacher": teacher if objective.needs_teacher else None}
-        for role, model in models.items():
-            transform = None if model is None else find_logit_transform(unwrap(model), role, probe)
-            if model is not None and transform is None:
-                reason = (f"the {role} ({unwrap(model).config.model_type}) does something behind "
-                          "its head that is not known here")
-            elif transform is not None:
-                transforms[role] = transform
-    if implementation == "reference" or (implementation == "auto" and reason is not None):
-        if implementation == "auto":
-            logger.warning("The loss keeps the logits of all answer positions: %s.", reason)
-        return ReferenceStep(objective, pairing)
-    if reason is not None:
+    if implementation == "reference":
+        return ReferenceStep(objective, pairing, "loss_implementation = 'reference'")
+    reason, transform = obstacle(objective, pairing), None
+    if reason is None:
+        with autocast():
+            transform = find_logit_transform(
+                unwrap(student), probe["student_inputs"], probe["student_mask"])
+        if transform is None:
+            reason = _unknown_head("student", unwrap(student))
+        elif teacher is not None and objective.needs_teacher and teacher.hidden(probe) is None:
+            reason = _unknown_head("teacher", getattr(teacher, "model", None))
+    if reason is None and transform is not None:
+        return FusedStep(objective, pairing, student, transform, memory_budget, autocast)
+    if implementation == "fused":
         raise TaidError(f"loss_implementation = 'fused', but {reason}. Use auto or reference.")
-    return FusedStep(objective, pairing, student, transforms, memory_budget, autocast)
+    logger.warning("The loss keeps the logits of all answer positions: %s.", reason)
+    return ReferenceStep(objective, pairing, reason)
+
+
+def _unknown_head(role: str, model: Any) -> str:
+    kind = "" if model is None else f" ({unwrap(model).config.model_type})"
+    return f"the {role}{kind} does something behind its head that is not known here"
 
 
 def obstacle(objective: Objective, pairing: Pairing | None) -> str | None:
@@ -230,23 +235,3 @@ def obstacle(objective: Objective, pairing: Pairing | None) -> str | None:
     if pairing is not None and pairing.has_chunks and objective.needs_teacher:
         return "the models split some texts differently, and chunks need single tokens' logits"
     return None
-
-
-@torch.no_grad()
-def find_logit_transform(model: PreTrainedModel, role: str, probe: Batch) -> LogitTransform | None:
-    """What the model does between its head and its logits; None if it is not known here."""
-    mask = probe[f"{role}_mask"].clone()
-    places = mask.nonzero()[CHECKED_POSITIONS:]
-    mask[places[:, 0], places[:, 1]] = False
-    device = model.device
-    inputs = {key: value.to(device) for key, value in probe[f"{role}_inputs"].items()}
-    with evaluation_mode(model):
-        own = answer_logits(model, inputs, mask.to(device))
-        hidden = answer_hidden(model, inputs, mask.to(device))
-    for transform in known_logit_transforms(model.config.get_text_config()):
-        if torch.allclose(output_head(model, transform).open().logits(hidden).float(), own.float(),
-                          rtol=1e-3, atol=1e-3 * float(own.float().abs().max())):
-            return transform
-    return None
-
-

@@ -38,6 +38,7 @@ from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
 from taid_vlm.models.loading import restore_weights
 from taid_vlm.models.parts import TrainedParts
 from taid_vlm.objectives import TaidSchedule, parse_objective
+from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
@@ -108,7 +109,7 @@ class DistillationTrainer(Trainer):
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
-        self.teacher = None if teacher is None else self._freeze(teacher)
+        self.teacher = None if teacher is None else LocalTeacher(teacher, self.accelerator)
         self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
@@ -124,9 +125,15 @@ class DistillationTrainer(Trainer):
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
 
-    def _freeze(self, teacher: PreTrainedModel) -> nn.Module:
-        teacher.requires_grad_(False).eval()
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+    @property
+    def loss_report(self) -> dict[str, Any] | None:
+        """Which implementation of the loss ran, and why; None before the first step."""
+        return None if self._step is None else self._step.report()
+
+    @property
+    def teacher_model(self) -> Any:
+        """The model behind the teacher, None without one."""
+        return None if self.teacher is None else self.teacher.model
 
     # ----- the step -------------------------------------------------------------------------
 
@@ -276,7 +283,7 @@ class DistillationTrainer(Trainer):
     def look(self, dataset: Sequence[Any]) -> Looks:
         """`evaluation.canary.canary` of teacher and student, by role; {} without images."""
         return self.canary.ask(
-            dataset, self.model, self.teacher, self.collator, **self._evaluation_options())
+            dataset, self.model, self.teacher_model, self.collator, **self._evaluation_options())
 
     def _evaluation_options(self) -> dict[str, Any]:
         return {

@@ -22,6 +22,7 @@ from taid_vlm.batch.losses import token_losses
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
 from taid_vlm.models.forward import forward_names
 from taid_vlm.objectives import LOSSES, chunk_logits, label_log_prob, parse_objective
+from taid_vlm.teachers import LocalTeacher
 
 PAIRS = [
     (Name("llama"), Name("qwen2", "other")),
@@ -291,7 +292,8 @@ def tally(batch_size: int, process: tuple[int, int] = (0, 1)) -> Tally:
     data = [row(k) | {"category": k} for _ in range(2) for k in kinds(teacher, student)]
     data.append({"prompt": "hello", "completion": " "})
     return evaluate_pair(
-        doubled(student, 1), doubled(teacher), data, lambda rows: in_doubles(collator(rows)),
+        doubled(student, 1), LocalTeacher(doubled(teacher)), data,
+        lambda rows: in_doubles(collator(rows)),
         both.pairing, batch_size=batch_size, process=process)
 
 

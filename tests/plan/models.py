@@ -153,6 +153,6 @@ def measured_step(recipe: Recipe, folder: Path) -> int:
     trainer, watch = real_trainer(recipe, folder), _Watch()
     trainer.add_callback(watch)
     trainer.train()
-    models: list[nn.Module] = [trainer.model] + ([trainer.teacher] if trainer.teacher else [])
+    models: list[nn.Module] = [trainer.model] + ([trainer.teacher_model] if trainer.teacher else [])
     resident = sum(t.nbytes for model in models for t in [*model.parameters(), *model.buffers()])
     return resident + watch.before + watch.peak()

@@ -28,6 +28,7 @@ from taid_vlm.alignment import pair_models
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.models.forward import head_rows
 from taid_vlm.objectives import parse_objective
+from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.loss import choose_step
 
 
@@ -46,12 +47,13 @@ def main() -> None:
     batches = [collator([row]) for row in seen[:8][rank::world]]
     objective = parse_objective({"terms": ["taid", {"name": "ce", "weight": 0.3}]})
     name = "reference" if kind.endswith("-reference") else "fused"
-    step = choose_step(name, objective, pairing, ours.model, theirs.model, batches[0], 40_000)
+    teacher_model = LocalTeacher(theirs.model)
+    step = choose_step(name, objective, pairing, ours.model, teacher_model, batches[0], 40_000)
     model = wrapped(kind, ours.model)
     tokens = torch.tensor(sum(len(batch["labels"]) for batch in batches))
     dist.all_reduce(tokens)
     for batch in batches:
-        found = step(model, theirs.model, batch, 0.4, True)
+        found = step(model, teacher_model, batch, 0.4, True)
         (found.loss * world / tokens).backward()  # both average over processes
     gradients = {name: p.grad for name, p in ours.model.named_parameters() if p.grad is not None}
     sharded = any(isinstance(g, DTensor) for g in gradients.values())

@@ -19,9 +19,10 @@ from training.runs import make_trainer, rows, weights
 from zoo import TEXT_FAMILIES, VLM_FAMILIES, build
 
 from taid_vlm import DistillationConfig, DistillationTrainer, TaidError
+from taid_vlm.fused.model_head import find_logit_transform
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.head import LogitTransform
-from taid_vlm.training.loss import FusedStep, ReferenceStep, accept_distill, find_logit_transform
+from taid_vlm.training.loss import FusedStep, ReferenceStep, accept_distill
 
 SHORT = {"max_steps": 20, "optim": "sgd", "learning_rate": 0.05, "logging_steps": 5,
          "max_grad_norm": 1.0}
@@ -108,12 +109,12 @@ def test_a_head_that_is_not_known_falls_back_and_says_so(
         return output
 
     trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.teacher.register_forward_hook(doubled)
+    trainer.teacher_model.register_forward_hook(doubled)
     trainer.train()
     assert isinstance(trainer._step, ReferenceStep)
     assert "the teacher (internvl) does something behind its head" in caplog.text
     trainer = make_trainer(tmp_path, max_steps=1, loss_implementation="fused")
-    trainer.teacher.register_forward_hook(doubled)
+    trainer.teacher_model.register_forward_hook(doubled)
     with pytest.raises(TaidError, match=r"loss_implementation = .fused.*behind its head"):
         trainer.train()
 
@@ -142,7 +143,7 @@ def test_the_first_batch_may_be_empty(tmp_path: Path) -> None:
     trainer._get_train_sampler = lambda *_: None  # in order
     trainer.train()
     assert isinstance(trainer._step, FusedStep)
-    assert trainer._step.transforms["student"] == LogitTransform(1.0, 3.0)
+    assert trainer._step.transform == LogitTransform(1.0, 3.0)
 
 
 @pytest.mark.parametrize("family", VLM_FAMILIES + TEXT_FAMILIES)
@@ -154,7 +155,8 @@ def test_every_family_has_a_known_head(family: str) -> None:
     if family == "paligemma":
         probe["student_inputs"]["token_type_ids"] = torch.ones_like(tokens)
     state = torch.get_rng_state()
-    transform = find_logit_transform(built.model, "student", probe)
+    transform = find_logit_transform(
+        built.model, probe["student_inputs"], probe["student_mask"])
     cap = getattr(built.model.config.get_text_config(), "final_logit_softcapping", None)
     assert transform == (LogitTransform() if cap is None else LogitTransform(1.0, cap))
     assert torch.equal(state, torch.get_rng_state())

@@ -47,7 +47,7 @@ def test_logged_figures_are_means_over_what_they_are_defined_on(tmp_path: Path) 
     batch = trainer.data_collator(data)
     with torch.no_grad():
         figures = token_figures(batch, student_forward(trainer.model, batch),
-                                teacher_forward(trainer.teacher, batch), trainer.pairing)
+                                teacher_forward(trainer.teacher_model, batch), trainer.pairing)
     expected = by_hand(trainer, data)
     trainer.train()
     row = logs(trainer)[0]

@@ -27,6 +27,6 @@ def test_equal_weights(objective: object, tmp_path: Path) -> None:
     trained, fresh = (make_trainer(tmp_path, **options) for _ in range(2))
     trained.train()
     plain = plain_loop().train(
-        fresh.model, fresh.teacher, fresh.data_collator, fresh.pairing, rows(), fresh.args)
+        fresh.model, fresh.teacher_model, fresh.data_collator, fresh.pairing, rows(), fresh.args)
     expected = weights(trained)
     assert all(torch.equal(expected[name], p) for name, p in plain.named_parameters())

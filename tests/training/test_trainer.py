@@ -80,7 +80,7 @@ def test_init_kwargs_reach_the_loader(teacher: Built, student: Built, tmp_path: 
     trainer = DistillationTrainer(
         names[0], names[1], config(tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"}),
         TEXT_ROWS)
-    assert next(trainer.teacher.parameters()).dtype == torch.bfloat16
+    assert next(trainer.teacher_model.parameters()).dtype == torch.bfloat16
     assert next(trainer.model.parameters()).dtype == torch.float32
 
 
@@ -188,7 +188,7 @@ def test_teacher_and_given_mode_are_left_alone(
         student.model, teacher.model, config(tmp_path), TEXT_ROWS, None, student.processor,
         teacher.processor)
     trainer.train()
-    assert not trainer.teacher.training
+    assert not trainer.teacher_model.training
     for name, p in teacher.model.named_parameters():
         assert torch.equal(before[name], p)
         assert p.grad is None
@@ -215,7 +215,7 @@ def by_hand(trainer: DistillationTrainer, data: list[dict[str, Any]]) -> float:
         for row in data:
             batch = trainer.data_collator([row])
             s = student_forward(trainer.model, batch)
-            u = teacher_forward(trainer.teacher, batch)
+            u = teacher_forward(trainer.teacher_model, batch)
             schedule = trainer.objective.schedule(1)
             losses = token_losses(trainer.objective, batch, s, u, trainer.pairing, schedule.t)
             total += float(losses["taid"].double().sum())

@@ -19,7 +19,7 @@ from zoo import VLM_FAMILIES, build
 from taid_vlm import DistillationTrainer
 from taid_vlm.adapters import make_adapter
 from taid_vlm.alignment import pair_models
-from taid_vlm.batch import step
+from taid_vlm.batch import losses
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.batch.forward import student_forward, teacher_forward
 from taid_vlm.batch.losses import advantage_weights, token_losses
@@ -79,7 +79,8 @@ def naive_losses(trainer: DistillationTrainer, data: list[dict[str, Any]]) -> di
             batch = trainer.data_collator([
                 {"prompt": "<image>what", "completion": "red", "images": [picture]}])
             s, u = (view_of(model, batch[f"{role}_inputs"]["pixel_values"])
-                    for role, model in (("student", trainer.model), ("teacher", trainer.teacher)))
+                    for role, model in (("student", trainer.model),
+                                        ("teacher", trainer.teacher_model)))
             mapped = naive_pool(s, 3) @ weight.T
             cosine = torch.nn.functional.cosine_similarity
             features.append(float((1 - cosine(mapped, naive_pool(u, 3))).mean()))
@@ -96,7 +97,7 @@ def naive_weight(trainer: DistillationTrainer, row: dict[str, Any]) -> Tensor:
     found = []
     for shown in (row, blind):
         batch = trainer.data_collator([shown])
-        logits = answer_logits(trainer.teacher, batch["teacher_inputs"], batch["teacher_mask"])
+        logits = teacher_forward(trainer.teacher_model, batch)
         labels = batch["teacher_labels"]
         found.append(logits.double().log_softmax(-1)[range(len(labels)), labels])
     return 1 + 2.0 * (1 - torch.exp(-(found[0] - found[1]).clamp(min=0)))
@@ -107,7 +108,7 @@ def by_hand(trainer: DistillationTrainer, data: list[dict[str, Any]]) -> dict[st
     plain, weighed, weight, tokens = 0.0, 0.0, 0.0, 0
     for row in data:
         batch = trainer.data_collator([row])
-        s, u = student_forward(trainer.model, batch), teacher_forward(trainer.teacher, batch)
+        s, u = student_forward(trainer.model, batch), teacher_forward(trainer.teacher_model, batch)
         t = trainer.objective.schedule(1).t
         loss = token_losses(trainer.objective, batch, s, u, trainer.pairing, t)["taid"].double()
         w = naive_weight(trainer, row)
@@ -177,7 +178,7 @@ def test_weights_of_pairs_and_chunks() -> None:
             wanted[token] = 1.0
     assert found.tolist() == pytest.approx(wanted, rel=1e-4)
     assert len(batch["chunk_last"]) > 3 and len(batch["pair_student"]) > 3
-    assert set(step.compared_tokens(batch).tolist()) == {
+    assert set(losses.compared_tokens(batch).tolist()) == {
         *batch["pair_student"].tolist(), *batch["chunk_last"].tolist()}
 
 
@@ -293,7 +294,7 @@ def test_the_second_forward_is_for_images_only(tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, objective=objective, max_steps=2, kinds=kinds,
                                canary_records=0, loss_implementation="reference")
         calls = []
-        trainer.teacher.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        trainer.teacher_model.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         trainer.train()
         assert len(calls) == 2 * wanted, kinds
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torchvision
 import transformers as hf
+from torch.torch_version import TorchVersion
 from transformers import PreTrainedTokenizerBase
 from transformers.models.smolvlm import processing_smolvlm
 
@@ -21,6 +25,13 @@ def _allow_missing_num2words() -> None:
         processing_smolvlm.num2words = str
 
 
+def lanczos(family: str) -> Any:
+    """The image processor that AutoProcessor will load: without torchvision 0.27, which brings
+    Lanczos resampling, that is the one on PIL."""
+    old = TorchVersion(torchvision.__version__) < (0, 27)
+    return getattr(hf, f"{family}ImageProcessor{'Pil' if old else ''}")
+
+
 def _smolvlm(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
     """Tiles of 32 x 32 plus the whole image: 4 image tokens each, row and column markers too."""
     _allow_missing_num2words()
@@ -33,7 +44,7 @@ def _smolvlm(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
     )
     tile = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
     processor = hf.SmolVLMProcessor(
-        hf.SmolVLMImageProcessor(**tile),
+        lanczos("SmolVLM")(**tile),
         tok,
         hf.SmolVLMVideoProcessor(**tile),
         image_seq_len=4,
@@ -52,7 +63,7 @@ def _idefics3(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
         **tied(text),
     )
     processor = hf.Idefics3Processor(
-        hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
+        lanczos("Idefics3")(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
         tok,
         image_seq_len=1,
         chat_template=tok.chat_template,

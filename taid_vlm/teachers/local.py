@@ -1,0 +1,82 @@
+"""A teacher that is a model in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from taid_vlm.batch.forward import Batch, teacher_forward
+from taid_vlm.fused.model_head import find_logit_transform, output_head
+from taid_vlm.models.forward import Autocast, answer_hidden, head_rows, unwrap
+from taid_vlm.models.head import LogitTransform
+from taid_vlm.teachers.signal import HiddenSignal, SparseSignal
+
+
+class LocalTeacher:
+    """`model`, frozen, in evaluation mode, on this process's device.
+
+    Weights of half precision are computed with in their own type, whatever the student's mixed
+    precision: torch cannot mix bfloat16 weights and float16 autocast.
+
+    Args:
+        accelerator: places the model, and brings its mixed precision; without it the model stays
+            as and where it is.
+    """
+
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator | None = None) -> None:
+        model.requires_grad_(False).eval()
+        self.model: Any = model if accelerator is None else _placed(model, accelerator)
+        self.autocast: Autocast = (
+            contextlib.nullcontext if accelerator is None else accelerator.autocast)
+        if model.dtype.itemsize < 4:
+            self.autocast = functools.partial(torch.autocast, model.device.type, enabled=False)
+            inner = unwrap(self.model)
+            inner.forward = self.autocast()(inner.forward)
+        self.transform: LogitTransform | None = None
+
+    @property
+    def rows(self) -> int:
+        return head_rows(self.model)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """[N, V], see `Teacher`."""
+        with self.autocast():
+            return teacher_forward(self.model, batch)
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> HiddenSignal | None:
+        """Hidden states and head; the first call finds out what stands behind the head."""
+        model, inputs, mask = unwrap(self.model), batch["teacher_inputs"], batch["teacher_mask"]
+        with self.autocast():
+            if self.transform is None:
+                self.transform = find_logit_transform(model, inputs, mask)
+            if self.transform is None:
+                return None
+            return HiddenSignal(answer_hidden(model, inputs, mask),
+                                output_head(model, self.transform))
+
+    @torch.no_grad()
+    def sparse(self, batch: Batch, k: int) -> SparseSignal:
+        """The k most likely tokens in float32, see `Teacher`."""
+        log_probs = self.logits(batch).float().log_softmax(-1)
+        top, ids = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
+        rest = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
+        return SparseSignal(ids, top, rest)
+
+
+def _placed(model: PreTrainedModel, accelerator: Accelerator) -> Any:
+    """The model on the process's device; what `device_map` has spread stays where it is.
+
+    accelerate moves an evaluated model for one process and for DDP, but not under FSDP.
+    """
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    if getattr(model, "hf_device_map", None) is None:
+        prepared.to(accelerator.device)
+    return prepared

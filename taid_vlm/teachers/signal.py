@@ -1,0 +1,51 @@
+"""What every teacher gives, wherever it runs.
+
+N are the batch's aligned tokens of the teacher (`teacher_mask`), V the rows of its head. The three
+forms of one signal, from the leanest exact one to what a server has: hidden states with their head
+(exact, H numbers a token), logits (exact, V numbers), and the k most likely tokens with what is
+left (2k + 1 numbers). The objective does not know which teacher it came from.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from taid_vlm.batch.forward import Batch
+from taid_vlm.fused.heads import Head, ModuleHead
+
+
+class HiddenSignal(NamedTuple):
+    """hidden [N, H] and the head [V, H] behind it: together the whole distribution, exactly."""
+
+    hidden: Tensor
+    head: Head | ModuleHead
+
+
+class SparseSignal(NamedTuple):
+    """ids and log_probs [N, k] of the most likely tokens, most likely first, and log_rest [N], the
+    log-probability of all others together (-inf where there are none)."""
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+
+
+class Teacher(Protocol):
+    """A frozen model's next-token laws at a batch's aligned positions.
+
+    rows: V. No method takes a gradient or moves random state.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[N, V]."""
+
+    def hidden(self, batch: Batch) -> HiddenSignal | None:
+        """None where the head is not known, so that hidden states do not say it all."""
+
+    def sparse(self, batch: Batch, k: int) -> SparseSignal:
+        """The k most likely tokens, with the exact rest."""
