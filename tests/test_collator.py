@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -402,12 +403,19 @@ def test_batch_that_fails_only_together_is_an_error() -> None:
         DistillationCollator(student, whole.teacher, whole.pairing)(GOOD)
 
 
-# A text model's images and a base model's conversations are mistakes of the recipe, not of a row.
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_wrong_kind_of_model_is_an_error(family: str) -> None:
-    item = row("image") if family == "llama" else row("talk")
-    with pytest.raises(TaidError, match=r"image|no chat template"):
-        DistillationCollator(adapter(family))([row("text"), item])
+@pytest.mark.parametrize(("family", "kind", "reason", "message"), [
+    ("llama", "image", "image for a text model", "cannot see it; choose a student with vision"),
+    ("gpt2", "talk", "conversation without a chat template", r"set student\.chat_template"),
+    ("paligemma", "talk", "conversation for a model of single questions", "PaliGemma"),
+])
+def test_what_a_model_cannot_take_is_counted_under_its_reason(
+    family: str, kind: str, reason: str, message: str
+) -> None:
+    """Deep in the data it must not end a run; `_refuse_empty` sees data of nothing else."""
+    alone = DistillationCollator(adapter(family))
+    counts = alone([row("text"), row(kind)])["counts"]
+    assert (counts["dropped"], counts["rows"]) == ({reason: 1}, 1)
+    assert re.search(message, alone.reported[reason])
 
 
 # ----- workers ----------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Message, Record
 
 Side = Literal["left", "right"]
+NO_VISION, NO_TEMPLATE = "image for a text model", "conversation without a chat template"
 # whether a template's space is glued to an answer depends on the word having such a token
 PROBE_WORDS = ("yes", "The", "the", "a", "is", "in", "It", "A")
 
@@ -79,10 +80,9 @@ class ModelAdapter:
     def render(self, record: Record, supervise: Supervise = "answers") -> Rendered:
         """The record as this model's text; raises SampleDropped where it cannot be used."""
         if record.images and not self.sees_images:
-            raise TaidError(
-                f"{record.source} holds an image, but the {self.role} is a text model and cannot "
-                f"see it; choose a {self.role} with vision, or text records."
-            )
+            raise SampleDropped(
+                NO_VISION, f"{record.source} holds an image, but the {self.role} is a text model "
+                f"and cannot see it; choose a {self.role} with vision, or text records.")
         if record.text is not None:
             return self._render_text(record.text, record.source)
         if self.form is None:
@@ -103,10 +103,9 @@ class ModelAdapter:
         """A base model: one question and one answer, simply joined."""
         roles = [message.role for message in record.messages]
         if roles != ["user", "assistant"]:
-            raise TaidError(
-                f"{record.source} is a conversation ({', '.join(roles)}), but the {self.role} has "
-                f"no chat template; set {self.role}.chat_template."
-            )
+            raise SampleDropped(
+                NO_TEMPLATE, f"{record.source} is a conversation ({', '.join(roles)}), but the "
+                f"{self.role} has no chat template; set {self.role}.chat_template.")
         prompt, completion = (message.text for message in record.messages)
         answer = completion.strip()
         if not answer:

@@ -15,6 +15,8 @@ from taid_vlm.adapters.template import Processor, Rendered, Supervise, TextSpan,
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.records import Record
 
+ONE_QUESTION = "conversation for a model of single questions"
+
 
 class TileListAdapter(ImageTextAdapter):
     """PerceptionLM: its processor cannot stack images with unequal numbers of tiles.
@@ -58,11 +60,10 @@ class PrefixAdapter(ImageTextAdapter):
             return self._with_answer(self._added_bos, record.text)
         roles = [message.role for message in record.messages]
         if roles != ["user", "assistant"]:
-            raise TaidError(
-                f"{record.source} is a conversation ({', '.join(roles)}), but the {self.role} is "
-                "PaliGemma, which answers one question; give records of one user's and one "
-                "assistant's turn, or choose another model."
-            )
+            raise SampleDropped(
+                ONE_QUESTION, f"{record.source} is a conversation ({', '.join(roles)}), but the "
+                f"{self.role} is PaliGemma, which answers one question; give records of one user's "
+                "and one assistant's turn, or choose another model.")
         (answer,) = record.answers
         if not answer:
             raise SampleDropped("empty answer", record.source)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -37,7 +37,7 @@ from taid_vlm.alignment import (
     teacher_positions,
 )
 from taid_vlm.errors import AlignmentError, RecordError, SampleDropped, TaidError
-from taid_vlm.records import Malformed, Record, parse_record
+from taid_vlm.records import Malformed, Record, first_rows, parse_record
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class DistillationCollator:
         degrade: makes an image that says nothing, of the same size; the teacher is then shown
             these, too.
         views: by role, what finds the images' global views.
+        reported: the first message of every reason for which a record was left out.
 
     A batch holds, for N aligned tokens in B rows:
         student_inputs, teacher_inputs: what the models take.
@@ -92,6 +93,7 @@ class DistillationCollator:
     padding_side: Side = "right"
     degrade: Callable[[Image.Image], Image.Image] | None = None
     views: Mapping[str, GlobalViews] | None = None
+    reported: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         counts: Counter[str] = Counter()
@@ -114,8 +116,24 @@ class DistillationCollator:
                 raise RecordError(row.problem)
             return self._prepare(row if isinstance(row, Record) else parse_record(row, "a row"))
         except (SampleDropped, RecordError, AlignmentError) as problem:
-            _count(problem, counts)
+            self._leave_out(problem, counts)
             return None
+
+    def _leave_out(self, problem: Exception, counts: Counter[str], source: str = "") -> None:
+        """Count a record under its reason; the first one of each reason is reported in full."""
+        kinds: dict[type[Exception], str] = {
+            RecordError: "malformed record", AlignmentError: "cannot be aligned"}
+        reason = problem.reason if isinstance(problem, SampleDropped) else \
+            kinds.get(type(problem), "refused by the processor")
+        counts[reason] += 1
+        if reason not in self.reported:
+            self.reported[reason] = f"{source}: {problem}" if source else str(problem)
+            logger.warning("A record is left out (%s). %s", reason, self.reported[reason])
+
+    def usable(self, data: Any, wanted: Callable[[Record], Any]) -> Iterator[Record]:
+        """Those of a data set's records that are wanted and that are not left out, in order."""
+        return (row for row in first_rows(data)
+                if isinstance(row, Record) and wanted(row) and self([row])["counts"]["rows"])
 
     def _prepare(self, record: Record) -> _Sample:
         rendered = {a.role: a.render(record, self.supervise) for a in self.adapters}
@@ -134,7 +152,8 @@ class DistillationCollator:
                 self._drop_failing(samples, counts, error)
                 continue
             if not self._shorten(samples, encoded, counts):
-                aligned = [self._align(encoded, i, counts) for i in range(len(samples))]
+                aligned = [self._align(encoded, i, counts, sample.record.source)
+                           for i, sample in enumerate(samples)]
                 if all(aligned):
                     return encoded, aligned
                 samples[:] = [s for s, found in zip(samples, aligned, strict=True) if found]
@@ -161,7 +180,7 @@ class DistillationCollator:
                     self._run(adapter, [sample])
                 kept.append(sample)
             except (TaidError, SampleDropped) as problem:
-                _count(problem, counts, sample.record.source)
+                self._leave_out(problem, counts, sample.record.source)
         if len(kept) == len(samples):
             raise error
         samples[:] = kept
@@ -177,8 +196,9 @@ class DistillationCollator:
             changed |= bool(long)
             if long and sample.record.text is None:
                 length = len(encoded[long[0].role].rows[index].ids)
-                _count(SampleDropped(TOO_LONG, f"{sample.record.source}: {length} tokens for the "
-                                     f"{long[0].role}"), counts)
+                self._leave_out(SampleDropped(
+                    TOO_LONG, f"{sample.record.source}: {length} tokens for the {long[0].role}"),
+                    counts)
                 continue
             if long:
                 counts[CUT] += not sample.cut
@@ -190,18 +210,18 @@ class DistillationCollator:
         return changed
 
     def _align(
-        self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str]
+        self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str], source: str
     ) -> list[Aligned]:
         student = encoded["student"].rows[index]
         try:
-            found = align_alone(student) if self.pairing is None else self.pairing.align(
+            aligned = align_alone(student) if self.pairing is None else self.pairing.align(
                 encoded["teacher"].rows[index], student)
         except AlignmentError as problem:
-            _count(problem, counts)
+            self._leave_out(problem, counts, source)
             return []
-        if not found:
-            counts[UNALIGNED] += 1
-        return found
+        if not aligned:
+            self._leave_out(SampleDropped(UNALIGNED, source), counts)
+        return aligned
 
     # ----- tensors --------------------------------------------------------------------------
 
@@ -309,18 +329,3 @@ def predicting_mask(ids: Tensor, positions: list[tuple[int, int]]) -> Tensor:
 def target_ids(rows: list[EncodedRow], positions: list[tuple[int, int]]) -> Tensor:
     targets = [rows[row].ids[position - rows[row].offset] for row, position in positions]
     return torch.tensor(targets, dtype=torch.long)
-
-
-_reported: set[str] = set()
-
-
-def _count(problem: Any, counts: Counter[str], source: str = "") -> None:
-    """Count a dropped record; the first one of each kind is told in full."""
-    named = {RecordError: "malformed record", AlignmentError: "cannot be aligned",
-             TaidError: "refused by the processor"}
-    reason = problem.reason if isinstance(problem, SampleDropped) else named[type(problem)]
-    counts[reason] += 1
-    if reason not in _reported:
-        _reported.add(reason)
-        where = f"{source}: " if source else ""
-        logger.warning("A record is left out (%s). %s%s", reason, where, problem)

@@ -14,6 +14,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,11 +25,10 @@ from torch import Tensor, nn
 from taid_vlm.adapters import ModelAdapter, Rendered
 from taid_vlm.alignment import supervised_positions
 from taid_vlm.batch.collator import DistillationCollator, predicting_mask, target_ids
-from taid_vlm.errors import RecordError
 from taid_vlm.evaluation.held_out import ALL, Tally
 from taid_vlm.models.forward import answer_logits, evaluation_mode
 from taid_vlm.objectives import diagnose, divergence
-from taid_vlm.records import Record, parse_record
+from taid_vlm.records import GREY, Record
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 # moves at most sqrt(0.001 / 2) = 2.2 % of a token's probability on average. Rounding logits around
 # 20 to bfloat16 alone gives 0.0006, so less could not be told from nothing.
 BLIND_BELOW = 1e-3
-GREY = (128, 128, 128)
 REAL, BLANK, SHUFFLED = "real", "blank", "shuffled"
 CHECKS = (
     "Check that the processor is the model's own, that its chat template puts the images before "
@@ -84,17 +83,7 @@ def choose(dataset: Sequence[Any], number: int, collator: DistillationCollator) 
 
     What cannot be used is told and counted by the evaluation of the same records.
     """
-    usable = (record for record in map(_read, (dataset[i] for i in range(len(dataset))))
-              if record is not None and _answers_after_images(record)
-              and collator([record])["counts"]["rows"])
-    return [record for _, record in zip(range(number), usable, strict=False)]
-
-
-def _read(row: Any) -> Record | None:
-    try:
-        return row if isinstance(row, Record) else parse_record(row, "a row")
-    except RecordError:
-        return None
+    return list(islice(collator.usable(dataset, _answers_after_images), number))
 
 
 def _answers_after_images(record: Record) -> frozenset[int]:

@@ -1,7 +1,8 @@
 """Records: what users have on disk or on the hub, in one shape."""
 
 from taid_vlm.records.fingerprint import fingerprint
-from taid_vlm.records.record import ImageRef, Malformed, Message, Record, parse_record
+from taid_vlm.records.images import GREY, MAX_PIXELS, ImageRef
+from taid_vlm.records.record import Malformed, Message, Record, first_rows, parse_record
 from taid_vlm.records.sources import (
     DataSource,
     Records,
@@ -11,6 +12,8 @@ from taid_vlm.records.sources import (
 )
 
 __all__ = [
+    "GREY",
+    "MAX_PIXELS",
     "DataSource",
     "ImageRef",
     "Malformed",
@@ -19,6 +22,7 @@ __all__ = [
     "Records",
     "StreamedRecords",
     "fingerprint",
+    "first_rows",
     "open_records",
     "open_rows",
     "parse_record",

@@ -14,7 +14,6 @@ loaded, and the resolved recipe is written with the run.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 import yaml
 
 from taid_vlm.errors import RecipeError, TaidError, nearest, nearest_sibling
+from taid_vlm.io.hashing import text_hash
 from taid_vlm.models.loading import DTYPES, ModelSpec
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import DataSource
@@ -109,7 +109,7 @@ class Recipe:
         return yaml.dump(_pruned(plain), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def digest(self) -> str:
-        return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:16]
+        return text_hash(self.to_yaml())
 
     def training_arguments(self) -> DistillationConfig:
         """transformers' arguments with this package's defaults under them."""

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def _measure(
     trainer: DistillationTrainer, recipe: Recipe, ingredients: Ingredients, checkpoint: Path | None
 ) -> dict[str, Any]:
     """Evaluate, train, evaluate; and all that there is to say about it."""
-    questions = _questions(ingredients.eval, recipe.evaluate.examples)
+    questions = _questions(trainer, ingredients.eval, recipe.evaluate.examples)
     before, first_look = _tally(trainer, ingredients.eval), _look(trainer, ingredients.eval)
     answers = {"teacher": _answers(trainer, "teacher", questions, recipe),
                "before": _answers(trainer, "student", questions, recipe)}
@@ -209,7 +210,7 @@ def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
 
 def _has_images(records: Any) -> bool:
     if isinstance(records, list):
-        return any(record.images for record in records)
+        return any(record.images for record in records if isinstance(record, Record))
     return records.has_images
 
 
@@ -318,13 +319,12 @@ def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, Any]:
     return described
 
 
-def _questions(records: Any, number: int) -> list[tuple[Record, int]]:
-    """The first answer of the first conversations."""
-    if records is None:
-        return []
-    rows = (records[index] for index in range(len(records)))
-    chosen = ((record, 0) for record in rows if record.messages)
-    return [question for question, _ in zip(chosen, range(number), strict=False)]
+def _questions(
+    trainer: DistillationTrainer, records: Any, number: int
+) -> list[tuple[Record, int]]:
+    """The first answer of the first conversations that can be used."""
+    usable = trainer.collator.usable(records or (), lambda record: record.messages)
+    return [(record, 0) for record in islice(usable, number)]
 
 
 def _answers(

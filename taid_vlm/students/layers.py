@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import answer_logits
-from taid_vlm.records import Record
+from taid_vlm.records import Malformed, Record
 
 Side = Literal["language model", "vision tower"]
 Kept = tuple[int, ...]  # numbers of the teacher's layers, in order
@@ -194,7 +194,7 @@ def best_choice(stack: Stack, number: int, scores: Sequence[float]) -> Kept:
 @torch.inference_mode()
 def block_influence(
     model: PreTrainedModel, stack: Stack, collator: DistillationCollator,
-    records: Iterable[Sequence[Record]],
+    records: Iterable[Sequence[Record | Malformed]],
 ) -> list[float]:
     """1 - cos(what goes into a layer, what comes out), the mean over answers' positions.
 

@@ -24,9 +24,10 @@ from taid_vlm.models.parts import count_parameters
 from taid_vlm.records import (
     DataSource,
     ImageRef,
+    Malformed,
     Message,
     Record,
-    StreamedRecords,
+    first_rows,
     open_records,
 )
 from taid_vlm.students.image_tokens import (
@@ -184,7 +185,7 @@ def _stacks(config: PretrainedConfig, wishes: _Wishes) -> list[Stack]:
     return stacks
 
 
-def _records(wishes: _Wishes, sees: bool) -> list[Record]:
+def _records(wishes: _Wishes, sees: bool) -> list[Record | Malformed]:
     """The first records of the calibration data; none without."""
     source = wishes.calibration
     if source is None:
@@ -193,9 +194,7 @@ def _records(wishes: _Wishes, sees: bool) -> list[Record]:
     number = min(wishes.calibration_records, source.max_records or wishes.calibration_records)
     records = open_records(replace(source, max_records=number))
     check_modalities([] if sees else ["teacher"], records.has_images)
-    if isinstance(records, StreamedRecords):
-        return list(records)
-    return [records[index] for index in range(len(records))]
+    return list(first_rows(records))
 
 
 # ----- choosing -----------------------------------------------------------------------------
@@ -208,7 +207,7 @@ def _device() -> torch.device:
 
 def _scores(
     model: PreTrainedModel, processor: Processor, stacks: Sequence[Stack],
-    records: Sequence[Record],
+    records: Sequence[Record | Malformed],
 ) -> tuple[float, ...]:
     """Block influence of the language model's layers."""
     collator = DistillationCollator(make_adapter(processor, "student"))

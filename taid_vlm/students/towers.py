@@ -15,9 +15,8 @@ is never made.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -35,9 +34,9 @@ from transformers import (
     ViTImageProcessor,
     ViTModel,
 )
-from transformers.utils import logging
 
 from taid_vlm.errors import TaidError, nearest
+from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import ModelSpec, guarded, read_config
 from taid_vlm.students.vit import obstacles, vit_config, vit_state
 
@@ -138,7 +137,7 @@ def _native_tower(name: str, architecture: str, random: bool, layer: Layer | Non
     def load(dtype: torch.dtype) -> nn.Module:
         if random:
             return AutoModel.from_config(config, dtype=dtype)
-        with _quiet():  # the text half of a CLIP, a classifier: left behind on purpose
+        with quiet("transformers"):  # the text half of a CLIP, a classifier: left behind on purpose
             module, found = guarded(
                 ROLE, name, AutoModel.from_pretrained, name, config=config, dtype=dtype,
                 use_safetensors=True, output_loading_info=True)
@@ -149,17 +148,6 @@ def _native_tower(name: str, architecture: str, random: bool, layer: Layer | Non
 
     prefix, usual = NATIVE[config.model_type]
     return _for_llava(name, config, images, prefix, usual if layer is None else layer, load)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No report of weights that were not used."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _for_llava(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from taid_vlm.benchmarks.harness.suites import SUITES, member_of
+from taid_vlm.io.hashing import text_hash
 
 INVALID = "[invalid]"  # what lm-eval's extracting filters put in place of an answer
 Raw = Mapping[str, Any]  # what lm_eval.evaluate returns
@@ -94,10 +94,7 @@ def entry_of(task: str, raw: Raw, rows: Sequence[Mapping[str, Any]], **more: Any
 
 def prompt_hash(rows: Sequence[Mapping[str, Any]]) -> str:
     """Of all prompts, solved examples included, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row["prompt"].encode() + b"\0")
-    return digest.hexdigest()[:16]
+    return text_hash("".join(row["prompt"] + "\0" for row in rows))
 
 
 def too_long(samples: Sequence[Mapping[str, Any]], encode: Callable[[str], Sequence[int]],
