@@ -405,8 +405,8 @@ def test_batch_that_fails_only_together_is_an_error() -> None:
 
 @pytest.mark.parametrize(("family", "kind", "reason", "message"), [
     ("llama", "image", "image for a text model", "cannot see it; choose a student with vision"),
-    ("gpt2", "talk", "conversation without a chat template", r"set student\.chat_template"),
-    ("paligemma", "talk", "conversation for a model of single questions", "PaliGemma"),
+    ("gpt2", "talk", "conversation for a model of one question", r"set student\.chat_template"),
+    ("paligemma", "talk", "conversation for a model of one question", "PaliGemma"),
 ])
 def test_what_a_model_cannot_take_is_counted_under_its_reason(
     family: str, kind: str, reason: str, message: str

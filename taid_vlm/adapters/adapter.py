@@ -43,7 +43,7 @@ from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Message, Record
 
 Side = Literal["left", "right"]
-NO_VISION, NO_TEMPLATE = "image for a text model", "conversation without a chat template"
+NO_VISION, ONE_QUESTION = "image for a text model", "conversation for a model of one question"
 # whether a template's space is glued to an answer depends on the word having such a token
 PROBE_WORDS = ("yes", "The", "the", "a", "is", "in", "It", "A")
 
@@ -63,6 +63,7 @@ class ModelAdapter:
 
     prefer: ContentForm = "string"
     sees_images = False
+    one_question = "has no chat template; set {}.chat_template."
 
     def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
         self.processor, self.role, self.max_length = processor, role, max_length
@@ -84,32 +85,36 @@ class ModelAdapter:
                 NO_VISION, f"{record.source} holds an image, but the {self.role} is a text model "
                 f"and cannot see it; choose a {self.role} with vision, or text records.")
         if record.text is not None:
-            return self._render_text(record.text, record.source)
+            if not record.text.strip():
+                raise SampleDropped("empty text", record.source)
+            return self._render_text(record.text)
         if self.form is None:
-            return self._render_without_template(record)
+            return self._render_question(record)
         return self._after_template(render(self.processor, record, self.form, supervise))
 
     def _after_template(self, rendered: Rendered) -> Rendered:
         """For tokenizers the template is all there is; processors may add a BOS."""
         return rendered
 
-    def _render_text(self, text: str, source: str) -> Rendered:
+    def _render_text(self, text: str) -> Rendered:
         """A plain document: everything is learned, and then that it ends."""
-        if not text.strip():
-            raise SampleDropped("empty text", source)
         return self._with_special(Rendered(text, (TextSpan(0, len(text), 0, True),)), ends=True)
 
-    def _render_without_template(self, record: Record) -> Rendered:
-        """A base model: one question and one answer, simply joined."""
+    def _render_question(self, record: Record) -> Rendered:
+        """A model without a template takes one question and its answer."""
         roles = [message.role for message in record.messages]
         if roles != ["user", "assistant"]:
             raise SampleDropped(
-                NO_TEMPLATE, f"{record.source} is a conversation ({', '.join(roles)}), but the "
-                f"{self.role} has no chat template; set {self.role}.chat_template.")
-        prompt, completion = (message.text for message in record.messages)
-        answer = completion.strip()
-        if not answer:
+                ONE_QUESTION, f"{record.source} is a conversation ({', '.join(roles)}), but the "
+                f"{self.role} {self.one_question.format(self.role)}")
+        if not record.answers[0]:
             raise SampleDropped("empty answer", record.source)
+        return self._join(record)
+
+    def _join(self, record: Record) -> Rendered:
+        """A base model: question and answer one behind the other."""
+        prompt, completion = (message.text for message in record.messages)
+        (answer,) = record.answers
         prompt += completion[: completion.index(answer[0])]  # the space before the answer
         span = TextSpan(len(prompt), len(prompt) + len(answer), 0, True)
         return self._with_special(Rendered(prompt + answer, (span,)), ends=True)

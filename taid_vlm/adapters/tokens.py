@@ -7,13 +7,16 @@ own bytes are laid over the text; if they do not tile it exactly, that is an err
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from taid_vlm.errors import AlignmentError
+from taid_vlm.errors import AlignmentError, TaidError
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_PROBES = (  # texts that tell tokenizers apart
     "The quick brown fox, 1,234.5 times.",
@@ -112,6 +115,24 @@ def tokenizer_change(
         if first != second:
             return f"how it splits {text!r}: {second} instead of {first}"
     return ""
+
+
+def check_reloaded(
+    before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, subject: str, mend: str = "",
+    added: Iterable[str] = (), fatal: bool = True,
+) -> None:
+    """A tokenizer must be as it was.
+
+    Args:
+        subject: what "changes" it, in the message; mend: what to do about it.
+        added: tokens that may be new.
+        fatal: raise TaidError; else only warn.
+    """
+    if change := tokenizer_change(before, after, added):
+        message = f"{subject} changes {change}. {mend}".strip()
+        if fatal:
+            raise TaidError(message)
+        logger.warning(message)
 
 
 def _token_bytes(token: str, byte_level: bool) -> bytes:

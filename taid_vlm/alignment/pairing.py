@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -232,16 +233,12 @@ def pair_models(
         )
     roles = _roles(teacher, student)
     glue = _first_token_glue(teacher, student)
-    rows = (teacher_rows, student_rows)
-    if difference is not None or alignment == "chunks":
-        case: Case = "c"
-        maps = [build_cell_map(teacher, student, *rows, roles, around)
-                for around in ((b"", b""), glue) if around is not None]
-    else:
-        tables = (teacher.table, student.table, *rows, roles)
-        maps = [build_vocabulary_map(*tables, *around)
-                for around in ((b"", b""), glue) if around is not None]
-        case = "a" if maps[0].identity else "b"
+    chunks = difference is not None or alignment == "chunks"
+    build: Any = partial(build_cell_map, teacher, student) if chunks else partial(
+        build_vocabulary_map, teacher.table, student.table)
+    maps = [build(teacher_rows, student_rows, roles, around)
+            for around in ((b"", b""), glue) if around is not None]
+    case: Case = "c" if chunks else "a" if maps[0].identity else "b"
     if alignment == "exact" and case != "a":
         raise AlignmentError(
             f"alignment: exact, but the two vocabularies are not the same ({_counts(maps[0])}). "

@@ -11,11 +11,7 @@ from torch import Tensor
 from taid_vlm.alignment import Pairing, VocabularyMap
 from taid_vlm.batch.forward import Batch
 from taid_vlm.batch.losses import by_map, chunk_pair_logits, has_chunks, of_partners
-from taid_vlm.objectives import (
-    best_guess,
-    diagnose,
-    divergence,
-)
+from taid_vlm.objectives import best_guess, diagnose, divergence
 
 
 class Measured(NamedTuple):

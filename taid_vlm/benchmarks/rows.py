@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from taid_vlm.errors import RecordError, nearest
-from taid_vlm.records import MAX_PIXELS, ImageRef, Records
-from taid_vlm.records.images import SHORTEST_BASE64, stored_image
+from taid_vlm.records import ImageRef, Records
+from taid_vlm.records.images import MAX_PIXELS, SHORTEST_BASE64, stored_image
 
 logger = logging.getLogger(__name__)
 

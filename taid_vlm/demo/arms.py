@@ -6,7 +6,6 @@ Every arm is an ordinary recipe, written into its output folder, so that
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from taid_vlm.adapters import ModelAdapter
 from taid_vlm.evaluation.held_out import AnswerTotals, Tally, evaluate_pair, summarise
+from taid_vlm.evaluation.statistics import mean_of
 from taid_vlm.io.files import write_text
 from taid_vlm.io.jsonl import read_lines
 from taid_vlm.models.generation import generate_answers
@@ -180,13 +180,7 @@ def _accuracy(answers: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | 
         return {}
     groups = {"": scored} | {c: [a for a in scored if a["category"] == c]
                              for c in sorted({a["category"] for a in scored})}
-    return {name: proportion([a["right"] for a in group]) for name, group in groups.items()}
-
-
-def proportion(hits: Sequence[bool]) -> dict[str, float | int]:
-    """{value, stderr, n} of a share."""
-    n, value = len(hits), sum(hits) / len(hits)
-    return {"value": value, "stderr": math.sqrt(value * (1 - value) / n), "n": n}
+    return {name: vars(mean_of([a["right"] for a in group])) for name, group in groups.items()}
 
 
 def caption_entropies(job: Job) -> dict[str, float]:

@@ -14,7 +14,8 @@ from taid_vlm.doctor.conversation import TemplateFacts, template_facts
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.loading import ModelSpec
 from taid_vlm.models.parts import count_parameters, is_tied
-from taid_vlm.records import GREY, ImageRef, Message, Record
+from taid_vlm.records import ImageRef, Message, Record
+from taid_vlm.records.images import GREY
 
 SIZES = ((224, 224), (336, 336), (448, 448), (640, 480), (1024, 768), (1000, 250))
 TYPICAL = "640x480"  # the size that stands for a picture of a data set

@@ -10,8 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from taid_vlm.adapters.adapter import NO_TEMPLATE, NO_VISION
-from taid_vlm.adapters.families import ONE_QUESTION
+from taid_vlm.adapters.adapter import NO_VISION, ONE_QUESTION
 from taid_vlm.batch.collator import TOO_LONG, UNALIGNED, DistillationCollator
 from taid_vlm.doctor.checkup import Listener
 from taid_vlm.doctor.facts import image_tokens
@@ -32,9 +31,8 @@ REMEDIES = {
     UNREADABLE: "Check that the files exist and are images; relative paths start at the "
                         "data file's folder, or at data.<side>.image_root.",
     TOO_LARGE: "Make the images smaller.",
-    NO_TEMPLATE: "A model without a chat template takes one question and its answer; set "
-                 "chat_template under the model, or split the conversations.",
-    ONE_QUESTION: "This model takes one question and its answer; split the conversations.",
+    ONE_QUESTION: "A model without a chat template takes one question and its answer; set "
+                  "chat_template under the model, or split the conversations.",
     NO_VISION: "A text model cannot see; take these records out, or choose a model with vision.",
     "malformed record": "Mend the row; its columns and values must be as the message says.",
     "cannot be aligned": "The tokens do not spell the text or the template changes an answer; "

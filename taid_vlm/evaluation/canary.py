@@ -28,7 +28,8 @@ from taid_vlm.batch.collator import DistillationCollator, predicting_mask, targe
 from taid_vlm.evaluation.held_out import ALL, Tally
 from taid_vlm.models.forward import answer_logits, evaluation_mode
 from taid_vlm.objectives import diagnose, divergence
-from taid_vlm.records import GREY, Record
+from taid_vlm.records import Record
+from taid_vlm.records.images import GREY
 
 logger = logging.getLogger(__name__)
 

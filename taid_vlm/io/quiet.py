@@ -30,20 +30,6 @@ def quiet(*names: str, warn: bool = True) -> Iterator[None]:
             logger.setLevel(level)
 
 
-@contextlib.contextmanager
-def no_bars() -> Iterator[None]:
-    """Inside, `datasets` draws no progress bars."""
-    import datasets
-
-    draws = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if draws:
-            datasets.enable_progress_bars()
-
-
 def quiet_worker() -> None:
     """A worker prints nothing but errors: the main process says how far things are."""
     import transformers

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,15 +16,10 @@ from itertools import pairwise
 from typing import Any
 
 from torch import nn
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from taid_vlm.errors import TaidError, nearest
+from taid_vlm.errors import TaidError, is_number, nearest
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.loading import sees_images
 
@@ -113,16 +107,11 @@ def check_parts(freeze: Any, learning_rates: Any, where: str = "") -> None:
                 raise TaidError(f"{where}{key}: a model has no part {name!r}."
                                 f"{nearest(name, PARTS)}")
     for part, rate in rates.items():
-        if not _is_rate(rate):
+        if not (is_number(rate) and rate > 0):
             raise TaidError(f"{where}learning_rates.{part} = {rate!r}, but it must be a number "
                             "above 0.")
         if part in freeze:
             raise TaidError(f"{where}learning_rates.{part} = {rate!r}, but '{part}' is frozen.")
-
-
-def _is_rate(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
 
 
 def freeze_parts(

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from taid_vlm.errors import RecipeError, nearest
+from taid_vlm.errors import RecipeError, is_number, nearest
 
 LOG_SMALLEST = -149 * math.log(2)  # log of the smallest positive float32
 # where |r| is smaller, a series of five terms is exact to the dtype's digits
@@ -329,7 +329,7 @@ def check_parameters(name: str, parameters: dict[str, float]) -> None:
             known = nearest(key, allowed) if allowed else " It takes none."
             raise RecipeError(f"loss '{name}' has no parameter '{key}'.{known}")
         check, wanted = allowed[key]
-        if not isinstance(value, (int, float)) or not check(value):
+        if not is_number(value) or not check(value):
             raise RecipeError(f"loss '{name}': {key} = {value!r}, but it must be {wanted}.")
 
 

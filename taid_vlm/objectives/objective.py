@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from taid_vlm.errors import RecipeError, nearest
+from taid_vlm.errors import RecipeError, is_number, nearest
 from taid_vlm.objectives.divergences import (
     LOSSES,
     canonical_name,
@@ -150,7 +149,7 @@ def parse_objective(config: str | Mapping[str, Any]) -> Objective:
         config = {"name": config}
     config = _mapping(config, "objective")
     temperature = config.pop("kd_temperature", 1.0)
-    if not _is_number(temperature) or not temperature > 0:
+    if not is_number(temperature) or not temperature > 0:
         raise RecipeError(f"objective.kd_temperature = {temperature!r}, but it must be positive.")
     alignment = config.pop("alignment", "auto")
     if alignment not in ALIGNMENTS:
@@ -186,7 +185,7 @@ def _parse_token_weights(config: Any) -> float:
     strength = config.pop("strength", 1.0)
     for key in config:
         raise RecipeError(f"{where} has no key '{key}'.{nearest(key, ('name', 'strength'))}")
-    if not _is_number(strength) or strength < 0:
+    if not is_number(strength) or strength < 0:
         raise RecipeError(f"{where}.strength = {strength!r}, but it must be >= 0.")
     return float(strength)
 
@@ -218,7 +217,7 @@ def _parse_term(config: dict[str, Any]) -> Term | VisualTerm:
         raise RecipeError("every objective term needs a 'name'.")
     name = canonical_name(config.pop("name"), VISUAL_TERMS)
     weight = config.pop("weight", 1.0)
-    if not _is_number(weight) or weight < 0:
+    if not is_number(weight) or weight < 0:
         raise RecipeError(f"objective.{name}.weight = {weight!r}, but it must be >= 0.")
     if name in VISUAL_TERMS:
         return _parse_visual(name, float(weight), config)
@@ -250,7 +249,3 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise RecipeError(f"{where} must be a name or a mapping with 'name', got {value!r:.60}.")
     return dict(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from taid_vlm.errors import RecipeError
+from taid_vlm.errors import RecipeError, is_number
 
 # alpha * total_steps in the paper's own runs (5e-4 x 11,720 steps): with alpha="auto" a run of any
 # length lets the adaptive term act as much as it did there. The paper's constant 5e-4 never acts
@@ -123,8 +123,7 @@ def _resolve_alpha(alpha: str | float, total_steps: int) -> float:
 
 
 def _checked(key: str, value: Any, ok: Callable[[float], bool], wanted: str) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not ok(value):
+    if not is_number(value) or not ok(value):
         raise RecipeError(f"{key} = {value!r}, but it must be {wanted}.")
     return value
 

@@ -1,29 +1,11 @@
 """Records: what users have on disk or on the hub, in one shape."""
 
 from taid_vlm.records.fingerprint import fingerprint
-from taid_vlm.records.images import GREY, MAX_PIXELS, ImageRef
+from taid_vlm.records.images import ImageRef
 from taid_vlm.records.record import Malformed, Message, Record, first_rows, parse_record
-from taid_vlm.records.sources import (
-    DataSource,
-    Records,
-    StreamedRecords,
-    open_records,
-    open_rows,
-)
+from taid_vlm.records.sources import DataSource, Records, StreamedRecords, open_records, open_rows
 
 __all__ = [
-    "GREY",
-    "MAX_PIXELS",
-    "DataSource",
-    "ImageRef",
-    "Malformed",
-    "Message",
-    "Record",
-    "Records",
-    "StreamedRecords",
-    "fingerprint",
-    "first_rows",
-    "open_records",
-    "open_rows",
-    "parse_record",
+    "DataSource", "ImageRef", "Malformed", "Message", "Record", "Records", "StreamedRecords",
+    "fingerprint", "first_rows", "open_records", "open_rows", "parse_record",
 ]

@@ -24,9 +24,8 @@ from taid_vlm.records.images import MAX_PIXELS, ImageRef, stored_image
 
 IMAGE_TAG = "<image>"
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
-ROLES = ("system", "user", "assistant")
-_LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-                "system": "system"}
+ROLES = {role: role for role in ("system", "user", "assistant")}
+_LLAVA_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _read_messages(row: Mapping[str, Any], source: str) -> list[RawMessage]:
     if "messages" in row:
         return _chat(row["messages"], "messages", source)
     if "conversations" in row:
-        return _llava(row["conversations"], source)
+        return _chat(row["conversations"], "conversations", source, ("from", "value"), _LLAVA_ROLES)
     if "prompt" in row or "completion" in row:
         for column in ("prompt", "completion"):
             if column not in row:
@@ -160,32 +159,20 @@ def _side(value: Any, column: str, role: str, source: str) -> list[RawMessage]:
     return _chat(value, column, source)
 
 
-def _chat(value: Any, column: str, source: str) -> list[RawMessage]:
+def _chat(
+    value: Any, column: str, source: str, keys: tuple[str, str] = ("role", "content"),
+    roles: Mapping[str, str] = ROLES,
+) -> list[RawMessage]:
     messages: list[RawMessage] = []
     for index, item in enumerate(_expect_list(value, column, source)):
         where = f"{column}[{index}]"
-        if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
-            raise RecordError(f"{source}: {where} must hold 'role' and 'content', got "
+        if not isinstance(item, Mapping) or not all(key in item for key in keys):
+            raise RecordError(f"{source}: {where} must hold '{keys[0]}' and '{keys[1]}', got "
                               f"{shown(item)}.")
-        role = str(item["role"])
-        if role not in ROLES:
-            raise RecordError(f"{source}: {where}.role = '{role}'.{nearest(role, ROLES)}")
-        messages.append((role, item["content"]))
-    return messages
-
-
-def _llava(value: Any, source: str) -> list[RawMessage]:
-    messages: list[RawMessage] = []
-    for index, item in enumerate(_expect_list(value, "conversations", source)):
-        where = f"conversations[{index}]"
-        if not isinstance(item, Mapping) or "from" not in item or "value" not in item:
-            raise RecordError(f"{source}: {where} must hold 'from' and 'value', got "
-                              f"{shown(item)}.")
-        speaker = str(item["from"])
-        if speaker not in _LLAVA_ROLES:
-            raise RecordError(f"{source}: {where}.from = '{speaker}'."
-                              f"{nearest(speaker, _LLAVA_ROLES)}")
-        messages.append((_LLAVA_ROLES[speaker], item["value"]))
+        role = str(item[keys[0]])
+        if role not in roles:
+            raise RecordError(f"{source}: {where}.{keys[0]} = '{role}'.{nearest(role, roles)}")
+        messages.append((roles[role], item[keys[1]]))
     return messages
 
 

@@ -12,13 +12,7 @@ from typing import Any
 
 import torch.utils.data
 
-from taid_vlm.errors import (
-    RecordError,
-    SampleDropped,
-    TaidError,
-    nearest,
-    nearest_sibling,
-)
+from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest, nearest_sibling
 from taid_vlm.io.jsonl import JsonLines, parse_json
 from taid_vlm.records.images import MAX_PIXELS
 from taid_vlm.records.record import Malformed, Record, attempt, first_rows, parse_record

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
-from taid_vlm.adapters import Processor, make_adapter, tokenizer_change
+from taid_vlm.adapters import Processor, check_reloaded, make_adapter
 from taid_vlm.alignment import check_modalities
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.answers import FILE as ANSWERS_FILE
@@ -365,8 +365,7 @@ def _check_reload(trainer: DistillationTrainer, folder: Path) -> None:
     ours = trainer.collator.student
     auto = AutoProcessor if ours.sees_images else AutoTokenizer
     again = make_adapter(auto.from_pretrained(str(folder)), "student")
-    if change := tokenizer_change(ours.tokenizer, again.tokenizer):
-        logger.warning(
-            "Saving and loading the tokenizer that was trained with changes %s. transformers "
-            "rebuilds it by the model's type; save the tokenizer that belongs to this model type.",
-            change)
+    check_reloaded(
+        ours.tokenizer, again.tokenizer, "Saving and loading the tokenizer that was trained with",
+        "transformers rebuilds it by the model's type; save the tokenizer that belongs to this "
+        "model type.", fatal=False)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from taid_vlm.adapters import ModelAdapter, Processor, make_adapter, tokenizer_change
+from taid_vlm.adapters import ModelAdapter, Processor, check_reloaded, make_adapter
 from taid_vlm.alignment import check_modalities
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError, nearest
@@ -30,12 +30,7 @@ from taid_vlm.records import (
     first_rows,
     open_records,
 )
-from taid_vlm.students.image_tokens import (
-    Narrowing,
-    choose_tokens,
-    narrow_model,
-    narrow_processor,
-)
+from taid_vlm.students.image_tokens import Narrowing, choose_tokens, narrow_model, narrow_processor
 from taid_vlm.students.layers import (
     Kept,
     Stack,
@@ -327,8 +322,7 @@ def _check_saved(
     if changed:
         raise TaidError(f"the student's {min(changed)} is not the same after saving and loading.")
     adapter = make_adapter(processor, "student")
-    if change := tokenizer_change(before, adapter.tokenizer):
-        raise TaidError(f"saving and loading the student's tokenizer changes {change}.")
+    check_reloaded(before, adapter.tokenizer, "saving and loading the student's tokenizer")
     probes = _probes(adapter)
     for inputs in probes:
         _check_equal(_logits(again, inputs), [_logits(student, inputs) for _ in range(2)],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from taid_vlm.benchmarks.harness.suites import SUITES, member_of
+from taid_vlm.evaluation.statistics import Estimate, mean_of_estimates
 from taid_vlm.io.hashing import text_hash
 
 INVALID = "[invalid]"  # what lm-eval's extracting filters put in place of an answer
@@ -38,12 +39,9 @@ def figures_of(entry: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
 def average(suite: str, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of a suite's figures, one per task; tasks are independent samples."""
     members = SUITES[suite]
-    parts = {m.task: tasks[m.task]["figures"][m.figure] for m in members}
-    error = math.sqrt(math.fsum(part["stderr"] ** 2 for part in parts.values())) / len(parts)
+    parts = [Estimate(**tasks[m.task]["figures"][m.figure]) for m in members]
     return {
-        "figures": {"average": {
-            "value": math.fsum(part["value"] for part in parts.values()) / len(parts),
-            "stderr": error, "n": sum(part["n"] for part in parts.values())}},
+        "figures": {"average": vars(mean_of_estimates(parts))},
         "of": {m.task: m.figure for m in members},
     }
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 
 from taid_vlm.adapters.template import content_form, has_chat_template
@@ -31,7 +33,7 @@ from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.files import write_json, write_text
 from taid_vlm.io.folders import new_folder, whole_or_absent
 from taid_vlm.io.jsonl import dump_lines
-from taid_vlm.io.quiet import no_bars, quiet
+from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import ModelSpec, load_config, load_model, load_processor, sees_images
 from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
 
@@ -103,7 +105,7 @@ def run_lm_eval(
     started = time.perf_counter()
     measured: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     # lm-eval warns of what is meant here: changed tasks, a model that is loaded already
-    with tempfile.TemporaryDirectory() as folder, quiet("lm_eval"), no_bars():
+    with tempfile.TemporaryDirectory() as folder, quiet("lm_eval"), _no_bars():
         own = _own_tasks(files, Path(folder))
         loaded = _load([task.name for task in asked], {**index, **own}, changes)
         lm = _language_model(spec, chosen)
@@ -251,6 +253,18 @@ def _evaluate(lm: Any, item: Any, options: Options) -> Any:
     chat = options.apply_chat_template
     return evaluate(lm, {"tasks": tasks, "groups": groups}, limit=options.limit,
                     apply_chat_template=chat, fewshot_as_multiturn=chat)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Every file read would draw one."""
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
 
 
 # ----- results ------------------------------------------------------------------------------
