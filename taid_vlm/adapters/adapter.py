@@ -203,8 +203,8 @@ class ModelAdapter:
     def _prompt(self, record: Record, turn: int) -> Rendered:
         if self.form is not None:
             thinks = any(THOUGHT.match(answer) for answer in record.answers[turn : turn + 1])
-            asked = render_prompt(self.processor, record, turn, self.form)
-            text = self._as_learned(asked, thinks)
+            text = self._as_learned(
+                render_prompt(self.processor, record, turn, self.form), thinks)
             prompt = self._after_template(Rendered(text, ()))
         else:
             text = record.messages[0].text if record.messages else ""
@@ -217,8 +217,9 @@ class ModelAdapter:
         """The prompt ending as the text does that answers are learned after."""
         if thinks not in self._openings:
             self._openings[thinks] = self._opening(thinks)
-        asked, learned = self._openings[thinks]
-        return prompt.removesuffix(asked) + learned if prompt.endswith(asked) else prompt
+        prompt_end, trained_end = self._openings[thinks]
+        ends = prompt.endswith(prompt_end)
+        return prompt.removesuffix(prompt_end) + trained_end if ends else prompt
 
     def _opening(self, thinks: bool) -> tuple[str, str]:
         """Where the generation prompt is not what stands before an answer in a conversation: the
@@ -229,13 +230,13 @@ class ModelAdapter:
         token can hold ("Assistant:", " The") stays with the answer.
         """
         word = PROBE_WORDS[0]
-        asked, learned = self._before(
+        prompt_end, trained_end = self._before(
             f"<think>\n{word}\n</think>\n\n{word}" if thinks else word)
-        if learned.startswith(asked) and not learned[len(asked) :].strip():
+        if trained_end.startswith(prompt_end) and not trained_end[len(prompt_end) :].strip():
             return "", ""
-        pairs = enumerate(zip(asked, learned, strict=False))
-        shared = next((i for i, (a, b) in pairs if a != b), min(len(asked), len(learned)))
-        return asked[shared:], learned[shared:]
+        pairs = enumerate(zip(prompt_end, trained_end, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(prompt_end), len(trained_end)))
+        return prompt_end[shared:], trained_end[shared:]
 
     def _before(self, answer: str) -> tuple[str, str]:
         """The prompt that asks for an answer, and what stands before it in the conversation."""
@@ -312,8 +313,8 @@ class ModelAdapter:
         """Bytes of whitespace between the generation prompt and an answer."""
         if self.form is None:
             return 0
-        asked, learned = self._before(PROBE_WORDS[0])
-        head = learned.removeprefix(asked)
+        prompt_end, trained_end = self._before(PROBE_WORDS[0])
+        head = trained_end.removeprefix(prompt_end)
         return 0 if head.strip() else len(head.encode())
 
     def _end_of_turn(self, ids: list[int], index: int) -> int | None:
@@ -397,10 +398,10 @@ class ImageTextAdapter(ModelAdapter):
         return rendered if bos and rendered.text.startswith(bos) else self._with_special(rendered)
 
     def _process(self, rendered, images, padding_side, add_special):  # type: ignore[no-untyped-def]
-        given = [list(row) for row in images] if any(images) else None
+        pictures = [list(row) for row in images] if any(images) else None
         with _recorded_expansions(self.processor) as expansions:
             encoded = self.processor(
-                text=[item.text for item in rendered], images=given, padding=True,
+                text=[item.text for item in rendered], images=pictures, padding=True,
                 padding_side=padding_side, add_special_tokens=add_special,
                 return_tensors=self.return_tensors, return_mm_token_type_ids=True,
             )

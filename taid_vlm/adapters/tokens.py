@@ -104,8 +104,8 @@ def tokenizer_change(
     Args:
         added: tokens that may be new.
     """
-    ours, theirs = before.get_vocab(), after.get_vocab()
-    if {**ours, **{token: theirs.get(token) for token in added}} != theirs:
+    ids_before, ids_after = before.get_vocab(), after.get_vocab()
+    if {**ids_before, **{token: ids_after.get(token) for token in added}} != ids_after:
         return "ids of its vocabulary"
     for key, token in before.special_tokens_map.items():
         if after.special_tokens_map.get(key) != token:

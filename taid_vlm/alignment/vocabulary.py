@@ -67,8 +67,8 @@ class VocabularyMap:
         """Whether two tokens are one and the same outcome of the comparison."""
         if self.identity:
             return teacher_id == student_id
-        theirs, ours = self._entries
-        return theirs.get(teacher_id, -1) == ours.get(student_id, -1)
+        teacher_entries, student_entries = self._entries
+        return teacher_entries.get(teacher_id, -1) == student_entries.get(student_id, -1)
 
     def same_token(self, teacher_id: int, student_id: int) -> bool:
         """Whether that outcome is this token alone, on both sides."""
@@ -79,12 +79,12 @@ class VocabularyMap:
     @cached_property
     def _entries(self) -> tuple[dict[int, int], dict[int, int]]:
         """Id -> entry on both sides, of shared tokens and members; what is missing is rest."""
-        theirs, ours = (
+        teacher_entries, student_entries = (
             {token: entry for entry, token in enumerate(side.shared.tolist())}
             | {token: len(side.shared) + cell for token, cell in
                zip(side.members.tolist(), side.cell.tolist(), strict=True)}
             for side in (self.teacher, self.student))
-        return theirs, ours
+        return teacher_entries, student_entries
 
     @property
     def width(self) -> int:

@@ -156,7 +156,7 @@ class DistillationCollator:
                            for i, sample in enumerate(samples)]
                 if all(aligned):
                     return encoded, aligned
-                samples[:] = [s for s, found in zip(samples, aligned, strict=True) if found]
+                samples[:] = [s for s, pairs in zip(samples, aligned, strict=True) if pairs]
         return {}, []
 
     def _run(self, adapter: ModelAdapter, samples: Sequence[_Sample]) -> EncodedBatch:
@@ -229,16 +229,16 @@ class DistillationCollator:
         self, samples: Sequence[_Sample], encoded: dict[str, EncodedBatch],
         aligned: list[list[Aligned]], counts: Counter[str],
     ) -> Batch:
-        flat = [(row, found) for row, one in enumerate(aligned) for found in one]
-        tokens = {"student": [(row, position, found.turn) for row, found in flat
-                              for position in student_positions(found)],
-                  "teacher": [(row, position, found.turn) for row, found in flat
-                              for position in teacher_positions(found)]}
+        flat = [(row, pair) for row, one in enumerate(aligned) for pair in one]
+        tokens = {"student": [(row, position, pair.turn) for row, pair in flat
+                              for position in student_positions(pair)],
+                  "teacher": [(row, position, pair.turn) for row, pair in flat
+                              for position in teacher_positions(pair)]}
         rows = [row for row, _, _ in tokens["student"]]
         turns = [turn for _, _, turn in tokens["student"]]
         batch: Batch = {
-            "map_index": _long(found.map_index for _, found in flat
-                               if found.map_index is not None),
+            "map_index": _long(pair.map_index for _, pair in flat
+                               if pair.map_index is not None),
             "row": _long(rows),
             "turn": _long(turns),
             "categories": [samples[row].record.category(turn)
@@ -254,7 +254,7 @@ class DistillationCollator:
             name = "labels" if role == "student" else "teacher_labels"
             batch[name] = target_ids(side.rows, positions)
         if self.pairing is not None and self.pairing.has_chunks:
-            batch |= _partners([found for _, found in flat])
+            batch |= _partners([pair for _, pair in flat])
         if self.degrade is not None:
             batch["teacher_degraded"] = self._degraded(samples, encoded["teacher"])
         for role, views in (self.views or {}).items():
@@ -265,8 +265,8 @@ class DistillationCollator:
             "cut": counts[CUT],
             "supervised_tokens": sum(len(supervised_positions(row)) for row in encoded_rows),
             "aligned_tokens": len(rows),
-            "chunk_tokens": sum(len(found.student) for _, found in flat
-                                if isinstance(found, AlignedChunk)),
+            "chunk_tokens": sum(len(pair.student) for _, pair in flat
+                                if isinstance(pair, AlignedChunk)),
             "rows": len(samples) if flat else 0,
         }
         return batch
@@ -299,15 +299,15 @@ def _partners(flat: list[Aligned]) -> dict[str, Tensor]:
     chunk_s: list[int] = []
     chunk_t: list[int] = []
     last: list[int] = []
-    for found in flat:
-        if found.map_index is not None:
+    for pair in flat:
+        if pair.map_index is not None:
             pairs.append((len(chunk_s), len(chunk_t)))
-        if isinstance(found, AlignedToken):
+        if isinstance(pair, AlignedToken):
             chunk_s.append(-1)
             chunk_t.append(-1)
             continue
-        chunk_s += [len(last)] * len(found.student)
-        chunk_t += [len(last)] * len(found.teacher)
+        chunk_s += [len(last)] * len(pair.student)
+        chunk_t += [len(last)] * len(pair.teacher)
         last.append(len(chunk_s) - 1)
     return {"pair_student": _long(s for s, _ in pairs), "pair_teacher": _long(t for _, t in pairs),
             "chunk_student": _long(chunk_s), "chunk_teacher": _long(chunk_t),

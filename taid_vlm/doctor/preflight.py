@@ -30,7 +30,7 @@ REMEDIES = {
     "empty text": "Give these records a text, or take them out.",
     UNREADABLE: "Check that the files exist and are images; relative paths start at the "
                         "data file's folder, or at data.<side>.image_root.",
-    TOO_LARGE: "Make the images smaller.",
+    TOO_LARGE: "Make the images smaller, or raise data.<side>.max_pixels.",
     ONE_QUESTION: "A model without a chat template takes one question and its answer; set "
                   "chat_template under the model, or split the conversations.",
     NO_VISION: "A text model cannot see; take these records out, or choose a model with vision.",

@@ -65,21 +65,21 @@ def _keyed(answers: Sequence[AnswerTotals]) -> dict[Key, AnswerTotals]:
 
 
 def _keys(places: Iterable[tuple[str, int]]) -> Iterator[Key]:
-    seen: Counter[tuple[str, int]] = Counter()
+    counts: Counter[tuple[str, int]] = Counter()
     for place in places:
-        yield *place, seen[place]
-        seen[place] += 1
+        yield *place, counts[place]
+        counts[place] += 1
 
 
 def _line(before: Totals, answer: AnswerTotals) -> dict[str, Any]:
-    theirs = [name for name in answer.totals if name.startswith(TEACHER)]
-    ours = [name for name in answer.totals if not name.startswith(TEACHER)]
+    teacher_names = [name for name in answer.totals if name.startswith(TEACHER)]
+    student_names = [name for name in answer.totals if not name.startswith(TEACHER)]
     counts = {name: count for name, count in answer.counts.items() if name in KEPT}
     return {
         "source": answer.source, "turn": answer.turn, "category": answer.category,
         "tokens": answer.tokens, **({"counts": counts} if counts else {}),
-        "teacher": _rounded(answer.totals, theirs), "before": _rounded(before, ours),
-        "after": _rounded(answer.totals, ours),
+        "teacher": _rounded(answer.totals, teacher_names),
+        "before": _rounded(before, student_names), "after": _rounded(answer.totals, student_names),
     }
 
 

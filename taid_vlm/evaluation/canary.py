@@ -82,7 +82,7 @@ def _values(record: Record) -> list[Any]:
 def choose(dataset: Sequence[Any], number: int, collator: DistillationCollator) -> list[Record]:
     """The first `number` records with an image before an answer that every model can use.
 
-    What cannot be used is told and counted by the evaluation of the same records.
+    What cannot be used is reported and counted by the evaluation of the same records.
     """
     return list(islice(collator.usable(dataset, _answers_after_images), number))
 
@@ -217,10 +217,10 @@ def _summarise(tally: Tally) -> Figures:
     table = tally.table.get(ALL)
     if not table:
         return {}
-    seen = table["kl_blank"]
+    kl_blank = table["kl_blank"]
     partners = table["kl_shuffled"].records if "kl_shuffled" in table else 0
-    out: Figures = {"n_records": seen.records, "n_tokens": int(seen.tokens),
-                    "without_partner": seen.records - partners}
+    out: Figures = {"n_records": kl_blank.records, "n_tokens": int(kl_blank.tokens),
+                    "without_partner": kl_blank.records - partners}
     for name, moments in table.items():
         out[name], out[f"{name}_stderr"] = moments.mean, moments.stderr
     return out
@@ -230,10 +230,10 @@ def _summarise(tally: Tally) -> Figures:
 
 
 class Canary:
-    """Asks both models of a run at every evaluation; the teacher, which does not change, once.
+    """Measures both models of a run at every evaluation; the teacher, which does not change, once.
 
     Args:
-        number: records with images that are asked about; 0 asks nothing.
+        number: records with images that are measured; 0 measures nothing.
     """
 
     def __init__(self, number: int) -> None:
@@ -241,11 +241,11 @@ class Canary:
         # by identity; a data set is kept beside it, so that no other one can take its place
         self._first: dict[int, tuple[Any, list[Record], Looks]] = {}
 
-    def ask(
+    def measure(
         self, dataset: Sequence[Any], student: nn.Module, teacher: nn.Module | None,
         collator: DistillationCollator, **options: Any,
     ) -> Looks:
-        """Figures by role, {} where no record has an image; a model that is blind is told.
+        """Figures by role, {} where no record has an image; a model that is blind is warned of.
 
         Args:
             options: of `look`.
@@ -263,18 +263,18 @@ class Canary:
             looks["student"] = canary(student, collator.student, records, **options)
         _, _, first = self._first.setdefault(id(dataset), (dataset, records, looks))
         if options.get("process", (0, 1))[0] == 0:
-            for sentence in told(looks, first.get("student")).values():
+            for sentence in blind_warnings(looks, first.get("student")).values():
                 logger.warning("%s %s", sentence, CHECKS)
         return looks
 
 
 def is_blind(figures: Mapping[str, float | int]) -> bool:
     """Whether neither a blank image nor another record's changes the answers."""
-    found = [figures[name] for name in ("kl_blank", "kl_shuffled") if name in figures]
-    return bool(found) and max(found) < BLIND_BELOW
+    divergences = [figures[name] for name in ("kl_blank", "kl_shuffled") if name in figures]
+    return bool(divergences) and max(divergences) < BLIND_BELOW
 
 
-def told(looks: Looks, start: Figures | None = None) -> dict[str, str]:
+def blind_warnings(looks: Looks, start: Figures | None = None) -> dict[str, str]:
     """A warning for every role whose model does not look.
 
     Args:
@@ -303,10 +303,10 @@ def account(before: Looks, after: Looks) -> dict[str, Any] | None:
     if not after:
         return None
     start = before["student"]
-    first, last = told(before), told(after, start)
+    first, last = blind_warnings(before), blind_warnings(after, start)
     warnings = [last["teacher"]] if "teacher" in last else []
-    warnings += [f"{when} training: {found['student']}"
-                 for when, found in (("Before", first), ("After", last)) if "student" in found]
+    warnings += [f"{when} training: {texts['student']}"
+                 for when, texts in (("Before", first), ("After", last)) if "student" in texts]
     return {"teacher": after.get("teacher"),
             "student": {"before": start, "after": after["student"]},
             "warnings": [*warnings, CHECKS] if warnings else []}

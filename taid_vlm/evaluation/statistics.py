@@ -329,7 +329,7 @@ class Bootstrap:
         error = seed_error(means)
         if not error.freedom:
             return draws, not trained
-        scale = error.spread * math.sqrt(sum(1 / len(found) for found in means))
+        scale = error.spread * math.sqrt(sum(1 / len(of_seeds) for of_seeds in means))
         chance = np.random.default_rng([self._seed, 1])
         return draws + scale * chance.standard_t(error.freedom, self.n_boot), True
 

@@ -69,8 +69,8 @@ class Record:
 
     def question(self, turn: int) -> str:
         """The user's last words before the `turn`-th assistant answer."""
-        asked = [message for message in self.before(turn) if message.role == "user"]
-        return asked[-1].text.strip() if asked else ""
+        questions = [message for message in self.before(turn) if message.role == "user"]
+        return questions[-1].text.strip() if questions else ""
 
     def category(self, turn: int) -> str:
         """Category of the `turn`-th assistant answer, "" where none is known."""

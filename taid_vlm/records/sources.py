@@ -177,22 +177,16 @@ def _json_rows(path: Path) -> list[dict[str, Any]] | JsonLines:
     try:
         rows = parse_json(path.read_bytes(), path.name)
     except RecordError:
-        if _first_line_is_object(path):  # JSON lines under another name
-            return JsonLines(path)
+        with contextlib.suppress(RecordError, IndexError):  # JSON lines under another name
+            lines = JsonLines(path)
+            _ = lines[0]
+            return lines
         raise
     if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
         rows = list(rows.values())  # {id: row}, as some benchmarks are written
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RecordError(f"{path.name}: must hold a list of objects [{{...}}, ...].")
     return rows
-
-
-def _first_line_is_object(path: Path) -> bool:
-    with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    with contextlib.suppress(RecordError):
-        return isinstance(parse_json(first, path.name), dict)
-    return False
 
 
 def _open_folder(path: Path, source: DataSource, root: Path) -> Records | StreamedRecords:

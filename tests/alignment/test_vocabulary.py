@@ -370,7 +370,7 @@ def test_prefix_pairs_the_glued_token_with_the_bare_one() -> None:
     spelled = {(names[t], names[s]) for t, s in pairs(found)}
     assert spelled == {("The", " The"), ("A", " A"), (" A", "  A")}
     assert not found.identity
-    mirrored = build_vocabulary_map(table_of(names), table_of(names), 7, 7, (), b" ", b"")
+    mirrored = build_vocabulary_map(table_of(names), table_of(names), 7, 7, (), (b" ", b""))
     assert {(s, t) for t, s in pairs(mirrored)} == set(pairs(found))
 
 
