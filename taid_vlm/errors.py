@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class TaidError(ValueError):
@@ -32,9 +33,10 @@ class SampleDropped(Exception):
         self.reason = reason
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value is a finite number; YAML's true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 MANY = 40  # more names than this would bury the message

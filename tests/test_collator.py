@@ -24,7 +24,7 @@ from taid_vlm.batch.forward import student_forward, teacher_forward
 from taid_vlm.batch.losses import token_losses
 from taid_vlm.errors import TaidError
 from taid_vlm.objectives import parse_objective
-from taid_vlm.records import parse_record
+from taid_vlm.records import ImageRef, parse_record
 
 BOS = ("llama", "gemma2", "gemma3", "idefics3")  # added to texts, written by templates
 FAMILIES = ("internvl", "smolvlm")  # teacher and student: other tiles, other template, a glue
@@ -178,6 +178,29 @@ def test_bad_row_is_counted_and_nothing_else_changes(name: str, place: int) -> N
     expected = collator()(GOOD)
     expected["counts"].pop("dropped")
     assert differences(found, expected) == []
+
+
+def test_every_picture_is_decoded_once_for_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture of 64 million pixels takes a second and hundreds of megabytes."""
+    decoded: list[str] = []
+    load = ImageRef.load
+    monkeypatch.setattr(ImageRef, "load", lambda ref: decoded.append(ref.source) or load(ref))
+    records = [parse_record(picture_row(), f"row {n}") for n in range(3)]
+    batch = collator()(records)
+    assert batch["counts"]["rows"] == 3
+    assert decoded == ["row 0", "row 1", "row 2"]
+
+
+def test_usable_records_of_a_data_set() -> None:
+    rows = [*(make() for make, _ in BAD.values()), *GOOD]
+    whole = collator()
+    found = list(whole.usable(rows, lambda record: record.messages))
+    assert [record.source for record in found] == [
+        f"row {len(BAD) + index}" for index in range(len(GOOD))]
+    assert set(whole.reported) == {reason for _, reason in BAD.values()} - {
+        "empty text", "malformed record"}  # not wanted; no record
+    assert list(whole.usable(rows, lambda record: False)) == []
+    assert list(whole.usable((), lambda record: True)) == []
 
 
 def test_reasons_are_counted_one_by_one() -> None:
