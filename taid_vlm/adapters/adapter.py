@@ -184,6 +184,7 @@ class ModelAdapter:
         """
         rendered, add_special = self._alike(rendered)
         inputs, replacements = self._process(rendered, images, padding_side, add_special)
+        inputs |= self._positions(inputs, padding_side)
         mask = inputs["attention_mask"].bool()
         rows = []
         for index, item in enumerate(rendered):
@@ -191,6 +192,9 @@ class ModelAdapter:
             ids = inputs["input_ids"][index][mask[index]].tolist()
             rows.append(self._row(item, ids, offset, replacements[index]))
         return EncodedBatch(inputs, rows)
+
+    def _positions(self, inputs: Mapping[str, Tensor], padding_side: Side) -> dict[str, Tensor]:
+        return {}
 
     def encode_prompts(
         self, records: Sequence[tuple[Record, int]], images: Sequence[Sequence[Image.Image]]
@@ -355,18 +359,11 @@ class ModelAdapter:
 class TextAdapter(ModelAdapter):
     """Any causal language model with its tokenizer."""
 
-    def encode(
-        self,
-        rendered: Sequence[Rendered],
-        images: Sequence[Sequence[Image.Image]],
-        padding_side: Side = "right",
-    ) -> EncodedBatch:
-        """As everywhere; left padding must not move learned positions (GPT-2 counts it in)."""
-        batch = super().encode(rendered, images, padding_side)
-        if padding_side == "left":
-            counted = batch.inputs["attention_mask"].cumsum(-1) - 1
-            batch.inputs["position_ids"] = counted.clamp(min=0)
-        return batch
+    def _positions(self, inputs: Mapping[str, Tensor], padding_side: Side) -> dict[str, Tensor]:
+        """Left padding must not move learned positions (GPT-2 counts it in)."""
+        if padding_side == "right":
+            return {}
+        return {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
 
     def _process(self, rendered, images, padding_side, add_special):  # type: ignore[no-untyped-def]
         encoded = self.tokenizer(

@@ -19,16 +19,10 @@ from taid_vlm.errors import AlignmentError, TaidError
 logger = logging.getLogger(__name__)
 
 TOKENIZER_PROBES = (  # texts that tell tokenizers apart
-    "The quick brown fox, 1,234.5 times.",
-    " naïve 数量\n\n  a_b",
-    "What's this?\tI'll see...",
-    "def f(x):\n    return x  # 100 %\n",
-    "    leading and trailing   ",
-    "Straße ñandú Ελλάδα Привет",
-    "こんにちは世界。한국어 مرحبا",
-    "🙂👩\u200d🚀 e\u0301 \ufb01",
-    "https://a.b/c?d=e&f=1",
-    "1234567890 12 345",
+    "The quick brown fox, 1,234.5 times.", " naïve 数量\n\n  a_b", "What's this?\tI'll see...",
+    "def f(x):\n    return x  # 100 %\n", "    leading and trailing   ",
+    "Straße ñandú Ελλάδα Привет", "こんにちは世界。한국어 مرحبا", "🙂👩\u200d🚀 e\u0301 \ufb01",
+    "https://a.b/c?d=e&f=1", "1234567890 12 345",
 )
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

@@ -17,8 +17,16 @@ from taid_vlm.evaluation.statistics import standard_error
 BINS = 15  # of equal width over [0, 1]; the last one holds 1.0 (Guo et al., 2017)
 
 
+class Sums:
+    """Sums that are added up in parts."""
+
+    def merge(self, other: Sums) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
 @dataclass
-class Calibration:
+class Calibration(Sums):
     """Sums over tokens by bin of confidence, all float64, and over answers for the error.
 
     tokens, confidence, hits: [BINS], how many tokens, and the sums of both figures over them.
@@ -41,10 +49,6 @@ class Calibration:
         row = torch.cat([binned[2] - binned[1], binned[0].sum()[None]])
         self.cross += torch.outer(row, row)
         self.answers += 1
-
-    def merge(self, other: Calibration) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
     @property
     def error(self) -> float:

@@ -252,13 +252,11 @@ class Canary:
         """
         if not self.number:
             return {}
-        if id(dataset) in self._first:
-            _, records, first = self._first[id(dataset)]
-            looks = dict(first)
-        else:
-            records, looks = choose(dataset, self.number, collator), {}
-            if records and teacher is not None and collator.teacher is not None:
-                looks["teacher"] = canary(teacher, collator.teacher, records, **options)
+        _, records, first = self._first.get(id(dataset)) or (
+            dataset, choose(dataset, self.number, collator), {})
+        looks = dict(first)
+        if records and not first and teacher is not None and collator.teacher is not None:
+            looks["teacher"] = canary(teacher, collator.teacher, records, **options)
         if records:
             looks["student"] = canary(student, collator.student, records, **options)
         _, _, first = self._first.setdefault(id(dataset), (dataset, records, looks))

@@ -23,7 +23,7 @@ from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.batch.figures import Measured, token_figures
 from taid_vlm.batch.forward import student_forward, teacher_forward
-from taid_vlm.evaluation.calibration import Calibration, binned_sums
+from taid_vlm.evaluation.calibration import Calibration, Sums, binned_sums
 from taid_vlm.evaluation.statistics import standard_error
 from taid_vlm.models.forward import evaluation_mode
 
@@ -31,7 +31,7 @@ ALL = ""  # the category that holds every token
 
 
 @dataclass
-class Moments:
+class Moments(Sums):
     """Sums over tokens, and over records for the standard error (tokens of one record are not
     independent, so the error is the cluster-robust one of a ratio of sums)."""
 
@@ -50,10 +50,6 @@ class Moments:
         self.total_squared += total * total
         self.cross += total * tokens
         self.tokens_squared += tokens * tokens
-
-    def merge(self, other: Moments) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
     @property
     def mean(self) -> float:

@@ -14,7 +14,7 @@ import torch.utils.data
 
 from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest, nearest_sibling
 from taid_vlm.io.jsonl import JsonLines, parse_json
-from taid_vlm.records.images import MAX_PIXELS
+from taid_vlm.records.images import MAX_PIXELS, ImageRef
 from taid_vlm.records.record import Malformed, Record, attempt, first_rows, parse_record
 
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -278,25 +278,17 @@ def _check(records: Records | StreamedRecords, source: DataSource) -> None:
     number = PROBED_IMAGES
     if isinstance(records, Records):
         number = PROBED_LINES if isinstance(records.rows, (JsonLines, list)) else PROBED_ROWS
-    first: list[Record] = []  # with images
-    empty = True
+    row, images, problems = None, list[ImageRef](), list[SampleDropped]()
     for row in first_rows(records, number):
         if isinstance(row, Malformed):
             raise RecordError(row.problem)
-        first += [row] if row.images and len(first) < PROBED_IMAGES else []
-        empty = False
-    if empty:
+        images += row.images[:1] if len(images) < PROBED_IMAGES else ()
+    if row is None:
         raise TaidError(f"data: '{source.path}' holds no records.")
-    records.has_images = bool(first)
-    _check_images(first, source)
-
-
-def _check_images(probed: list[Record], source: DataSource) -> None:
-    """One broken image is skipped and counted; if all are broken the paths are wrong."""
-    problems = []
-    for record in probed:
+    records.has_images = bool(images)
+    for image in images:  # one that is broken is skipped and counted, but all: the paths are wrong
         try:
-            record.images[0].load()
+            image.load()
             return
         except SampleDropped as problem:
             problems.append(problem)
