@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class TaidError(ValueError):
@@ -29,6 +31,12 @@ class SampleDropped(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; YAML's true and false are none."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 MANY = 40  # more names than this would bury the message

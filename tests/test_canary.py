@@ -29,11 +29,11 @@ from taid_vlm.evaluation.canary import (
     BLIND_BELOW,
     account,
     blank,
+    blind_warnings,
     choose,
     is_blind,
     look,
     shuffled,
-    told,
 )
 from taid_vlm.evaluation.held_out import Tally
 from taid_vlm.objectives import diagnose
@@ -103,7 +103,7 @@ def test_a_model_that_looks(family: str) -> None:
     for name in ("kl_blank", "kl_shuffled"):
         assert found[name] > 0.05 and 0 < found[f"{name}_stderr"] < found[name]
     assert not is_blind(found)
-    assert told({"student": found}) == {}
+    assert blind_warnings({"student": found}) == {}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +114,7 @@ def test_a_blind_model_is_exactly_zero(family: str) -> None:
     found = figures(built)
     assert [found[name] for name in FIGURES] == [0.0] * 4
     assert [found[f"{name}_stderr"] for name in FIGURES] == [0.0] * 4
-    warning = told({"student": found})["student"]
+    warning = blind_warnings({"student": found})["student"]
     assert "student DOES NOT LOOK" in warning and "8 records" in warning
 
 

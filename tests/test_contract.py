@@ -29,7 +29,7 @@ from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.batch.forward import student_forward, teacher_forward
 from taid_vlm.batch.losses import token_losses
 from taid_vlm.config.model import ModelSpec
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import SampleDropped
 from taid_vlm.models.forward import answer_logits, head_rows
 from taid_vlm.models.generation import generate_answers
 from taid_vlm.models.loading import load_model, load_processor
@@ -276,5 +276,6 @@ def test_answers_are_begun_where_they_were_learned(family: str) -> None:
 
 @pytest.mark.parametrize(("family", "kind"), REFUSED)
 def test_what_a_family_cannot_take_is_refused(family: str, kind: str) -> None:
-    with pytest.raises(TaidError, match=r"is a conversation \(user, assistant, user, assistant"):
+    with pytest.raises(SampleDropped,
+                       match=r"is a conversation \(user, assistant, user, assistant"):
         adapter(family, "student").render(record(kind))

@@ -76,7 +76,7 @@ def test_files_of_one_name_stay_apart(tmp_path: Path) -> None:
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text('{"source": "x"}\n')
-    with pytest.raises(TaidError, match=r"a', line 1: no line of eval_answers.jsonl"):
+    with pytest.raises(TaidError, match=r"a:1: no line of eval_answers.jsonl"):
         read_answers(tmp_path / "a")
 
 

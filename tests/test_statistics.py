@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +21,14 @@ from taid_vlm.evaluation.statistics import (
     holm,
     mcnemar,
     mean_of,
+    mean_of_estimates,
+    over_seeds,
     paired_bootstrap,
     pool_seeds,
     ratio_of,
     resampled_sums,
     seed_error,
+    standard_error,
 )
 
 NORMAL = 1.959964
@@ -63,6 +69,37 @@ def test_a_ratio_is_what_the_held_out_figures_use() -> None:
         moments.add(float(total), float(size))
     found = ratio_of(totals.tolist(), sizes.tolist())
     assert (found.value, found.stderr) == pytest.approx((moments.mean, moments.stderr))
+
+
+def test_the_mean_of_independent_figures_weighs_them_alike() -> None:
+    parts = [Estimate(1.0, 0.3, 10), Estimate(3.0, 0.4, 1000)]
+    assert mean_of_estimates(parts) == Estimate(2.0, pytest.approx(0.25), 1010)
+    assert math.isnan(mean_of_estimates([]).value)
+
+
+def test_over_seeds_adds_the_error_of_the_seeds_to_that_of_the_questions() -> None:
+    seeds = [Estimate(value, 0.1, 50) for value in (1.0, 2.0, 3.0)]
+    found = over_seeds(seeds)
+    assert found == Estimate(2.0, pytest.approx(math.hypot(0.1, 1 / math.sqrt(3))), 50)
+    assert over_seeds(seeds[:1]) == Estimate(1.0, pytest.approx(0.1), 50)
+
+
+@pytest.mark.parametrize(("squares", "draws", "weight", "expected"), [
+    (5.0, 4, 4.0, math.sqrt(5 * 4 / 3) / 4), (-1e-18, 2, 1.0, 0.0), (1.0, 1, 1.0, math.nan),
+    (1.0, 5, 0.0, math.nan)])
+def test_the_one_formula_of_a_standard_error(
+    squares: float, draws: int, weight: float, expected: float
+) -> None:
+    assert standard_error(squares, draws, weight) == pytest.approx(expected, nan_ok=True)
+
+
+def test_statistics_need_no_torch() -> None:
+    """All that compares figures calls this file, also where there are no models."""
+    tree = ast.parse(Path(str(statistics.__file__)).read_text())
+    named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+             for alias in node.names}
+    named |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert named <= {"numpy", *sys.stdlib_module_names, "collections.abc"}
 
 
 @pytest.mark.parametrize(("values", "weights"), [([], []), ([1.0, 2.0], [0.0, 0.0])])

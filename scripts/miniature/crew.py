@@ -52,12 +52,10 @@ def _timed(job: Callable[[], Any]) -> tuple[Any, float]:
 def quiet() -> None:
     """What a worker starts with: one thread, and nothing printed but errors."""
     import torch
-    import transformers
+
+    from taid_vlm.io.quiet import quiet_worker
 
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    quiet_worker()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
 from typing import Any
+
+from taid_vlm.evaluation.statistics import mean_of
 
 # 97.5 % points of Student's t for 1 to 10 degrees of freedom; beyond, a series is exact to 1e-4
 QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -49,8 +50,7 @@ def around(value: float, stderr: float, n: int) -> Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % interval of one figure per seed."""
-    n = len(values)
-    return around(fmean(values), stdev(values) / math.sqrt(n) if n > 1 else math.nan, n)
+    return around(**vars(mean_of(values)))
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:

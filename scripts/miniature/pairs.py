@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from miniature.scale import Models
 from taid_vlm.config.recipe import parse_recipe
 from taid_vlm.demo.arms import START, TEACHER, WORLDS, Job, World, caption_entropies, run_arm
 from taid_vlm.evaluation.statistics import Pooled
+from taid_vlm.io.jsonl import dump_lines, read_lines
 from taid_vlm.runs.run import distill
 
 SCENES: dict[str, dict[str, Any]] = {
@@ -91,9 +91,8 @@ def prepare_text(models: Models, data: Path, output: Path) -> dict[str, Any]:
 
 
 def _write_texts(source: Path, target: Path) -> None:
-    rows = [plain_text(json.loads(line)) for line in source.read_text().splitlines()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    target.write_text(dump_lines({"text": plain_text(row)} for _, row in read_lines(source)))
 
 
 def plain_text(row: Mapping[str, Any]) -> str:

@@ -12,26 +12,11 @@ from taid_vlm.adapters.encoded import AnswerSpan, AnswerToken, EncodedBatch, Enc
 from taid_vlm.adapters.families import make_adapter
 from taid_vlm.adapters.grids import GlobalViews, View
 from taid_vlm.adapters.template import Processor, Rendered, Supervise
-from taid_vlm.adapters.tokens import TOKENIZER_PROBES, TokenTable, tokenizer_change
+from taid_vlm.adapters.tokens import TOKENIZER_PROBES, TokenTable, check_reloaded
 
 __all__ = [
-    "PROBE_WORDS",
-    "TOKENIZER_PROBES",
-    "AnswerSpan",
-    "AnswerToken",
-    "EncodedBatch",
-    "EncodedRow",
-    "GlobalViews",
-    "ImageTextAdapter",
-    "ModelAdapter",
-    "Processor",
-    "Rendered",
-    "Side",
-    "Supervise",
-    "TextAdapter",
-    "TokenTable",
-    "View",
-    "check_spelled",
+    "PROBE_WORDS", "TOKENIZER_PROBES", "AnswerSpan", "AnswerToken", "EncodedBatch",
+    "EncodedRow", "GlobalViews", "ImageTextAdapter", "ModelAdapter", "Processor", "Rendered",
+    "Side", "Supervise", "TextAdapter", "TokenTable", "View", "check_reloaded", "check_spelled",
     "make_adapter",
-    "tokenizer_change",
 ]

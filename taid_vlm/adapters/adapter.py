@@ -43,6 +43,7 @@ from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Message, Record
 
 Side = Literal["left", "right"]
+NO_VISION, ONE_QUESTION = "image for a text model", "conversation for a model of one question"
 # whether a template's space is glued to an answer depends on the word having such a token
 PROBE_WORDS = ("yes", "The", "the", "a", "is", "in", "It", "A")
 
@@ -62,6 +63,7 @@ class ModelAdapter:
 
     prefer: ContentForm = "string"
     sees_images = False
+    one_question = "has no chat template; set {}.chat_template."
 
     def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
         self.processor, self.role, self.max_length = processor, role, max_length
@@ -79,38 +81,40 @@ class ModelAdapter:
     def render(self, record: Record, supervise: Supervise = "answers") -> Rendered:
         """The record as this model's text; raises SampleDropped where it cannot be used."""
         if record.images and not self.sees_images:
-            raise TaidError(
-                f"{record.source} holds an image, but the {self.role} is a text model and cannot "
-                f"see it; choose a {self.role} with vision, or text records."
-            )
+            raise SampleDropped(
+                NO_VISION, f"{record.source} holds an image, but the {self.role} is a text model "
+                f"and cannot see it; choose a {self.role} with vision, or text records.")
         if record.text is not None:
-            return self._render_text(record.text, record.source)
+            if not record.text.strip():
+                raise SampleDropped("empty text", record.source)
+            return self._render_text(record.text)
         if self.form is None:
-            return self._render_without_template(record)
+            return self._render_question(record)
         return self._after_template(render(self.processor, record, self.form, supervise))
 
     def _after_template(self, rendered: Rendered) -> Rendered:
         """For tokenizers the template is all there is; processors may add a BOS."""
         return rendered
 
-    def _render_text(self, text: str, source: str) -> Rendered:
+    def _render_text(self, text: str) -> Rendered:
         """A plain document: everything is learned, and then that it ends."""
-        if not text.strip():
-            raise SampleDropped("empty text", source)
         return self._with_special(Rendered(text, (TextSpan(0, len(text), 0, True),)), ends=True)
 
-    def _render_without_template(self, record: Record) -> Rendered:
-        """A base model: one question and one answer, simply joined."""
+    def _render_question(self, record: Record) -> Rendered:
+        """A model without a template takes one question and its answer."""
         roles = [message.role for message in record.messages]
         if roles != ["user", "assistant"]:
-            raise TaidError(
-                f"{record.source} is a conversation ({', '.join(roles)}), but the {self.role} has "
-                f"no chat template; set {self.role}.chat_template."
-            )
-        prompt, completion = (message.text for message in record.messages)
-        answer = completion.strip()
-        if not answer:
+            raise SampleDropped(
+                ONE_QUESTION, f"{record.source} is a conversation ({', '.join(roles)}), but the "
+                f"{self.role} {self.one_question.format(self.role)}")
+        if not record.answers[0]:
             raise SampleDropped("empty answer", record.source)
+        return self._join(record)
+
+    def _join(self, record: Record) -> Rendered:
+        """A base model: question and answer one behind the other."""
+        prompt, completion = (message.text for message in record.messages)
+        (answer,) = record.answers
         prompt += completion[: completion.index(answer[0])]  # the space before the answer
         span = TextSpan(len(prompt), len(prompt) + len(answer), 0, True)
         return self._with_special(Rendered(prompt + answer, (span,)), ends=True)
@@ -180,6 +184,7 @@ class ModelAdapter:
         """
         rendered, add_special = self._alike(rendered)
         inputs, replacements = self._process(rendered, images, padding_side, add_special)
+        inputs |= self._positions(inputs, padding_side)
         mask = inputs["attention_mask"].bool()
         rows = []
         for index, item in enumerate(rendered):
@@ -187,6 +192,9 @@ class ModelAdapter:
             ids = inputs["input_ids"][index][mask[index]].tolist()
             rows.append(self._row(item, ids, offset, replacements[index]))
         return EncodedBatch(inputs, rows)
+
+    def _positions(self, inputs: Mapping[str, Tensor], padding_side: Side) -> dict[str, Tensor]:
+        return {}
 
     def encode_prompts(
         self, records: Sequence[tuple[Record, int]], images: Sequence[Sequence[Image.Image]]
@@ -199,8 +207,8 @@ class ModelAdapter:
     def _prompt(self, record: Record, turn: int) -> Rendered:
         if self.form is not None:
             thinks = any(THOUGHT.match(answer) for answer in record.answers[turn : turn + 1])
-            asked = render_prompt(self.processor, record, turn, self.form)
-            text = self._as_learned(asked, thinks)
+            text = self._as_learned(
+                render_prompt(self.processor, record, turn, self.form), thinks)
             prompt = self._after_template(Rendered(text, ()))
         else:
             text = record.messages[0].text if record.messages else ""
@@ -213,8 +221,9 @@ class ModelAdapter:
         """The prompt ending as the text does that answers are learned after."""
         if thinks not in self._openings:
             self._openings[thinks] = self._opening(thinks)
-        asked, learned = self._openings[thinks]
-        return prompt.removesuffix(asked) + learned if prompt.endswith(asked) else prompt
+        prompt_end, trained_end = self._openings[thinks]
+        ends = prompt.endswith(prompt_end)
+        return prompt.removesuffix(prompt_end) + trained_end if ends else prompt
 
     def _opening(self, thinks: bool) -> tuple[str, str]:
         """Where the generation prompt is not what stands before an answer in a conversation: the
@@ -225,13 +234,13 @@ class ModelAdapter:
         token can hold ("Assistant:", " The") stays with the answer.
         """
         word = PROBE_WORDS[0]
-        asked, learned = self._before(
+        prompt_end, trained_end = self._before(
             f"<think>\n{word}\n</think>\n\n{word}" if thinks else word)
-        if learned.startswith(asked) and not learned[len(asked) :].strip():
+        if trained_end.startswith(prompt_end) and not trained_end[len(prompt_end) :].strip():
             return "", ""
-        pairs = enumerate(zip(asked, learned, strict=False))
-        shared = next((i for i, (a, b) in pairs if a != b), min(len(asked), len(learned)))
-        return asked[shared:], learned[shared:]
+        pairs = enumerate(zip(prompt_end, trained_end, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(prompt_end), len(trained_end)))
+        return prompt_end[shared:], trained_end[shared:]
 
     def _before(self, answer: str) -> tuple[str, str]:
         """The prompt that asks for an answer, and what stands before it in the conversation."""
@@ -308,8 +317,8 @@ class ModelAdapter:
         """Bytes of whitespace between the generation prompt and an answer."""
         if self.form is None:
             return 0
-        asked, learned = self._before(PROBE_WORDS[0])
-        head = learned.removeprefix(asked)
+        prompt_end, trained_end = self._before(PROBE_WORDS[0])
+        head = trained_end.removeprefix(prompt_end)
         return 0 if head.strip() else len(head.encode())
 
     def _end_of_turn(self, ids: list[int], index: int) -> int | None:
@@ -350,18 +359,11 @@ class ModelAdapter:
 class TextAdapter(ModelAdapter):
     """Any causal language model with its tokenizer."""
 
-    def encode(
-        self,
-        rendered: Sequence[Rendered],
-        images: Sequence[Sequence[Image.Image]],
-        padding_side: Side = "right",
-    ) -> EncodedBatch:
-        """As everywhere; left padding must not move learned positions (GPT-2 counts it in)."""
-        batch = super().encode(rendered, images, padding_side)
-        if padding_side == "left":
-            counted = batch.inputs["attention_mask"].cumsum(-1) - 1
-            batch.inputs["position_ids"] = counted.clamp(min=0)
-        return batch
+    def _positions(self, inputs: Mapping[str, Tensor], padding_side: Side) -> dict[str, Tensor]:
+        """Left padding must not move learned positions (GPT-2 counts it in)."""
+        if padding_side == "right":
+            return {}
+        return {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
 
     def _process(self, rendered, images, padding_side, add_special):  # type: ignore[no-untyped-def]
         encoded = self.tokenizer(
@@ -393,10 +395,10 @@ class ImageTextAdapter(ModelAdapter):
         return rendered if bos and rendered.text.startswith(bos) else self._with_special(rendered)
 
     def _process(self, rendered, images, padding_side, add_special):  # type: ignore[no-untyped-def]
-        given = [list(row) for row in images] if any(images) else None
+        pictures = [list(row) for row in images] if any(images) else None
         with _recorded_expansions(self.processor) as expansions:
             encoded = self.processor(
-                text=[item.text for item in rendered], images=given, padding=True,
+                text=[item.text for item in rendered], images=pictures, padding=True,
                 padding_side=padding_side, add_special_tokens=add_special,
                 return_tensors=self.return_tensors, return_mm_token_type_ids=True,
             )

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from taid_vlm.adapters.adapter import ImageTextAdapter, ModelAdapter, Side, TextAdapter
-from taid_vlm.adapters.template import Processor, Rendered, Supervise, TextSpan, has_chat_template
-from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.adapters.template import Processor, Rendered, TextSpan, has_chat_template
+from taid_vlm.errors import TaidError
 from taid_vlm.records import Record
 
 
@@ -41,6 +41,9 @@ class PrefixAdapter(ImageTextAdapter):
     written here and only its tokenizer and its image processor are used.
     """
 
+    one_question = ("is PaliGemma, which answers one question; give records of one user's and one "
+                    "assistant's turn, or choose another model.")
+
     def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
         if has_chat_template(processor):
             raise TaidError(f"{role}: PaliGemma takes a question and gives an answer, in a text of "
@@ -51,22 +54,11 @@ class PrefixAdapter(ImageTextAdapter):
     def _added_bos(self) -> str:
         return self.tokenizer.bos_token
 
-    def render(self, record: Record, supervise: Supervise = "answers") -> Rendered:
-        if record.text is not None:
-            if not record.text.strip():
-                raise SampleDropped("empty text", record.source)
-            return self._with_answer(self._added_bos, record.text)
-        roles = [message.role for message in record.messages]
-        if roles != ["user", "assistant"]:
-            raise TaidError(
-                f"{record.source} is a conversation ({', '.join(roles)}), but the {self.role} is "
-                "PaliGemma, which answers one question; give records of one user's and one "
-                "assistant's turn, or choose another model."
-            )
-        (answer,) = record.answers
-        if not answer:
-            raise SampleDropped("empty answer", record.source)
-        return self._with_answer(self._prefix(record), answer)
+    def _render_text(self, text: str) -> Rendered:
+        return self._with_answer(self._added_bos, text)
+
+    def _join(self, record: Record) -> Rendered:
+        return self._with_answer(self._prefix(record), record.answers[0])
 
     def _with_answer(self, prefix: str, answer: str) -> Rendered:
         end = len(prefix) + len(answer)

@@ -153,14 +153,9 @@ def _run(index: int, expansion: _Expansion) -> Placed:
     return _sided(expansion.runs[index])
 
 
-def _first(number: int, expansion: _Expansion) -> Placed:
-    """The whole image first, its tiles behind it, without markers."""
-    return _sided(expansion.tokens[:number])
-
-
-def _last(number: int, expansion: _Expansion) -> Placed:
-    """Tiles first, and the whole image behind them."""
-    return _sided(expansion.tokens[-number:])
+def _part(part: slice, expansion: _Expansion) -> Placed:
+    """The whole image before its tiles, or behind them, without markers."""
+    return _sided(expansion.tokens[part])
 
 
 def _broken_rows(expansion: _Expansion) -> Placed:
@@ -182,12 +177,12 @@ def _patch_positions(kernel: int, expansion: _Expansion) -> Placed:
 
 def _of_llava_next(processor: Any, config: Any) -> Layout:
     tower = config.vision_config
-    return partial(_first, (tower.image_size // tower.patch_size) ** 2)
+    return partial(_part, slice((tower.image_size // tower.patch_size) ** 2))
 
 
 def _of_perception_lm(processor: Any, config: Any) -> Layout:
     side = processor.image_processor.tile_size // processor.patch_size // processor.pooling_ratio
-    return partial(_first, side**2)
+    return partial(_part, slice(side**2))
 
 
 def _of_lfm2_vl(processor: Any, config: Any) -> Layout:
@@ -201,7 +196,8 @@ LAYOUTS: dict[str, Callable[[Any, Any], Layout]] = {
     "gemma4": lambda processor, config: partial(
         _patch_positions, config.vision_config.pooling_kernel_size),
     "idefics3": lambda processor, config: partial(_run, -1),
-    "internvl": lambda processor, config: partial(_last, processor.image_seq_length),
+    "internvl": lambda processor, config: partial(
+        _part, slice(-processor.image_seq_length, None)),
     "lfm2_vl": _of_lfm2_vl,
     "llava_next": _of_llava_next,
     "llava_onevision": _of_llava_next,

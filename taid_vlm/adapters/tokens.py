@@ -7,25 +7,22 @@ own bytes are laid over the text; if they do not tile it exactly, that is an err
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from taid_vlm.errors import AlignmentError
+from taid_vlm.errors import AlignmentError, TaidError
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_PROBES = (  # texts that tell tokenizers apart
-    "The quick brown fox, 1,234.5 times.",
-    " naïve 数量\n\n  a_b",
-    "What's this?\tI'll see...",
-    "def f(x):\n    return x  # 100 %\n",
-    "    leading and trailing   ",
-    "Straße ñandú Ελλάδα Привет",
-    "こんにちは世界。한국어 مرحبا",
-    "🙂👩\u200d🚀 e\u0301 \ufb01",
-    "https://a.b/c?d=e&f=1",
-    "1234567890 12 345",
+    "The quick brown fox, 1,234.5 times.", " naïve 数量\n\n  a_b", "What's this?\tI'll see...",
+    "def f(x):\n    return x  # 100 %\n", "    leading and trailing   ",
+    "Straße ñandú Ελλάδα Привет", "こんにちは世界。한국어 مرحبا", "🙂👩\u200d🚀 e\u0301 \ufb01",
+    "https://a.b/c?d=e&f=1", "1234567890 12 345",
 )
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -101,8 +98,8 @@ def tokenizer_change(
     Args:
         added: tokens that may be new.
     """
-    ours, theirs = before.get_vocab(), after.get_vocab()
-    if {**ours, **{token: theirs.get(token) for token in added}} != theirs:
+    ids_before, ids_after = before.get_vocab(), after.get_vocab()
+    if {**ids_before, **{token: ids_after.get(token) for token in added}} != ids_after:
         return "ids of its vocabulary"
     for key, token in before.special_tokens_map.items():
         if after.special_tokens_map.get(key) != token:
@@ -112,6 +109,24 @@ def tokenizer_change(
         if first != second:
             return f"how it splits {text!r}: {second} instead of {first}"
     return ""
+
+
+def check_reloaded(
+    before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, subject: str, mend: str = "",
+    added: Iterable[str] = (), fatal: bool = True,
+) -> None:
+    """A tokenizer must be as it was.
+
+    Args:
+        subject: what "changes" it, in the message; mend: what to do about it.
+        added: tokens that may be new.
+        fatal: raise TaidError; else only warn.
+    """
+    if change := tokenizer_change(before, after, added):
+        message = f"{subject} changes {change}. {mend}".strip()
+        if fatal:
+            raise TaidError(message)
+        logger.warning(message)
 
 
 def _token_bytes(token: str, byte_level: bool) -> bytes:

@@ -12,20 +12,10 @@ from taid_vlm.alignment.pairing import (
     supervised_positions,
     teacher_positions,
 )
-from taid_vlm.alignment.vocabulary import SideMap, VocabularyMap, build_vocabulary_map
+from taid_vlm.alignment.vocabulary import VocabularyMap, build_vocabulary_map
 
 __all__ = [
-    "Aligned",
-    "AlignedChunk",
-    "AlignedToken",
-    "Pairing",
-    "SideMap",
-    "VocabularyMap",
-    "align_alone",
-    "build_vocabulary_map",
-    "check_modalities",
-    "pair_models",
-    "student_positions",
-    "supervised_positions",
-    "teacher_positions",
+    "Aligned", "AlignedChunk", "AlignedToken", "Pairing", "VocabularyMap", "align_alone",
+    "build_vocabulary_map", "check_modalities", "pair_models", "student_positions",
+    "supervised_positions", "teacher_positions",
 ]

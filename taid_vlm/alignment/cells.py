@@ -50,12 +50,12 @@ def build_cell_map(
         raise AlignmentError("no token of the teacher begins the same text as one of the student.")
     single = [(t[0], s[0]) for t, s in cells if len(t) == len(s) == 1]
     several = [cell for cell in cells if len(cell[0]) + len(cell[1]) > 2]
-    theirs, ours = (
+    t_side, s_side = (
         side_map([pair[side] for pair in single], model.table, rows,
                  [(token, index) for index, cell in enumerate(several) for token in cell[side]])
         for side, (model, rows) in enumerate(((teacher, teacher_rows), (student, student_rows)))
     )
-    return VocabularyMap(theirs, ours, False, len(ours.rest) > 0, len(several))
+    return VocabularyMap(t_side, s_side, False, len(s_side.rest) > 0, len(several))
 
 
 def find_cells(
@@ -68,18 +68,18 @@ def find_cells(
     (a byte token beside a character) one stands for them; the others are paired by kind.
     """
     keys_t, keys_s = token_keys(teacher.table, glue[0]), token_keys(student.table, glue[1])
-    theirs, ours = _spelling(keys_t), _spelling(keys_s)
-    spoken_t, spoken_s = set(theirs.values()), set(ours.values())
+    spelled_t, spelled_s = _spelling(keys_t), _spelling(keys_s)
+    spoken_t, spoken_s = set(spelled_t.values()), set(spelled_s.values())
     links = [(t, s) for t, s in pair_tokens(keys_t, keys_s, roles)
              if t not in spoken_t and s not in spoken_s]
-    begun_s = _first_tokens(theirs, student, ours, glue[1])
-    begun_t = _first_tokens(ours, teacher, theirs, glue[0])
+    begun_s = _first_tokens(spelled_t, student, spelled_s, glue[1])
+    begun_t = _first_tokens(spelled_s, teacher, spelled_t, glue[0])
     # a token that both have and neither says here (its merges are never reached) stays by itself
     unsaid = {data for data in begun_s.keys() & begun_t.keys()
-              if begun_s[data] != ours[data] and begun_t[data] != theirs[data]}
-    links += [(theirs[data], ours[data] if data in unsaid else first)
+              if begun_s[data] != spelled_s[data] and begun_t[data] != spelled_t[data]}
+    links += [(spelled_t[data], spelled_s[data] if data in unsaid else first)
               for data, first in begun_s.items()]
-    links += [(theirs[data] if data in unsaid else first, ours[data])
+    links += [(spelled_t[data] if data in unsaid else first, spelled_s[data])
               for data, first in begun_t.items()]
     return _connected(links)
 
@@ -108,15 +108,15 @@ def _first_tokens(
         whole = ids[:-1] == alone and ids[-1:] == [spelled.get(data)]  # saves laying out most texts
         begun[data] = ids[-1] if whole else _token_after_anchor(target.table, ids, ANCHOR + text)
     known = set(spelled.values())
-    found = {}
+    first_tokens = {}
     for data in source:
         first = begun.get(data)
         if first not in known:  # no text of its own, or split in the middle of the glue
             prefixes = (data[:n] for n in range(min(longest, len(data)), 0, -1))
             first = next((spelled[prefix] for prefix in prefixes if prefix in spelled), None)
         if first is not None:
-            found[data] = first
-    return found
+            first_tokens[data] = first
+    return first_tokens
 
 
 def _as_text(data: bytes) -> str | None:

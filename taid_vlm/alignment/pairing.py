@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -101,62 +102,63 @@ class Pairing:
         """
         if len(teacher.answers) != len(student.answers):
             raise AlignmentError("the two templates print different numbers of texts")
-        find = self._chunked if self.has_chunks else self._token_by_token
+        compare = self._chunked if self.has_chunks else self._token_by_token
         aligned: list[Aligned] = []
         taken: set[int] = set()  # a token across two texts counts once
         for t, s in zip(teacher.answers, student.answers, strict=True):
-            for found in find(t, s, teacher, student):
-                positions = student_positions(found)
+            for pair in compare(t, s, teacher, student):
+                positions = student_positions(pair)
                 if taken.isdisjoint(positions):
                     taken.update(positions)
-                    aligned.append(found)
+                    aligned.append(pair)
         return aligned
 
     def _token_by_token(
         self, t: AnswerSpan, s: AnswerSpan, teacher: EncodedRow, student: EncodedRow
     ) -> Iterator[Aligned]:
-        theirs = {(token.start, token.end): token for token in t.tokens}
-        for ours in s.tokens:
-            other = theirs.get((ours.start, ours.end))
-            if other is not None and (found := self._token(other, ours, s.turn)) is not None \
-                    and self._comparable(found, teacher, student):
-                yield found
+        by_span = {(token.start, token.end): token for token in t.tokens}
+        for s_token in s.tokens:
+            t_token = by_span.get((s_token.start, s_token.end))
+            if t_token is not None and (pair := self._token(t_token, s_token, s.turn)) is not None \
+                    and self._comparable(pair, teacher, student):
+                yield pair
         yield from self._ends(t, s, teacher, student)
 
     def _chunked(
         self, t: AnswerSpan, s: AnswerSpan, teacher: EncodedRow, student: EncodedRow
     ) -> Iterator[Aligned]:
-        for theirs, ours in common_segments(t, s):
+        for t_tokens, s_tokens in common_segments(t, s):
             # nothing stands before the first token of a row, so nothing predicts it
-            predicted = theirs[0].position > teacher.offset and ours[0].position > student.offset
-            if not predicted or not same_glue((theirs, ours)):
+            t_first, s_first = t_tokens[0], s_tokens[0]
+            predicted = t_first.position > teacher.offset and s_first.position > student.offset
+            if not predicted or not same_glue((t_tokens, s_tokens)):
                 continue
-            first = self._token(theirs[0], replace(ours[0], suffix=theirs[0].suffix), s.turn)
+            first = self._token(t_first, replace(s_first, suffix=t_first.suffix), s.turn)
             if first is not None and not self._comparable(first, teacher, student):
                 first = None
-            one_each = len(theirs) == len(ours) == 1
+            one_each = len(t_tokens) == len(s_tokens) == 1
             if first is not None and one_each and self._alone(first, teacher, student):
                 yield first
             else:
-                yield AlignedChunk(tuple(token.position for token in theirs),
-                                   tuple(token.position for token in ours), s.turn,
+                yield AlignedChunk(tuple(token.position for token in t_tokens),
+                                   tuple(token.position for token in s_tokens), s.turn,
                                    None if first is None else first.map_index)
         yield from self._ends(t, s, teacher, student)
 
     def _alone(self, token: AlignedToken, teacher: EncodedRow, student: EncodedRow) -> bool:
         """Whether the entry of two tokens holds nothing but these two."""
-        theirs = teacher.ids[token.teacher - teacher.offset]
-        ours = student.ids[token.student - student.offset]
-        return self.maps[token.map_index].same_token(theirs, ours)
+        teacher_id = teacher.ids[token.teacher - teacher.offset]
+        student_id = student.ids[token.student - student.offset]
+        return self.maps[token.map_index].same_token(teacher_id, student_id)
 
-    def _token(self, theirs: AnswerToken, ours: AnswerToken, turn: int) -> AlignedToken | None:
+    def _token(self, teacher: AnswerToken, student: AnswerToken, turn: int) -> AlignedToken | None:
         """The map under which two tokens of the same bytes may be compared."""
-        if theirs.suffix != ours.suffix:
+        if teacher.suffix != student.suffix:
             return None
-        if theirs.prefix == ours.prefix:
-            return AlignedToken(theirs.position, ours.position, turn, 0)
-        if (theirs.prefix, ours.prefix) == self.glue:
-            return AlignedToken(theirs.position, ours.position, turn, 1)
+        if teacher.prefix == student.prefix:
+            return AlignedToken(teacher.position, student.position, turn, 0)
+        if (teacher.prefix, student.prefix) == self.glue:
+            return AlignedToken(teacher.position, student.position, turn, 1)
         return None
 
     def _ends(
@@ -165,9 +167,9 @@ class Pairing:
         """Both models end the turn after the same bytes."""
         if t.end_of_turn is None or s.end_of_turn is None or t.tail != s.tail:
             return
-        found = AlignedToken(t.end_of_turn, s.end_of_turn, s.turn, 0)
-        if self._comparable(found, teacher, student):
-            yield found
+        pair = AlignedToken(t.end_of_turn, s.end_of_turn, s.turn, 0)
+        if self._comparable(pair, teacher, student):
+            yield pair
 
     def _comparable(self, token: AlignedToken, teacher: EncodedRow, student: EncodedRow) -> bool:
         """Both positions have a prediction before them, of one and the same outcome."""
@@ -176,24 +178,24 @@ class Pairing:
             teacher.ids[t], student.ids[s])
 
 
-def student_positions(found: Aligned) -> tuple[int, ...]:
+def student_positions(aligned: Aligned) -> tuple[int, ...]:
     """Positions of the student's tokens in one comparison."""
-    return found.student if isinstance(found, AlignedChunk) else (found.student,)
+    return aligned.student if isinstance(aligned, AlignedChunk) else (aligned.student,)
 
 
-def teacher_positions(found: Aligned) -> tuple[int, ...]:
+def teacher_positions(aligned: Aligned) -> tuple[int, ...]:
     """Positions of the teacher's tokens in one comparison."""
-    return found.teacher if isinstance(found, AlignedChunk) else (found.teacher,)
+    return aligned.teacher if isinstance(aligned, AlignedChunk) else (aligned.teacher,)
 
 
 def supervised_positions(row: EncodedRow) -> list[tuple[int, int]]:
     """(position, turn) of every token of a row that can be learned, ends of turns included."""
-    found: dict[int, int] = {}
+    turns: dict[int, int] = {}
     for answer in row.answers:
         end = [] if answer.end_of_turn is None else [answer.end_of_turn]
         for position in (*(token.position for token in answer.tokens), *end):
-            found.setdefault(position, answer.turn)
-    return [(position, turn) for position, turn in found.items() if position > row.offset]
+            turns.setdefault(position, answer.turn)
+    return [(position, turn) for position, turn in turns.items() if position > row.offset]
 
 
 def align_alone(student: EncodedRow) -> list[Aligned]:
@@ -232,16 +234,12 @@ def pair_models(
         )
     roles = _roles(teacher, student)
     glue = _first_token_glue(teacher, student)
-    rows = (teacher_rows, student_rows)
-    if difference is not None or alignment == "chunks":
-        case: Case = "c"
-        maps = [build_cell_map(teacher, student, *rows, roles, around)
-                for around in ((b"", b""), glue) if around is not None]
-    else:
-        tables = (teacher.table, student.table, *rows, roles)
-        maps = [build_vocabulary_map(*tables, *around)
-                for around in ((b"", b""), glue) if around is not None]
-        case = "a" if maps[0].identity else "b"
+    chunks = difference is not None or alignment == "chunks"
+    build: Any = partial(build_cell_map, teacher, student) if chunks else partial(
+        build_vocabulary_map, teacher.table, student.table)
+    maps = [build(teacher_rows, student_rows, roles, around)
+            for around in ((b"", b""), glue) if around is not None]
+    case: Case = "c" if chunks else "a" if maps[0].identity else "b"
     if alignment == "exact" and case != "a":
         raise AlignmentError(
             f"alignment: exact, but the two vocabularies are not the same ({_counts(maps[0])}). "
@@ -263,14 +261,15 @@ def _compare_splits(
             continue
         if spans[0] != spans[1] and difference is None:
             same = next(i for i, pair in enumerate(zip_longest(*spans)) if pair[0] != pair[1])
-            shown = [_cut_at(text.strip().encode(), found, same) for found in spans]
+            shown = [_cut_at(text.strip().encode(), cuts, same) for cuts in spans]
             difference = f"Teacher: '{shown[0]}'; student: '{shown[1]}'"
     if not problems:
         return difference, []
-    told = f"{len(problems)} of {len(samples)} probed answers cannot be spelled by both tokenizers"
+    message = (f"{len(problems)} of {len(samples)} probed answers cannot be spelled by both "
+               "tokenizers")
     if len(problems) == len(samples):
-        raise AlignmentError(f"{told}, so nothing can be aligned: {problems[0]}")
-    return difference, [f"{told}; such records are left out: {problems[0]}"]
+        raise AlignmentError(f"{message}, so nothing can be aligned: {problems[0]}")
+    return difference, [f"{message}; such records are left out: {problems[0]}"]
 
 
 def _cut_at(data: bytes, spans: list[tuple[int, int]], same: int) -> str:

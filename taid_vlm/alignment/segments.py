@@ -21,14 +21,14 @@ def common_segments(teacher: AnswerSpan, student: AnswerSpan) -> Iterator[Segmen
     that stands alone) are a piece where both sides have the same ones, and else belong to the
     piece that follows them. Bytes that only one side covers at the end make no piece.
     """
-    ours, theirs = _ends(student), _ends(teacher)
-    common = ours.keys() & theirs.keys()
+    s_ends, t_ends = _ends(student), _ends(teacher)
+    common = s_ends.keys() & t_ends.keys()
     if _head(teacher) != _head(student):
         common -= {0}
     start_t = start_s = 0
     for end in sorted(common):
-        yield (teacher.tokens[start_t : theirs[end]], student.tokens[start_s : ours[end]])
-        start_t, start_s = theirs[end], ours[end]
+        yield (teacher.tokens[start_t : t_ends[end]], student.tokens[start_s : s_ends[end]])
+        start_t, start_s = t_ends[end], s_ends[end]
 
 
 def _ends(answer: AnswerSpan) -> dict[int, int]:

@@ -67,8 +67,8 @@ class VocabularyMap:
         """Whether two tokens are one and the same outcome of the comparison."""
         if self.identity:
             return teacher_id == student_id
-        theirs, ours = self._entries
-        return theirs.get(teacher_id, -1) == ours.get(student_id, -1)
+        teacher_entries, student_entries = self._entries
+        return teacher_entries.get(teacher_id, -1) == student_entries.get(student_id, -1)
 
     def same_token(self, teacher_id: int, student_id: int) -> bool:
         """Whether that outcome is this token alone, on both sides."""
@@ -79,12 +79,12 @@ class VocabularyMap:
     @cached_property
     def _entries(self) -> tuple[dict[int, int], dict[int, int]]:
         """Id -> entry on both sides, of shared tokens and members; what is missing is rest."""
-        theirs, ours = (
+        teacher_entries, student_entries = (
             {token: entry for entry, token in enumerate(side.shared.tolist())}
             | {token: len(side.shared) + cell for token, cell in
                zip(side.members.tolist(), side.cell.tolist(), strict=True)}
             for side in (self.teacher, self.student))
-        return theirs, ours
+        return teacher_entries, student_entries
 
     @property
     def width(self) -> int:
@@ -192,8 +192,7 @@ def build_vocabulary_map(
     teacher_rows: int,
     student_rows: int,
     roles: Sequence[tuple[int, int]] = (),
-    teacher_prefix: bytes = b"",
-    student_prefix: bytes = b"",
+    glue: tuple[bytes, bytes] = (b"", b""),
 ) -> VocabularyMap:
     """Pair the two models' tokens by what they stand for.
 
@@ -202,19 +201,18 @@ def build_vocabulary_map(
         teacher_rows, student_rows: rows of the heads (>= the tables' lengths).
         roles: (teacher id, student id) that play the same part under different names, such as
             the end of a turn; they come first.
-        teacher_prefix, student_prefix: bytes that a token at this position carries in front on
-            one side only (" The" after "Assistant:" against "The" after a newline).
+        glue: bytes that a token at this position carries in front, on the two sides (" The" after
+            "Assistant:" against "The" after a newline).
 
     Raises:
         AlignmentError: a head with fewer rows than its tokenizer has tokens, or nothing shared.
     """
     check_rows(teacher, student, teacher_rows, student_rows)
-    plain = teacher_prefix == student_prefix
+    plain = glue[0] == glue[1]
     same = plain and teacher_rows == student_rows and teacher.strings == student.strings
     if same and all(t == s for t, s in roles):
         return _identity(teacher_rows)
-    pairs = pair_tokens(token_keys(teacher, teacher_prefix),
-                        token_keys(student, student_prefix), roles)
+    pairs = pair_tokens(token_keys(teacher, glue[0]), token_keys(student, glue[1]), roles)
     if not pairs:
         raise AlignmentError("teacher and student share no token at all.")
     teacher_side = side_map([t for t, _ in pairs], teacher, teacher_rows)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -37,7 +37,7 @@ from taid_vlm.alignment import (
     teacher_positions,
 )
 from taid_vlm.errors import AlignmentError, RecordError, SampleDropped, TaidError
-from taid_vlm.records import Malformed, Record, parse_record
+from taid_vlm.records import Malformed, Record, first_rows, parse_record
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class DistillationCollator:
         degrade: makes an image that says nothing, of the same size; the teacher is then shown
             these, too.
         views: by role, what finds the images' global views.
+        reported: the first message of every reason for which a record was left out.
 
     A batch holds, for N aligned tokens in B rows:
         student_inputs, teacher_inputs: what the models take.
@@ -92,6 +93,7 @@ class DistillationCollator:
     padding_side: Side = "right"
     degrade: Callable[[Image.Image], Image.Image] | None = None
     views: Mapping[str, GlobalViews] | None = None
+    reported: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         counts: Counter[str] = Counter()
@@ -114,8 +116,24 @@ class DistillationCollator:
                 raise RecordError(row.problem)
             return self._prepare(row if isinstance(row, Record) else parse_record(row, "a row"))
         except (SampleDropped, RecordError, AlignmentError) as problem:
-            _count(problem, counts)
+            self._leave_out(problem, counts)
             return None
+
+    def _leave_out(self, problem: Exception, counts: Counter[str], source: str = "") -> None:
+        """Count a record under its reason; the first one of each reason is reported in full."""
+        kinds: dict[type[Exception], str] = {
+            RecordError: "malformed record", AlignmentError: "cannot be aligned"}
+        reason = problem.reason if isinstance(problem, SampleDropped) else \
+            kinds.get(type(problem), "refused by the processor")
+        counts[reason] += 1
+        if reason not in self.reported:
+            self.reported[reason] = f"{source}: {problem}" if source else str(problem)
+            logger.warning("A record is left out (%s). %s", reason, self.reported[reason])
+
+    def usable(self, data: Any, wanted: Callable[[Record], Any]) -> Iterator[Record]:
+        """Those of a data set's records that are wanted and that are not left out, in order."""
+        return (row for row in first_rows(data)
+                if isinstance(row, Record) and wanted(row) and self([row])["counts"]["rows"])
 
     def _prepare(self, record: Record) -> _Sample:
         rendered = {a.role: a.render(record, self.supervise) for a in self.adapters}
@@ -134,10 +152,11 @@ class DistillationCollator:
                 self._drop_failing(samples, counts, error)
                 continue
             if not self._shorten(samples, encoded, counts):
-                aligned = [self._align(encoded, i, counts) for i in range(len(samples))]
+                aligned = [self._align(encoded, i, counts, sample.record.source)
+                           for i, sample in enumerate(samples)]
                 if all(aligned):
                     return encoded, aligned
-                samples[:] = [s for s, found in zip(samples, aligned, strict=True) if found]
+                samples[:] = [s for s, pairs in zip(samples, aligned, strict=True) if pairs]
         return {}, []
 
     def _run(self, adapter: ModelAdapter, samples: Sequence[_Sample]) -> EncodedBatch:
@@ -161,7 +180,7 @@ class DistillationCollator:
                     self._run(adapter, [sample])
                 kept.append(sample)
             except (TaidError, SampleDropped) as problem:
-                _count(problem, counts, sample.record.source)
+                self._leave_out(problem, counts, sample.record.source)
         if len(kept) == len(samples):
             raise error
         samples[:] = kept
@@ -177,8 +196,9 @@ class DistillationCollator:
             changed |= bool(long)
             if long and sample.record.text is None:
                 length = len(encoded[long[0].role].rows[index].ids)
-                _count(SampleDropped(TOO_LONG, f"{sample.record.source}: {length} tokens for the "
-                                     f"{long[0].role}"), counts)
+                self._leave_out(SampleDropped(
+                    TOO_LONG, f"{sample.record.source}: {length} tokens for the {long[0].role}"),
+                    counts)
                 continue
             if long:
                 counts[CUT] += not sample.cut
@@ -190,18 +210,18 @@ class DistillationCollator:
         return changed
 
     def _align(
-        self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str]
+        self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str], source: str
     ) -> list[Aligned]:
         student = encoded["student"].rows[index]
         try:
-            found = align_alone(student) if self.pairing is None else self.pairing.align(
+            aligned = align_alone(student) if self.pairing is None else self.pairing.align(
                 encoded["teacher"].rows[index], student)
         except AlignmentError as problem:
-            _count(problem, counts)
+            self._leave_out(problem, counts, source)
             return []
-        if not found:
-            counts[UNALIGNED] += 1
-        return found
+        if not aligned:
+            self._leave_out(SampleDropped(UNALIGNED, source), counts)
+        return aligned
 
     # ----- tensors --------------------------------------------------------------------------
 
@@ -209,16 +229,16 @@ class DistillationCollator:
         self, samples: Sequence[_Sample], encoded: dict[str, EncodedBatch],
         aligned: list[list[Aligned]], counts: Counter[str],
     ) -> Batch:
-        flat = [(row, found) for row, one in enumerate(aligned) for found in one]
-        tokens = {"student": [(row, position, found.turn) for row, found in flat
-                              for position in student_positions(found)],
-                  "teacher": [(row, position, found.turn) for row, found in flat
-                              for position in teacher_positions(found)]}
+        flat = [(row, pair) for row, one in enumerate(aligned) for pair in one]
+        tokens = {"student": [(row, position, pair.turn) for row, pair in flat
+                              for position in student_positions(pair)],
+                  "teacher": [(row, position, pair.turn) for row, pair in flat
+                              for position in teacher_positions(pair)]}
         rows = [row for row, _, _ in tokens["student"]]
         turns = [turn for _, _, turn in tokens["student"]]
         batch: Batch = {
-            "map_index": _long(found.map_index for _, found in flat
-                               if found.map_index is not None),
+            "map_index": _long(pair.map_index for _, pair in flat
+                               if pair.map_index is not None),
             "row": _long(rows),
             "turn": _long(turns),
             "categories": [samples[row].record.category(turn)
@@ -234,7 +254,7 @@ class DistillationCollator:
             name = "labels" if role == "student" else "teacher_labels"
             batch[name] = target_ids(side.rows, positions)
         if self.pairing is not None and self.pairing.has_chunks:
-            batch |= _partners([found for _, found in flat])
+            batch |= _partners([pair for _, pair in flat])
         if self.degrade is not None:
             batch["teacher_degraded"] = self._degraded(samples, encoded["teacher"])
         for role, views in (self.views or {}).items():
@@ -245,8 +265,8 @@ class DistillationCollator:
             "cut": counts[CUT],
             "supervised_tokens": sum(len(supervised_positions(row)) for row in encoded_rows),
             "aligned_tokens": len(rows),
-            "chunk_tokens": sum(len(found.student) for _, found in flat
-                                if isinstance(found, AlignedChunk)),
+            "chunk_tokens": sum(len(pair.student) for _, pair in flat
+                                if isinstance(pair, AlignedChunk)),
             "rows": len(samples) if flat else 0,
         }
         return batch
@@ -279,15 +299,15 @@ def _partners(flat: list[Aligned]) -> dict[str, Tensor]:
     chunk_s: list[int] = []
     chunk_t: list[int] = []
     last: list[int] = []
-    for found in flat:
-        if found.map_index is not None:
+    for pair in flat:
+        if pair.map_index is not None:
             pairs.append((len(chunk_s), len(chunk_t)))
-        if isinstance(found, AlignedToken):
+        if isinstance(pair, AlignedToken):
             chunk_s.append(-1)
             chunk_t.append(-1)
             continue
-        chunk_s += [len(last)] * len(found.student)
-        chunk_t += [len(last)] * len(found.teacher)
+        chunk_s += [len(last)] * len(pair.student)
+        chunk_t += [len(last)] * len(pair.teacher)
         last.append(len(chunk_s) - 1)
     return {"pair_student": _long(s for s, _ in pairs), "pair_teacher": _long(t for _, t in pairs),
             "chunk_student": _long(chunk_s), "chunk_teacher": _long(chunk_t),
@@ -309,18 +329,3 @@ def predicting_mask(ids: Tensor, positions: list[tuple[int, int]]) -> Tensor:
 def target_ids(rows: list[EncodedRow], positions: list[tuple[int, int]]) -> Tensor:
     targets = [rows[row].ids[position - rows[row].offset] for row, position in positions]
     return torch.tensor(targets, dtype=torch.long)
-
-
-_reported: set[str] = set()
-
-
-def _count(problem: Any, counts: Counter[str], source: str = "") -> None:
-    """Count a dropped record; the first one of each kind is told in full."""
-    named = {RecordError: "malformed record", AlignmentError: "cannot be aligned",
-             TaidError: "refused by the processor"}
-    reason = problem.reason if isinstance(problem, SampleDropped) else named[type(problem)]
-    counts[reason] += 1
-    if reason not in _reported:
-        _reported.add(reason)
-        where = f"{source}: " if source else ""
-        logger.warning("A record is left out (%s). %s%s", reason, where, problem)

@@ -11,11 +11,7 @@ from torch import Tensor
 from taid_vlm.alignment import Pairing, VocabularyMap
 from taid_vlm.batch.forward import Batch
 from taid_vlm.batch.losses import by_map, chunk_pair_logits, has_chunks, of_partners
-from taid_vlm.objectives import (
-    best_guess,
-    diagnose,
-    divergence,
-)
+from taid_vlm.objectives import best_guess, diagnose, divergence
 
 
 class Measured(NamedTuple):
@@ -50,11 +46,11 @@ def token_figures(
 
     compare = functools.partial(compared_figures, closely=closely)
     compared = by_map(pairing, batch, student_logits, teacher_logits, compare)
-    theirs = divergence("ce", teacher_logits, None, labels=batch["teacher_labels"])
+    teacher_nll = divergence("ce", teacher_logits, None, labels=batch["teacher_labels"])
     if not has_chunks(batch):
-        return figures | {"teacher_nll": Measured(theirs)} | {
+        return figures | {"teacher_nll": Measured(teacher_nll)} | {
             name: Measured(values) for name, values in compared.items()}
-    return figures | {"teacher_nll": Measured(_at_student(batch, theirs))} | {
+    return figures | {"teacher_nll": Measured(_at_student(batch, teacher_nll))} | {
         name: Measured(values, batch["pair_student"]) for name, values in compared.items()
     } | _chunk_figures(batch, student_logits, teacher_logits, closely)
 
@@ -63,8 +59,8 @@ def compared_figures(
     vocabulary: VocabularyMap, s: Tensor, u: Tensor, closely: bool = False
 ) -> dict[str, Tensor]:
     """Figures of student logits [n, V_student] against teacher logits [n, V_teacher]."""
-    found = diagnose(vocabulary.map_student(s), vocabulary.map_teacher(u), closely)
-    return found | vocabulary.unshared_mass(s, "student") | vocabulary.unshared_mass(u, "teacher")
+    figures = diagnose(vocabulary.map_student(s), vocabulary.map_teacher(u), closely)
+    return figures | vocabulary.unshared_mass(s, "student") | vocabulary.unshared_mass(u, "teacher")
 
 
 def _chunk_figures(batch: Batch, s: Tensor, u: Tensor, closely: bool) -> dict[str, Measured]:

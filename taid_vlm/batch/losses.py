@@ -10,12 +10,7 @@ from torch import Tensor
 
 from taid_vlm.alignment import Pairing, VocabularyMap
 from taid_vlm.batch.forward import Batch
-from taid_vlm.objectives import (
-    Objective,
-    advantage_weight,
-    chunk_logits,
-    label_log_prob,
-)
+from taid_vlm.objectives import Objective, advantage_weight, chunk_logits, label_log_prob
 
 
 def token_losses(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,10 @@ from taid_vlm.benchmarks.likelihood import CHOOSE_BY, NORMALISE, choose_settings
 from taid_vlm.benchmarks.question import Benchmark, Question, Rule
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import find_benchmark
-from taid_vlm.benchmarks.store import DIGITS, data_hash, question_hash
+from taid_vlm.benchmarks.store import data_hash, question_hash
 from taid_vlm.config.data import DataSource
 from taid_vlm.errors import TaidError, nearest
+from taid_vlm.io.hashing import text_hash
 
 METHODS = ("generate", "likelihood")
 
@@ -95,7 +95,7 @@ class Task:
     @property
     def prompt_hash(self) -> str:
         together = "\n".join(f"{name} {asked}" for name, asked in self.asked.items())
-        return hashlib.sha256(together.encode()).hexdigest()[:DIGITS]
+        return text_hash(together)
 
 
 def open_tasks(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from transformers import PretrainedConfig
 
 from taid_vlm.adapters import ModelAdapter, make_adapter
 from taid_vlm.benchmarks.remote import Endpoint
-from taid_vlm.benchmarks.store import DIGITS, weights_hash
+from taid_vlm.benchmarks.store import weights_hash
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
+from taid_vlm.io.hashing import text_hash
 from taid_vlm.models.loading import (
     load_config,
     load_processor,
@@ -128,8 +128,7 @@ class LocalModel:
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, beside the settings of answering."""
         folder, given = Path(self.spec.model_name_or_path), self.spec.chat_template
-        template = None if given is None else hashlib.sha256(
-            read_template(given, "model").encode()).hexdigest()[:DIGITS]
+        template = None if given is None else text_hash(read_template(given, "model"))
         return {"weights_sha256": weights_hash(folder) if folder.is_dir() else None,
                 "commit": getattr(self.config, "_commit_hash", None), "dtype": self.dtype,
                 "chat_template_sha256": template}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import copy
 import json
 import logging
@@ -16,11 +14,11 @@ from typing import Any
 
 from taid_vlm.errors import RecordError, nearest
 from taid_vlm.records import ImageRef, Records
+from taid_vlm.records.images import MAX_PIXELS, SHORTEST_BASE64, stored_image
 
 logger = logging.getLogger(__name__)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SHORTEST_BASE64 = 64  # characters; a shorter text in an image column is a path or another row
 _NEEDED = object()
 ByIndex = Callable[[str], Mapping[str, Any] | None]
 
@@ -131,7 +129,8 @@ class Row(Mapping[str, Any]):
         return tuple(found)
 
     def image(self, column: str = "image") -> ImageRef:
-        """The image of a column: bytes, {"bytes", "path"}, PIL image, path or base64 text."""
+        """The image of a column: as a record may hold it, or the index of another
+        row."""
         return self._image(self.need(column), column, None)
 
     def images(self, *columns: str) -> tuple[ImageRef, ...]:
@@ -154,7 +153,7 @@ class Row(Mapping[str, Any]):
             raise RecordError(f"{self.where}: {column} holds no image.")
         if isinstance(found, bytes) and self.records is not None:
             found = _InItsRow(self.records, self.number, self.by_index, column, place)
-        return ImageRef(found, self.where)
+        return ImageRef(found, self.where, getattr(self.records, "max_pixels", MAX_PIXELS))
 
     def stored_image(self, column: str, place: int | None) -> Any:
         """Bytes, PIL image or path: of a column, or what stands at a place of its list."""
@@ -162,17 +161,10 @@ class Row(Mapping[str, Any]):
         return self._stored(value, column)
 
     def _stored(self, value: Any, column: str) -> Any:
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and self.by_index is not None and len(value) < SHORTEST_BASE64:
             other = self.by_index(value)
             value = other[column] if other is not None and other.get(column) else value
-        if isinstance(value, str) and len(value) >= SHORTEST_BASE64:
-            value = _from_base64(value) or value
-        if isinstance(value, (str, Path)):
-            path = Path(value)
-            value = path if self.root is None or path.is_absolute() else self.root / path
-        return value
+        return stored_image(value, self.root)
 
 
 @dataclass(frozen=True)
@@ -222,9 +214,3 @@ def _literal(text: str) -> Any:
             return list(value)
     return [text]
 
-
-def _from_base64(text: str) -> bytes | None:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from taid_vlm.benchmarks.answering import Answer
 from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict
 from taid_vlm.benchmarks.store import answer_fields
-from taid_vlm.evaluation.statistics import Estimate
+from taid_vlm.evaluation.statistics import Estimate, root_mean_square, seed_error
 from taid_vlm.records.record import IMAGE_TAG
 
 BySeed = Mapping[int, Sequence[Judged]]  # the same questions in the same order under every seed
@@ -52,10 +51,9 @@ def _over_seeds(each: Sequence[Estimate], of_means: Estimate) -> dict[str, Any]:
     values = [figure.value for figure in each]
     value = math.fsum(values) / len(values)
     linear = math.isclose(value, of_means.value, rel_tol=LINEAR, abs_tol=LINEAR)
-    stderr = of_means.stderr if linear else math.sqrt(
-        math.fsum(figure.stderr**2 for figure in each) / len(each))
+    stderr = of_means.stderr if linear else root_mean_square([figure.stderr for figure in each])
     return {"value": value, "stderr": stderr, "n": each[0].n, "seeds": values,
-            "spread": statistics.stdev(values) if len(values) > 1 else math.nan}
+            "spread": seed_error([values]).spread}
 
 
 def by_tag(rule: Rule, by_seed: BySeed) -> dict[str, dict[str, Any]]:

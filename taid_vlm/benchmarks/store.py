@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -17,14 +15,14 @@ from typing import Any
 
 from taid_vlm.benchmarks.answering import Answer, Given
 from taid_vlm.benchmarks.question import Question
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import RecordError, TaidError
 from taid_vlm.io.files import write_text
+from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256
+from taid_vlm.io.jsonl import dump_lines, read_lines
 from taid_vlm.records.fingerprint import image_hash
 
 FOLDER = "answers"
 WEIGHTS = (".safetensors", ".json", ".jinja", ".model", ".txt")
-DIGITS = 16  # of a hash in hexadecimal
-_BLOCK = 1 << 20  # bytes
 
 Key = tuple[str, int]  # a question's id, and the seed it was answered with
 
@@ -64,7 +62,7 @@ class AnswerStore:
     def load(self, finished: Mapping[str, Any] | None) -> None:
         """Take up what earlier calls left; `finished`: the identity of the final file, if any."""
         if finished is not None and self.final.exists() and self._same(flat(finished)):
-            for line in read_lines(self.final):
+            for line in _lines(self.final):
                 for key, stored in _of_final(line):
                     self._take(key, stored)
             self.reused = bool(self.answers)
@@ -73,7 +71,7 @@ class AnswerStore:
     def gather(self) -> None:
         """Take up the partial files, those of other processes too."""
         for path in sorted(self.folder.glob(f".{self.task}.partial-*.jsonl")):
-            head, *lines = read_lines(path) or [{}]
+            head, *lines = _lines(path) or [{}]
             if self._same(head):
                 for line in lines:
                     self._take((line["id"], line["seed"]), _stored(line))
@@ -95,7 +93,7 @@ class AnswerStore:
         """Begin this process's partial file with what it is to go on from, whole lines only."""
         head = [self.identity]
         mine = [_line(key, stored) for key, stored in self.answers.items()]
-        write_text("".join(map(_dumped, [*head, *mine])), self.path)
+        write_text(dump_lines([*head, *mine]), self.path)
 
     def add(self, given: Given, seed: int, seconds: float) -> None:
         """Keep answers that have just been given, at once."""
@@ -103,17 +101,17 @@ class AnswerStore:
         for question, answer in given:
             key = (question.id, seed)
             self.answers[key] = Stored(answer, self.asked[question.id], seconds / len(given))
-            lines.append(_dumped(_line(key, self.answers[key])))
+            lines.append(_line(key, self.answers[key]))
         try:
             with self.path.open("a", encoding="utf-8", newline="\n") as file:
-                file.write("".join(lines))
+                file.write(dump_lines(lines))
         except OSError as error:
             raise TaidError(f"'{self.path}' could not be written: {error.strerror or error}"
                             ) from error
 
     def finish(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """The final file, whole or not there; the partial ones are no longer needed."""
-        write_text("".join(map(_dumped, lines)), self.final)
+        write_text(dump_lines(lines), self.final)
         for path in self.folder.glob(f".{self.task}.partial-*.jsonl"):
             path.unlink()
 
@@ -144,16 +142,11 @@ def _of_final(line: Mapping[str, Any]) -> Iterator[tuple[Key, Stored]]:
         yield (line["id"], one["seed"]), Stored(_answer(one), line["asked"], 0.0)
 
 
-def _dumped(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; the last one may be torn by an interruption."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; the last one may be torn by an interruption."""
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        return [line for _, line in read_lines(path, torn=True)]
+    except RecordError as error:
         raise TaidError(f"'{path}' is damaged ({error}); remove it to answer anew.") from None
 
 
@@ -172,14 +165,11 @@ def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def question_hash(question: Question) -> str:
     """Of everything a model is shown: the texts and the images' bytes, in their order."""
-    digest = hashlib.sha256()
     images = iter(question.images)
-    for part in question.prompt:
-        digest.update(b"text\0" + part.encode() + b"\0" if part is not None else
-                      b"image\0" + image_hash(next(images), _path_hash))
-    for choice in question.choices:
-        digest.update(b"choice\0" + choice.encode() + b"\0")
-    return digest.hexdigest()[:DIGITS]
+    prompt = (b"text\0" + part.encode() + b"\0" if part is not None else
+              b"image\0" + image_hash(next(images), _path_hash) for part in question.prompt)
+    choices = (b"choice\0" + choice.encode() + b"\0" for choice in question.choices)
+    return sha256([*prompt, *choices]).hex()[:SHORT]
 
 
 def _path_hash(path: Path) -> bytes:
@@ -193,26 +183,14 @@ def _path_hash(path: Path) -> bytes:
 @lru_cache(maxsize=1 << 16)
 def _same_file_hash(path: Path, changed: int, size: int) -> bytes:
     """Many questions may be about one image."""
-    return bytes.fromhex(file_hash(path)) if path.is_file() else b"missing"
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hexadecimal; raises TaidError."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise TaidError(f"'{path}' cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
+    return file_sha256(path) if path.is_file() else b"missing"
 
 
 def data_hash(path: Path) -> str | None:
     """sha256 of a data file, or of a folder's files and their names; None for a hub's name."""
     if path.is_file():
-        return file_hash(path)
-    return _files_hash(path, path.rglob("*")) if path.is_dir() else None
+        return file_sha256(path).hex()
+    return folder_sha256(path, path.rglob("*")).hex() if path.is_dir() else None
 
 
 def weights_hash(folder: Path) -> str:
@@ -220,11 +198,4 @@ def weights_hash(folder: Path) -> str:
 
     All their bytes: a header alone would be the same after another epoch of training.
     """
-    return _files_hash(folder, (f for f in folder.iterdir() if f.suffix in WEIGHTS))
-
-
-def _files_hash(root: Path, files: Iterator[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in files if path.is_file()):
-        digest.update(f"{path.relative_to(root).as_posix()}\0{file_hash(path)}\n".encode())
-    return digest.hexdigest()
+    return folder_sha256(folder, (f for f in folder.iterdir() if f.suffix in WEIGHTS)).hex()

@@ -12,6 +12,7 @@ from typing import Any
 from taid_vlm.errors import TaidError, nearest_sibling
 from taid_vlm.evaluation.answers import FILE as ANSWERS_FILE
 from taid_vlm.evaluation.answers import AnswerPair, read_answers
+from taid_vlm.io.jsonl import read_lines
 from taid_vlm.runs.results import SCHEMA
 
 Results = dict[str, Any]
@@ -43,11 +44,7 @@ class Evaluation:
         path = self.folder / self.results["tasks"][task]["answers"]
         if not path.exists():
             return []
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-            return [json.loads(line) for line in lines if line]
-        except ValueError as error:
-            raise TaidError(f"'{path}' is not one JSON object a line: {error}") from None
+        return [line for _, line in read_lines(path)]
 
 
 @dataclass(frozen=True)

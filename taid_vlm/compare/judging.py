@@ -15,6 +15,7 @@ from taid_vlm.evaluation.statistics import (
     Recovered,
     holm,
     mcnemar,
+    over_seeds,
     pool_seeds,
 )
 from taid_vlm.report import Figure
@@ -142,12 +143,9 @@ def _figure(measure: Measure, name: str, found: Sequence[Estimate]) -> Figure:
             f"{pooled.seeds} seeds; standard error over seeds {scale * pooled.stderr_seeds:.2g}, "
             f"over questions {scale * pooled.stderr_questions:.2g}")
         return Figure(scale * pooled.value, scale * pooled.stderr, found[0].n, note=note)
-    value = math.fsum(e.value for e in found) / len(found)
-    spread = math.fsum((e.value - value) ** 2 for e in found) / max(len(found) - 1, 1)
-    questions = math.sqrt(math.fsum(e.stderr**2 for e in found) / len(found))  # they are the same
+    mean = over_seeds(found)
     note = f"{len(found)} seeds" if len(found) > 1 else ""
-    return Figure(scale * value, scale * math.hypot(questions, math.sqrt(spread / len(found))),
-                  found[0].n, note=note)
+    return Figure(scale * mean.value, scale * mean.stderr, mean.n, note=note)
 
 
 def _with_interval(interval: Interval, scale: float) -> Figure:

@@ -11,7 +11,7 @@ from taid_vlm.compare.compare import Comparison
 from taid_vlm.compare.folders import Method
 from taid_vlm.compare.judging import EXACT, PAIRED, Difference, Judged
 from taid_vlm.compare.measures import BASE, ITSELF, TEACHER
-from taid_vlm.evaluation.statistics import Recovered
+from taid_vlm.evaluation.statistics import Estimate, Recovered, over_seeds
 from taid_vlm.report import Column, Figure, Row, Table
 from taid_vlm.report.data import Role
 from taid_vlm.report.run import FIGURES
@@ -170,15 +170,11 @@ def _summary(part: dict[str, Any], key: str) -> Figure:
 
 def _over_seeds(figures: Sequence[Figure]) -> Figure:
     """Mean; the error of the questions, which are the same for all seeds, and of the seeds."""
-    values = [f.value for f in figures if f.value is not None]
-    errors = [f.stderr for f in figures if f.stderr is not None]
-    if len(values) < len(figures):
+    if any(f.value is None for f in figures):
         return Figure(None)
-    mean = math.fsum(values) / len(values)
-    spread = math.fsum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1) / len(values)
-    stderr = math.sqrt(math.fsum(e * e for e in errors) / len(errors) + spread) \
-        if len(errors) == len(values) else None
-    return Figure(mean, stderr, figures[0].n)
+    known = all(f.stderr is not None for f in figures)
+    mean = over_seeds([Estimate(f.value or 0.0, f.stderr or 0.0, f.n or 0) for f in figures])
+    return Figure(mean.value, mean.stderr if known else None, figures[0].n)
 
 
 def tag_tables(task: str, title: str, methods: Sequence[Method]) -> list[Table]:

@@ -6,8 +6,6 @@ Every arm is an ordinary recipe, written into its output folder, so that
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +18,12 @@ from transformers import PreTrainedModel, set_seed
 from taid_vlm.adapters import ModelAdapter
 from taid_vlm.config.recipe import Recipe, parse_recipe
 from taid_vlm.evaluation.held_out import AnswerTotals, Tally, evaluate_pair, summarise
+from taid_vlm.evaluation.statistics import mean_of
 from taid_vlm.io.files import write_text
+from taid_vlm.io.jsonl import read_lines
 from taid_vlm.models.generation import generate_answers
 from taid_vlm.models.loading import load_model
-from taid_vlm.records import Record
+from taid_vlm.records import Record, first_rows
 from taid_vlm.runs.run import gather, save_student
 from taid_vlm.training.trainer import DistillationTrainer
 
@@ -161,9 +161,9 @@ def _free_answers(
     job: Job, model: PreTrainedModel, adapter: ModelAdapter, records: Sequence[Record]
 ) -> list[dict[str, Any]]:
     """Greedy answers: to the first questions, and to every turn of the gallery's records."""
-    asked = [(record, turn) for record in (records[i] for i in range(len(records)))
-             for turn in range(len(record.answers))]
-    gallery = {records[i].source for i in range(min(EXAMPLES, len(records)))}
+    rows: list[Any] = list(first_rows(records))
+    asked = [(record, turn) for record in rows for turn in range(len(record.answers))]
+    gallery = {record.source for record in rows[:EXAMPLES]}
     questions = [q for q in asked if q[0].category(q[1]) != CAPTION][: job.world.questions]
     questions += [q for q in asked if q[0].category(q[1]) == CAPTION and q[0].source in gallery]
     given = generate_answers(model, adapter, questions, max_new_tokens=48, batch_size=100)
@@ -180,22 +180,15 @@ def _accuracy(answers: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | 
         return {}
     groups = {"": scored} | {c: [a for a in scored if a["category"] == c]
                              for c in sorted({a["category"] for a in scored})}
-    return {name: proportion([a["right"] for a in group]) for name, group in groups.items()}
-
-
-def proportion(hits: Sequence[bool]) -> dict[str, float | int]:
-    """{value, stderr, n} of a share."""
-    n, value = len(hits), sum(hits) / len(hits)
-    return {"value": value, "stderr": math.sqrt(value * (1 - value) / n), "n": n}
+    return {name: vars(mean_of([a["right"] for a in group])) for name, group in groups.items()}
 
 
 def caption_entropies(job: Job) -> dict[str, float]:
     """-log p(caption | scene) in nats of every held-out record, by the record's source."""
     path = job.data / job.world.name / f"eval.{job.world.suffix}"
     if job.world.suffix == "jsonl":
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
         return {f"{path.name}:{i}": -row["caption_log_probability"]
-                for i, row in enumerate(rows, start=1)}
+                for i, (_, row) in enumerate(read_lines(path), start=1)}
     import pyarrow.parquet
 
     column = pyarrow.parquet.read_table(path, columns=["caption_log_probability"]).column(0)

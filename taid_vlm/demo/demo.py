@@ -17,6 +17,7 @@ from taid_vlm.demo.page import demo_report
 from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_json
 from taid_vlm.io.folders import refuse_file_in_the_way
+from taid_vlm.io.quiet import quiet_worker
 from taid_vlm.report import write_report
 from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
 
@@ -73,7 +74,7 @@ def _run(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     results: dict[int, dict[str, Any]] = {}
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=quiet_worker) as pool:
         futures = {pool.submit(run_arm, job): index for index, job in enumerate(jobs)}
         with tqdm(total=len(jobs), unit="arm") as bar:
             for future in as_completed(futures):
@@ -82,16 +83,6 @@ def _run(jobs: Sequence[Job]) -> list[dict[str, Any]]:
                 bar.set_postfix_str(f"{jobs[index].world.name}: {jobs[index].arm}")
                 bar.update()
     return [results[index] for index in range(len(jobs))]
-
-
-def _quiet() -> None:
-    """Workers print nothing: the bar of the main process tells how far things are."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _world(name: str, jobs: Sequence[Job], results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from taid_vlm.demo.arms import CAPTION, EXAMPLES, OBJECTIVES, START, TEACHER, WORLDS
-from taid_vlm.records import open_records
+from taid_vlm.records import Record, first_rows, open_records
 from taid_vlm.report import Column, Curve, Example, Figure, Report, Row, Section, Table
 from taid_vlm.report.run import figure, png
 
@@ -136,12 +136,12 @@ def _gallery(
 ) -> list[Example]:
     """One card per answered turn of the first held-out records, teacher's answer first."""
     suffix = next(w.suffix for w in WORLDS if w.name == name)
-    records: Any = open_records(str(data / name / f"eval.{suffix}"))
+    records = open_records(str(data / name / f"eval.{suffix}"))
     given = {arm: {(a["source"], a["turn"]): a for a in world["arms"][arm]["answers"]}
              for arm in order}
     cards = []
-    for index in range(min(EXAMPLES, len(records))):
-        record = records[index]
+    for record in first_rows(records, EXAMPLES):
+        assert isinstance(record, Record)
         image = png(record.images[0].load()) if record.images else None
         asked = [m.text.strip() for m in record.messages if m.role == "user"]
         for turn, reference in enumerate(record.answers):

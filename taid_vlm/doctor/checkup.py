@@ -10,7 +10,7 @@ from typing import Any
 from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter
 from taid_vlm.alignment import Aligned
 from taid_vlm.batch.collator import DistillationCollator
-from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.errors import TaidError
 from taid_vlm.records import Malformed, Record
 
 
@@ -44,8 +44,7 @@ class Listener(DistillationCollator):
 
     def check(self, record: Record | Malformed) -> Checked:
         """Pass one record through everything that training does to it before the models."""
-        source, self._detail = ("", record.problem) if isinstance(record, Malformed) else (
-            record.source, "")
+        source, self._detail = "" if isinstance(record, Malformed) else record.source, ""
         self._record, self._found = record, list[Aligned]()
         self._whole: dict[str, EncodedRow] = {}
         self._rows: dict[str, EncodedRow] = {}
@@ -57,26 +56,19 @@ class Listener(DistillationCollator):
         return Checked(source, reason, self._detail, stops, bool(counts["cut"]),
                        self._whole, self._rows, self._found, counts)
 
-    def _prepare(self, record: Record) -> Any:
-        try:
-            return super()._prepare(record)
-        except (TaidError, SampleDropped) as problem:
-            self._detail = str(problem)
-            raise
+    def _leave_out(self, problem: Exception, counts: Counter[str], source: str = "") -> None:
+        self._detail = str(problem)
+        super()._leave_out(problem, counts, source)
 
     def _run(self, adapter: ModelAdapter, samples: Sequence[Any]) -> EncodedBatch:
-        try:
-            encoded = super()._run(adapter, samples)
-        except (TaidError, SampleDropped) as problem:
-            self._detail = str(problem)
-            raise
+        encoded = super()._run(adapter, samples)
         if samples[0].record is self._record:  # a placeholder stands in for what was left out
             self._whole.setdefault(adapter.role, encoded.rows[0])
             self._rows[adapter.role] = encoded.rows[0]
         return encoded
 
     def _align(
-        self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str]
+        self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str], source: str
     ) -> list[Aligned]:
-        self._found = super()._align(encoded, index, counts)
+        self._found = super()._align(encoded, index, counts, source)
         return self._found

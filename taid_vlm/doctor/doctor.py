@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from taid_vlm.doctor.preflight import Preflight, check_sized, preflight
 from taid_vlm.doctor.streams import Trace, trace
 from taid_vlm.doctor.verdict import Verdict, accept, refuse
 from taid_vlm.errors import TaidError
+from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record
@@ -80,7 +80,7 @@ def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) ->
         TaidError: `everything` of a stream without an end. What training would refuse is no error
             here but the verdict.
     """
-    with _quiet():
+    with quiet("taid_vlm"):  # what training would log is part of the account here
         skeletons = dict(_skeletons(recipe))
         try:
             pairs = [_pair(stage, part, skeletons) for stage, part in _parts(recipe)]
@@ -117,18 +117,6 @@ def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
     except TaidError as error:
         raise type(error)(f"stages '{stage}': {error}" if stage else str(error)) from error
     return _Pair(stage, found, collator, plain, pairing)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What training would log is part of the account here."""
-    logger = logging.getLogger("taid_vlm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 # ----- the two sides ------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from taid_vlm.doctor.conversation import TemplateFacts, template_facts
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.parts import count_parameters, is_tied
 from taid_vlm.records import ImageRef, Message, Record
+from taid_vlm.records.images import GREY
 
 SIZES = ((224, 224), (336, 336), (448, 448), (640, 480), (1024, 768), (1000, 250))
 TYPICAL = "640x480"  # the size that stands for a picture of a data set
@@ -215,7 +216,7 @@ def _image_facts(processor: Processor | None, adapter: ModelAdapter | None) -> I
 
 def count_image_tokens(adapter: ModelAdapter, width: int, height: int) -> int | None:
     """Tokens that a blank image of this size (in pixels) becomes; None where it is refused."""
-    blank = Image.new("RGB", (width, height), (127, 127, 127))
+    blank = Image.new("RGB", (width, height), GREY)
     question, answer = Message("user", (None, "what")), Message("assistant", ("yes",))
     record = Record("probe", (question, answer), (ImageRef(blank, "probe"),))
     try:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from taid_vlm.adapters.adapter import NO_VISION, ONE_QUESTION
 from taid_vlm.batch.collator import TOO_LONG, UNALIGNED, DistillationCollator
 from taid_vlm.doctor.checkup import Listener
 from taid_vlm.doctor.facts import image_tokens
-from taid_vlm.errors import RecordError, TaidError
-from taid_vlm.records import Malformed, Record, StreamedRecords
+from taid_vlm.errors import TaidError
+from taid_vlm.records import Malformed, Record, StreamedRecords, first_rows
+from taid_vlm.records.images import TOO_LARGE, UNREADABLE
 from taid_vlm.training.config import DistillationConfig
 
 EXAMPLES = 3  # sources named per reason
@@ -27,8 +28,12 @@ REMEDIES = {
     "empty answer": "Give these records an answer, or take them out.",
     "no answer": "A record needs a turn of the assistant to learn from.",
     "empty text": "Give these records a text, or take them out.",
-    "unreadable image": "Check that the files exist and are images; relative paths start at the "
+    UNREADABLE: "Check that the files exist and are images; relative paths start at the "
                         "data file's folder, or at data.<side>.image_root.",
+    TOO_LARGE: "Make the images smaller, or raise data.<side>.max_pixels.",
+    ONE_QUESTION: "A model without a chat template takes one question and its answer; set "
+                  "chat_template under the model, or split the conversations.",
+    NO_VISION: "A text model cannot see; take these records out, or choose a model with vision.",
     "malformed record": "Mend the row; its columns and values must be as the message says.",
     "cannot be aligned": "The tokens do not spell the text or the template changes an answer; "
                          "normalise the data, or set another chat_template.",
@@ -185,7 +190,8 @@ def _measure(
 ) -> Iterator[_Measured]:
     checkup = _Checkup(listener)
     if not hasattr(records, "__len__"):
-        yield from _measure_stream(records, checkup, first)
+        for row in first_rows(records, first):
+            yield from checkup([row])
         return
     length = len(records) if first is None else min(first, len(records))
     loader = DataLoader(
@@ -193,17 +199,6 @@ def _measure(
         num_workers=0 if first is not None else args.dataloader_num_workers)
     for batch in loader:
         yield from batch
-
-
-def _measure_stream(
-    records: Iterable[Record], checkup: _Checkup, first: int | None
-) -> Iterator[_Measured]:
-    try:
-        for row in islice(records, first):
-            yield from checkup([row])
-    except RecordError as problem:  # a stream cannot go on after it, and ends training
-        (one,) = checkup([Malformed(str(problem))])
-        yield replace(one, stops=str(problem))
 
 
 def _add(sums: _Sums, one: _Measured) -> None:

@@ -3,7 +3,6 @@ be compared answer by answer."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.held_out import AnswerTotals
+from taid_vlm.io.jsonl import dump_lines, read_lines
 
 FILE = "eval_answers.jsonl"
 DIGITS = 8  # float32 has 7
@@ -55,7 +55,7 @@ def to_lines(before: Sequence[AnswerTotals], after: Sequence[AnswerTotals]) -> s
     """One JSON object a line, in the order of the records whatever the number of processes."""
     start = {key: answer.totals for key, answer in _keyed(before).items()}
     lines = (_line(start.get(key, {}), answer) for key, answer in _keyed(after).items())
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return dump_lines(lines)
 
 
 def _keyed(answers: Sequence[AnswerTotals]) -> dict[Key, AnswerTotals]:
@@ -65,21 +65,21 @@ def _keyed(answers: Sequence[AnswerTotals]) -> dict[Key, AnswerTotals]:
 
 
 def _keys(places: Iterable[tuple[str, int]]) -> Iterator[Key]:
-    seen: Counter[tuple[str, int]] = Counter()
+    counts: Counter[tuple[str, int]] = Counter()
     for place in places:
-        yield *place, seen[place]
-        seen[place] += 1
+        yield *place, counts[place]
+        counts[place] += 1
 
 
 def _line(before: Totals, answer: AnswerTotals) -> dict[str, Any]:
-    theirs = [name for name in answer.totals if name.startswith(TEACHER)]
-    ours = [name for name in answer.totals if not name.startswith(TEACHER)]
+    teacher_names = [name for name in answer.totals if name.startswith(TEACHER)]
+    student_names = [name for name in answer.totals if not name.startswith(TEACHER)]
     counts = {name: count for name, count in answer.counts.items() if name in KEPT}
     return {
         "source": answer.source, "turn": answer.turn, "category": answer.category,
         "tokens": answer.tokens, **({"counts": counts} if counts else {}),
-        "teacher": _rounded(answer.totals, theirs), "before": _rounded(before, ours),
-        "after": _rounded(answer.totals, ours),
+        "teacher": _rounded(answer.totals, teacher_names),
+        "before": _rounded(before, student_names), "after": _rounded(answer.totals, student_names),
     }
 
 
@@ -98,20 +98,15 @@ def _place(answer: AnswerTotals) -> tuple[list[Any], int]:
 
 def read_answers(path: Path) -> list[AnswerPair]:
     """The answers of a finished run; raises TaidError for a file that is none."""
-    rows = [_row(line, f"'{path}', line {number}") for number, line in
-            enumerate(path.read_text(encoding="utf-8").split("\n"), start=1) if line]
+    rows = [_row(row, where) for where, row in read_lines(path)]
     keys = _keys((row["source"], row["turn"]) for row in rows)
     return [AnswerPair(key, row["category"], row["tokens"], row["teacher"], row["before"],
                        row["after"], row.get("counts", {}))
             for key, row in zip(keys, rows, strict=True)]
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        missing = [name for name in COLUMNS if name not in row]
-    except (ValueError, TypeError) as error:
-        raise TaidError(f"{where}: no line of {FILE} ({error}).") from None
+def _row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    missing = [name for name in COLUMNS if name not in row]
     if missing:
         raise TaidError(f"{where}: no line of {FILE} ('{missing[0]}' is missing).")
     return row

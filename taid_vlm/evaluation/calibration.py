@@ -12,11 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taid_vlm.evaluation.statistics import standard_error
+
 BINS = 15  # of equal width over [0, 1]; the last one holds 1.0 (Guo et al., 2017)
 
 
+class Sums:
+    """Sums that are added up in parts."""
+
+    def merge(self, other: Sums) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
 @dataclass
-class Calibration:
+class Calibration(Sums):
     """Sums over tokens by bin of confidence, all float64, and over answers for the error.
 
     tokens, confidence, hits: [BINS], how many tokens, and the sums of both figures over them.
@@ -40,10 +50,6 @@ class Calibration:
         self.cross += torch.outer(row, row)
         self.answers += 1
 
-    def merge(self, other: Calibration) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
     @property
     def error(self) -> float:
         """Mean over tokens of |accuracy - confidence| of their bin; NaN without tokens."""
@@ -54,12 +60,10 @@ class Calibration:
     def stderr(self) -> float:
         """Standard error with answers as independent draws, linearised: it takes as known which
         bins are too sure, so it is too small near perfect calibration."""
-        if self.answers < 2:
-            return math.nan
         signs = (self.hits - self.confidence).sign()
         weights = torch.cat([signs, torch.tensor([-self.error], dtype=torch.float64)])
-        spread = float(weights @ self.cross @ weights) * self.answers / (self.answers - 1)
-        return math.sqrt(max(spread, 0.0)) / float(self.tokens.sum())
+        squares = float(weights @ self.cross @ weights)
+        return standard_error(squares, self.answers, float(self.tokens.sum()))
 
     def bins(self) -> list[dict[str, Any]]:
         """The reliability diagram: every bin that has tokens, from unsure to sure."""

@@ -14,6 +14,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ from torch import Tensor, nn
 from taid_vlm.adapters import ModelAdapter, Rendered
 from taid_vlm.alignment import supervised_positions
 from taid_vlm.batch.collator import DistillationCollator, predicting_mask, target_ids
-from taid_vlm.errors import RecordError
 from taid_vlm.evaluation.held_out import ALL, Tally
 from taid_vlm.models.forward import answer_logits, evaluation_mode
 from taid_vlm.objectives import diagnose, divergence
-from taid_vlm.records import Record, parse_record
+from taid_vlm.records import Record
+from taid_vlm.records.images import GREY
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 # moves at most sqrt(0.001 / 2) = 2.2 % of a token's probability on average. Rounding logits around
 # 20 to bfloat16 alone gives 0.0006, so less could not be told from nothing.
 BLIND_BELOW = 1e-3
-GREY = (128, 128, 128)
 REAL, BLANK, SHUFFLED = "real", "blank", "shuffled"
 CHECKS = (
     "Check that the processor is the model's own, that its chat template puts the images before "
@@ -82,19 +82,9 @@ def _values(record: Record) -> list[Any]:
 def choose(dataset: Sequence[Any], number: int, collator: DistillationCollator) -> list[Record]:
     """The first `number` records with an image before an answer that every model can use.
 
-    What cannot be used is told and counted by the evaluation of the same records.
+    What cannot be used is reported and counted by the evaluation of the same records.
     """
-    usable = (record for record in map(_read, (dataset[i] for i in range(len(dataset))))
-              if record is not None and _answers_after_images(record)
-              and collator([record])["counts"]["rows"])
-    return [record for _, record in zip(range(number), usable, strict=False)]
-
-
-def _read(row: Any) -> Record | None:
-    try:
-        return row if isinstance(row, Record) else parse_record(row, "a row")
-    except RecordError:
-        return None
+    return list(islice(collator.usable(dataset, _answers_after_images), number))
 
 
 def _answers_after_images(record: Record) -> frozenset[int]:
@@ -227,10 +217,10 @@ def _summarise(tally: Tally) -> Figures:
     table = tally.table.get(ALL)
     if not table:
         return {}
-    seen = table["kl_blank"]
+    kl_blank = table["kl_blank"]
     partners = table["kl_shuffled"].records if "kl_shuffled" in table else 0
-    out: Figures = {"n_records": seen.records, "n_tokens": int(seen.tokens),
-                    "without_partner": seen.records - partners}
+    out: Figures = {"n_records": kl_blank.records, "n_tokens": int(kl_blank.tokens),
+                    "without_partner": kl_blank.records - partners}
     for name, moments in table.items():
         out[name], out[f"{name}_stderr"] = moments.mean, moments.stderr
     return out
@@ -240,10 +230,10 @@ def _summarise(tally: Tally) -> Figures:
 
 
 class Canary:
-    """Asks both models of a run at every evaluation; the teacher, which does not change, once.
+    """Measures both models of a run at every evaluation; the teacher, which does not change, once.
 
     Args:
-        number: records with images that are asked about; 0 asks nothing.
+        number: records with images that are measured; 0 measures nothing.
     """
 
     def __init__(self, number: int) -> None:
@@ -251,40 +241,38 @@ class Canary:
         # by identity; a data set is kept beside it, so that no other one can take its place
         self._first: dict[int, tuple[Any, list[Record], Looks]] = {}
 
-    def ask(
+    def measure(
         self, dataset: Sequence[Any], student: nn.Module, teacher: nn.Module | None,
         collator: DistillationCollator, **options: Any,
     ) -> Looks:
-        """Figures by role, {} where no record has an image; a model that is blind is told.
+        """Figures by role, {} where no record has an image; a model that is blind is warned of.
 
         Args:
             options: of `look`.
         """
         if not self.number:
             return {}
-        if id(dataset) in self._first:
-            _, records, first = self._first[id(dataset)]
-            looks = dict(first)
-        else:
-            records, looks = choose(dataset, self.number, collator), {}
-            if records and teacher is not None and collator.teacher is not None:
-                looks["teacher"] = canary(teacher, collator.teacher, records, **options)
+        _, records, first = self._first.get(id(dataset)) or (
+            dataset, choose(dataset, self.number, collator), {})
+        looks = dict(first)
+        if records and not first and teacher is not None and collator.teacher is not None:
+            looks["teacher"] = canary(teacher, collator.teacher, records, **options)
         if records:
             looks["student"] = canary(student, collator.student, records, **options)
         _, _, first = self._first.setdefault(id(dataset), (dataset, records, looks))
         if options.get("process", (0, 1))[0] == 0:
-            for sentence in told(looks, first.get("student")).values():
+            for sentence in blind_warnings(looks, first.get("student")).values():
                 logger.warning("%s %s", sentence, CHECKS)
         return looks
 
 
 def is_blind(figures: Mapping[str, float | int]) -> bool:
     """Whether neither a blank image nor another record's changes the answers."""
-    found = [figures[name] for name in ("kl_blank", "kl_shuffled") if name in figures]
-    return bool(found) and max(found) < BLIND_BELOW
+    divergences = [figures[name] for name in ("kl_blank", "kl_shuffled") if name in figures]
+    return bool(divergences) and max(divergences) < BLIND_BELOW
 
 
-def told(looks: Looks, start: Figures | None = None) -> dict[str, str]:
+def blind_warnings(looks: Looks, start: Figures | None = None) -> dict[str, str]:
     """A warning for every role whose model does not look.
 
     Args:
@@ -313,10 +301,10 @@ def account(before: Looks, after: Looks) -> dict[str, Any] | None:
     if not after:
         return None
     start = before["student"]
-    first, last = told(before), told(after, start)
+    first, last = blind_warnings(before), blind_warnings(after, start)
     warnings = [last["teacher"]] if "teacher" in last else []
-    warnings += [f"{when} training: {found['student']}"
-                 for when, found in (("Before", first), ("After", last)) if "student" in found]
+    warnings += [f"{when} training: {texts['student']}"
+                 for when, texts in (("Before", first), ("After", last)) if "student" in texts]
     return {"teacher": after.get("teacher"),
             "student": {"before": start, "after": after["student"]},
             "warnings": [*warnings, CHECKS] if warnings else []}

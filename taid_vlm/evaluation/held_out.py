@@ -23,7 +23,8 @@ from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.batch.figures import Measured, token_figures
 from taid_vlm.batch.forward import student_forward
-from taid_vlm.evaluation.calibration import Calibration, binned_sums
+from taid_vlm.evaluation.calibration import Calibration, Sums, binned_sums
+from taid_vlm.evaluation.statistics import standard_error
 from taid_vlm.models.forward import Autocast, evaluation_mode
 from taid_vlm.teachers import Teacher
 
@@ -31,7 +32,7 @@ ALL = ""  # the category that holds every token
 
 
 @dataclass
-class Moments:
+class Moments(Sums):
     """Sums over tokens, and over records for the standard error (tokens of one record are not
     independent, so the error is the cluster-robust one of a ratio of sums)."""
 
@@ -51,10 +52,6 @@ class Moments:
         self.cross += total * tokens
         self.tokens_squared += tokens * tokens
 
-    def merge(self, other: Moments) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
     @property
     def mean(self) -> float:
         return self.total / self.tokens if self.tokens else math.nan
@@ -62,12 +59,9 @@ class Moments:
     @property
     def stderr(self) -> float:
         """Standard error of the mean per token, with records as independent draws."""
-        if self.records < 2 or not self.tokens:
-            return math.nan
         mean = self.mean
-        spread = self.total_squared - 2 * mean * self.cross + mean**2 * self.tokens_squared
-        n = self.records
-        return math.sqrt(max(spread, 0.0) * n / (n - 1)) / self.tokens
+        squares = self.total_squared - 2 * mean * self.cross + mean**2 * self.tokens_squared
+        return standard_error(squares, self.records, self.tokens)
 
 
 Table = dict[str, dict[str, Moments]]  # category -> figure -> moments
@@ -100,17 +94,14 @@ class Tally:
     table: Table = field(default_factory=lambda: defaultdict(_figures))
     calibration: dict[str, Calibration] = field(default_factory=lambda: defaultdict(Calibration))
     dropped: Counter[str] = field(default_factory=Counter)
-    aligned_tokens: int = 0
-    supervised_tokens: int = 0
-    chunk_tokens: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)  # supervised, aligned, chunk
     keep_answers: bool = False
     answers: list[AnswerTotals] = field(default_factory=list)
 
     def add(self, batch: dict[str, Any], figures: Mapping[str, Measured]) -> None:
         counts = batch["counts"]
-        self.aligned_tokens += counts["aligned_tokens"]
-        self.supervised_tokens += counts["supervised_tokens"]
-        self.chunk_tokens += counts["chunk_tokens"]
+        self.tokens.update({kind: counts[f"{kind}_tokens"]
+                            for kind in ("supervised", "aligned", "chunk")})
         self.dropped.update(counts["dropped"])
         if not len(batch["row"]):
             return
@@ -135,9 +126,7 @@ class Tally:
         for category, calibration in other.calibration.items():
             self.calibration[category].merge(calibration)
         self.dropped.update(other.dropped)
-        self.aligned_tokens += other.aligned_tokens
-        self.supervised_tokens += other.supervised_tokens
-        self.chunk_tokens += other.chunk_tokens
+        self.tokens.update(other.tokens)
         self.answers.extend(other.answers)
 
 
@@ -232,10 +221,10 @@ def summarise(tally: Tally) -> dict[str, Any]:
     means = {name: _means(figures, tally.calibration.get(name))
              for name, figures in sorted(tally.table.items())}
     overall = means.pop(ALL, {"n_tokens": 0, "n_answers": 0})
-    supervised = max(tally.supervised_tokens, 1)
+    supervised = max(tally.tokens["supervised"], 1)
     sure = tally.calibration.get(ALL)
-    return {**overall, "coverage": tally.aligned_tokens / supervised,
-            "chunk_coverage": tally.chunk_tokens / supervised, "dropped": dict(tally.dropped),
+    return {**overall, "coverage": tally.tokens["aligned"] / supervised,
+            "chunk_coverage": tally.tokens["chunk"] / supervised, "dropped": dict(tally.dropped),
             **({} if sure is None else {"calibration": sure.bins()}), "by_category": means}
 
 

@@ -64,11 +64,19 @@ def ratio_of(
     residuals: dict[Hashable, float] = defaultdict(float)
     for index, (total, size) in enumerate(zip(totals, weights, strict=True)):
         residuals[index if groups is None else groups[index]] += total - mean * size
-    clusters = len(residuals)
-    if clusters < 2:
-        return Estimate(mean, math.nan, n)
-    spread = math.fsum(x * x for x in residuals.values()) * clusters / (clusters - 1)
-    return Estimate(mean, math.sqrt(spread) / weight, n)
+    squares = math.fsum(x * x for x in residuals.values())
+    return Estimate(mean, standard_error(squares, len(residuals), weight), n)
+
+
+def standard_error(squares: float, draws: int, weight: float) -> float:
+    """Of a ratio of sums over independent draws; NaN for fewer than two.
+
+    Args:
+        squares: the sum of (total - ratio * size)^2 over the draws; weight: the sum of their sizes.
+    """
+    if draws < 2 or not weight:
+        return math.nan
+    return math.sqrt(max(squares, 0.0) * draws / (draws - 1)) / weight
 
 
 def mean_of_means(scores: Sequence[float], parts: Sequence[Hashable]) -> Estimate:
@@ -81,12 +89,31 @@ def mean_of_means(scores: Sequence[float], parts: Sequence[Hashable]) -> Estimat
     by_part: dict[Hashable, list[float]] = defaultdict(list)
     for score, part in zip(scores, parts, strict=True):
         by_part[part].append(score)
-    means = [mean_of(of_part) for of_part in by_part.values()]
-    if not means:
+    return mean_of_estimates([mean_of(of_part) for of_part in by_part.values()])
+
+
+def mean_of_estimates(parts: Sequence[Estimate]) -> Estimate:
+    """The plain mean of independent figures, however many questions each has; NaN without any."""
+    if not parts:
         return Estimate(math.nan, math.nan, 0)
-    spread = math.fsum(mean.stderr**2 for mean in means)
-    return Estimate(math.fsum(mean.value for mean in means) / len(means),
-                    math.sqrt(spread) / len(means), len(scores))
+    return Estimate(math.fsum(part.value for part in parts) / len(parts),
+                    root_mean_square([part.stderr for part in parts]) / math.sqrt(len(parts)),
+                    sum(part.n for part in parts))
+
+
+def root_mean_square(errors: Sequence[float]) -> float:
+    """The error of one figure of several models on the same questions, over the models."""
+    return math.sqrt(math.fsum(error**2 for error in errors) / len(errors))
+
+
+def over_seeds(seeds: Sequence[Estimate]) -> Estimate:
+    """The mean of one figure over seeds, with the error of the questions, which are the same for
+    all seeds, and that of the seeds; one seed has none of its own."""
+    values = [seed.value for seed in seeds]
+    spread = seed_error([values]).spread if len(seeds) > 1 else 0.0
+    questions = root_mean_square([seed.stderr for seed in seeds])
+    return Estimate(math.fsum(values) / len(seeds),
+                    math.hypot(questions, spread / math.sqrt(len(seeds))), seeds[0].n)
 
 
 @dataclass(frozen=True)
@@ -145,12 +172,12 @@ class SeedError:
     freedom: int
 
 
-def seed_error(seed_means: Sequence[Array]) -> SeedError:
+def seed_error(seed_means: Sequence[Array | Sequence[float]]) -> SeedError:
     """Pooled over methods, each with the means of its seeds; they count as equally variable."""
     freedom = sum(len(means) - 1 for means in seed_means)
     if freedom < 1:
         return SeedError(math.nan, 0)
-    squares = math.fsum(float(((means - means.mean()) ** 2).sum()) for means in seed_means)
+    squares = math.fsum(float(np.var(means) * len(means)) for means in seed_means)
     return SeedError(math.sqrt(squares / freedom), freedom)
 
 
@@ -302,7 +329,7 @@ class Bootstrap:
         error = seed_error(means)
         if not error.freedom:
             return draws, not trained
-        scale = error.spread * math.sqrt(sum(1 / len(found) for found in means))
+        scale = error.spread * math.sqrt(sum(1 / len(of_seeds) for of_seeds in means))
         chance = np.random.default_rng([self._seed, 1])
         return draws + scale * chance.standard_t(error.freedom, self.n_boot), True
 

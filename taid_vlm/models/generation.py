@@ -49,7 +49,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Said:
+class Generated:
     """A model's answer without special tokens, stripped; `cut`: max_new_tokens ended it."""
 
     text: str
@@ -75,9 +75,9 @@ def generate_answers(
     starts = range(0, len(questions), batch_size)
     for start in tqdm(starts, desc="answer", disable=not progress, leave=False):
         part = questions[start : start + batch_size]
-        said = generate_batch(model, adapter, part, max_new_tokens=max_new_tokens,
+        generated = generate_batch(model, adapter, part, max_new_tokens=max_new_tokens,
                               sampling=sampling)
-        answers.extend(each.text for each in said)
+        answers.extend(each.text for each in generated)
     return answers
 
 
@@ -90,7 +90,7 @@ def generate_batch(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     context: int | None = None,
-) -> list[Said]:
+) -> list[Generated]:
     """Answers to questions that are asked at once, greedy unless `sampling` is given.
 
     Args:
@@ -117,7 +117,7 @@ def generate_batch(
     new = ids[:, inputs["input_ids"].shape[1] :]
     ended = torch.isin(new, torch.tensor(stops, device=new.device)).any(-1).tolist()
     decoded = adapter.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [Said(text.strip(), not end) for text, end in zip(decoded, ended, strict=True)]
+    return [Generated(text.strip(), not end) for text, end in zip(decoded, ended, strict=True)]
 
 
 @contextlib.contextmanager

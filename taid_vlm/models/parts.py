@@ -16,12 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from torch import nn
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from taid_vlm.config.training import PARTS
@@ -219,13 +214,13 @@ class TrainedParts(TrainerCallback):
 
 def frozen_modules(model: nn.Module, freeze: Sequence[str]) -> list[nn.Module]:
     """Modules that hold parameters of these parts only, with all that is inside them."""
-    parts, found = parts_of(model), dict[int, nn.Module]()
+    parts, inside = parts_of(model), dict[int, nn.Module]()
     places = {id(p): parts[name] for name, p in model.named_parameters()}
     for module in model.modules():
         own = {places[id(p)] for p in module.parameters()}
         if own and own <= set(freeze):
-            found |= {id(inner): inner for inner in module.modules()}
-    return list(found.values())
+            inside |= {id(inner): inner for inner in module.modules()}
+    return list(inside.values())
 
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -270,7 +265,8 @@ def settle_unused(args: TrainingArguments, model: nn.Module) -> None:
 
 def is_reentrant(args: TrainingArguments) -> bool:
     """Whether activations are recomputed in torch's reentrant way, which is torch's default once
-    any of its arguments is given."""
-    given = {key: value for key, value in (args.gradient_checkpointing_kwargs or {}).items()
-             if key not in _NOT_FOR_CHECKPOINT}
-    return bool(args.gradient_checkpointing and given and given.get("use_reentrant") is not False)
+    any of its arguments is options."""
+    options = {key: value for key, value in (args.gradient_checkpointing_kwargs or {}).items()
+               if key not in _NOT_FOR_CHECKPOINT}
+    return bool(args.gradient_checkpointing and options
+                and options.get("use_reentrant") is not False)

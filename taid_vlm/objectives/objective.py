@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from taid_vlm.config.objective import VISUAL, read_objective
-from taid_vlm.objectives.divergences import LOSSES, divergence
+from taid_vlm.objectives.divergences import (
+    LOSSES,
+    divergence,
+)
 from taid_vlm.objectives.schedule import TaidSchedule
 
 

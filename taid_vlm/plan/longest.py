@@ -11,7 +11,7 @@ from taid_vlm.batch.collator import Batch
 from taid_vlm.doctor.checkup import Checked, Listener
 from taid_vlm.doctor.facts import image_tokens
 from taid_vlm.errors import TaidError
-from taid_vlm.records import Record, parse_record
+from taid_vlm.records import Record, first_rows
 from taid_vlm.training.trainer import DistillationTrainer
 
 LOOKED_AT = 64  # records whose lengths are taken
@@ -50,8 +50,9 @@ def look_at(trainer: DistillationTrainer, records: Any) -> Looked:
     Raises:
         TaidError: none of them can be used.
     """
-    listener, rows = Listener.of(trainer.collator), _first(records)
-    checked = [(row, one) for row in rows if not (one := listener.check(row)).reason]
+    listener, rows = Listener.of(trainer.collator), list(first_rows(records, LOOKED_AT))
+    checked = [(row, one) for row in rows
+               if not (one := listener.check(row)).reason and isinstance(row, Record)]
     if not checked:
         raise TaidError(f"none of the first {len(rows)} records can be used.")
     checked.sort(key=lambda pair: _length(pair[1]), reverse=True)
@@ -70,12 +71,6 @@ def longest_batch(trainer: DistillationTrainer, looked: Looked, size: int) -> tu
         {role: _most(usable, role, lambda row: len(row.ids)) for role in chosen[0][1].rows},
         {role: _most(usable, role, image_tokens) for role in chosen[0][1].rows},
         tuple(sorted((len(one.rows["student"].ids) for _, one in usable), reverse=True)))
-
-
-def _first(records: Any) -> list[Record]:
-    rows = (records[i] for i in range(len(records))) if hasattr(records, "__len__") else records
-    return [row if isinstance(row, Record) else parse_record(row, "a row")
-            for row in islice(rows, LOOKED_AT)]
 
 
 def _length(checked: Checked) -> int:

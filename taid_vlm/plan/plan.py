@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +14,7 @@ from taid_vlm.batch.collator import Batch
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
+from taid_vlm.io.quiet import quiet
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
@@ -100,7 +98,8 @@ def plan_recipe(recipe: Recipe, processes: int = 1, seen: Seen | None = None) ->
     if processes < 1:
         raise TaidError(f"--processes = {processes}, but it must be at least 1.")
     names = [stage.name for stage in recipe.stages or ()] or [""]
-    with _quiet():
+    # what training would log belongs to training
+    with quiet("taid_vlm", "transformers", "accelerate", "torch", warn=False):
         seen = {} if seen is None else seen
         return [_plan(part.model_copy(update={"student": recipe.student}), name, processes, seen)
                 for name, part in zip(names, expand(recipe), strict=True)]
@@ -110,23 +109,6 @@ def fullest(plans: Sequence[Plan]) -> Plan:
     """The stage that needs most."""
     return max(plans, key=lambda plan: plan.peak)
 
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What training would log belongs to training."""
-    names = ("taid_vlm", "transformers", "accelerate", "torch")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 # ----- one stage ----------------------------------------------------------------------------

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from taid_vlm.errors import RecordError
-from taid_vlm.records.record import ImageRef, Record
+from taid_vlm.errors import TaidError
+from taid_vlm.io.hashing import SHORT, file_sha256, sha256
+from taid_vlm.records.images import ImageRef
+from taid_vlm.records.record import Malformed, Record, first_rows
 
 
 def fingerprint(records: Sequence[Any]) -> str:
     """First 16 hex digits of the SHA-256 of all texts, roles, categories and images, in order."""
-    digest = hashlib.sha256()
-    for index in range(len(records)):
-        try:
-            digest.update(_of_record(records[index]))
-        except RecordError:
-            digest.update(b"malformed")
-    return digest.hexdigest()[:16]
+    return sha256(map(_of_record, first_rows(records))).hex()[:SHORT]
 
 
-def _of_record(record: Record) -> bytes:
-    said = [(message.role, message.parts) for message in record.messages]
-    digest = hashlib.sha256(repr((said, record.text, record.categories)).encode())
-    for image in record.images:
-        digest.update(image_hash(image, _of_file))
-    return digest.digest()
+def _of_record(record: Record | Malformed) -> bytes:
+    if isinstance(record, Malformed):
+        return b"malformed"
+    messages = [(message.role, message.parts) for message in record.messages]
+    texts = repr((messages, record.text, record.categories)).encode()
+    return sha256([texts, *(image_hash(image, _of_file) for image in record.images)])
 
 
 def image_hash(image: ImageRef, of_file: Callable[[Path], bytes]) -> bytes:
@@ -37,12 +32,11 @@ def image_hash(image: ImageRef, of_file: Callable[[Path], bytes]) -> bytes:
         return of_file(Path(value))
     if not isinstance(value, bytes):
         value = repr((value.mode, value.size)).encode() + value.tobytes()
-    return hashlib.sha256(value).digest()
+    return sha256([value])
 
 
 def _of_file(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
-    except OSError:
-        data = b"unreadable"
-    return hashlib.sha256(data).digest()
+        return file_sha256(path)
+    except TaidError:
+        return sha256([b"unreadable"])

@@ -10,50 +10,22 @@ Optional: `category` (a string) or `categories` (one per assistant turn), for ev
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from taid_vlm.errors import RecordError, SampleDropped, nearest
+from taid_vlm.errors import RecordError, nearest
+from taid_vlm.records.images import MAX_PIXELS, ImageRef, stored_image
 
 IMAGE_TAG = "<image>"
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
-ROLES = ("system", "user", "assistant")
-_LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-                "system": "system"}
-
-
-@dataclass(frozen=True)
-class ImageRef:
-    """An image that is not decoded yet.
-
-    value: path, bytes or PIL image, or what gives one of them when it is called.
-    """
-
-    value: Any
-    source: str
-
-    def stored(self) -> Any:
-        """The path, bytes or PIL image."""
-        return self.value() if callable(self.value) else self.value
-
-    def load(self) -> Image.Image:
-        """Decode to RGB, upright; raises SampleDropped("unreadable image")."""
-        try:
-            value = self.stored()
-            if isinstance(value, Image.Image):
-                image = value
-            else:
-                image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-            return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            named = isinstance(self.value, (str, Path))
-            shown = f"{self.value}: {error}" if named else "its bytes are no image"
-            raise SampleDropped("unreadable image", f"{self.source}: {shown}") from None
+ROLES = {role: role for role in ("system", "user", "assistant")}
+_LLAVA_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
 
 
 @dataclass(frozen=True)
@@ -97,8 +69,8 @@ class Record:
 
     def question(self, turn: int) -> str:
         """The user's last words before the `turn`-th assistant answer."""
-        asked = [message for message in self.before(turn) if message.role == "user"]
-        return asked[-1].text.strip() if asked else ""
+        questions = [message for message in self.before(turn) if message.role == "user"]
+        return questions[-1].text.strip() if questions else ""
 
     def category(self, turn: int) -> str:
         """Category of the `turn`-th assistant answer, "" where none is known."""
@@ -107,25 +79,46 @@ class Record:
         return self.categories[min(turn, len(self.categories) - 1)]
 
 
-def parse_record(row: Mapping[str, Any], source: str, root: Path | None = None) -> Record:
+def parse_record(
+    row: Mapping[str, Any], source: str, root: Path | None = None, max_pixels: int = MAX_PIXELS
+) -> Record:
     """Read one row.
 
     Args:
         row: column -> value; columns that are None count as absent.
         source: what error messages call the row, for example "train.jsonl:12".
         root: folder that relative image paths start from.
+        max_pixels: of an image; larger ones are not decoded.
 
     Raises:
         RecordError: columns or values that cannot be understood.
     """
     row = {key: value for key, value in row.items() if value is not None}
     images = _image_column(row, source, root)
-    categories = _categories(row)
+    categories = _categories(row, source)
     if "text" in row and not images and not any(column in row for column in CHAT_COLUMNS):
         text = _expect_str(row["text"], "text", source)
         return Record(source, text=text, categories=categories)
-    messages, inline = _resolve_images(_read_messages(row, source), images, source, root)
-    return Record(source, messages, inline, categories=categories)
+    messages, images = _resolve_images(_read_messages(row, source), images, source, root)
+    images = [replace(image, max_pixels=max_pixels) for image in images]
+    return Record(source, messages, tuple(images), categories=categories)
+
+
+def attempt(read: Callable[..., Record], *args: Any) -> Record | Malformed:
+    """What `read` gives, or what takes the place of a row that is no record."""
+    try:
+        return read(*args)
+    except RecordError as problem:
+        return Malformed(str(problem))
+
+
+def first_rows(data: Any, number: int | None = None) -> Iterator[Record | Malformed]:
+    """The first (or all) rows of any data set, with a length or streamed, of records or columns."""
+    rows = (attempt(data.__getitem__, i) for i in range(len(data))) \
+        if hasattr(data, "__len__") else data
+    for index, row in enumerate(itertools.islice(rows, number)):
+        known = isinstance(row, (Record, Malformed))
+        yield row if known else attempt(parse_record, row, f"row {index}")
 
 
 # ----- texts --------------------------------------------------------------------------------
@@ -137,7 +130,7 @@ def _read_messages(row: Mapping[str, Any], source: str) -> list[RawMessage]:
     if "messages" in row:
         return _chat(row["messages"], "messages", source)
     if "conversations" in row:
-        return _llava(row["conversations"], source)
+        return _chat(row["conversations"], "conversations", source, ("from", "value"), _LLAVA_ROLES)
     if "prompt" in row or "completion" in row:
         for column in ("prompt", "completion"):
             if column not in row:
@@ -162,54 +155,47 @@ def _side(value: Any, column: str, role: str, source: str) -> list[RawMessage]:
         return [(role, value)]
     if not isinstance(value, Sequence):
         raise RecordError(f"{source}: {column} must be text or a list of messages, got "
-                          f"{value!r:.60}.")
+                          f"{shown(value)}.")
     return _chat(value, column, source)
 
 
-def _chat(value: Any, column: str, source: str) -> list[RawMessage]:
+def _chat(
+    value: Any, column: str, source: str, keys: tuple[str, str] = ("role", "content"),
+    roles: Mapping[str, str] = ROLES,
+) -> list[RawMessage]:
     messages: list[RawMessage] = []
     for index, item in enumerate(_expect_list(value, column, source)):
         where = f"{column}[{index}]"
-        if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
-            raise RecordError(f"{source}: {where} must hold 'role' and 'content', got "
-                              f"{item!r:.80}.")
-        role = str(item["role"])
-        if role not in ROLES:
-            raise RecordError(f"{source}: {where}.role = '{role}'.{nearest(role, ROLES)}")
-        messages.append((role, item["content"]))
+        if not isinstance(item, Mapping) or not all(key in item for key in keys):
+            raise RecordError(f"{source}: {where} must hold '{keys[0]}' and '{keys[1]}', got "
+                              f"{shown(item)}.")
+        role = str(item[keys[0]])
+        if role not in roles:
+            raise RecordError(f"{source}: {where}.{keys[0]} = '{role}'.{nearest(role, roles)}")
+        messages.append((roles[role], item[keys[1]]))
     return messages
 
 
-def _llava(value: Any, source: str) -> list[RawMessage]:
-    messages: list[RawMessage] = []
-    for index, item in enumerate(_expect_list(value, "conversations", source)):
-        where = f"conversations[{index}]"
-        if not isinstance(item, Mapping) or "from" not in item or "value" not in item:
-            raise RecordError(f"{source}: {where} must hold 'from' and 'value', got {item!r:.80}.")
-        speaker = str(item["from"])
-        if speaker not in _LLAVA_ROLES:
-            raise RecordError(f"{source}: {where}.from = '{speaker}'."
-                              f"{nearest(speaker, _LLAVA_ROLES)}")
-        messages.append((_LLAVA_ROLES[speaker], item["value"]))
-    return messages
-
-
-def _categories(row: Mapping[str, Any]) -> tuple[str, ...]:
-    if "categories" in row:
-        given = row["categories"]
-        return tuple(str(category) for category in ([given] if isinstance(given, str) else given))
-    return (str(row["category"]),) if "category" in row else ()
+def _categories(row: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    listed = row.get("categories", [row["category"]] if "category" in row else [])
+    listed = listed if isinstance(listed, (list, tuple)) else [listed]
+    return tuple(_expect_str(str(category), "a category", source) for category in listed)
 
 
 def _expect_str(value: Any, where: str, source: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{source}: {where} must be text, got {type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{source}: {where} holds half a character: {error}.") from None
     return value
 
 
 def _expect_list(value: Any, where: str, source: str) -> Sequence[Any]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence) or not value:
-        raise RecordError(f"{source}: {where} must be a non-empty list, got {value!r:.60}.")
+        raise RecordError(f"{source}: {where} must be a non-empty list, got "
+                          f"{shown(value)}.")
     return value
 
 
@@ -221,24 +207,21 @@ def _image_column(row: Mapping[str, Any], source: str, root: Path | None) -> lis
     if value is None:
         return []
     listed = value if isinstance(value, (list, tuple)) else [value]
-    return [_image_ref(item, source, root) for item in listed]
+    return [_image_ref(item, source, root) for item in listed
+            if item is not None and not (isinstance(item, str) and not item)]
 
 
 def _image_ref(value: Any, source: str, root: Path | None) -> ImageRef:
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, (str, Path)):
-        path = Path(value)
-        return ImageRef(path if root is None or path.is_absolute() else root / path, source)
-    if isinstance(value, (bytes, Image.Image)):
-        return ImageRef(value, source)
-    raise RecordError(f"{source}: an image must be a path, bytes or a PIL image, got "
-                      f"{type(value).__name__}.")
+    value = stored_image(value, root)
+    if not isinstance(value, (str, Path, bytes, Image.Image)):
+        raise RecordError(f"{source}: an image must be a path, bytes or a PIL image, got "
+                          f"{type(value).__name__}.")
+    return ImageRef(value, source)
 
 
 def _resolve_images(
     raw: list[RawMessage], column: list[ImageRef], source: str, root: Path | None
-) -> tuple[tuple[Message, ...], tuple[ImageRef, ...]]:
+) -> tuple[tuple[Message, ...], list[ImageRef]]:
     """Split content into parts and bring the images into the order in which they appear."""
     waiting, images, messages = list(column), [], []
     typed = any(_is_image_part(part) for _, content in raw for part in _as_parts(content))
@@ -260,7 +243,7 @@ def _resolve_images(
     elif waiting:
         raise RecordError(f"{source}: {len(images)} image marks in the text, but "
                           f"{len(column)} images.")
-    return tuple(messages), tuple(images)
+    return tuple(messages), images
 
 
 def _as_parts(content: Any) -> Sequence[Any]:

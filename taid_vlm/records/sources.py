@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +13,12 @@ import torch.utils.data
 
 from taid_vlm.config.data import DELIMITERS, FILE_TYPES, JSON_LINES, DataSource
 from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest, nearest_sibling
-from taid_vlm.records.record import Malformed, Record, parse_record
+from taid_vlm.io.jsonl import JsonLines, parse_json
+from taid_vlm.records.images import MAX_PIXELS, ImageRef
+from taid_vlm.records.record import Malformed, Record, attempt, first_rows, parse_record
 
-PROBED_ROWS = 256  # rows of a table that are checked before training; JSONL is checked whole
-PROBED_IMAGES = 8
+# what is checked before training: rows of a table, rows that need not be alike, and images
+PROBED_ROWS, PROBED_LINES, PROBED_IMAGES = 256, 512, 8
 LONGEST_CELL = 2**28  # characters of CSV and TSV
 
 
@@ -25,7 +27,7 @@ class Records(torch.utils.data.Dataset[Record]):
 
     def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
         self.rows, self.label, self.root = rows, label, root
-        self.columns = dict(source.columns)
+        self.columns, self.max_pixels = dict(source.columns), _max_pixels(source)
         limit = source.max_records
         self._length = len(rows) if limit is None else min(limit, len(rows))
         self.has_images = False  # known once the rows have been checked
@@ -35,7 +37,7 @@ class Records(torch.utils.data.Dataset[Record]):
 
     def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]  # IndexError past max_records ends iteration
-        return parse_record(self.columns_of(index), self.where(index), self.root)
+        return parse_record(self.columns_of(index), self.where(index), self.root, self.max_pixels)
 
     def columns_of(self, index: int) -> dict[str, Any]:
         """A row as it came, but for columns that the source renames."""
@@ -43,13 +45,7 @@ class Records(torch.utils.data.Dataset[Record]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record | Malformed]:
         """What a DataLoader asks for: a malformed row must not end a run, but be counted."""
-        return [self._attempt(index) for index in indices]
-
-    def _attempt(self, index: int) -> Record | Malformed:
-        try:
-            return self[index]
-        except RecordError as problem:
-            return Malformed(str(problem))
+        return [attempt(self.__getitem__, index) for index in indices]
 
     def where(self, index: int) -> str:
         """What messages call a row: file and line where there are lines."""
@@ -57,55 +53,28 @@ class Records(torch.utils.data.Dataset[Record]):
         return f"{self.label}:{line(index)}" if line else f"{self.label}[{index}]"
 
 
-class StreamedRecords(torch.utils.data.IterableDataset[Record]):
+class StreamedRecords(torch.utils.data.IterableDataset[Record | Malformed]):
     """Records of a streamed dataset, split among processes and workers."""
 
     def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
         self.rows = rows if source.max_records is None else rows.take(source.max_records)
-        self.label, self.root, self.columns = label, root, dict(source.columns)
+        self.label, self.root = label, root
+        self.columns, self.max_pixels = dict(source.columns), _max_pixels(source)
         self.has_images = False  # known once the first rows have been checked
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[Record | Malformed]:
         for index, row in enumerate(self.rows):
             where = f"{self.label}[streamed {index}]"
-            yield parse_record(_renamed(row, self.columns), where, self.root)
+            yield attempt(parse_record, _renamed(row, self.columns), where, self.root,
+                          self.max_pixels)
 
 
-class JsonLines:
-    """Random access to a JSONL file by line offsets; rows are parsed when they are read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offsets: list[tuple[int, int]] = []  # line number, byte offset
-        with path.open("rb") as file:
-            offset = 0
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    self._offsets.append((number, offset))
-                offset += len(line)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def line(self, index: int) -> int:
-        return self._offsets[index][0]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        number, offset = self._offsets[index]
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            line = file.readline()
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RecordError(f"{self.path.name}:{number}: not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise RecordError(f"{self.path.name}:{number}: a line must be an object {{...}}.")
-        return row
+def _max_pixels(source: DataSource) -> int:
+    return getattr(source, "max_pixels", None) or MAX_PIXELS
 
 
 def open_records(source: DataSource | str, base: Path | None = None) -> Records | StreamedRecords:
@@ -181,25 +150,18 @@ def _delimited(path: Path, delimiter: str) -> list[dict[str, Any]]:
 
 def _json_rows(path: Path) -> list[dict[str, Any]] | JsonLines:
     try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        if _first_line_is_object(path):  # JSON lines under another name
-            return JsonLines(path)
-        raise RecordError(f"{path.name}: not valid JSON: {error}") from None
+        rows = parse_json(path.read_bytes(), path.name)
+    except RecordError:
+        with contextlib.suppress(RecordError, IndexError):  # JSON lines under another name
+            lines = JsonLines(path)
+            _ = lines[0]
+            return lines
+        raise
     if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
         rows = list(rows.values())  # {id: row}, as some benchmarks are written
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RecordError(f"{path.name}: must hold a list of objects [{{...}}, ...].")
     return rows
-
-
-def _first_line_is_object(path: Path) -> bool:
-    with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    try:
-        return isinstance(json.loads(first), dict)
-    except ValueError:
-        return False
 
 
 def _open_folder(path: Path, source: DataSource, root: Path) -> Records | StreamedRecords:
@@ -208,9 +170,9 @@ def _open_folder(path: Path, source: DataSource, root: Path) -> Records | Stream
 
     metadata = path / "metadata.jsonl"
     if metadata.exists():
-        columns = {"image": "file_name", **source.columns}
-        return Records(JsonLines(metadata), source.model_copy(update={"columns": columns}),
-                       f"{path.name}/metadata.jsonl", root)
+        records = Records(JsonLines(metadata), source, f"{path.name}/metadata.jsonl", root)
+        records.columns = {"image": "file_name", **records.columns}
+        return records
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         rows = _guarded(path.name, datasets.load_from_disk, str(path))
         rows = _split(rows, source) if isinstance(rows, Mapping) else rows
@@ -296,31 +258,24 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
 
 
 def _check(records: Records | StreamedRecords, source: DataSource) -> None:
-    """Fail before training, not in the middle of it."""
-    if isinstance(records, StreamedRecords):
-        first = [record for record, _ in zip(records, range(PROBED_IMAGES), strict=False)]
-        if not first:
-            raise TaidError(f"data: '{source.path}' holds no records.")
-        records.has_images = any(record.images for record in first)
-        return
-    if len(records) == 0:
+    """Fail before training, not in the middle of it, where the first rows show what is wrong.
+
+    How many these are does not grow with the data: later ones are checked when they are read.
+    """
+    number = PROBED_IMAGES
+    if isinstance(records, Records):
+        number = PROBED_LINES if isinstance(records.rows, (JsonLines, list)) else PROBED_ROWS
+    row, images, problems = None, list[ImageRef](), list[SampleDropped]()
+    for row in first_rows(records, number):
+        if isinstance(row, Malformed):
+            raise RecordError(row.problem)
+        images += row.images[:1] if len(images) < PROBED_IMAGES else ()
+    if row is None:
         raise TaidError(f"data: '{source.path}' holds no records.")
-    whole = isinstance(records.rows, (JsonLines, list))
-    checked = range(len(records) if whole else min(len(records), PROBED_ROWS))
-    probed: list[Record] = []
-    for record in (records[index] for index in checked):
-        records.has_images |= bool(record.images)
-        if record.images and len(probed) < PROBED_IMAGES:
-            probed.append(record)
-    _check_images(probed, source)
-
-
-def _check_images(probed: list[Record], source: DataSource) -> None:
-    """One broken image is skipped and counted; if all are broken the paths are wrong."""
-    problems = []
-    for record in probed:
+    records.has_images = bool(images)
+    for image in images:  # one that is broken is skipped and counted, but all: the paths are wrong
         try:
-            record.images[0].load()
+            image.load()
             return
         except SampleDropped as problem:
             problems.append(problem)

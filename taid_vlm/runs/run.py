@@ -9,13 +9,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
-from taid_vlm.adapters import Processor, make_adapter, tokenizer_change
+from taid_vlm.adapters import Processor, check_reloaded, make_adapter
 from taid_vlm.alignment import check_modalities
 from taid_vlm.config.data import DataSource
 from taid_vlm.config.recipe import Recipe
@@ -148,7 +149,7 @@ def _measure(
     trainer: DistillationTrainer, recipe: Recipe, ingredients: Ingredients, checkpoint: Path | None
 ) -> dict[str, Any]:
     """Evaluate, train, evaluate; and all that there is to say about it."""
-    questions = _questions(ingredients.eval, recipe.evaluate.examples)
+    questions = _questions(trainer, ingredients.eval, recipe.evaluate.examples)
     before, first_look = _tally(trainer, ingredients.eval), _look(trainer, ingredients.eval)
     answers = {"teacher": _answers(trainer, "teacher", questions, recipe),
                "before": _answers(trainer, "student", questions, recipe)}
@@ -203,7 +204,7 @@ def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
 
 def _has_images(records: Any) -> bool:
     if isinstance(records, list):
-        return any(record.images for record in records)
+        return any(record.images for record in records if isinstance(record, Record))
     return records.has_images
 
 
@@ -312,13 +313,12 @@ def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, Any]:
     return described
 
 
-def _questions(records: Any, number: int) -> list[tuple[Record, int]]:
-    """The first answer of the first conversations."""
-    if records is None:
-        return []
-    rows = (records[index] for index in range(len(records)))
-    chosen = ((record, 0) for record in rows if record.messages)
-    return [question for question, _ in zip(chosen, range(number), strict=False)]
+def _questions(
+    trainer: DistillationTrainer, records: Any, number: int
+) -> list[tuple[Record, int]]:
+    """The first answer of the first conversations that can be used."""
+    usable = trainer.collator.usable(records or (), lambda record: record.messages)
+    return [(record, 0) for record in islice(usable, number)]
 
 
 def _answers(
@@ -359,8 +359,7 @@ def _check_reload(trainer: DistillationTrainer, folder: Path) -> None:
     ours = trainer.collator.student
     auto = AutoProcessor if ours.sees_images else AutoTokenizer
     again = make_adapter(auto.from_pretrained(str(folder)), "student")
-    if change := tokenizer_change(ours.tokenizer, again.tokenizer):
-        logger.warning(
-            "Saving and loading the tokenizer that was trained with changes %s. transformers "
-            "rebuilds it by the model's type; save the tokenizer that belongs to this model type.",
-            change)
+    check_reloaded(
+        ours.tokenizer, again.tokenizer, "Saving and loading the tokenizer that was trained with",
+        "transformers rebuilds it by the model's type; save the tokenizer that belongs to this "
+        "model type.", fatal=False)

@@ -151,21 +151,21 @@ def compose(
     """
     output = new_folder(output_dir)
     _check_names(architecture, dtype, projector_activation)
-    seen = find_tower(tower, architecture, weights=tower_weights, random=random_tower,
-                      layer=vision_feature_layer)
-    options = _projector_options(seen, projector_activation, pooling_ratio)
-    kinds = ("image", "video") if seen.architecture == "perception_lm" else ("image",)
+    vision = find_tower(tower, architecture, weights=tower_weights, random=random_tower,
+                        layer=vision_feature_layer)
+    options = _projector_options(vision, projector_activation, pooling_ratio)
+    kinds = ("image", "video") if vision.architecture == "perception_lm" else ("image",)
     language = find_language(language_model, dtype, kinds)
-    processor = _processor(seen, language, options, chat_template)
-    config = _config(seen, language, options)
-    model, text_logits = _assemble(seen, language, config, seed)
+    processor = _processor(vision, language, options, chat_template)
+    config = _config(vision, language, options)
+    model, text_logits = _assemble(vision, language, config, seed)
     _check_text(model, language, text_logits)
     parameters = _parameters(model)
-    checks = _write(model, processor, output, language, _image_tokens(seen, options))
+    checks = _write(model, processor, output, language, _image_tokens(vision, options))
     return Composed(
-        output, seen.architecture, tower, language_model, str(language.dtype)[6:],
-        seen.image_size, seen.patch_size, _image_tokens(seen, options), seen.layer,
-        seen.architecture != "llava", parameters, language.tied, language.tokens["image"],
+        output, vision.architecture, tower, language_model, str(language.dtype)[6:],
+        vision.image_size, vision.patch_size, _image_tokens(vision, options), vision.layer,
+        vision.architecture != "llava", parameters, language.tied, language.tokens["image"],
         language.token_id("image"), language.rows, checks,
     )
 
@@ -174,13 +174,13 @@ def compose(
 
 
 def _check_names(architecture: str, dtype: str, activation: str | None) -> None:
-    given: list[tuple[str, Any, list[str]]] = [
+    choices: list[tuple[str, Any, list[str]]] = [
         ("architecture", architecture, ["auto", *get_args(Architecture)]),
         ("dtype", dtype, list(DTYPES)),
     ]
     if activation is not None:
-        given.append(("projector_activation", activation, list(ACT2FN)))
-    for key, value, valid in given:
+        choices.append(("projector_activation", activation, list(ACT2FN)))
+    for key, value, valid in choices:
         if value not in valid:
             raise TaidError(f"{key} = '{value}' is unknown.{nearest(value, valid)}")
 
@@ -249,15 +249,15 @@ def _check_rendering(language: Language, processor: ProcessorMixin) -> None:
     strings = [{"role": role, "content": text} for role, text in texts]
     parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts]
     for last, prompt in ((2, False), (3, True)):
-        wanted = language.original.apply_chat_template(
+        expected = language.original.apply_chat_template(
             strings[:last], tokenize=False, add_generation_prompt=prompt)
         for form in (strings, parts):
-            found = processor.apply_chat_template(form[:last], add_generation_prompt=prompt)
-            if found != wanted:
+            printed = processor.apply_chat_template(form[:last], add_generation_prompt=prompt)
+            if printed != expected:
                 raise TaidError(
                     f"language_model = '{language.name}': its chat template does not read "
-                    f"conversations as before once images are put in ({found!r} instead of "
-                    f"{wanted!r}); give chat_template."
+                    f"conversations as before once images are put in ({printed!r} instead of "
+                    f"{expected!r}); give chat_template."
                 )
 
 
@@ -325,9 +325,9 @@ def _parameters(model: PreTrainedModel) -> dict[str, int]:
 # ----- checks -------------------------------------------------------------------------------
 
 
-def _check_text(model: PreTrainedModel, language: Language, wanted: Tensor) -> None:
+def _check_text(model: PreTrainedModel, language: Language, expected: Tensor) -> None:
     """On text the composed model runs the language model's own tensors; not a bit may differ."""
-    if not torch.equal(probe_logits(model, language), wanted):
+    if not torch.equal(probe_logits(model, language), expected):
         raise TaidError(
             f"language_model = '{language.name}' ({language.config.model_type}): on text alone the "
             "composed model does not give its logits, so this architecture cannot carry it; choose "
@@ -336,7 +336,7 @@ def _check_text(model: PreTrainedModel, language: Language, wanted: Tensor) -> N
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Snapshot:
     """What a model holds and says, small enough to outlive it.
 
     logits: of a text, and of two images with a question.
@@ -346,11 +346,11 @@ class _Seen:
     logits: tuple[Tensor, Tensor, Tensor]
 
 
-def _look(model: PreTrainedModel, processor: ProcessorMixin, language: Language) -> _Seen:
+def _snapshot(model: PreTrainedModel, processor: ProcessorMixin, language: Language) -> _Snapshot:
     weights = {key: hashlib.blake2b(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
                .digest() for key, tensor in model.state_dict().items()}
     first, second = (_logits(model, processor, image) for image in _probe_images())
-    return _Seen(weights, (probe_logits(model, language), first, second))
+    return _Snapshot(weights, (probe_logits(model, language), first, second))
 
 
 def _write(
@@ -358,20 +358,20 @@ def _write(
     image_tokens: int,
 ) -> tuple[str, ...]:
     """Write beside the place, load and check what was written, and only then put it in place."""
-    told = "the composed model could not be written to '{}' and loaded again"
-    with whole_or_absent(output, told) as partial:
-        seen = _look(model, processor, language)
+    message = "the composed model could not be written to '{}' and loaded again"
+    with whole_or_absent(output, message) as partial:
+        before = _snapshot(model, processor, language)
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         del model
-        return _check(partial, language, seen, image_tokens)
+        return _check(partial, language, before, image_tokens)
 
 
 def _check(
-    folder: Path, language: Language, seen: _Seen, image_tokens: int
+    folder: Path, language: Language, before: _Snapshot, image_tokens: int
 ) -> tuple[str, ...]:
     """Load as any user would, and compare with what was written."""
-    model, found = AutoModelForImageTextToText.from_pretrained(
+    model, info = AutoModelForImageTextToText.from_pretrained(
         folder, dtype="auto", output_loading_info=True)
     processor = AutoProcessor.from_pretrained(folder)
     check_tokenizer(language.original, processor.tokenizer, language.tokens,
@@ -381,28 +381,28 @@ def _check(
     for image in _probe_images():
         if _inputs(model, processor, image)[1] != image_tokens:
             raise TaidError(f"the processor does not make {image_tokens} image tokens.")
-    again = _look(model.eval(), processor, language)
-    _check_same(seen, again, [*found["missing_keys"], *found["unexpected_keys"]])
-    if torch.equal(*seen.logits[1:]):
+    again = _snapshot(model.eval(), processor, language)
+    _check_same(before, again, [*info["missing_keys"], *info["unexpected_keys"]])
+    if torch.equal(*before.logits[1:]):
         raise TaidError("two different images give the same logits, so the tower is blind; choose "
                         "another one, or another vision_feature_layer.")
     return ("tokenizer as before", "text logits equal bit for bit", "weights as written",
             "images change the logits")
 
 
-def _check_same(seen: _Seen, again: _Seen, odd: list[str]) -> None:
+def _check_same(before: _Snapshot, again: _Snapshot, odd: list[str]) -> None:
     """The same weights bit for bit; the same logits but for rounding.
 
     Convolutions round differently with the place of their weights in memory. What is no rounding
     comes from tables that a tower keeps outside its state dict.
     """
-    odd += [key for key in seen.weights if seen.weights[key] != again.weights.get(key)]
+    odd += [key for key in before.weights if before.weights[key] != again.weights.get(key)]
     if odd:
         raise TaidError(f"the composed model's {min(odd)} is not the same after saving and "
                         "loading.")
-    for before, after in zip(seen.logits, again.logits, strict=True):
-        share = max(1e-5, 16 * torch.finfo(before.dtype).eps)
-        if not (before - after).abs().max() <= share * before.abs().max():
+    for old, new in zip(before.logits, again.logits, strict=True):
+        share = max(1e-5, 16 * torch.finfo(old.dtype).eps)
+        if not (old - new).abs().max() <= share * old.abs().max():
             raise TaidError("the composed model gives other logits after it was loaded again; its "
                             "tower does not survive saving. Choose another tower.")
 

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from taid_vlm.adapters import TOKENIZER_PROBES, tokenizer_change
+from taid_vlm.adapters import TOKENIZER_PROBES, check_reloaded
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import guarded, load_config, load_model, load_processor, sees_images
@@ -148,9 +148,8 @@ def check_tokenizer(
     Raises:
         TaidError: anything differs.
     """
-    if change := tokenizer_change(original, tokenizer, tokens.values()):
-        raise TaidError(f"{subject} changes {change}. Save the tokenizer with the class that its "
-                        "own tokenizer.json was made for, and compose again.")
+    check_reloaded(original, tokenizer, subject, "Save the tokenizer with the class that its own "
+                   "tokenizer.json was made for, and compose again.", tokens.values())
     for token in tokens.values():
         if tokenizer(f"a{token}b", add_special_tokens=False)["input_ids"].count(
                 tokenizer.convert_tokens_to_ids(token)) != 1:

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import answer_logits
-from taid_vlm.records import Record
+from taid_vlm.records import Malformed, Record
 
 Side = Literal["language model", "vision tower"]
 Kept = tuple[int, ...]  # numbers of the teacher's layers, in order
@@ -114,7 +114,7 @@ def _kinds(config: PretrainedConfig, count: int) -> tuple[Any, ...]:
     named = (getattr(config, name, None) for name in KIND_LISTS)
     lists = [x for x in named if isinstance(x, (list, tuple)) and len(x) == count]
     numbers = [set(getattr(config, name, None) or ()) for name in KIND_NUMBERS]
-    return tuple((*(given[i] for given in lists), *(i in given for given in numbers))
+    return tuple((*(names[i] for names in lists), *(i in names for names in numbers))
                  for i in range(count))
 
 
@@ -194,7 +194,7 @@ def best_choice(stack: Stack, number: int, scores: Sequence[float]) -> Kept:
 @torch.inference_mode()
 def block_influence(
     model: PreTrainedModel, stack: Stack, collator: DistillationCollator,
-    records: Iterable[Sequence[Record]],
+    records: Iterable[Sequence[Record | Malformed]],
 ) -> list[float]:
     """1 - cos(what goes into a layer, what comes out), the mean over answers' positions.
 
@@ -351,13 +351,13 @@ def stack_modules(model: PreTrainedModel, stack: Stack) -> tuple[str, nn.ModuleL
     part = model.get_decoder() if stack.side == "language model" else \
         model.get_encoder(modality="image")
     names = {id(module): name for name, module in model.named_modules()}
-    found = [(names[id(module)], module) for name, module in part.named_modules()
+    stacks = [(names[id(module)], module) for name, module in part.named_modules()
              if isinstance(module, nn.ModuleList) and len(module) == stack.count
              and name.rpartition(".")[2] in STACKS]
-    if (part is model and stack.side == "vision tower") or len(found) != 1:
+    if (part is model and stack.side == "vision tower") or len(stacks) != 1:
         raise TaidError(f"{type(model).__name__}: its {stack.side} has no plain list of "
                         f"{stack.count} layers, so none can be taken out.")
-    return found[0]
+    return stacks[0]
 
 
 # ----- checking -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from taid_vlm.adapters import ModelAdapter, Processor, make_adapter, tokenizer_change
+from taid_vlm.adapters import ModelAdapter, Processor, check_reloaded, make_adapter
 from taid_vlm.alignment import check_modalities
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.data import DataSource
@@ -24,7 +24,14 @@ from taid_vlm.models.forward import answer_logits
 from taid_vlm.models.generation import generate_answers
 from taid_vlm.models.loading import load_config, load_model, load_processor, sees_images
 from taid_vlm.models.parts import count_parameters
-from taid_vlm.records import ImageRef, Message, Record, StreamedRecords, open_records
+from taid_vlm.records import (
+    ImageRef,
+    Malformed,
+    Message,
+    Record,
+    first_rows,
+    open_records,
+)
 from taid_vlm.students.image_tokens import (
     Narrowing,
     choose_tokens,
@@ -108,27 +115,27 @@ def shrink(
         TaidError: nothing to do, a choice that does not fit, or an architecture that cannot be cut
             so; nothing is left in `output_dir` then.
     """
-    wishes = _Wishes(layers, keep, choose, calibration, calibration_records, tower_layers,
-                     image_tokens)
-    folder = _check(wishes, Path(output_dir).expanduser().absolute())
+    options = _Options(layers, keep, choose, calibration, calibration_records, tower_layers,
+                       image_tokens)
+    folder = _check(options, Path(output_dir).expanduser().absolute())
     spec = (ModelSpec(model_name_or_path=teacher, dtype="auto") if isinstance(teacher, str)
             else teacher)
     config, processor = load_config(spec, "teacher"), load_processor(spec, "teacher")
     if getattr(config, "quantization_config", None) is not None:
         raise TaidError(f"teacher: '{spec.model_name_or_path}' is quantized, and only plain "
                         "weights can be cut; give the model it was made from.")
-    stacks = _stacks(config, wishes)
+    stacks = _stacks(config, options)
     narrowing = None if image_tokens is None else choose_tokens(config, processor, image_tokens)
     make_adapter(processor, "teacher")  # a processor without a template is refused before loading
-    records = _records(wishes, sees_images(config))
+    records = _records(options, sees_images(config))
     model = load_model(spec, "teacher").to(_device()).eval()
     scores = _scores(model, processor, stacks, records) if records else None
-    cuts = {stack: _kept(stack, wishes, scores) for stack in stacks}
+    cuts = {stack: _kept(stack, options, scores) for stack in stacks}
     return replace(_written(model, processor, cuts, narrowing, folder), importance=scores)
 
 
 @dataclass(frozen=True)
-class _Wishes:
+class _Options:
     """The options of `shrink`."""
 
     layers: int | None
@@ -143,55 +150,53 @@ class _Wishes:
 # ----- before anything is loaded ------------------------------------------------------------
 
 
-def _check(wishes: _Wishes, folder: Path) -> Path:
+def _check(options: _Options, folder: Path) -> Path:
     """The output folder, where options fit together and it can be written."""
-    if wishes.choose not in CHOICES:
-        raise TaidError(f"choose = '{wishes.choose}'.{nearest(wishes.choose, CHOICES)}")
-    if wishes.layers is not None and wishes.keep is not None:
+    if options.choose not in CHOICES:
+        raise TaidError(f"choose = '{options.choose}'.{nearest(options.choose, CHOICES)}")
+    if options.layers is not None and options.keep is not None:
         raise TaidError("layers says how many and keep says which: give one of them.")
-    if wishes.layers is wishes.keep is wishes.tower_layers is wishes.image_tokens is None:
+    if options.layers is options.keep is options.tower_layers is options.image_tokens is None:
         raise TaidError("nothing to shrink: give layers, keep, tower_layers or image_tokens.")
-    measured = wishes.choose == "importance"
-    if measured and (wishes.layers is None or wishes.calibration is None):
+    measured = options.choose == "importance"
+    if measured and (options.layers is None or options.calibration is None):
         raise TaidError("choose = 'importance' needs layers (how many to keep) and calibration "
                         "(records to measure them on).")
-    if not measured and wishes.calibration is not None:
+    if not measured and options.calibration is not None:
         raise TaidError("calibration is only for choose = 'importance'.")
-    if wishes.calibration_records < 1:
-        raise TaidError(f"calibration_records = {wishes.calibration_records}, but it must be at "
+    if options.calibration_records < 1:
+        raise TaidError(f"calibration_records = {options.calibration_records}, but it must be at "
                         "least 1.")
     return new_folder(folder)
 
 
-def _stacks(config: PretrainedConfig, wishes: _Wishes) -> list[Stack]:
+def _stacks(config: PretrainedConfig, options: _Options) -> list[Stack]:
     """The sides that lose layers, with the numbers checked."""
     stacks = []
-    if wishes.layers is not None or wishes.keep is not None:
+    if options.layers is not None or options.keep is not None:
         stacks.append(language_stack(config))
-    if wishes.tower_layers is not None:
+    if options.tower_layers is not None:
         stacks.append(tower_stack(config))
     for stack in stacks:
-        if stack.side == "vision tower" and wishes.tower_layers is not None:
-            checked_number(stack, wishes.tower_layers, "tower_layers")
-        elif wishes.keep is not None:
-            checked_list(stack, wishes.keep, "keep")
-        elif wishes.layers is not None:
-            checked_number(stack, wishes.layers, "layers")
+        if stack.side == "vision tower" and options.tower_layers is not None:
+            checked_number(stack, options.tower_layers, "tower_layers")
+        elif options.keep is not None:
+            checked_list(stack, options.keep, "keep")
+        elif options.layers is not None:
+            checked_number(stack, options.layers, "layers")
     return stacks
 
 
-def _records(wishes: _Wishes, sees: bool) -> list[Record]:
+def _records(options: _Options, sees: bool) -> list[Record | Malformed]:
     """The first records of the calibration data; none without."""
-    source = wishes.calibration
+    source = options.calibration
     if source is None:
         return []
     source = DataSource(path=source) if isinstance(source, str) else source
-    number = min(wishes.calibration_records, source.max_records or wishes.calibration_records)
+    number = min(options.calibration_records, source.max_records or options.calibration_records)
     records = open_records(source.model_copy(update={"max_records": number}))
     check_modalities([] if sees else ["teacher"], records.has_images)
-    if isinstance(records, StreamedRecords):
-        return list(records)
-    return [records[index] for index in range(len(records))]
+    return list(first_rows(records))
 
 
 # ----- choosing -----------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def _device() -> torch.device:
 
 def _scores(
     model: PreTrainedModel, processor: Processor, stacks: Sequence[Stack],
-    records: Sequence[Record],
+    records: Sequence[Record | Malformed],
 ) -> tuple[float, ...]:
     """Block influence of the language model's layers."""
     collator = DistillationCollator(make_adapter(processor, "student"))
@@ -213,16 +218,16 @@ def _scores(
     return tuple(block_influence(model, stacks[0], collator, batches))
 
 
-def _kept(stack: Stack, wishes: _Wishes, scores: Sequence[float] | None) -> Kept:
+def _kept(stack: Stack, options: _Options, scores: Sequence[float] | None) -> Kept:
     if stack.side == "vision tower":
-        assert wishes.tower_layers is not None
-        return even_choice(stack, wishes.tower_layers)
-    if wishes.keep is not None:
-        return checked_list(stack, wishes.keep, "keep")
-    assert wishes.layers is not None
+        assert options.tower_layers is not None
+        return even_choice(stack, options.tower_layers)
+    if options.keep is not None:
+        return checked_list(stack, options.keep, "keep")
+    assert options.layers is not None
     if scores is None:
-        return even_choice(stack, wishes.layers)
-    return best_choice(stack, wishes.layers, scores)
+        return even_choice(stack, options.layers)
+    return best_choice(stack, options.layers, scores)
 
 
 # ----- making and checking ------------------------------------------------------------------
@@ -271,8 +276,8 @@ def _questions(sees: bool) -> list[Record]:
     picture = ImageRef(Image.fromarray(ramp.byte().numpy()), "probe")
     answer = Message("assistant", ("A red circle.",))
     with_image = Message("user", (None, "What is in this picture?"))
-    seen = [Record("probe", (with_image, answer), (picture,))] if sees else []
-    return [*seen, Record("probe", (Message("user", ("What is it?",)), answer))]
+    pictures = [Record("probe", (with_image, answer), (picture,))] if sees else []
+    return [*pictures, Record("probe", (Message("user", ("What is it?",)), answer))]
 
 
 def _probes(adapter: ModelAdapter) -> list[dict[str, Tensor]]:
@@ -300,8 +305,8 @@ def _check_cut(
     """The student must compute what the teacher does without the dropped layers."""
     for inputs in probes:
         with skipping(teacher, cuts):
-            wanted = [_logits(teacher, inputs) for _ in range(2)]
-        _check_equal(_logits(student, inputs), wanted,
+            expected = [_logits(teacher, inputs) for _ in range(2)]
+        _check_equal(_logits(student, inputs), expected,
                      f"{teacher.config.model_type} cannot be cut to these layers: the result is "
                      "not the teacher without the others (its layers depend on their numbers or on "
                      "each other in a way its config cannot express). Choose others with keep.")
@@ -318,14 +323,13 @@ def _check_saved(
     spec = ModelSpec(model_name_or_path=str(folder), dtype="auto")
     again = load_model(spec, "student").to(student.device).eval()
     processor = load_processor(spec, "student")
-    ours, theirs = student.state_dict(), again.state_dict()
-    changed = [name for name in ours.keys() | theirs.keys()
-               if name not in ours or name not in theirs or not ours[name].equal(theirs[name])]
+    saved, loaded = student.state_dict(), again.state_dict()
+    changed = [name for name in saved.keys() | loaded.keys()
+               if name not in saved or name not in loaded or not saved[name].equal(loaded[name])]
     if changed:
         raise TaidError(f"the student's {min(changed)} is not the same after saving and loading.")
     adapter = make_adapter(processor, "student")
-    if change := tokenizer_change(before, adapter.tokenizer):
-        raise TaidError(f"saving and loading the student's tokenizer changes {change}.")
+    check_reloaded(before, adapter.tokenizer, "saving and loading the student's tokenizer")
     probes = _probes(adapter)
     for inputs in probes:
         _check_equal(_logits(again, inputs), [_logits(student, inputs) for _ in range(2)],
@@ -335,12 +339,12 @@ def _check_saved(
     return probes
 
 
-def _check_equal(found: Tensor, wanted: Sequence[Tensor], message: str) -> None:
-    """Raise TaidError unless `found` is what was `wanted` (two runs of the same model)."""
-    first, second = wanted
+def _check_equal(logits: Tensor, expected: Sequence[Tensor], message: str) -> None:
+    """Raise TaidError unless `logits` is what was `expected` (two runs of the same model)."""
+    first, second = expected
     allowed = EXACT * first.abs().max() + NOISE * (first - second).abs().max()
-    same = found.shape == first.shape and bool(found.isfinite().all())
-    if not same or (found - first).abs().max() > allowed:
+    same = logits.shape == first.shape and bool(logits.isfinite().all())
+    if not same or (logits - first).abs().max() > allowed:
         raise TaidError(message)
 
 

@@ -15,9 +15,8 @@ is never made.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -35,10 +34,10 @@ from transformers import (
     ViTImageProcessor,
     ViTModel,
 )
-from transformers.utils import logging
 
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, nearest
+from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import guarded, read_config
 from taid_vlm.students.vit import obstacles, vit_config, vit_state
 
@@ -139,28 +138,17 @@ def _native_tower(name: str, architecture: str, random: bool, layer: Layer | Non
     def load(dtype: torch.dtype) -> nn.Module:
         if random:
             return AutoModel.from_config(config, dtype=dtype)
-        with _quiet():  # the text half of a CLIP, a classifier: left behind on purpose
-            module, found = guarded(
+        with quiet("transformers"):  # the text half of a CLIP, a classifier: left behind on purpose
+            module, info = guarded(
                 ROLE, name, AutoModel.from_pretrained, name, config=config, dtype=dtype,
                 use_safetensors=True, output_loading_info=True)
-        missing = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
+        missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
         if missing:
             raise TaidError(f"tower = '{name}' lacks weights: {_some(missing)}.")
         return module
 
     prefix, usual = NATIVE[config.model_type]
     return _for_llava(name, config, images, prefix, usual if layer is None else layer, load)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No report of weights that were not used."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _for_llava(
@@ -363,20 +351,20 @@ def _load_timm(model: Any, name: str, file: Path) -> None:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise TaidError(f"tower_weights = '{file}' cannot be read: {error}") from error
-    wanted = model.state_dict()
+    expected = model.state_dict()
     classifier = (model.pretrained_cfg or {}).get("classifier") or "head"
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    missing = [key for key in wanted if key not in state]
-    surplus = [key for key in state if key not in wanted
+    missing = [key for key in expected if key not in state]
+    surplus = [key for key in state if key not in expected
                and not key.startswith(tuple(f"{head}." for head in heads))]
     if missing or surplus:
         lacks = f"lacks {_some(missing)}" if missing else f"has more: {_some(surplus)}"
         raise TaidError(f"'{file}' holds other weights than timm's '{name}': it {lacks}.")
-    wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
+    wrong = [key for key in expected if state[key].shape != expected[key].shape]
     if wrong:
         raise TaidError(f"'{file}' holds another size of timm's '{name}': {wrong[0]} has shape "
-                        f"{tuple(state[wrong[0]].shape)}, not {tuple(wanted[wrong[0]].shape)}.")
-    model.load_state_dict({key: state[key] for key in wanted})
+                        f"{tuple(state[wrong[0]].shape)}, not {tuple(expected[wrong[0]].shape)}.")
+    model.load_state_dict({key: state[key] for key in expected})
 
 
 def _some(names: Sequence[str], number: int = 3) -> str:
@@ -408,8 +396,8 @@ def _converted(source: _Source, skeleton: Any, data: dict[str, Any], layer: Laye
 def _check_conversion(name: str, original: Any, module: nn.Module, size: Sequence[int]) -> None:
     """Both models see one image; what rounding can explain is 1e-4 of the features' scale."""
     image = torch.linspace(-2, 2, size[0] * size[1] * size[2]).view(1, *size)
-    theirs, ours = original.forward_features(image), module(image).last_hidden_state
-    error = float((theirs - ours).abs().max() / theirs.abs().max())
+    expected, converted = original.forward_features(image), module(image).last_hidden_state
+    error = float((expected - converted).abs().max() / expected.abs().max())
     if not error < 1e-4:
         raise TaidError(f"tower = 'timm:{name}': as a ViTModel it gives other features (relative "
                         f"difference {error:.1e}); choose architecture 'perception_lm'.")

@@ -22,26 +22,26 @@ def obstacles(model: Any) -> list[str]:
 
     if type(model) is not VisionTransformer:
         return [f"its class is {type(model).__name__}"]
-    found, keys = [], set(model.state_dict())
+    problems, keys = [], set(model.state_dict())
     block, patches = model.blocks[0], model.patch_embed
     if "cls_token" not in keys:
-        found.append("no class token")
+        problems.append("no class token")
     elif model.num_prefix_tokens != 1:
-        found.append(f"{model.num_prefix_tokens} tokens before the patches")
+        problems.append(f"{model.num_prefix_tokens} tokens before the patches")
     elif model.pos_embed is None or model.pos_embed.shape[1] != patches.num_patches + 1:
-        found.append("no position embedding for the class token")
+        problems.append("no position embedding for the class token")
     if type(block) is not Block or type(block.attn) is not Attention:
-        found.append(f"its blocks are {type(block).__name__} with {type(block.attn).__name__}")
+        problems.append(f"its blocks are {type(block).__name__} with {type(block.attn).__name__}")
     elif type(block.mlp.act).__name__ not in ACTIVATIONS:
-        found.append(f"its activation is {type(block.mlp.act).__name__}")
+        problems.append(f"its activation is {type(block.mlp.act).__name__}")
     surplus, missing = keys - _plain_keys(model), _plain_keys(model) - keys
     if surplus:
-        found.append(f"parameters a ViTModel lacks ({_unnumbered(surplus)})")
+        problems.append(f"parameters a ViTModel lacks ({_unnumbered(surplus)})")
     if missing:
-        found.append(f"no {_unnumbered(missing)}")
+        problems.append(f"no {_unnumbered(missing)}")
     if len(set(patches.patch_size)) > 1:
-        found.append("its patches are not square")
-    return found
+        problems.append("its patches are not square")
+    return problems
 
 
 def _plain_keys(model: Any) -> set[str]:
@@ -82,15 +82,15 @@ def vit_state(model: Any) -> dict[str, Tensor]:
              "embeddings.position_embeddings": state["pos_embed"]}
     names = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
     for index in range(len(model.blocks)):
-        ours, theirs = f"layers.{index}", f"blocks.{index}"
-        names |= {f"{theirs}.norm1": f"{ours}.layernorm_before",
-                  f"{theirs}.norm2": f"{ours}.layernorm_after",
-                  f"{theirs}.attn.proj": f"{ours}.attention.o_proj",
-                  f"{theirs}.mlp.fc1": f"{ours}.mlp.fc1", f"{theirs}.mlp.fc2": f"{ours}.mlp.fc2"}
+        new, old = f"layers.{index}", f"blocks.{index}"
+        names |= {f"{old}.norm1": f"{new}.layernorm_before",
+                  f"{old}.norm2": f"{new}.layernorm_after",
+                  f"{old}.attn.proj": f"{new}.attention.o_proj",
+                  f"{old}.mlp.fc1": f"{new}.mlp.fc1", f"{old}.mlp.fc2": f"{new}.mlp.fc2"}
         for kind in ("weight", "bias"):
-            if (joint := state.get(f"{theirs}.attn.qkv.{kind}")) is not None:
+            if (joint := state.get(f"{old}.attn.qkv.{kind}")) is not None:
                 for part, tensor in zip("qkv", joint.chunk(3), strict=True):
-                    moved[f"{ours}.attention.{part}_proj.{kind}"] = tensor
+                    moved[f"{new}.attention.{part}_proj.{kind}"] = tensor
     for old, new in names.items():
         moved |= {f"{new}.{kind}": state[f"{old}.{kind}"] for kind in ("weight", "bias")}
     return {key: tensor.detach().clone() for key, tensor in moved.items()}

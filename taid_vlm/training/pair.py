@@ -17,7 +17,7 @@ from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.objectives import parse_objective
-from taid_vlm.records import Record, parse_record
+from taid_vlm.records import Record, first_rows
 
 if TYPE_CHECKING:
     from taid_vlm.training.config import DistillationConfig
@@ -44,8 +44,8 @@ def pair_for_training(
             teacher_processing_class, "teacher", length_limit(teacher.config, args.max_length))
     parts = [part for dataset in datasets
              for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
-    firsts = [_first_records(part) for part in parts]
-    probed = [record for first in firsts for record in first]
+    firsts = [list(first_rows(part, PROBED_RECORDS)) for part in parts]
+    probed = [row for first in firsts for row in first if isinstance(row, Record)]
     adapters = [a for a in (theirs, ours) if a is not None]
     check_modalities([a.role for a in adapters if not a.sees_images],
                      any(record.images for record in probed))
@@ -70,16 +70,7 @@ def length_limit(config: Any, max_length: int | None) -> int | None:
     return min(limits) if limits else None
 
 
-def _first_records(dataset: Any) -> list[Record]:
-    if hasattr(dataset, "__len__"):
-        rows = (dataset[index] for index in range(min(len(dataset), PROBED_RECORDS)))
-    else:
-        rows = (row for row, _ in zip(dataset, range(PROBED_RECORDS), strict=False))
-    return [row if isinstance(row, Record) else parse_record(row, f"row {index}")
-            for index, row in enumerate(rows)]
-
-
-def _refuse_empty(collator: DistillationCollator, probed: Sequence[Record]) -> None:
+def _refuse_empty(collator: DistillationCollator, probed: Sequence[Any]) -> None:
     """Training on nothing must not start: some of the first records have to be usable."""
     reasons: Counter[str] = Counter()
     for record in probed:
@@ -89,7 +80,8 @@ def _refuse_empty(collator: DistillationCollator, probed: Sequence[Record]) -> N
         reasons.update(batch["counts"]["dropped"])
     if probed:
         told = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
-        raise TaidError(f"none of the first {len(probed)} records can be used: {told}.")
+        raise TaidError(f"none of the first {len(probed)} records can be used: {told}. "
+                        f"{collator.reported[next(iter(reasons))]}")
 
 
 def with_adapter(student: PreTrainedModel, config: Any, on_meta: bool = False) -> Any:

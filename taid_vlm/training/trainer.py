@@ -282,7 +282,7 @@ class DistillationTrainer(Trainer):
 
     def look(self, dataset: Sequence[Any]) -> Looks:
         """`evaluation.canary.canary` of teacher and student, by role; {} without images."""
-        return self.canary.ask(
+        return self.canary.measure(
             dataset, self.model, self.teacher_model, self.collator, **self._evaluation_options())
 
     def _evaluation_options(self) -> dict[str, Any]:

@@ -356,7 +356,7 @@ def test_end_of_text_is_learned_though_it_is_the_padding() -> None:
 
 @pytest.mark.parametrize("texts", [("a", "b", "c", "d"), ("a",)])
 def test_base_model_refuses_conversations(texts: tuple[str, ...]) -> None:
-    with pytest.raises(TaidError, match=r"no chat template; set student\.chat_template"):
+    with pytest.raises(SampleDropped, match=r"no chat template; set student\.chat_template"):
         adapter("gpt2").render(talk(*texts))
 
 
@@ -370,7 +370,7 @@ def test_base_model_drops_empty_answers() -> None:
 
 @pytest.mark.parametrize("family", CORE_TEXT_FAMILIES)
 def test_text_models_refuse_images(family: str) -> None:
-    with pytest.raises(TaidError, match="cannot see it"):
+    with pytest.raises(SampleDropped, match="cannot see it"):
         adapter(family).render(record("image"))
 
 

@@ -101,7 +101,7 @@ def test_a_batch_of_nothing_is_still_a_batch_for_paligemma() -> None:
 
 @pytest.mark.parametrize("texts", [("a", "b", "c", "d"), ("a",)])
 def test_paligemma_answers_once(texts: tuple[str, ...]) -> None:
-    with pytest.raises(TaidError, match=r"which answers one question; give records of one"):
+    with pytest.raises(SampleDropped, match=r"which answers one question; give records of one"):
         adapter("paligemma").render(talk(*texts))
 
 

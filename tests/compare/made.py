@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def answers(gain: float, seed: int | None, records: int = 60) -> list[AnswerTota
 
 
 def tally(found: Sequence[AnswerTotals]) -> dict[str, Any]:
-    made = Tally(aligned_tokens=1, supervised_tokens=1)
+    made = Tally(tokens=Counter(aligned=1, supervised=1))
     for answer in found:
         for name, total in answer.totals.items():
             for part in (ALL, answer.category):

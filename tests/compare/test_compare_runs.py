@@ -449,5 +449,5 @@ def test_a_torn_answers_file_is_named(tmp_path: Path) -> None:
     one, two = distillation(tmp_path / "one"), distillation(tmp_path / "two")
     path = two / FILE
     path.write_text(path.read_text()[:-40])
-    with pytest.raises(TaidError, match=r"two.eval_answers.jsonl', line 90"):
+    with pytest.raises(TaidError, match=r"two.eval_answers.jsonl:90: "):
         compared(str(one), str(two))

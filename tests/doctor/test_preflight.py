@@ -155,26 +155,43 @@ def test_the_command_line_names_a_malformed_row(patient: Patient) -> None:
     assert REMEDIES["malformed record"] in done.out
 
 
-def test_a_malformed_row_ends_a_stream(patient: Patient) -> None:
-    """An iterator that has raised has no next row, so training ends, too."""
+def test_a_malformed_row_of_a_stream_is_left_out_too(patient: Patient) -> None:
     source = {"path": str(gap(patient, 60, 50)), "streaming": True, "max_records": 60}
     path = patient.recipe(patient.checkpoints("llama"), patient.checkpoints("qwen2"),
                           train={"max_steps": 1}, data={"train": source})
     found = patient.inspect(path, everything=True)
-    assert found.verdict.outcome == "refused"
-    assert "train.parquet[streamed 50]: column 'prompt' is missing" in found.problem
+    assert found.verdict.outcome == "shared"
     (check,) = found.preflight
-    assert (check.records, check.usable) == (51, 50)  # the rest is accounted for all the same
+    assert (check.records, check.usable, check.stops) == (60, 59, "")
+    (dropped,) = check.dropped
+    assert (dropped.reason, dropped.count) == ("malformed record", 1)
+    assert "train.parquet[streamed 50]: column 'prompt' is missing" in dropped.detail
 
 
-def test_a_conversation_that_would_stop_training_is_found(patient: Patient) -> None:
-    """A model without a template takes one question; the first conversation ends a run."""
-    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
-    rows = [*pairs(40), {"messages": turns}]
-    path = patient.recipe(patient.checkpoints("llama"), patient.checkpoints("gpt2"), rows)
+TURNS = {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]}
+
+
+def test_a_conversation_deep_in_a_base_models_data_is_left_out(patient: Patient) -> None:
+    """A model without a template takes one question."""
+    path = patient.recipe(patient.checkpoints("llama"), patient.checkpoints("gpt2"),
+                          [*pairs(40), TURNS])
     found = patient.inspect(path, everything=True)
+    assert found.verdict.outcome == "shared"
+    (check,) = found.preflight
+    assert (check.records, check.usable, check.stops) == (41, 40, "")
+    (dropped,) = check.dropped
+    assert dropped.reason == "conversation for a model of one question"
+    assert dropped.sources == ("train.jsonl:41",)
+    assert "set student.chat_template" in dropped.detail
+    assert "chat_template" in dropped.remedy
+
+
+def test_nothing_but_conversations_for_a_base_model_is_refused(patient: Patient) -> None:
+    path = patient.recipe(patient.checkpoints("llama"), patient.checkpoints("gpt2"), [TURNS] * 3)
+    found = patient.inspect(path)
     assert found.verdict.outcome == "refused"
-    assert "train.jsonl:41 is a conversation" in found.problem
+    assert "3 x conversation for a model of one question" in found.problem
+    assert "train.jsonl:1 is a conversation (user, assistant, user, assistant)" in found.problem
     assert "chat_template: template.jinja" in found.verdict.changes[0]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from taid_vlm.benchmarks.harness.suites import SUITES, member_of
+from taid_vlm.evaluation.statistics import Estimate, mean_of_estimates
+from taid_vlm.io.hashing import text_hash
 
 INVALID = "[invalid]"  # what lm-eval's extracting filters put in place of an answer
 Raw = Mapping[str, Any]  # what lm_eval.evaluate returns
@@ -38,12 +39,9 @@ def figures_of(entry: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
 def average(suite: str, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of a suite's figures, one per task; tasks are independent samples."""
     members = SUITES[suite]
-    parts = {m.task: tasks[m.task]["figures"][m.figure] for m in members}
-    error = math.sqrt(math.fsum(part["stderr"] ** 2 for part in parts.values())) / len(parts)
+    parts = [Estimate(**tasks[m.task]["figures"][m.figure]) for m in members]
     return {
-        "figures": {"average": {
-            "value": math.fsum(part["value"] for part in parts.values()) / len(parts),
-            "stderr": error, "n": sum(part["n"] for part in parts.values())}},
+        "figures": {"average": vars(mean_of_estimates(parts))},
         "of": {m.task: m.figure for m in members},
     }
 
@@ -94,10 +92,7 @@ def entry_of(task: str, raw: Raw, rows: Sequence[Mapping[str, Any]], **more: Any
 
 def prompt_hash(rows: Sequence[Mapping[str, Any]]) -> str:
     """Of all prompts, solved examples included, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row["prompt"].encode() + b"\0")
-    return digest.hexdigest()[:16]
+    return text_hash("".join(row["prompt"] + "\0" for row in rows))
 
 
 def too_long(samples: Sequence[Mapping[str, Any]], encode: Callable[[str], Sequence[int]],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import random
 import tempfile
@@ -34,6 +33,8 @@ from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.files import write_json, write_text
 from taid_vlm.io.folders import new_folder, whole_or_absent
+from taid_vlm.io.jsonl import dump_lines
+from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_config, load_model, load_processor, sees_images
 from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
 
@@ -104,7 +105,8 @@ def run_lm_eval(
     load_config(spec, ROLE)
     started = time.perf_counter()
     measured: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    # lm-eval warns of what is meant here: changed tasks, a model that is loaded already
+    with tempfile.TemporaryDirectory() as folder, quiet("lm_eval"), _no_bars():
         own = _own_tasks(files, Path(folder))
         loaded = _load([task.name for task in asked], {**index, **own}, changes)
         lm = _language_model(spec, chosen)
@@ -255,18 +257,14 @@ def _evaluate(lm: Any, item: Any, options: Options) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval warns of what is meant here: changed tasks, a model that is loaded already; and
-    every file read would draw a bar."""
-    log = logging.getLogger("lm_eval")
-    level, bars = log.level, datasets.are_progress_bars_disabled()
-    log.setLevel(logging.ERROR)
+def _no_bars() -> Iterator[None]:
+    """Every file read would draw one."""
+    bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        log.setLevel(level)
-        if not bars:
+        if bars:
             datasets.enable_progress_bars()
 
 
@@ -317,8 +315,7 @@ def _write(results: dict[str, Any], answers: Mapping[str, Sequence[Any]],
            files: Mapping[str, str], output: Path) -> None:
     with whole_or_absent(output, "the evaluation could not be written to '{}'") as folder:
         for name, rows in answers.items():
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(lines, folder / "answers" / f"{name}.jsonl")
+            write_text(dump_lines(rows), folder / "answers" / f"{name}.jsonl")
         for name, text in files.items():
             write_text(text, folder / TASK_FOLDER / f"{name}.yaml")
         write_json(results, folder / "results.json")

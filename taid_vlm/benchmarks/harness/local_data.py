@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from taid_vlm.errors import TaidError, nearest_sibling
+from taid_vlm.io.hashing import file_sha256
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _SPLITS = ("training_split", "validation_split", "test_split")
@@ -172,11 +172,7 @@ def source_of(changes: Sequence[TaskChange]) -> dict[str, Any]:
         name = "/".join(str(first.config[key]) for key in ("dataset_path", "dataset_name")
                         if first.config.get(key))
         return {"path": name, "split": first.asked, "sha256": None}
-    digest = hashlib.sha256()
-    for change in changes:
-        for path in split_files(change)[change.asked]:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+    digest = file_sha256(*(path for change in changes
+                           for path in split_files(change)[change.asked]))
     path = first.path if len(changes) == 1 else first.path.parent
-    return {"path": str(path), "split": first.asked, "sha256": digest.hexdigest()}
+    return {"path": str(path), "split": first.asked, "sha256": digest.hex()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import hashlib
 import io
 import logging
 import os
@@ -21,10 +20,12 @@ import pandas as pd
 from taid_vlm.benchmarks.choices import listed
 from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Question
-from taid_vlm.benchmarks.rows import LETTERS, SHORTEST_BASE64
+from taid_vlm.benchmarks.rows import LETTERS
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.io.folders import refuse_file_in_the_way
+from taid_vlm.io.hashing import sha256
 from taid_vlm.records import ImageRef
+from taid_vlm.records.images import SHORTEST_BASE64
 
 logger = logging.getLogger(__name__)
 _OWN = ("index", "id", "question", "hint", *LETTERS, "answer", "image")
@@ -136,13 +137,13 @@ def _cells(questions: Sequence[Question]) -> list[Cells]:
 
 def _with_images(rows: Sequence[Cells], questions: Sequence[Question]) -> Iterator[Cells]:
     """Rows with their images; several are written as a list, alone and without sharing."""
-    seen: dict[str, str] = {}
+    seen: dict[bytes, str] = {}
     for row, question in zip(rows, questions, strict=True):
         found = [_base64(image, question.id) for image in question.images]
         if len(found) > 1:
             yield {**row, "image": str(found)}
         elif found:
-            key = hashlib.sha256(found[0].encode()).hexdigest()
+            key = sha256([found[0].encode()])
             yield {**row, "image": seen.get(key, found[0])}
             seen.setdefault(key, row["index"])
         else:
