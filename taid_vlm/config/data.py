@@ -24,6 +24,8 @@ class DataSource(Section):
         columns: Our columns and what the data call them: {prompt: question, completion: answer}.
         image_root: Folder that relative image paths start from, if not the data file's own.
         max_records (records): Only the first so many.
+        max_pixels (pixels): An image of more, as its header says, is not decoded (67,108,864 unless
+            said); its record is left out and counted.
     """
 
     bare: ClassVar[str] = "path"
@@ -35,6 +37,7 @@ class DataSource(Section):
     columns: dict[str, str] = {}
     image_root: str | None = None
     max_records: Positive | None = None
+    max_pixels: Positive | None = None
 
 
 class DataSpec(Section):

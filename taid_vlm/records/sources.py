@@ -74,7 +74,7 @@ class StreamedRecords(torch.utils.data.IterableDataset[Record | Malformed]):
 
 
 def _max_pixels(source: DataSource) -> int:
-    return getattr(source, "max_pixels", None) or MAX_PIXELS
+    return source.max_pixels or MAX_PIXELS
 
 
 def open_records(source: DataSource | str, base: Path | None = None) -> Records | StreamedRecords:

@@ -17,11 +17,11 @@ from zoo import make_tokenizer
 
 from taid_vlm.adapters import make_adapter
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.config.data import DataSource
 from taid_vlm.errors import RecordError, TaidError
 from taid_vlm.io import jsonl
 from taid_vlm.io.jsonl import JsonLines, dump_lines, read_lines
 from taid_vlm.records import (
-    DataSource,
     Malformed,
     Record,
     fingerprint,
