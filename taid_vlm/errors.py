@@ -10,7 +10,12 @@ from typing import Any
 
 
 class TaidError(ValueError):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    reason: what a record that it costs is counted under, where it costs a record.
+    """
+
+    reason = "refused by the processor"
 
 
 class RecipeError(TaidError):
@@ -20,9 +25,13 @@ class RecipeError(TaidError):
 class RecordError(TaidError):
     """A record cannot be understood; the message names file and line."""
 
+    reason = "malformed record"
+
 
 class AlignmentError(TaidError):
     """Teacher and student cannot be compared token by token."""
+
+    reason = "cannot be aligned"
 
 
 class SampleDropped(Exception):
@@ -31,6 +40,9 @@ class SampleDropped(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+Problem = TaidError | SampleDropped  # what can cost a record
 
 
 def is_number(value: Any) -> bool:

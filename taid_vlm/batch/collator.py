@@ -36,7 +36,7 @@ from taid_vlm.alignment import (
     supervised_positions,
     teacher_positions,
 )
-from taid_vlm.errors import AlignmentError, RecordError, SampleDropped, TaidError
+from taid_vlm.errors import AlignmentError, Problem, RecordError, SampleDropped, TaidError
 from taid_vlm.records import Malformed, Record, first_rows, parse_record
 
 logger = logging.getLogger(__name__)
@@ -119,16 +119,13 @@ class DistillationCollator:
             self._leave_out(problem, counts)
             return None
 
-    def _leave_out(self, problem: Exception, counts: Counter[str], source: str = "") -> None:
+    def _leave_out(self, problem: Problem, counts: Counter[str], source: str = "") -> None:
         """Count a record under its reason; the first one of each reason is reported in full."""
-        kinds: dict[type[Exception], str] = {
-            RecordError: "malformed record", AlignmentError: "cannot be aligned"}
-        reason = problem.reason if isinstance(problem, SampleDropped) else \
-            kinds.get(type(problem), "refused by the processor")
+        reason, message = problem.reason, f"{source}: {problem}" if source else str(problem)
         counts[reason] += 1
         if reason not in self.reported:
-            self.reported[reason] = f"{source}: {problem}" if source else str(problem)
-            logger.warning("A record is left out (%s). %s", reason, self.reported[reason])
+            self.reported[reason] = message
+            logger.warning("A record is left out (%s). %s", reason, message)
 
     def usable(self, data: Any, wanted: Callable[[Record], Any]) -> Iterator[Record]:
         """Those of a data set's records that are wanted and that are not left out, in order."""

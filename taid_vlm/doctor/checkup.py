@@ -10,7 +10,7 @@ from typing import Any
 from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter
 from taid_vlm.alignment import Aligned
 from taid_vlm.batch.collator import DistillationCollator
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import Problem, TaidError
 from taid_vlm.records import Malformed, Record
 
 
@@ -56,7 +56,7 @@ class Listener(DistillationCollator):
         return Checked(source, reason, self._detail, stops, bool(counts["cut"]),
                        self._whole, self._rows, self._found, counts)
 
-    def _leave_out(self, problem: Exception, counts: Counter[str], source: str = "") -> None:
+    def _leave_out(self, problem: Problem, counts: Counter[str], source: str = "") -> None:
         self._detail = str(problem)
         super()._leave_out(problem, counts, source)
 

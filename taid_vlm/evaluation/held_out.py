@@ -11,6 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,11 +68,6 @@ class Moments(Sums):
 Table = dict[str, dict[str, Moments]]  # category -> figure -> moments
 
 
-def _figures() -> dict[str, Moments]:
-    """Named, unlike a lambda, so that a Tally can travel between processes."""
-    return defaultdict(Moments)
-
-
 @dataclass(frozen=True)
 class AnswerTotals:
     """One answer's sums over its tokens: what paired comparisons between runs need.
@@ -91,7 +87,8 @@ class AnswerTotals:
 class Tally:
     """What one process has seen so far; single answers only where `keep_answers`."""
 
-    table: Table = field(default_factory=lambda: defaultdict(_figures))
+    # partial, unlike a lambda, can travel between processes
+    table: Table = field(default_factory=lambda: defaultdict(partial(defaultdict, Moments)))
     calibration: dict[str, Calibration] = field(default_factory=lambda: defaultdict(Calibration))
     dropped: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)  # supervised, aligned, chunk

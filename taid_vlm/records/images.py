@@ -6,8 +6,6 @@ import base64
 import functools
 import io
 import math
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +107,8 @@ def _opened(value: Any) -> Image.Image:
         return Image.open(io.BytesIO(value), formats=_formats())
     if _is_url(value):
         raise ValueError("an image is not fetched from a URL; save it as a file")
-    if not stat.S_ISREG(os.stat(value).st_mode):
-        raise ValueError("it is no file")
+    if not Path(value).is_file():
+        raise FileNotFoundError("there is no such file")
     return Image.open(value, formats=_formats())
 
 

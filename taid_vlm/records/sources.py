@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ class StreamedRecords(torch.utils.data.IterableDataset[Record | Malformed]):
             self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Record | Malformed]:
-        for index, row in enumerate(self.rows):
+        following = functools.partial(_guarded, self.label, next, iter(self.rows), None)
+        for index, row in enumerate(iter(following, None)):
             where = f"{self.label}[streamed {index}]"
             yield attempt(parse_record, _renamed(row, self.columns), where, self.root,
                           self.max_pixels)

@@ -128,7 +128,7 @@ def test_pipes_devices_and_folders_are_not_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("it was opened"))
     for path in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path, Path("/dev/null")):
         reason, message = refused(path)
-        assert (reason, path.name in message, "it is no file" in message) == (
+        assert (reason, path.name in message, "there is no such file" in message) == (
             UNREADABLE, True, True)
 
 

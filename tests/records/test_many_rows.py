@@ -30,7 +30,7 @@ from taid_vlm.records import (
     parse_record,
 )
 from taid_vlm.records.record import attempt
-from taid_vlm.records.sources import PROBED_LINES, Records
+from taid_vlm.records.sources import PROBED_LINES, Records, StreamedRecords
 
 
 def line(number):
@@ -177,6 +177,19 @@ def test_a_malformed_row_of_a_stream_is_counted(kind, workers, tmp_path):
     batches = list(DataLoader(records, 20, collate_fn=collator(), num_workers=workers))
     assert [batch["counts"]["rows"] for batch in batches] == [20, 20, 19]
     assert batches[2]["counts"]["dropped"] == {"malformed record": 1}
+
+
+def test_a_stream_that_breaks_is_one_message(tmp_path):
+    """As a shard that is torn, or a connection that is gone."""
+    def rows():
+        yield from rows_with({"prompt": "a"}, number=3, at=1)
+        raise pa.ArrowInvalid("corrupt page\nand more")
+
+    records = StreamedRecords(rows(), DataSource("a.parquet"), "a.parquet", None)
+    found = iter(records)
+    assert [isinstance(next(found), Malformed) for _ in range(3)] == [False, True, False]
+    with pytest.raises(TaidError, match=r"^data: 'a\.parquet' cannot be loaded: corrupt page$"):
+        next(found)
 
 
 def test_a_stream_without_a_readable_picture_is_refused(tmp_path):
