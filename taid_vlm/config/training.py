@@ -63,6 +63,8 @@ class OwnArguments(Section):
         loss_implementation: fused never has all logits in memory; auto takes it where it gives the
             same as reference, which is checked at the first batch.
         loss_memory_budget (bytes): What the fused loss may take for logits and their gradient.
+        max_nonfinite_steps (steps): A step whose loss or gradient is no number is not applied and
+            counted; so many in a row end the run.
         freeze: Parts of the student that stay as they are.
         learning_rates: {part: learning rate}; the others take learning_rate.
     """
@@ -72,6 +74,7 @@ class OwnArguments(Section):
     padding_side: Literal["left", "right"] = "right"
     loss_implementation: Literal["auto", "fused", "reference"] = "auto"
     loss_memory_budget: Positive = MEMORY_BUDGET
+    max_nonfinite_steps: Positive = 10
     freeze: Annotated[list[Part] | None, _of_parts(list)] = None
     learning_rates: Annotated[dict[Part, Rate] | None, _of_parts(dict)] = None
 

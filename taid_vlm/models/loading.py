@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +28,8 @@ from transformers.models.auto.modeling_auto import (
 from taid_vlm.adapters import Processor
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(spec: ModelSpec, role: str) -> PretrainedConfig:
@@ -60,11 +65,37 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": weights_dtype(spec, role, config), **spec.init_kwargs}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
-    return guarded(
+    model, report = guarded(
         role, spec.model_name_or_path, auto.from_pretrained, spec.model_name_or_path,
         revision=spec.revision, trust_remote_code=spec.trust_remote_code, use_safetensors=True,
-        **options,
+        output_loading_info=True, ignore_mismatched_sizes=True, **options,
     )
+    _check_loaded(report, spec, role)
+    return model
+
+
+def _check_loaded(report: Mapping[str, Any], spec: ModelSpec, role: str) -> None:
+    """Every weight of the model must come from the checkpoint, in its shape: what is left would
+    train as drawn at random. transformers knows which weights are tied and need not be there."""
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    for what, keys in (("lacks", report["missing_keys"]), ("has another shape for", mismatched)):
+        if keys:
+            raise TaidError(
+                f"{role}: the checkpoint '{spec.model_name_or_path}' {what} {len(keys)} of the "
+                f"model's weights ({_some(keys)}{_instead(report['unexpected_keys'])}). Save the "
+                "model with save_pretrained, or name the checkpoint that belongs to this config.")
+    if report["unexpected_keys"]:
+        logger.warning("%s: '%s' holds weights that the model has no use for: %s.", role,
+                       spec.model_name_or_path, _some(report["unexpected_keys"]))
+
+
+def _instead(unexpected: Collection[str]) -> str:
+    return f"; it holds {_some(unexpected)} instead" if unexpected else ""
+
+
+def _some(keys: Collection[str]) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_skeleton(spec: ModelSpec, role: str) -> PreTrainedModel:
@@ -86,6 +117,14 @@ def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
     saved = type(model).from_pretrained(
         str(folder), config=model.config, dtype=dtype, use_safetensors=True)
     model.load_state_dict(saved.state_dict(), strict=True)
+
+
+def refuse_nonfinite(model: nn.Module, what: str) -> None:
+    """Raise TaidError if a weight is no number: nothing of the sort is put in place of anything."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.detach().isfinite().all()):
+            raise TaidError(f"{what} is not written: '{name}' holds weights that are no numbers. "
+                            "Lower train.learning_rate; the checkpoints before it are whole.")
 
 
 def load_processor(spec: ModelSpec, role: str) -> Processor:

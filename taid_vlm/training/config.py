@@ -30,6 +30,8 @@ class DistillationConfig(TrainingArguments):
         loss_implementation: "fused" (never all logits in memory), "reference", or "auto": fused
             where it gives the same, which is checked at the first batch.
         loss_memory_budget: bytes that the fused loss may take for logits and their gradient.
+        max_nonfinite_steps: steps in a row with a loss or gradient that is no number, after which
+            the run ends; such a step is not applied.
         freeze: parts of the student that stay as they are (`taid_vlm.models.parts`).
         learning_rates: {part: learning rate}; the others take `learning_rate`.
         model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
@@ -43,11 +45,13 @@ class DistillationConfig(TrainingArguments):
     canary_records: int = field(default=64)
     loss_implementation: str = field(default="auto")
     loss_memory_budget: int = field(default=MEMORY_BUDGET)
+    max_nonfinite_steps: int = field(default=10)
     freeze: list[str] | None = field(default=None)
     learning_rates: dict[str, float] | None = field(default=None)
     model_init_kwargs: dict[str, Any] | None = field(default=None)
     teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
     remove_unused_columns: bool = field(default=False)
+    logging_nan_inf_filter: bool = field(default=False)  # what is no number is logged as that
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,11 +35,12 @@ from taid_vlm.batch.losses import compared_tokens
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import Canary, Looks
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
-from taid_vlm.models.loading import restore_weights
+from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
 from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.config import DistillationConfig
+from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
 from taid_vlm.training.visual import VisualTerms, visual_collator
@@ -121,6 +122,7 @@ class DistillationTrainer(Trainer):
         self._empty_steps = 0
         self.answer_tokens = 0  # trained on so far, over all processes
         self._window = Window()
+        self.guard = StepGuard(self.accelerator, args.max_nonfinite_steps)
         self._step: ReferenceStep | FusedStep | None = None
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
@@ -196,6 +198,7 @@ class DistillationTrainer(Trainer):
             sums[f"tokens/{name}"] = count(figure.values)
         for name, value in sums.items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.double()
+        self.guard.note(batch, found.losses)
         counts = batch["counts"]
         self.dropped.update(counts["dropped"])
         self.cut += counts["cut"]
@@ -205,29 +208,42 @@ class DistillationTrainer(Trainer):
         first = self.args.logging_first_step and step == 1
         return first or (self.state.logging_steps > 0 and step % self.state.logging_steps == 0)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """What stands between the gradient and its step: one that is no number is not applied."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.guard.judge(norm, trained, self.state.global_step + 1)
+        return norm
+
     def finish_step(self) -> None:
-        """After an optimizer step: one global mean, one move of t."""
+        """After an optimizer step: one global mean, one move of t. A step that was not applied
+        leaves no trace in either."""
         self.visual.zero_grad()
         names = sorted(self._step_sums)
         values = torch.stack([self._step_sums[name] for name in names])
         sums = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
         self._step_sums = {}
-        self._window.add(sums)
-        self.answer_tokens += int(sums["tokens"])
         self._empty_steps = 0 if sums["tokens"] else self._empty_steps + 1
+        if self.guard.applied:
+            self._window.add(sums)
+            self.answer_tokens += int(sums["tokens"])
         if self._empty_steps == EMPTY_STEPS:
             told = ", ".join(f"{n} x {reason}" for reason, n in self.dropped.items())
             raise TaidError(f"{EMPTY_STEPS} optimizer steps in a row had no usable record: {told}.")
         if self.schedule is not None:
-            mean = sums["loss/taid"] / sums["tokens"] if sums["tokens"] else float("nan")
+            counts = sums["tokens"] and self.guard.applied
+            mean = sums["loss/taid"] / sums["tokens"] if counts else float("nan")
             self.schedule.update(mean, self.state.global_step - 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)  # Trainer subtracts, which keeps a NaN
             logs = {**logs, **self._window.take(), **self.parts.rates}
             if self.schedule is not None:
                 logs["t"] = self.schedule.t
                 logs["adaptive_share"] = self.schedule.active_share
+            if self.guard.skipped:
+                logs["skipped_steps"] = self.guard.skipped.total()
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -319,6 +335,7 @@ class DistillationTrainer(Trainer):
         """A checkpoint is whole or absent; a full disk must not leave half of one."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         existed = folder.exists()
+        refuse_nonfinite(model, f"the checkpoint '{folder}'")
         try:
             if self.is_world_process_zero():
                 self.visual.save(folder)
@@ -345,6 +362,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get("ScheduleCallback")
         if state.global_step > 0 and saved:
             trainer.answer_tokens = saved["attributes"].get("answer_tokens", 0)
+            trainer.guard.load_state_dict(saved["attributes"].get("skipped_steps", {}))
             if trainer.schedule is not None:
                 trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
 
@@ -373,4 +391,5 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         schedule = self.trainer.schedule
         saved = None if schedule is None else schedule.state_dict()
         return {"args": {}, "attributes": {"answer_tokens": self.trainer.answer_tokens,
+                                           "skipped_steps": self.trainer.guard.state_dict(),
                                            **({"schedule": saved} if saved else {})}}
