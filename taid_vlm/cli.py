@@ -8,9 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taid_vlm.errors import TaidError
+
+if TYPE_CHECKING:
+    from taid_vlm.runs.results import Results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,13 +239,14 @@ def _distill(options: argparse.Namespace) -> None:
     process.destroy_process_group()  # left to the interpreter's exit, processes can abort
 
 
-def _closing(results: dict, output_dir: str) -> str:  # type: ignore[type-arg]
-    before, after = results["eval"]["before"], results["eval"]["after"]
+def _closing(results: Results, output_dir: str) -> str:
+    before, after = results.eval.before, results.eval.after
     lines = []
-    if before and after and "kl" in after:
-        lines.append(f"held-out KL   {before['kl']:.4f} -> {after['kl']:.4f} nats per answer token "
-                     f"(n = {after['n_tokens']:,})")
-        lines.append(f"agreement     {before['agreement']:.4f} -> {after['agreement']:.4f}")
+    if before and after and "kl" in after.figures:
+        first, last = before.figures, after.figures
+        lines.append(f"held-out KL   {first['kl']:.4f} -> {last['kl']:.4f} nats per answer token "
+                     f"(n = {after.n_tokens:,})")
+        lines.append(f"agreement     {first['agreement']:.4f} -> {last['agreement']:.4f}")
     lines.append(f"student       {output_dir}/student")
     lines.append(f"report        {output_dir}/report.html")
     return "\n".join(lines)

@@ -40,8 +40,8 @@ def _complete(judged: Sequence[Judged], comparison: Comparison) -> list[Judged]:
 
 
 def _held_out(comparison: Comparison) -> list[Judged]:
-    found = {j.measure.column.key: j for j in _complete(comparison.held_out, comparison)}
-    return [found[key] for key in DECISIVE if key in found]
+    complete = {j.measure.column.key: j for j in _complete(comparison.held_out, comparison)}
+    return [complete[key] for key in (*comparison.first, *DECISIVE) if key in complete]
 
 
 def _besides(decisive: Sequence[Judged], comparison: Comparison) -> str:

@@ -21,8 +21,8 @@ from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import ModelSpec, load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record
+from taid_vlm.runs.ingredients import Ingredients, gather
 from taid_vlm.runs.recipe import Recipe
-from taid_vlm.runs.run import Ingredients, gather
 from taid_vlm.runs.stages import expand
 from taid_vlm.training.pair import PROBED_RECORDS, length_limit, pair_for_training
 from taid_vlm.training.visual import visual_collator
