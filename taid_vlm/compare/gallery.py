@@ -46,8 +46,9 @@ def benchmark_examples(
     chosen = _spread([k for k in keys if k in divided], SHOWN)
     agreed = [k for k in keys if k not in divided]
     chosen += _spread(agreed, min(SHOWN - len(chosen), SHOWN // 3) if divided else SHOWN)
-    entry = having[0].evaluated(task)[0].results["tasks"][task]
-    images = images or (benchmark_images(entry) if chosen else {})
+    if images is None:
+        entry = having[0].evaluated(task)[0].results["tasks"][task]
+        images = benchmark_images(entry) if chosen else {}
     return [Example(
         image=_first_image(images.get(key, ())), prompt=_plain(first[key].get("prompt", "")),
         reference=" | ".join(map(str, first[key].get("answers", ()))), category=title,
@@ -95,24 +96,24 @@ def benchmark_images(entry: Mapping[str, Any]) -> Images:
 def held_out_examples(methods: Sequence[Method]) -> list[Example]:
     """The questions that every run was asked after training, answered by the first seeds."""
     runs = {method.name: method.runs[0] for method in methods if method.runs}
-    asked = {name: {(e.source, e.turn): e for e in run.results.examples}
-             for name, run in runs.items()}
-    if not asked:
+    examples = {name: {(e.source, e.turn): e for e in run.results.examples}
+                for name, run in runs.items()}
+    if not examples:
         return []
-    first = next(iter(asked.values()))
-    keys = [key for key in first if all(key in own for own in asked.values())][:HELD_OUT_SHOWN]
+    first = next(iter(examples.values()))
+    keys = [key for key in first if all(key in own for own in examples.values())][:HELD_OUT_SHOWN]
     images = run_images(next(iter(runs.values())), {source for source, _ in keys})
     return [Example(_first_image(images.get(key[0], ())), first[key].prompt, first[key].reference,
-                    first[key].category, _answers(key, asked)) for key in keys]
+                    first[key].category, _answers(key, examples)) for key in keys]
 
 
 def _answers(
-    key: tuple[str, int], asked: Mapping[str, Mapping[Any, results.Example]]
+    key: tuple[str, int], examples: Mapping[str, Mapping[Any, results.Example]]
 ) -> dict[str, str]:
-    first = next(iter(asked.values()))[key].answers
+    first = next(iter(examples.values()))[key].answers
     return {**{name: first[role] for role, name in (("teacher", TEACHER), ("before", BASE))
                if role in first},
-            **{name: own[key].answers["after"] for name, own in asked.items()}}
+            **{name: own[key].answers["after"] for name, own in examples.items()}}
 
 
 def run_images(run: Distillation, wanted: set[str]) -> Images:

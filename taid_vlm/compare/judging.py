@@ -78,8 +78,8 @@ def judge_all(
     if average is not None:
         shares = [j for j in judged if j.measure.column.unit == average.column.unit]
         judged = [*_average(shares, average, names, baseline), *judged]
-    left = iter(correct([found for j in judged for found in j.against.values()]))
-    return [replace(j, against={name: next(left) for name in j.against}) for j in judged]
+    corrected = iter(correct([d for j in judged for d in j.against.values()]))
+    return [replace(j, against={name: next(corrected) for name in j.against}) for j in judged]
 
 
 def correct(differences: Sequence[Difference]) -> list[Difference]:
@@ -110,7 +110,7 @@ def _judge(
     items = measure.items
     boot = None if items is None else Bootstrap(
         items.arms, items.weights, items.groups, n_boot, seed)
-    figures = {name: _figure(measure, name, found) for name, found in measure.estimates.items()}
+    figures = {name: _figure(measure, name, seeds) for name, seeds in measure.estimates.items()}
     if not measure.comparable:
         return Judged(measure, boot, figures, {}, {}, {})
     return _complete(measure, boot, figures, names, baseline)
@@ -132,7 +132,7 @@ def _complete(
                   recovered)
 
 
-def _figure(measure: Measure, name: str, found: Sequence[Estimate]) -> Figure:
+def _figure(measure: Measure, name: str, seeds: Sequence[Estimate]) -> Figure:
     """Mean over seeds; from the questions themselves where they are there."""
     scale = measure.scale
     if measure.items is not None:
@@ -141,13 +141,18 @@ def _figure(measure: Measure, name: str, found: Sequence[Estimate]) -> Figure:
         note = "" if pooled.seeds == 1 else (
             f"{pooled.seeds} seeds; standard error over seeds {scale * pooled.stderr_seeds:.2g}, "
             f"over questions {scale * pooled.stderr_questions:.2g}")
-        return Figure(scale * pooled.value, scale * pooled.stderr, found[0].n, note=note)
-    value = math.fsum(e.value for e in found) / len(found)
-    spread = math.fsum((e.value - value) ** 2 for e in found) / max(len(found) - 1, 1)
-    questions = math.sqrt(math.fsum(e.stderr**2 for e in found) / len(found))  # they are the same
-    note = f"{len(found)} seeds" if len(found) > 1 else ""
-    return Figure(scale * value, scale * math.hypot(questions, math.sqrt(spread / len(found))),
-                  found[0].n, note=note)
+        return Figure(scale * pooled.value, scale * pooled.stderr, seeds[0].n, note=note)
+    return over_seeds(seeds, scale)
+
+
+def over_seeds(estimates: Sequence[Estimate], scale: float = 1.0) -> Figure:
+    """Mean; the error of the questions, which are the same for all seeds, and of the seeds."""
+    n = len(estimates)
+    value = math.fsum(e.value for e in estimates) / n
+    spread = math.fsum((e.value - value) ** 2 for e in estimates) / max(n - 1, 1)
+    stderr = math.sqrt((math.fsum(e.stderr**2 for e in estimates) + spread) / n)
+    return Figure(scale * value, scale * stderr, estimates[0].n,
+                  note=f"{n} seeds" if n > 1 else "")
 
 
 def _with_interval(interval: Interval, scale: float) -> Figure:

@@ -122,8 +122,8 @@ def _estimates(key: str, runs: Runs) -> dict[str, list[Estimate]]:
     """The rows of a figure: teacher, base and methods, where they have it."""
     first = runs.all[0].results.eval
     rows = {TEACHER: [_teachers(key, first.after) if runs.teacher else None],
-            BASE: [_estimate(first.before, key) if runs.base else None]}
-    rows |= {method.name: [_estimate(run.results.eval.after, key) for run in method.runs]
+            BASE: [_known(first.before, key) if runs.base else None]}
+    rows |= {method.name: [_known(run.results.eval.after, key) for run in method.runs]
              for method in runs.methods}
     return {name: [e for e in row if e is not None] for name, row in rows.items()
             if row and None not in row}
@@ -152,18 +152,20 @@ def _arms(
                                    seeds=method.seeds)
 
 
-def _estimate(means: Figures | None, key: str) -> Estimate | None:
-    """None where it was not measured."""
-    if means is None or key not in means.figures:
-        return None
+def estimate(means: Figures, key: str) -> Estimate:
+    """A figure that was measured."""
     return Estimate(means.figures[key], means.figures.get(f"{key}_stderr", math.nan),
                     means.n_answers)
 
 
+def _known(means: Figures | None, key: str) -> Estimate | None:
+    """None where it was not measured."""
+    return None if means is None or key not in means.figures else estimate(means, key)
+
+
 def _teachers(key: str, means: Figures | None) -> Estimate | None:
-    if means is not None and key in ITSELF and key in means.figures:
-        return Estimate(ITSELF[key], 0.0, means.n_answers)
-    return _estimate(means, OF_TEACHER.get(key, ""))
+    own = _known(means, key if key in ITSELF else OF_TEACHER.get(key, ""))
+    return own and (Estimate(ITSELF[key], 0.0, own.n) if key in ITSELF else own)
 
 
 # ----- benchmarks ---------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def benchmark_measure(task: str, methods: Sequence[Method]) -> Measure:
                for method in having}
     some = next(iter(reports.values()))[0]
     headline = next(iter(some["figures"]))
-    estimates = {name: [_figure(report["figures"][headline]) for report in of_seeds]
+    estimates = {name: [of_benchmark(report["figures"][headline]) for report in of_seeds]
                  for name, of_seeds in reports.items()}
     decimals = some.get("decimals", 1)  # None: the benchmark has points of its own
     shares = decimals is not None
@@ -196,7 +198,8 @@ def benchmark_measure(task: str, methods: Sequence[Method]) -> Measure:
     return Measure(column, estimates, items, unpaired, 100.0 if shares else 1.0)
 
 
-def _figure(figure: Mapping[str, Any]) -> Estimate:
+def of_benchmark(figure: Mapping[str, Any]) -> Estimate:
+    """From results.json, where what is not finite is null."""
     value, stderr = (math.nan if figure[key] is None else figure[key]
                      for key in ("value", "stderr"))
     return Estimate(value, stderr, figure["n"])
@@ -215,7 +218,7 @@ def _questions(
     answers: dict[str, list[Rows]] = {
         method.name: [{row["id"]: row for row in e.answers(task)} for e in method.evaluated(task)]
         for method in methods}
-    every = [rows for found in answers.values() for rows in found]
+    every = [rows for seeds in answers.values() for rows in seeds]
     if not every[0] or any(rows.keys() != every[0].keys() for rows in every):
         return None, "the models' answers are not to the same questions, or not there"
     groups = {key: row.get("group") or key for key, row in every[0].items()}
@@ -223,10 +226,10 @@ def _questions(
         return None, "some answers have no score of their own"
     own = {group: group for group in groups.values()}
     for scores_of, grouped in ((_each, groups), (_worst_of_group, own)):
-        scored = {name: [scores_of(rows, groups) for rows in found]
-                  for name, found in answers.items()}
-        if all(_mean_is(table, estimate.value) for name, found in scored.items()
-               for table, estimate in zip(found, estimates[name], strict=True)):
+        scored = {name: [scores_of(rows, groups) for rows in seeds]
+                  for name, seeds in answers.items()}
+        if all(_mean_is(table, mean.value) for name, seeds in scored.items()
+               for table, mean in zip(seeds, estimates[name], strict=True)):
             return _items(scored, grouped, methods), ""
     return None, "its figure is no mean over questions"
 

@@ -9,13 +9,12 @@ from typing import Any
 
 from taid_vlm.compare.compare import Comparison
 from taid_vlm.compare.folders import Method
-from taid_vlm.compare.judging import APART, EXACT, PAIRED, Difference, Judged
-from taid_vlm.compare.measures import BASE, ITSELF, TEACHER
+from taid_vlm.compare.judging import APART, EXACT, PAIRED, Difference, Judged, over_seeds
+from taid_vlm.compare.measures import BASE, ITSELF, TEACHER, estimate, of_benchmark
 from taid_vlm.evaluation.statistics import Recovered
 from taid_vlm.report import Column, Figure, Row, Table
 from taid_vlm.report.columns import FIGURES
 from taid_vlm.report.data import Role
-from taid_vlm.runs.results import Figures
 
 ROLES: dict[str, Role] = {TEACHER: "teacher", BASE: "start"}
 SPREAD = ("student_entropy", "head_mass", "tail_mass")
@@ -156,28 +155,11 @@ def category_table(methods: Sequence[Method], key: str) -> Table | None:
         return None
     column = next(c for c in FIGURES if c.key == key)
     columns = [Column(c, c, column.better, column.format, column.unit) for c in categories]
-    rows = [Row(name, "baseline", {c: _over_seeds([_of_category(of[c], key) for of in row])
+    rows = [Row(name, "baseline", {c: over_seeds([estimate(of[c], key) for of in row])
                                    for c in categories}) for name, row in parts.items()]
     return Table(f"{column.label} by category", columns, rows,
                  "Marks in this table take models as measured independently, and are not "
                  "corrected: read it for patterns.")
-
-
-def _of_category(part: Figures, key: str) -> Figure:
-    return Figure(part.figures[key], part.figures.get(f"{key}_stderr"), part.n_answers)
-
-
-def _over_seeds(figures: Sequence[Figure]) -> Figure:
-    """Mean; the error of the questions, which are the same for all seeds, and of the seeds."""
-    values = [f.value for f in figures if f.value is not None]
-    errors = [f.stderr for f in figures if f.stderr is not None]
-    if len(values) < len(figures):
-        return Figure(None)
-    mean = math.fsum(values) / len(values)
-    spread = math.fsum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1) / len(values)
-    stderr = math.sqrt(math.fsum(e * e for e in errors) / len(errors) + spread) \
-        if len(errors) == len(values) else None
-    return Figure(mean, stderr, figures[0].n)
 
 
 def tag_tables(task: str, title: str, methods: Sequence[Method]) -> list[Table]:
@@ -195,7 +177,7 @@ def tag_tables(task: str, title: str, methods: Sequence[Method]) -> list[Table]:
             continue
         columns = [Column(value, value, "higher", ".1f", unit) for value in values]
         rows = [Row(name, ROLES.get(name, "baseline"), {
-            value: _scaled([_tagged(r, tag, value, headline) for r in row], scale)
+            value: over_seeds([of_benchmark(_tagged(r, tag, value, headline)) for r in row], scale)
             for value in values}) for name, row in reports.items()]
         tables.append(Table(f"{title} by {tag}", columns, rows))
     return tables
@@ -204,13 +186,6 @@ def tag_tables(task: str, title: str, methods: Sequence[Method]) -> list[Table]:
 def _tagged(report: dict[str, Any], tag: str, value: str, figure: str) -> dict[str, Any]:
     """{} where it is not there."""
     return (report.get("by_tag") or {}).get(tag, {}).get(value, {}).get(figure, {})
-
-
-def _scaled(figures: Sequence[dict[str, Any]], scale: float) -> Figure:
-    def scaled(value: float | None) -> float | None:
-        return None if value is None else scale * value
-
-    return _over_seeds([Figure(scaled(f["value"]), scaled(f["stderr"]), f["n"]) for f in figures])
 
 
 def failures_table(comparison: Comparison) -> Table | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def questions_task(source: DataSource, number: int) -> Task:
     records: Any = open_records(source)
     turns = ((record, turn) for record in (records[i] for i in range(len(records)))
              for turn in range(len(record.answers)) if record.category(turn) != CAPTION)
-    questions = [_question(*pair) for pair, _ in zip(turns, range(number), strict=False)]
+    questions = [_question(*turn) for turn in islice(turns, number)]
     asked = {question.id: question_hash(_whole(question)) for question in questions}
     return Task(QUESTIONS, EXACT, source, questions, asked, data_hash(Path(source.path)))
 

@@ -54,8 +54,8 @@ def gather(recipe: Recipe) -> Ingredients:
         if recipe.data.eval is None or recipe.data.eval.max_records is None:
             raise TaidError("data.eval is streamed: set data.eval.max_records.")
         held_out = list(held_out)
-    sides = [side for side in (train, held_out) if side is not None]
-    _refuse_blind(configs, any(_has_images(side) for side in sides))
+    blind = [role for role, config in configs.items() if not sees_images(config)]
+    check_modalities(blind, any(_has_images(s) for s in (train, held_out) if s is not None))
     student = load_processor(recipe.student, "student")
     teacher = None if recipe.teacher is None else load_processor(recipe.teacher, "teacher")
     return Ingredients(args, configs, train, held_out, student, teacher)
@@ -73,11 +73,6 @@ def _has_images(records: Any) -> bool:
     if isinstance(records, list):
         return any(record.images for record in records)
     return records.has_images
-
-
-def _refuse_blind(configs: Mapping[str, Any], images: bool) -> None:
-    blind = [role for role, config in configs.items() if not sees_images(config)]
-    check_modalities(blind, images)
 
 
 def lora_config(config: Mapping[str, Any] | None) -> Any:

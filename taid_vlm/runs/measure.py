@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from taid_vlm.models.parts import count_parameters
 from taid_vlm.records import DataSource, ImageRef, Record, fingerprint
 from taid_vlm.runs.machine import machine, peak_memory, versions
 from taid_vlm.runs.recipe import Recipe
-from taid_vlm.runs.results import Example, HeldOutData, Results, Stage, Train
+from taid_vlm.runs.results import Alignment, Example, HeldOutData, Results, Stage, Train
 from taid_vlm.training.trainer import DistillationTrainer
 
 
@@ -82,8 +83,7 @@ class Measuring:
 def make_measuring(trainer: DistillationTrainer, recipe: Recipe, records: Any) -> Measuring:
     """With the first answer of the first conversations that both models can use."""
     usable = () if records is None else _usable(trainer, records)
-    numbers = range(recipe.evaluate.examples)
-    questions = [(record, 0) for _, record in zip(numbers, usable, strict=False)]
+    questions = [(record, 0) for record in islice(usable, recipe.evaluate.examples)]
     return Measuring(trainer, recipe, records, questions)
 
 
@@ -121,7 +121,9 @@ def outcome_of(
         "data": {"eval": _data(recipe.data.eval, measuring.records)},
         "eval": {when: moment.tally and summarise(moment.tally)
                  for when, moment in (("before", before), ("after", after))},
-        "canary": account(before.looks, after.looks), "alignment": _alignment(trainer),
+        "canary": account(before.looks, after.looks),
+        "alignment": trainer.pairing and
+        Alignment.model_validate(trainer.pairing, from_attributes=True),
         "models": _models(trainer, recipe), "train": train, "memory": peak_memory(),
         "machine": {**machine(), "processes": trainer.accelerator.num_processes},
         "versions": versions(), "history": trainer.state.log_history,
@@ -135,9 +137,7 @@ def outcome_of(
     return Outcome(results, images, lines)
 
 
-def train_account(
-    trainer: DistillationTrainer, seconds: float, checkpoint: Path | None
-) -> Train:
+def train_account(trainer: DistillationTrainer, seconds: float, checkpoint: Path | None) -> Train:
     """What training did; a trainer may say in `loss_report` how it computed its loss."""
     schedule = trainer.schedule
     return Train.model_validate({
@@ -153,10 +153,8 @@ def train_account(
 
 
 def _data(source: DataSource | None, records: Any) -> HeldOutData | None:
-    if source is None:
-        return None
-    return HeldOutData(path=source.path, split=source.split, records=len(records),
-                       sha256=fingerprint(records))
+    return None if source is None else HeldOutData(
+        path=source.path, split=source.split, records=len(records), sha256=fingerprint(records))
 
 
 def _example(question: Question, index: int, answers: Mapping[str, list[str]]) -> Example:
@@ -165,13 +163,6 @@ def _example(question: Question, index: int, answers: Mapping[str, list[str]]) -
         source=record.source, turn=turn, category=record.category(turn),
         prompt=record.question(turn), reference=record.answers[turn],
         answers={role: texts[index] for role, texts in answers.items() if texts})
-
-
-def _alignment(trainer: DistillationTrainer) -> dict[str, Any] | None:
-    pairing = trainer.pairing
-    if pairing is None:
-        return None
-    return {"case": pairing.case, "reason": pairing.reason, "warnings": list(pairing.warnings)}
 
 
 def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, dict[str, Any]]:
