@@ -139,8 +139,8 @@ def read_folder(folder: Path) -> Distillation | Evaluation:
     tree = read_json(path, "a run's results")
     if not isinstance(tree, dict) or "schema" not in tree:
         raise TaidError(f"'{path}' is not a run's results (it has no 'schema').")
-    kind = tree.get("kind", "")
-    if kind not in SCHEMAS:
+    kind = str(tree.get("kind", ""))
+    if kind not in SCHEMAS or (kind == "evaluation" and not {"tasks", "versions"} <= tree.keys()):
         raise TaidError(f"'{path}' is neither of a distillation nor of an evaluation (kind = "
                         f"'{kind}').")
     if tree["schema"] not in SCHEMAS[kind]:
