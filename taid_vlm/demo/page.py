@@ -8,12 +8,14 @@ from typing import Any
 
 from taid_vlm.compare import Comparison, comparison_report
 from taid_vlm.compare.gallery import Images
+from taid_vlm.compare.tables import figures_table
 from taid_vlm.demo.arms import World
 from taid_vlm.demo.truth import CAPTION_KL, QUESTIONS
-from taid_vlm.report import Report, Section
+from taid_vlm.report import Figure, Report, Section
+from taid_vlm.report.page import MISSING, number
 from taid_vlm.report.run import listed
 
-CONSOLE = (("kl", ".4f"), ("agreement", ".3f"), (CAPTION_KL.key, ".3f"), (QUESTIONS.name, ".1f"))
+CONSOLE = ("kl", "agreement", CAPTION_KL.key, QUESTIONS.name)
 
 Compared = list[tuple[World, Comparison]]
 
@@ -66,12 +68,16 @@ def _provenance(facts: dict[str, Any]) -> dict[str, str]:
 def console_table(world: World, comparison: Comparison) -> str:
     """One line per model, in the figures that tell the arms apart."""
     judged = {j.measure.column.key: j for j in (*comparison.held_out, *comparison.benchmarks)}
-    shown = [(judged[key], spec) for key, spec in CONSOLE]
-    lines = [f"\n{world.title} ({world.steps} steps each)", f"  {'':<8}" + "".join(
-        f"{j.measure.column.label:>24}" for j, _ in shown)]
-    for name in shown[-1][0].figures:
-        cells = [j.figures[name] for j, _ in shown]
-        lines.append(f"  {name:<8}" + "".join(
-            f"{format(cell.value, spec)} ± {format(cell.stderr or 0.0, spec)}".rjust(24)
-            for cell, (_, spec) in zip(cells, shown, strict=True)))
+    table = figures_table(world.title, [judged[key] for key in CONSOLE], comparison)
+    lines = [f"\n{world.title} ({world.steps} steps each)",
+             "  ".join(["", f"{'':<8}", *(f"{c.label:>22}" for c in table.columns)])]
+    for row in table.rows:
+        cells = [_cell(row.values.get(column.key), column.format) for column in table.columns]
+        lines.append("  ".join(["", f"{row.name:<8}", *(f"{cell:>22}" for cell in cells)]))
     return "\n".join(lines)
+
+
+def _cell(figure: Figure | None, spec: str) -> str:
+    if figure is None or figure.value is None:
+        return MISSING
+    return f"{number(figure.value, spec)} ± {number(figure.stderr or 0.0, spec)}"
