@@ -161,7 +161,7 @@ class Generating(LocalAnswerer):
         sampling = Sampling(given["temperature"], given["top_p"], seed) \
             if given["temperature"] else None
         said = generate_batch(
-            self.model, self.adapter, [(question.record(), 0) for question in questions],
+            self.model, self.adapter, [question.asked() for question in questions],
             max_new_tokens=given["max_new_tokens"], sampling=sampling, context=self.context)
         return [Answer(each.text, cut=each.cut) for each in said]
 

@@ -26,7 +26,7 @@ from taid_vlm.models.loading import (
     read_template,
     weights_dtype,
 )
-from taid_vlm.runs.results import STUDENT_FOLDER
+from taid_vlm.runs.folders import STUDENT
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def parse_candidates(given: Sequence[str], spec: ModelSpec) -> list[Candidate]:
         name, path, revision = split_model(text)
         folder = Path(path).expanduser()
         path = str(folder) if folder.exists() else path
-        if not (folder / "config.json").exists() and (folder / STUDENT_FOLDER).is_dir():
-            path = str(folder / STUDENT_FOLDER)
+        if not (folder / "config.json").exists() and (folder / STUDENT).is_dir():
+            path = str(folder / STUDENT)
         found.append(Candidate(name, spec.model_copy(update={
             "model_name_or_path": path, "revision": revision})))
     return distinct(found)

@@ -30,10 +30,11 @@ from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_json
 from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.models.loading import load_model
-from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
+from taid_vlm.runs.machine import machine, peak_memory, versions
 
 logger = logging.getLogger(__name__)
 
+SCHEMA = 1  # of results.json
 KIND = "evaluation"
 
 

@@ -40,6 +40,10 @@ class Question:
         said = (Message("assistant", (answer,)),) if answer else ()
         return Record(self.id, (Message("user", self.prompt), *said), self.images)
 
+    def asked(self) -> tuple[Record, int]:
+        """What a model is given: a conversation, and which of its answers it is to give."""
+        return self.record(), 0
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import json
 import random
 import threading
@@ -24,6 +23,7 @@ from taid_vlm.benchmarks.answering import (
 )
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.io.images import png
 
 PASSING = frozenset({408, 409, 425, 429, *range(500, 600)})  # worth another attempt
 REFUSING = frozenset({400, 413, 422})  # of one question: too long, filtered, ...
@@ -222,9 +222,7 @@ def own_seed(seed: int, name: str) -> int:
 
 
 def _data_url(image: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(png(image, longest=None)).decode("ascii")
 
 
 def _seconds(value: str | None) -> float:

@@ -23,7 +23,7 @@ from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record
-from taid_vlm.runs.run import Ingredients, gather
+from taid_vlm.runs.ingredients import Ingredients, gather
 from taid_vlm.runs.stages import expand
 from taid_vlm.training.pair import PROBED_RECORDS, length_limit, pair_for_training
 from taid_vlm.training.visual import visual_collator

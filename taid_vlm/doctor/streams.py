@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ from taid_vlm.alignment import (
 )
 from taid_vlm.doctor.checkup import Checked
 from taid_vlm.errors import SampleDropped
+from taid_vlm.io.images import png
 from taid_vlm.records import Record
 
 THUMBNAIL = 240  # pixels of the longer side
@@ -99,10 +99,7 @@ def trace(record: Record, checked: Checked, adapters: Sequence[ModelAdapter]) ->
 def _thumbnails(record: Record) -> Iterator[bytes]:
     for image in record.images:
         with contextlib.suppress(SampleDropped):
-            small, buffer = image.load(), io.BytesIO()
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            small.save(buffer, "PNG")
-            yield buffer.getvalue()
+            yield png(image.load(), THUMBNAIL)
 
 
 # ----- one side -----------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from taid_vlm.plan.rehearsal import (
 )
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
 from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes, resident
-from taid_vlm.runs.run import Ingredients, gather, lora_config
+from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.stages import expand
 from taid_vlm.training.pair import with_adapter
 from taid_vlm.training.trainer import DistillationTrainer

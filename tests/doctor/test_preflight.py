@@ -15,7 +15,7 @@ from taid_vlm.doctor import Inspection
 from taid_vlm.doctor.preflight import REMEDIES, spread
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import load_processor, load_skeleton
-from taid_vlm.runs.run import gather
+from taid_vlm.runs.ingredients import gather
 from taid_vlm.training.pair import pair_for_training
 
 

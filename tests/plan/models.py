@@ -28,7 +28,7 @@ from zoo.images import noise
 from taid_vlm import DistillationTrainer
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.models.loading import sees_images
-from taid_vlm.runs.run import gather, lora_config
+from taid_vlm.runs.ingredients import gather, lora_config
 
 WORDS = ("a", "red", "green", "blue", "square", "circle", "left", "right", "above", "of", "the")
 TEXT = {"vocab_size": 640, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,

@@ -25,7 +25,7 @@ from taid_vlm.cli import main
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import load_model, load_processor
-from taid_vlm.runs.run import save_student
+from taid_vlm.runs.save import save_student
 from taid_vlm.students.compose import compose
 from taid_vlm.students.towers import find_tower
 

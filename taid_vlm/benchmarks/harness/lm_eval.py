@@ -19,6 +19,7 @@ import datasets
 import torch
 
 from taid_vlm.adapters.template import content_form, has_chat_template
+from taid_vlm.benchmarks.evaluate import KIND, SCHEMA
 from taid_vlm.benchmarks.harness.asked import changes_of, expand
 from taid_vlm.benchmarks.harness.converted import (
     average,
@@ -36,7 +37,7 @@ from taid_vlm.io.folders import new_folder, whole_or_absent
 from taid_vlm.io.jsonl import dump_lines
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_config, load_model, load_processor, sees_images
-from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
+from taid_vlm.runs.machine import machine, peak_memory, versions
 
 logger = logging.getLogger(__name__)
 ROLE = "model"
@@ -114,7 +115,7 @@ def run_lm_eval(
             measured[task] = _measured(task, item, lm, changes, chosen)
     entries = {name: entry for name, (entry, _) in measured.items()}
     results = {
-        "schema": SCHEMA, "kind": "evaluation", "name": name or output.name,
+        "schema": SCHEMA, "kind": KIND, "name": name or output.name,
         "model": _described(spec, lm), "tasks": entries,
         "suites": {name: average(name, entries) for name in tasks if name in SUITES},
         "seed": chosen.seeds["fewshot"],

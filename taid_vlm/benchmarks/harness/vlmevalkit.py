@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from taid_vlm.benchmarks.rows import LETTERS
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.io.hashing import sha256
+from taid_vlm.io.images import png
 from taid_vlm.records import ImageRef
 from taid_vlm.records.images import SHORTEST_BASE64
 
@@ -165,9 +165,7 @@ def _base64(image: ImageRef, name: str) -> str:
     text = base64.b64encode(data).decode()
     if len(text) > SHORTEST_BASE64:  # a shorter text is taken for the index of another row
         return text
-    buffer = io.BytesIO()
-    shown.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(png(shown, longest=None)).decode()
 
 
 def _read_back(path: Path, rows: Sequence[Cells], columns: Sequence[str], name: str) -> None:
