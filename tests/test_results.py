@@ -77,11 +77,11 @@ def test_a_broken_file_is_named_with_its_place(
 
 
 def test_how_the_loss_was_computed(path: Path) -> None:
-    report = {"name": "fused", "reason": None, "body": "eager"}
+    report = {"name": "fused", "reason": None, "bodies": ["eager"]}
     rewritten(path, lambda tree: tree["train"].update(loss_implementation=report))
     loss = read_results(path).train.loss_implementation
     assert loss is not None
-    assert (loss.name, loss.body) == ("fused", "eager")
+    assert (loss.name, loss.bodies) == ("fused", ["eager"])
     rewritten(path, lambda tree: tree["train"]["loss_implementation"].update(name="other"))
     with pytest.raises(TaidError, match=r"train\.loss_implementation\.name"):
         read_results(path)

@@ -195,7 +195,7 @@ def provenance(results: Results) -> dict[str, str]:
         "Recipe hash": results.recipe_hash,
         "Training": f"{train.steps} steps, {train.seconds:.0f} s",
         **({} if loss is None else {"Loss": ", ".join(filter(None, (
-            loss.name, loss.body, loss.reason)))}),
+            loss.name, *loss.bodies, loss.reason)))}),
         "Peak memory": f"{results.memory['peak_rss_bytes'] / 2**30:.2f} GiB",
         "Machine": listed(results.machine), "Versions": listed(results.versions),
     }

@@ -17,7 +17,7 @@ from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import load_config, load_processor, load_skeleton, sees_images
 from taid_vlm.models.parts import freeze_parts
-from taid_vlm.records import Records, StreamedRecords, open_records
+from taid_vlm.records import Record, Records, StreamedRecords, open_records
 from taid_vlm.training.config import DistillationConfig, training_arguments
 
 
@@ -72,7 +72,7 @@ def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
 
 def _has_images(records: Any) -> bool:
     if isinstance(records, list):
-        return any(record.images for record in records)
+        return any(record.images for record in records if isinstance(record, Record))
     return records.has_images
 
 

@@ -129,7 +129,7 @@ def outcome_of(
 
 
 def train_account(trainer: DistillationTrainer, seconds: float, checkpoint: Path | None) -> Train:
-    """What training did; a trainer may say in `loss_report` how it computed its loss."""
+    """What training did."""
     schedule = trainer.schedule
     return Train.model_validate({
         "steps": trainer.state.global_step, "seconds": seconds,
@@ -139,7 +139,7 @@ def train_account(trainer: DistillationTrainer, seconds: float, checkpoint: Path
         "alpha": schedule and schedule.alpha,
         "adaptive_share": schedule and schedule.active_share,
         "skipped_updates": schedule and schedule.state.skipped,
-        "loss_implementation": getattr(trainer, "loss_report", None),
+        "loss_implementation": trainer.loss_report, "skipped_steps": dict(trainer.guard.skipped),
     })
 
 

@@ -150,12 +150,12 @@ class LossImplementation(Part):
     """How the loss was computed.
 
     name: on hidden states without all logits in memory, or from logits. reason: why it is not the
-    other one. body: what computes a chunk of a fused loss ("eager", "compiled", "triton").
+    other one. bodies: what computed chunks of a fused loss ("eager", "compiled", "triton_body").
     """
 
     name: Literal["fused", "reference"]
     reason: str | None = None
-    body: str | None = None
+    bodies: list[str] = []
 
 
 class Train(Part):
@@ -168,6 +168,7 @@ class Train(Part):
     of steps in which the adaptive term and not the linear floor moved it. skipped_updates: steps
     without a finite loss, in which it did not move.
     loss_implementation: None where no step was trained, or nothing is known.
+    skipped_steps: optimizer steps that were not applied, by reason.
     """
 
     steps: int
@@ -181,6 +182,7 @@ class Train(Part):
     adaptive_share: float | None
     skipped_updates: int | None
     loss_implementation: LossImplementation | None
+    skipped_steps: dict[str, int] = {}
 
 
 class Example(Part):

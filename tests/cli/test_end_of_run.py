@@ -118,7 +118,7 @@ def test_questions_are_of_records_that_can_be_used(
 def test_a_trainer_says_how_it_computed_its_loss(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = {"name": "reference", "reason": "chunks need all logits", "body": None}
+    told = {"name": "reference", "reason": "chunks need all logits", "bodies": []}
     monkeypatch.setattr(DistillationTrainer, "loss_report", told, raising=False)
     loss = run.distill(parse_recipe(tree)).results.train.loss_implementation
     assert loss is not None
