@@ -8,7 +8,20 @@ from pathlib import Path
 
 
 class TaidError(ValueError):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose; its text is `message` and `mend`.
+
+    Args:
+        message: what is wrong, with the key or file and the value.
+        mend: what to do about it, as a sentence of its own.
+        code: a name of the mistake for programs, for `taid-vlm inspect` has more to say of some.
+        reasons: of an error about records, why they are left out (`SampleDropped.reason`).
+    """
+
+    def __init__(
+        self, message: str, *, mend: str = "", code: str = "", reasons: Iterable[str] = ()
+    ) -> None:
+        super().__init__(f"{message} {mend}" if mend else message)
+        self.message, self.mend, self.code, self.reasons = message, mend, code, tuple(reasons)
 
 
 class RecipeError(TaidError):
@@ -29,6 +42,21 @@ class SampleDropped(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+def with_place(error: TaidError, place: str, instead_of: str = "") -> TaidError:
+    """The same error as it is told from further away: of the same type, mend, code and reasons.
+
+    Args:
+        place: what the message begins with from now on: "stages 'one'", "data.train".
+        instead_of: a vaguer place that gives way to it; a message that does not begin with that
+            names a better one (a file and its line) and stays as it is.
+    """
+    message = f"{place}: {error.message}"
+    if instead_of:
+        vague = error.message.startswith(f"{instead_of}: ")
+        message = place + error.message.removeprefix(instead_of) if vague else error.message
+    return type(error)(message, mend=error.mend, code=error.code, reasons=error.reasons)
 
 
 MANY = 40  # more names than this would bury the message

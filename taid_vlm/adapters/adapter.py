@@ -81,7 +81,7 @@ class ModelAdapter:
         if record.images and not self.sees_images:
             raise TaidError(
                 f"{record.source} holds an image, but the {self.role} is a text model and cannot "
-                f"see it; choose a {self.role} with vision, or text records."
+                f"see it; choose a {self.role} with vision, or text records.", code="blind"
             )
         if record.text is not None:
             return self._render_text(record.text, record.source)
@@ -105,7 +105,7 @@ class ModelAdapter:
         if roles != ["user", "assistant"]:
             raise TaidError(
                 f"{record.source} is a conversation ({', '.join(roles)}), but the {self.role} has "
-                f"no chat template; set {self.role}.chat_template."
+                f"no chat template; set {self.role}.chat_template.", code="no_chat_template"
             )
         prompt, completion = (message.text for message in record.messages)
         answer = completion.strip()
@@ -382,10 +382,11 @@ class ImageTextAdapter(ModelAdapter):
         super().__init__(processor, role, max_length)
         if self.form is None:
             raise TaidError(f"{role}: the processor has no chat template; set "
-                            f"{role}.chat_template to a jinja file.")
+                            f"{role}.chat_template to a jinja file.", code="no_chat_template")
         if self.form == "string":
             raise TaidError(f"{role}: the chat template prints no typed parts, so images cannot be "
-                            f"placed; set {role}.chat_template to one that does.")
+                            f"placed; set {role}.chat_template to one that does.",
+                            code="no_typed_parts")
 
     def _after_template(self, rendered: Rendered) -> Rendered:
         """As ProcessorMixin.apply_chat_template: a BOS unless the template wrote one."""

@@ -133,8 +133,8 @@ def open_task(benchmark: Benchmark, rule: Rule, source: DataSource) -> Task:
     except TaidError as error:
         if path.exists() or benchmark.hub is None or source.path != benchmark.hub[0]:
             raise
-        raise TaidError(f"{error} With a copy on this machine: --tasks {benchmark.name}=FILE."
-                        ) from error
+        raise TaidError(str(error), mend="With a copy on this machine: --tasks "
+                                         f"{benchmark.name}=FILE.") from error
     asked = {question.id: question_hash(question) for question in questions}
     return Task(benchmark, rule, source, questions, asked, data_hash(path), dict(left_out))
 

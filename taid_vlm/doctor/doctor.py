@@ -13,11 +13,11 @@ from taid_vlm.adapters import ModelAdapter, Processor, make_adapter
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.doctor.checkup import Checked, Listener
+from taid_vlm.doctor.diagnosis import Diagnosis, accept, refuse
 from taid_vlm.doctor.facts import Facts, collect_facts
 from taid_vlm.doctor.preflight import Preflight, check_sized, preflight
 from taid_vlm.doctor.streams import Trace, trace
-from taid_vlm.doctor.verdict import Verdict, accept, refuse
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, with_place
 from taid_vlm.models.loading import ModelSpec, load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record
@@ -38,7 +38,7 @@ class Inspection:
     preflight: of every data set; of its first records unless everything was asked for.
     """
 
-    verdict: Verdict
+    verdict: Diagnosis
     problem: str
     facts: dict[str, Facts]
     record: Trace | None = None
@@ -50,7 +50,8 @@ class Inspection:
         if plain["record"] is not None:
             plain["record"]["images"] = len(plain["record"]["images"])
         for one, check in zip(plain["preflight"], self.preflight, strict=True):
-            one |= {"sentence": check.sentence, "coverage": check.coverage}
+            one |= {"sentence": check.sentence, "coverage": check.coverage,
+                    "stops": str(check.stops or "")}
         return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -84,13 +85,13 @@ def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) ->
         try:
             pairs = [_pair(stage, part, skeletons) for stage, part in _parts(recipe)]
         except TaidError as error:
-            return Inspection(refuse(str(error)), str(error), _facts(recipe, skeletons, None))
+            return Inspection(refuse(error), str(error), _facts(recipe, skeletons, None))
         checks = tuple(check for pair in pairs for check in _preflight(pair, everything, recipe))
         facts = _facts(recipe, skeletons, pairs[0])
-        stops = next((check.stops for check in checks if check.stops), "")
+        stops = next((check.stops for check in checks if check.stops), None)
         verdict = refuse(stops) if stops else accept(pairs[0].pairing, facts, checks)
         traced, problem = _trace(pairs[0], record)
-        return Inspection(verdict, stops or problem, facts, traced, checks)
+        return Inspection(verdict, str(stops or problem), facts, traced, checks)
 
 
 def _parts(recipe: Recipe) -> list[tuple[str, Recipe]]:
@@ -114,7 +115,9 @@ def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
         objective = parse_objective(found.args.objective)
         collator = visual_collator(plain, objective, student, teacher)
     except TaidError as error:
-        raise type(error)(f"stages '{stage}': {error}" if stage else str(error)) from error
+        if not stage:
+            raise
+        raise with_place(error, f"stages '{stage}'") from error
     return _Pair(stage, found, collator, plain, pairing)
 
 
@@ -208,7 +211,7 @@ def _record(records: Any, index: int) -> Record:
 
 def _left_out(checked: Checked) -> str:
     if checked.stops:
-        return checked.stops
+        return str(checked.stops)
     if not checked.reason:
         return ""
     lengths = ", ".join(f"{len(row.ids):,} tokens for the {role}"

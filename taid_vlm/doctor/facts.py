@@ -12,15 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from taid_vlm.adapters import EncodedRow, ModelAdapter, Processor
 from taid_vlm.doctor.conversation import TemplateFacts, template_facts
 from taid_vlm.models.forward import head_rows
+from taid_vlm.models.head import logit_settings
 from taid_vlm.models.loading import ModelSpec
 from taid_vlm.models.parts import count_parameters, is_tied
 from taid_vlm.records import ImageRef, Message, Record
 
 SIZES = ((224, 224), (336, 336), (448, 448), (640, 480), (1024, 768), (1000, 250))
 TYPICAL = "640x480"  # the size that stands for a picture of a data set
-SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap")
-SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "logits_mup_width_multiplier",
-          "lm_head_multiplier")
 
 
 @dataclass(frozen=True)
@@ -131,13 +129,9 @@ def _model_facts(config: PretrainedConfig, model: PreTrainedModel | None) -> Mod
 
 
 def _head_facts(model: PreTrainedModel) -> HeadFacts:
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    softcap, scale = (
-        {key: float(value) for key in keys
-         if isinstance(value := getattr(config, key, None), (int, float)) and value != neutral}
-        for keys, neutral in ((SOFTCAPS, 0), (SCALES, 1)))
-    return HeadFacts(head_rows(model), is_tied(model), getattr(head, "bias", None) is not None,
-                     softcap, scale)
+    scales, softcaps = logit_settings(model.config.get_text_config())
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    return HeadFacts(head_rows(model), is_tied(model), bias is not None, softcaps, scales)
 
 
 # ----- the tokenizer ------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Preflight:
     supervised, aligned, chunk: tokens of the student, as in a `Trace`.
     lengths: tokens per record before anything is cut, by role.
     images: tokens of the images per record that has any, by role.
-    stops: what training would end with, "" if nothing.
+    stops: the error that training would end with, None if there is none.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Preflight:
     chunk: int
     lengths: dict[str, Spread]
     images: dict[str, Spread]
-    stops: str = ""
+    stops: TaidError | None = None
 
     @property
     def sentence(self) -> str:
@@ -113,7 +113,7 @@ class _Sums:
     counts: Counter[str] = field(default_factory=Counter)
     lengths: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     images: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    stops: str = ""
+    stops: TaidError | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _Measured:
     source: str
     reason: str
     detail: str
-    stops: str
+    stops: TaidError | None
     cut: bool
     tokens: dict[str, int]
     lengths: dict[str, int]
@@ -203,7 +203,7 @@ def _measure_stream(
             yield from checkup([row])
     except RecordError as problem:  # a stream cannot go on after it, and ends training
         (one,) = checkup([Malformed(str(problem))])
-        yield replace(one, stops=str(problem))
+        yield replace(one, stops=problem)
 
 
 def _add(sums: _Sums, one: _Measured) -> None:

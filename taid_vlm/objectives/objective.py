@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from taid_vlm.errors import RecipeError, nearest
+from taid_vlm.errors import RecipeError, nearest, with_place
 from taid_vlm.objectives.divergences import (
     LOSSES,
     canonical_name,
@@ -231,7 +231,7 @@ def _parse_term(config: dict[str, Any]) -> Term | VisualTerm:
     try:
         TaidSchedule(1, **config)  # the values are checked before anything is loaded
     except RecipeError as error:
-        raise RecipeError(f"objective: {error}") from None
+        raise with_place(error, "objective") from None
     return Term(name, float(weight), {}, config)
 
 

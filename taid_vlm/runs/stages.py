@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, with_place
 from taid_vlm.runs import run
 from taid_vlm.runs.recipe import Recipe, StageSpec
 from taid_vlm.runs.results import STUDENT_FOLDER
@@ -96,7 +96,7 @@ def _check(recipe: Recipe, stages: Sequence[Recipe]) -> None:
         try:
             run.gather(replace(stage, student=recipe.student))
         except TaidError as error:
-            raise type(error)(f"stages '{spec.name}': {error}") from error
+            raise with_place(error, f"stages '{spec.name}'") from error
 
 
 def _fresh_start(stages: Sequence[Recipe]) -> int:

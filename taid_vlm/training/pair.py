@@ -88,7 +88,8 @@ def _refuse_empty(collator: DistillationCollator, probed: Sequence[Record]) -> N
         reasons.update(batch["counts"]["dropped"])
     if probed:
         told = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
-        raise TaidError(f"none of the first {len(probed)} records can be used: {told}.")
+        raise TaidError(f"none of the first {len(probed)} records can be used: {told}.",
+                        reasons=reasons)
 
 
 def with_adapter(student: PreTrainedModel, config: Any, on_meta: bool = False) -> Any:
