@@ -6,6 +6,7 @@ import ast
 import base64
 import binascii
 import copy
+import itertools
 import json
 import logging
 import math
@@ -40,7 +41,7 @@ class Row(Mapping[str, Any]):
     def __init__(self, values: Mapping[str, Any], where: str, root: Path | None = None,
                  by_index: ByIndex | None = None, number: int = 0,
                  records: Records | None = None) -> None:
-        self.values_ = {key: x for key, x in values.items() if x is not None and not _empty(x)}
+        self.values_ = {key: x for key, x in values.items() if not _empty(x)}
         self.where, self.root, self.by_index = where, root, by_index
         self.number, self.records = number, records
 
@@ -67,18 +68,28 @@ class Row(Mapping[str, Any]):
                               f"{nearest(column, self.values_)}")
         return self.values_[column]
 
+    def _value(self, column: str, default: Any) -> Any:
+        return self.need(column) if default is _NEEDED else self.values_.get(column, default)
+
+    def first(self, *columns: str) -> str:
+        """The first of those columns that is there; the first of all where none is."""
+        return next((column for column in columns if column in self.values_), columns[0])
+
     def text(self, column: str, default: Any = _NEEDED) -> str:
         """As text, stripped; numbers are written out (2.0 from a table of floats as "2.0")."""
-        value = self.need(column) if default is _NEEDED else self.values_.get(column, default)
-        return str(value).strip()
+        return str(self._value(column, default)).strip()
+
+    def tags(self, *columns: str) -> dict[str, str]:
+        """Those of the columns that are there, as text."""
+        return {column: self.text(column) for column in columns if column in self.values_}
 
     def id(self, *columns: str) -> str:
         """The first of those columns that is there, or else the row's place in the data."""
-        return next((self.text(column) for column in columns if column in self), str(self.number))
+        return self.text(self.first(*columns), self.number)
 
     def integer(self, column: str, default: Any = _NEEDED) -> int:
         """A whole number, also from text and from a float without fraction."""
-        value = self.need(column) if default is _NEEDED else self.values_.get(column, default)
+        value = self._value(column, default)
         try:
             if float(value) == int(float(value)):
                 return int(float(value))
@@ -89,11 +100,7 @@ class Row(Mapping[str, Any]):
     def texts(self, column: str) -> list[str]:
         """A list of texts, also where the hub's column holds one written as Python or JSON; [] if
         absent."""
-        value = self.values_.get(column, [])
-        if isinstance(value, str):
-            value = _literal(value)
-        listed = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        return [str(item) for item in listed]
+        return [str(item) for item in self._list(self.values_.get(column, []))]
 
     def golds(self, *columns: str, more_than: int = 0) -> tuple[str, ...]:
         """Every accepted answer, from the first of those columns that is there.
@@ -106,13 +113,10 @@ class Row(Mapping[str, Any]):
         Raises:
             RecordError: too few answers, or a blank one.
         """
-        column = next((c for c in columns if c in self.values_), columns[0])
-        value = self.need(column)
-        value = value.get("answer") if isinstance(value, Mapping) else value  # {"answer": [...]}
-        value = _literal(value) if isinstance(value, str) else value
-        listed = value if isinstance(value, (list, tuple)) else [value]
-        found = [item.get("answer") if isinstance(item, Mapping) else item for item in listed]
-        if not found or any(item is None or _empty(item) for item in found):
+        column = self.first(*columns)
+        value = _answer(self.need(column))  # {"answer": [...]}
+        found = [_answer(item) for item in self._list(value)]
+        if not found or any(map(_empty, found)):
             raise RecordError(f"{self.where}: {column} holds a blank answer or none: "
                               f"{value!r:.60}.")
         if len(found) <= more_than:
@@ -123,12 +127,7 @@ class Row(Mapping[str, Any]):
 
     def options(self, letters: str = LETTERS) -> tuple[str, ...]:
         """The columns A, B, C ... up to the first that is absent."""
-        found: list[str] = []
-        for letter in letters:
-            if letter not in self.values_:
-                break
-            found.append(self.text(letter))
-        return tuple(found)
+        return tuple(map(self.text, itertools.takewhile(self.values_.__contains__, letters)))
 
     def image(self, column: str = "image") -> ImageRef:
         """The image of a column: bytes, {"bytes", "path"}, PIL image, path or base64 text."""
@@ -136,16 +135,13 @@ class Row(Mapping[str, Any]):
 
     def images(self, *columns: str) -> tuple[ImageRef, ...]:
         """The images of those columns that are there; a column may hold a list, also as text."""
-        found: list[ImageRef] = []
-        for column in columns or ("image",):
-            found += [self._image(value, column, place)
-                      for place, value in enumerate(self._listed(column))]
-        return tuple(found)
+        return tuple(self._image(value, column, place) for column in columns or ("image",)
+                     for place, value in enumerate(self._list(self.values_.get(column, []))))
 
-    def _listed(self, column: str) -> Sequence[Any]:
-        value = self.values_.get(column, [])
-        if isinstance(value, str):  # VLMEvalKit writes several as "['...', '...']"
-            value = _literal(value)
+    @staticmethod
+    def _list(value: Any) -> Sequence[Any]:
+        """A list, also of a single thing and of one that is written as text."""
+        value = _literal(value) if isinstance(value, str) else value
         return value if isinstance(value, (list, tuple)) else [value]
 
     def _image(self, value: Any, column: str, place: int | None) -> ImageRef:
@@ -158,8 +154,8 @@ class Row(Mapping[str, Any]):
 
     def stored_image(self, column: str, place: int | None) -> Any:
         """Bytes, PIL image or path: of a column, or what stands at a place of its list."""
-        value = self.need(column) if place is None else self._listed(column)[place]
-        return self._stored(value, column)
+        value = self.need(column)
+        return self._stored(value if place is None else self._list(value)[place], column)
 
     def _stored(self, value: Any, column: str) -> Any:
         if isinstance(value, Mapping):
@@ -204,10 +200,15 @@ class _Lookup:
         return None if number is None else self._rows.columns_of(number)
 
 
+def _answer(value: Any) -> Any:
+    return value.get("answer") if isinstance(value, Mapping) else value
+
+
 def _empty(value: Any) -> bool:
-    """Blank text, or the NaN that a table of floats writes for nothing."""
-    return not value.strip() if isinstance(value, str) else \
-        isinstance(value, float) and math.isnan(value)
+    """None, blank text, or the NaN that a table of floats writes for nothing."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _literal(text: str) -> Any:

@@ -21,18 +21,12 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from taid_vlm.benchmarks.choices import (
-    letter_of,
-    letter_rule,
-    listed,
-    options_of,
-    vlmevalkit_rule,
-)
-from taid_vlm.benchmarks.metrics.captions import CIDER
+from taid_vlm.benchmarks.choices import choice_rules, letter_of, listed, options_of
+from taid_vlm.benchmarks.metrics.captions import CIDER, PROMPT
 from taid_vlm.benchmarks.metrics.text import EXACT_MATCH
-from taid_vlm.benchmarks.metrics.yes_no import as_word, detection, judged_by, right_answer
+from taid_vlm.benchmarks.metrics.yes_no import as_word, right_answer, yes_no_rule
 from taid_vlm.benchmarks.prompts import LETTER_LINE, SHORT_LINE
-from taid_vlm.benchmarks.question import Benchmark, Question, Rule, one_by_one
+from taid_vlm.benchmarks.question import Benchmark, Question, Rule
 from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.errors import RecipeError, RecordError, nearest
 from taid_vlm.records import ImageRef, parse_record
@@ -202,13 +196,11 @@ class Kind:
 
 
 KINDS = {
-    "multiple_choice": Kind("{question}\n{options}\n" + LETTER_LINE,
-                            (letter_rule(), vlmevalkit_rule()), _chosen, likelihood=True),
-    "short_answer": Kind("{question}\n" + SHORT_LINE,
-                         (EXACT_MATCH,), _texts),
+    "multiple_choice": Kind("{question}\n{options}\n" + LETTER_LINE, choice_rules(), _chosen,
+                            likelihood=True),
+    "short_answer": Kind("{question}\n" + SHORT_LINE, (EXACT_MATCH,), _texts),
     "yes_no": Kind("{question}\nPlease answer yes or no.",
-                   (Rule("word", 1, one_by_one(judged_by(as_word)), detection,
-                         "own: exactly one of yes and no as a word"),), _yes_or_no),
-    "caption": Kind("Provide a one-sentence caption for the provided image.", (CIDER,), _texts,
-                    max_new_tokens=64),
+                   (yes_no_rule("word", as_word, "own: exactly one of yes and no as a word"),),
+                   _yes_or_no),
+    "caption": Kind(PROMPT, (CIDER,), _texts, max_new_tokens=64),
 }

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, groups
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 
+PROMPT = "Provide a one-sentence caption for the provided image."
 LONGEST = 4  # words of an n-gram
 SIGMA = 6.0  # of the penalty for another length, in words
 SCALE = 10.0

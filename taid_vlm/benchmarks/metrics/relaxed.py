@@ -46,12 +46,10 @@ def _any_gold(change: Callable[[str], str]) -> Callable[[str, Question], float]:
 
 def by_origin(judged: Sequence[Judged]) -> dict[str, Estimate]:
     """Relaxed accuracy over all questions, and over those of people and of a model."""
-    found = {"overall": accuracy(judged)["accuracy"]}
-    for origin in ORIGINS:
-        part = [one for one in judged if one.question.tags.get("type") == origin]
-        if part:
-            found[origin] = accuracy(part)["accuracy"]
-    return found
+    parts = {origin: [j for j in judged if j.question.tags.get("type") == origin]
+             for origin in ORIGINS}
+    return {"overall": accuracy(judged)["accuracy"],
+            **{origin: accuracy(part)["accuracy"] for origin, part in parts.items() if part}}
 
 
 OFFICIAL = Rule(

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
-from taid_vlm.benchmarks.question import Judged, Question, Verdict, groups
+from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, groups, one_by_one
 from taid_vlm.errors import RecordError
 from taid_vlm.evaluation.statistics import Estimate, mean_of, ratio_of
 
 YES, NO = "yes", "no"
+VLMEVALKIT = "open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py"  # whence `as_word`
 _WORDS = re.compile(r"[^\W_]+")
 
 Reader = Callable[[str], str | None]
@@ -66,15 +67,6 @@ def right_answer(text: str, where: str) -> str:
     return answer
 
 
-def judged_by(reader: Reader) -> Callable[[Question, str], Verdict]:
-    """A judge of one answer: right where what was read is the one accepted answer."""
-    def judge(question: Question, answer: str) -> Verdict:
-        read = reader(answer)
-        return Verdict(float(read is not None and read in question.answers), read)
-
-    return judge
-
-
 def detection(judged: Sequence[Judged], unread_is_missed: bool = True) -> dict[str, Estimate]:
     """Accuracy, precision, recall and F1 of "yes", and the share of answers read as yes.
 
@@ -98,6 +90,18 @@ def detection(judged: Sequence[Judged], unread_is_missed: bool = True) -> dict[s
                        [s + w for s, w in zip(said, wanted, strict=True)], images),
         "yes_ratio": mean_of(said, images),
     }
+
+
+def yes_no_rule(
+    name: str, reader: Reader, source: str,
+    figures: Callable[[Sequence[Judged]], dict[str, Estimate]] = detection,
+) -> Rule:
+    """A rule that is right where what was read is the one accepted answer."""
+    def judge(question: Question, answer: str) -> Verdict:
+        read = reader(answer)
+        return Verdict(float(read in question.answers), read)
+
+    return Rule(name, 1, one_by_one(judge), figures, source)
 
 
 def all_right(judged: Sequence[Judged], key: Callable[[Judged], Key]) -> dict[Key, float]:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 
 from taid_vlm.benchmarks.metrics.yes_no import (
+    VLMEVALKIT,
     all_right,
     as_word,
-    judged_by,
     right_answer,
     yes_anywhere,
+    yes_no_rule,
 )
-from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Rule, groups, one_by_one
+from taid_vlm.benchmarks.question import Benchmark, Judged, Question, groups
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 
@@ -24,14 +25,13 @@ def read(row: Row) -> list[Question]:
     category, subcategory = row.text("category"), row.text("subcategory")
     set_id, figure, number = (str(row.integer(x)) for x in ("set_id", "figure_id", "question_id"))
     images = () if row.text("visual_input", "1") == "0" else (row.image(),)
+    group = f"{category}_{subcategory}_{set_id}"
     return [Question(
-        id="_".join((category, subcategory, set_id, figure, number)),
-        prompt=(*(None for _ in images), f"{row.text('question')} {YES_NO}"), images=images,
-        answers=(right_answer(row.text("gt_answer"), row.where),),
+        f"{group}_{figure}_{number}", (*[None] * len(images), f"{row.text('question')} {YES_NO}"),
+        images, (right_answer(row.text("gt_answer"), row.where),),
         tags={"category": category, "subcategory": subcategory},
         extra={"figure": figure, "question": number,
-               "without_figure": category == "VS" and figure == "0"},
-        group="_".join((category, subcategory, set_id)))]
+               "without_figure": category == "VS" and figure == "0"}, group=group)]
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
@@ -55,14 +55,13 @@ def _average(units: dict[str, tuple[list[float], list[str]]], means: dict[str, E
     total = sum(mean.n for mean in means.values())
     moved = [(score - means[name].value) * total / (len(means) * means[name].n)
              for name, (scores, _) in units.items() for score in scores]
-    sets = [one for _, found in units.values() for one in found]
+    sets = [one for _, names in units.values() for one in names]
     value = math.fsum(mean.value for mean in means.values()) / len(means)
     return Estimate(value, mean_of(moved, sets).stderr, means["aAcc"].n)
 
 
 BENCHMARK = Benchmark("hallusion_bench", "HallusionBench", read, (
-    Rule("word", 1, one_by_one(judged_by(as_word)), figures,
-         "open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py"),
-    Rule("lmms", 1, one_by_one(judged_by(yes_anywhere)), figures,
-         "EvolvingLMMs-Lab/lmms-eval, tasks/hallusion_bench/evaluate_hb.py, *_intern"),
+    yes_no_rule("word", as_word, VLMEVALKIT, figures),
+    yes_no_rule("lmms", yes_anywhere, "EvolvingLMMs-Lab/lmms-eval, "
+                "tasks/hallusion_bench/evaluate_hb.py, *_intern", figures),
 ), hub=("lmms-lab/HallusionBench", None, "image"))

@@ -14,10 +14,8 @@ from taid_vlm.errors import RecordError
 def read(row: Row) -> list[Question]:
     """From `prompt`, or `instruction` and `input`, and `output` or `references`."""
     references, images = _references(row), row.images("image", "images")
-    return [Question(
-        id=row.id("id", "idx", "question_id"),
-        prompt=(*(None for _ in images), _prompt(row)), images=images, answers=references,
-        tags={"category": row.text("category")} if "category" in row else {})]
+    return [Question(row.id("id", "idx", "question_id"), (*[None] * len(images), _prompt(row)),
+                     images, references, tags=row.tags("category"))]
 
 
 def _prompt(row: Row) -> str:
