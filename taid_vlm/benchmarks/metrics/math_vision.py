@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from taid_vlm.benchmarks.metrics.latex import LONGEST, value_of
+from taid_vlm.benchmarks.metrics.text import as_number
 from taid_vlm.benchmarks.question import Question, Rule, Verdict, one_by_one
 
 OPTIONS = "ABCDE"
@@ -30,7 +31,7 @@ def read_answer(response: str) -> str:
     """The final answer of a response, normalised; "" where nothing is left."""
     answer = _letter_at_an_end(response.strip())
     tail = answer.rsplit("is ", 1)[-1].rstrip(".")
-    if _is_number(tail):
+    if as_number(tail) is not None:
         answer = tail
     if "oxed{" not in answer:
         answer = _after_flags(answer)
@@ -123,14 +124,6 @@ def _unboxed(answer: str) -> str:
         answer = answer[start + len("oxed{"):end]
     opening, closing = answer.find("{"), answer.find("}")
     return answer[:closing] if closing >= 0 and not 0 <= opening < closing else answer
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _values(text: str) -> list[float | None]:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from taid_vlm.benchmarks.metrics.text import of_text
+from taid_vlm.benchmarks.metrics.text import as_number, of_text
 from taid_vlm.benchmarks.question import Judged, Question, Rule, accuracy
 from taid_vlm.evaluation.statistics import Estimate
 
@@ -25,11 +25,10 @@ def relaxed(answer: str, gold: str) -> bool:
 
 def _number(text: str) -> float | None:
     """A finite number, or None."""
-    try:
-        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
-    except ValueError:
+    value = as_number(text.rstrip("%"))
+    if value is None or not math.isfinite(value):
         return None
-    return value if math.isfinite(value) else None
+    return value / 100 if text.endswith("%") else value
 
 
 def _without_separators(text: str) -> str:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
-from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, groups, one_by_one
+from taid_vlm.benchmarks.question import (
+    Judged,
+    Key,
+    Question,
+    Rule,
+    Verdict,
+    groups,
+    one_by_one,
+    split_by,
+)
 from taid_vlm.errors import RecordError
 from taid_vlm.evaluation.statistics import Estimate, mean_of, ratio_of
 
@@ -15,7 +23,6 @@ VLMEVALKIT = "open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py"  # whence 
 _WORDS = re.compile(r"[^\W_]+")
 
 Reader = Callable[[str], str | None]
-Key = TypeVar("Key", bound=Hashable)
 
 
 def first_sentence(answer: str) -> str:
@@ -106,8 +113,5 @@ def yes_no_rule(
 
 def all_right(judged: Sequence[Judged], key: Callable[[Judged], Key]) -> dict[Key, float]:
     """For every value of `key`, 1.0 where all questions that have it are right."""
-    worst: dict[Key, float] = {}
-    for j in judged:
-        name = key(j)
-        worst[name] = min(worst.get(name, 1.0), float(j.verdict.score == 1.0))
-    return worst
+    return {name: float(all(j.verdict.score == 1.0 for j in part))
+            for name, part in split_by(judged, key).items()}

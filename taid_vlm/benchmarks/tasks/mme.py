@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 
 from taid_vlm.benchmarks.metrics.yes_no import (
@@ -16,7 +15,7 @@ from taid_vlm.benchmarks.metrics.yes_no import (
     yes_no_rule,
 )
 from taid_vlm.benchmarks.prompts import about_image
-from taid_vlm.benchmarks.question import Benchmark, Judged, Question, groups
+from taid_vlm.benchmarks.question import Benchmark, Judged, Question, groups, split_by
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 
@@ -36,10 +35,8 @@ def read(row: Row) -> list[Question]:
 
 def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
     """Points: of every subtask acc + acc+ (0 to 200), summed; acc and acc+ over everything."""
-    subtasks: dict[str, list[Judged]] = defaultdict(list)
-    for j in judged:
-        subtasks[j.question.tags["category"]].append(j)
-    points = {category: _points(part) for category, part in subtasks.items()}
+    points = {category: _points(part) for category, part in
+              split_by(judged, lambda j: j.question.tags["category"]).items()}
     parts = {"perception": [points[name] for name in points if name not in COGNITION],
              "cognition": [points[name] for name in points if name in COGNITION]}
     pictures = list(all_right(judged, lambda j: j.question.group).values())
@@ -53,10 +50,9 @@ def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
 
 def _points(judged: Sequence[Judged]) -> Estimate:
     """Of one subtask, the mean over pictures of the share right plus whether all are right."""
-    pictures: dict[str, list[float]] = defaultdict(list)
-    for j in judged:
-        pictures[j.question.group].append(j.verdict.score)
-    each = mean_of([sum(scores) / len(scores) + min(scores) for scores in pictures.values()])
+    pictures = [[j.verdict.score for j in part] for part in
+                split_by(judged, lambda j: j.question.group).values()]
+    each = mean_of([sum(scores) / len(scores) + min(scores) for scores in pictures])
     return _percent(each, len(judged))
 
 
