@@ -12,6 +12,7 @@ from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.errors import RecordError
 from taid_vlm.evaluation.statistics import Estimate
 
+LMMS = "EvolvingLMMs-Lab/lmms-eval 0.7.3, tasks/"  # and a file: where a rule was read
 Reader = Callable[[str, Sequence[str]], str | None]
 Figures = Callable[[Sequence[Judged]], dict[str, Estimate]]
 
@@ -28,10 +29,12 @@ def choice_prompt(question: str, options: Sequence[str], context: str = "") -> s
 
 
 def choice_question(
-    row: Row, name: str, options: Sequence[str], text: str | None = None, **more: Any
+    row: Row, name: str, options: Sequence[str], context: str = "", text: str | None = None,
+    **more: Any,
 ) -> list[Question]:
-    """The question of a row with one image and options; `text` is by default what they make."""
-    text = choice_prompt(row.text("question"), options) if text is None else text
+    """The question of a row with one image and options; `text`: the whole of it, if not as usual.
+    """
+    text = choice_prompt(row.text("question"), options, context) if text is None else text
     return about_image(row, name, text, letter_of(row, options), choices=tuple(options), **more)
 
 
@@ -77,15 +80,18 @@ def choice_rule(name: str, reader: Reader, source: str, figures: Figures = accur
     return Rule(name, version, one_by_one(judge), figures, source)
 
 
-def choice_rules(*others: Rule, figures: Figures = accuracy) -> tuple[Rule, ...]:
-    """The package's own rule (see `read_option`), others, and VLMEvalKit's without a judge."""
+def choice_rules(
+    figures: Figures = accuracy, *others: Rule, lmms: tuple[Reader, str] | None = None
+) -> tuple[Rule, ...]:
+    """The package's own rule (see `read_option`), others, and VLMEvalKit's without a judge.
+
+    Args:
+        figures: of all but the others.
+        lmms: one of lmms-eval's rules without a judge, and the file it is from.
+    """
+    lmms_rules = (choice_rule("lmms", lmms[0], LMMS + lmms[1], figures),) if lmms else ()
     return (choice_rule("letter", read_option, "own: the option's letter however it is put, or the "
                         "only option whose text occurs", figures),
-            *others,
+            *others, *lmms_rules,
             choice_rule("vlmevalkit", vlmevalkit_option, "open-compass/VLMEvalKit 0.0.20, "
                         "vlmeval/utils/matching_util.py: can_infer", figures))
-
-
-def lmms_rule(reader: Reader, file: str, figures: Figures = accuracy) -> Rule:
-    """One of lmms-eval's rules, without a judge."""
-    return choice_rule("lmms", reader, f"EvolvingLMMs-Lab/lmms-eval 0.7.3, tasks/{file}", figures)

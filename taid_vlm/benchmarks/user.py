@@ -22,9 +22,9 @@ from string import Formatter
 from typing import Any
 
 from taid_vlm.benchmarks.choices import choice_rules, letter_of, listed, options_of
+from taid_vlm.benchmarks.metrics import yes_no
 from taid_vlm.benchmarks.metrics.captions import CIDER, PROMPT
 from taid_vlm.benchmarks.metrics.text import EXACT_MATCH
-from taid_vlm.benchmarks.metrics.yes_no import as_word, right_answer, yes_no_rule
 from taid_vlm.benchmarks.prompts import LETTER_LINE, SHORT_LINE
 from taid_vlm.benchmarks.question import Benchmark, Question, Rule
 from taid_vlm.benchmarks.rows import LETTERS, Row
@@ -181,7 +181,7 @@ def _texts(row: Row, spec: BenchmarkSpec) -> tuple[tuple[str, ...], tuple[str, .
 def _yes_or_no(row: Row, spec: BenchmarkSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
     value = row.text(spec.column("answer"))
     value = {"true": "yes", "false": "no"}.get(value.lower(), value)
-    return (), (right_answer(value, row.where),)
+    return (), (yes_no.right_answer(value, row.where),)
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,6 @@ KINDS = {
     "multiple_choice": Kind("{question}\n{options}\n" + LETTER_LINE, choice_rules(), _chosen,
                             likelihood=True),
     "short_answer": Kind("{question}\n" + SHORT_LINE, (EXACT_MATCH,), _texts),
-    "yes_no": Kind("{question}\nPlease answer yes or no.",
-                   (yes_no_rule("word", as_word, "own: exactly one of yes and no as a word"),),
-                   _yes_or_no),
+    "yes_no": Kind("{question}\nPlease answer yes or no.", (yes_no.WORD,), _yes_or_no),
     "caption": Kind(PROMPT, (CIDER,), _texts, max_new_tokens=64),
 }

@@ -99,7 +99,7 @@ def detection(judged: Sequence[Judged], unread_is_missed: bool = True) -> dict[s
     }
 
 
-def yes_no_rule(
+def rule(
     name: str, reader: Reader, source: str,
     figures: Callable[[Sequence[Judged]], dict[str, Estimate]] = detection,
 ) -> Rule:
@@ -115,3 +115,6 @@ def all_right(judged: Sequence[Judged], key: Callable[[Judged], Key]) -> dict[Ke
     """For every value of `key`, 1.0 where all questions that have it are right."""
     return {name: float(all(j.verdict.score == 1.0 for j in part))
             for name, part in split_by(judged, key).items()}
+
+
+WORD = rule("word", as_word, "own: exactly one of yes and no as a word")

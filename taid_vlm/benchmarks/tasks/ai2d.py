@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taid_vlm.benchmarks.choices import choice_question, choice_rules, lmms_rule, options_of
+from taid_vlm.benchmarks.choices import choice_question, choice_rules, options_of
 from taid_vlm.benchmarks.metrics.letters import lmms_full_stop_option
 from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.benchmarks.rows import Row
@@ -15,5 +15,5 @@ def read(row: Row) -> list[Question]:
 
 
 BENCHMARK = Benchmark(
-    "ai2d", "AI2D", read, choice_rules(lmms_rule(lmms_full_stop_option, "ai2d/utils.py")),
+    "ai2d", "AI2D", read, choice_rules(lmms=(lmms_full_stop_option, "ai2d/utils.py")),
     hub=("lmms-lab/ai2d", None, "test"), likelihood=True)

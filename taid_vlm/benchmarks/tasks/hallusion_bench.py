@@ -5,14 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from taid_vlm.benchmarks.metrics.yes_no import (
-    VLMEVALKIT,
-    all_right,
-    as_word,
-    right_answer,
-    yes_anywhere,
-    yes_no_rule,
-)
+from taid_vlm.benchmarks.metrics import yes_no
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, groups
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of
@@ -28,7 +21,7 @@ def read(row: Row) -> list[Question]:
     group = f"{category}_{subcategory}_{set_id}"
     return [Question(
         f"{group}_{figure}_{number}", (*[None] * len(images), f"{row.text('question')} {YES_NO}"),
-        images, (right_answer(row.text("gt_answer"), row.where),),
+        images, (yes_no.right_answer(row.text("gt_answer"), row.where),),
         tags={"category": category, "subcategory": subcategory},
         extra={"figure": figure, "question": number,
                "without_figure": category == "VS" and figure == "0"}, group=group)]
@@ -38,15 +31,16 @@ def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
     """The mean of three accuracies, and each: of answers, of figures (all their questions right),
     of questions (right for all their figures). What is asked without a figure is no figure."""
     shown = [j for j in judged if not j.question.extra["without_figure"]]
-    by_figure = all_right(shown, lambda j: (j.question.group, j.question.extra["figure"]))
-    by_question = all_right(judged, lambda j: (j.question.group, j.question.extra["question"]))
-    units = {
-        "aAcc": ([j.verdict.score for j in judged], groups(judged)),
-        "fAcc": (list(by_figure.values()), [key[0] for key in by_figure]),
-        "qAcc": (list(by_question.values()), [key[0] for key in by_question]),
-    }
+    units = {"aAcc": ([j.verdict.score for j in judged], groups(judged)),
+             "fAcc": _all_right(shown, "figure"), "qAcc": _all_right(judged, "question")}
     means = {name: mean_of(scores, sets) for name, (scores, sets) in units.items()}
     return {"average": _average(units, means), **means}
+
+
+def _all_right(judged: Sequence[Judged], key: str) -> tuple[list[float], list[str]]:
+    """The hits of what shares a figure or a question, and the set of each."""
+    hits = yes_no.all_right(judged, lambda j: (j.question.group, j.question.extra[key]))
+    return list(hits.values()), [group for group, _ in hits]
 
 
 def _average(units: dict[str, tuple[list[float], list[str]]], means: dict[str, Estimate]
@@ -61,7 +55,7 @@ def _average(units: dict[str, tuple[list[float], list[str]]], means: dict[str, E
 
 
 BENCHMARK = Benchmark("hallusion_bench", "HallusionBench", read, (
-    yes_no_rule("word", as_word, VLMEVALKIT, figures),
-    yes_no_rule("lmms", yes_anywhere, "EvolvingLMMs-Lab/lmms-eval, "
+    yes_no.rule("word", yes_no.as_word, yes_no.VLMEVALKIT, figures),
+    yes_no.rule("lmms", yes_no.yes_anywhere, "EvolvingLMMs-Lab/lmms-eval, "
                 "tasks/hallusion_bench/evaluate_hb.py, *_intern", figures),
 ), hub=("lmms-lab/HallusionBench", None, "image"))

@@ -6,13 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from taid_vlm.benchmarks.choices import (
-    choice_prompt,
-    choice_question,
-    choice_rules,
-    lmms_rule,
-    options_of,
-)
+from taid_vlm.benchmarks.choices import choice_prompt, choice_question, choice_rules, options_of
 from taid_vlm.benchmarks.metrics.letters import lmms_mmbench_option
 from taid_vlm.benchmarks.metrics.yes_no import all_right
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question
@@ -32,7 +26,7 @@ def read(row: Row) -> list[Question]:
     tags = {tag.lower(): text for tag, text in
             row.tags("category", row.first("l2-category", "L2-category")).items()}
     return choice_question(
-        row, str(index), options, choice_prompt(question, options, hint), tags=tags,
+        row, str(index), options, hint, tags=tags,
         extra={"question": question, "hint": hint}, group=str(index % ROTATION))
 
 
@@ -66,6 +60,5 @@ def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
 
 BENCHMARK = Benchmark(
     "mmbench", "MMBench", read,
-    choice_rules(lmms_rule(lmms_mmbench_option, "mmbench/mmbench_evals.py: can_infer", figures),
-                 figures=figures),
+    choice_rules(figures, lmms=(lmms_mmbench_option, "mmbench/mmbench_evals.py: can_infer")),
     hub=("lmms-lab/MMBench", "en", "dev"), likelihood=True, complete=with_rotations)

@@ -5,15 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from taid_vlm.benchmarks.metrics.yes_no import (
-    VLMEVALKIT,
-    all_right,
-    as_word,
-    first_letters,
-    first_letters_or_initial,
-    right_answer,
-    yes_no_rule,
-)
+from taid_vlm.benchmarks.metrics import yes_no
 from taid_vlm.benchmarks.prompts import about_image
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, groups, split_by
 from taid_vlm.benchmarks.rows import Row
@@ -29,7 +21,7 @@ def read(row: Row) -> list[Question]:
     picture = row.text(row.first("question_id", "image_path"))
     part = "cognition" if category in COGNITION else "perception"
     return about_image(
-        row, f"{picture} {text}", text, right_answer(row.text("answer"), row.where),
+        row, f"{picture} {text}", text, yes_no.right_answer(row.text("answer"), row.where),
         tags={"category": category, "part": part}, group=f"{category}/{picture}")
 
 
@@ -39,7 +31,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
               split_by(judged, lambda j: j.question.tags["category"]).items()}
     parts = {"perception": [points[name] for name in points if name not in COGNITION],
              "cognition": [points[name] for name in points if name in COGNITION]}
-    pictures = list(all_right(judged, lambda j: j.question.group).values())
+    pictures = list(yes_no.all_right(judged, lambda j: j.question.group).values())
     accuracy = mean_of([j.verdict.score for j in judged], groups(judged))
     return {
         "score": _sum(list(points.values())),
@@ -68,9 +60,9 @@ def _percent(share: Estimate, n: int) -> Estimate:
 
 
 BENCHMARK = Benchmark("mme", "MME", read, (
-    yes_no_rule("official", first_letters, "BradyFU/Awesome-Multimodal-Large-Language-Models, "
-                "calculation.py", figures),
-    yes_no_rule("lmms", first_letters_or_initial, "EvolvingLMMs-Lab/lmms-eval, tasks/mme/utils.py",
-                figures),
-    yes_no_rule("word", as_word, VLMEVALKIT, figures),
+    yes_no.rule("official", yes_no.first_letters,
+                "BradyFU/Awesome-Multimodal-Large-Language-Models, calculation.py", figures),
+    yes_no.rule("lmms", yes_no.first_letters_or_initial,
+                "EvolvingLMMs-Lab/lmms-eval, tasks/mme/utils.py", figures),
+    yes_no.rule("word", yes_no.as_word, yes_no.VLMEVALKIT, figures),
 ), hub=("lmms-lab/MME", None, "test"), decimals=None)

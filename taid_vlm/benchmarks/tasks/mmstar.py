@@ -6,13 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-from taid_vlm.benchmarks.choices import (
-    choice_prompt,
-    choice_question,
-    choice_rule,
-    choice_rules,
-    lmms_rule,
-)
+from taid_vlm.benchmarks.choices import LMMS, choice_question, choice_rule, choice_rules
 from taid_vlm.benchmarks.metrics.letters import lmms_option, mmstar_option
 from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, accuracy
@@ -27,10 +21,10 @@ _MARKS = (r"{}:(?=\s)", r"\({}\)", r"{}\.(?=\s)", r"{}\)(?=\s)")
 def read(row: Row) -> list[Question]:
     """One question; VLMEvalKit's table has its options in the columns A to D instead."""
     question, options = row.text("question"), row.options()
-    text = choice_prompt(question, options) if options else f"{question}\n{LETTER_LINE}"
-    options = options or inline_options(question) or UNKNOWN
-    return choice_question(row, row.id("index"), options, text,
-                           tags=row.tags("category", "l2_category"))
+    return choice_question(
+        row, row.id("index"), options or inline_options(question) or UNKNOWN,
+        text=None if options else f"{question}\n{LETTER_LINE}",
+        tags=row.tags("category", "l2_category"))
 
 
 def inline_options(question: str) -> tuple[str, ...]:
@@ -69,7 +63,8 @@ _BY_CATEGORY = partial(figures, by_category=True)
 BENCHMARK = Benchmark(
     "mmstar", "MMStar", read,
     choice_rules(
+        figures,
         choice_rule("official", mmstar_option, "MMStar-Benchmark/MMStar, eval: exact_match; "
                     "lmms-eval before its `extract_mcq_answer`", _BY_CATEGORY),
-        lmms_rule(lmms_option, "_task_utils/mcq_extract.py", _BY_CATEGORY), figures=figures),
+        choice_rule("lmms", lmms_option, LMMS + "_task_utils/mcq_extract.py", _BY_CATEGORY)),
     hub=("Lin-Chen/MMStar", None, "val"), likelihood=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from taid_vlm.benchmarks.metrics.yes_no import NO, YES, as_word, right_answer, yes_no_rule
+from taid_vlm.benchmarks.metrics import yes_no
 from taid_vlm.benchmarks.prompts import about_image
 from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.benchmarks.rows import Row
 
-_LABELS = {"true": YES, "false": NO}  # as the authors' own files write them
+_LABELS = {"true": yes_no.YES, "false": yes_no.NO}  # as the authors' own files write them
 
 
 def read(row: Row) -> list[Question]:
@@ -15,9 +15,9 @@ def read(row: Row) -> list[Question]:
     several drawings."""
     label, name = row.text("label"), row.text("identifier")
     text = f"{row.text('statement')}\nIs this statement true of the image? Please answer yes or no."
-    return about_image(row, name, text, right_answer(_LABELS.get(label.lower(), label), row.where),
-                       tags=row.tags("n_objects"), group=name.rpartition("-")[0])
+    answer = yes_no.right_answer(_LABELS.get(label.lower(), label), row.where)
+    return about_image(row, name, text, answer, tags=row.tags("n_objects"),
+                       group=name.rpartition("-")[0])
 
 
-BENCHMARK = Benchmark("nlvr", "NLVR", read, (
-    yes_no_rule("word", as_word, "own: exactly one of yes and no as a word"),))
+BENCHMARK = Benchmark("nlvr", "NLVR", read, (yes_no.WORD,))

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from taid_vlm.benchmarks.metrics.yes_no import (
-    VLMEVALKIT,
-    as_word,
-    detection,
-    exactly,
-    first_sentence,
-    right_answer,
-    yes_no_rule,
-)
+from taid_vlm.benchmarks.metrics import yes_no
 from taid_vlm.benchmarks.prompts import SHORT_LINE, about_image
 from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.benchmarks.rows import SHORTEST_BASE64, Row
@@ -24,7 +16,7 @@ def read(row: Row) -> list[Question]:
     The authors' own files call the columns `text` and `label`, and hold one category each.
     """
     text = row.text(row.first("question", "text"))
-    answer = right_answer(row.text(row.first("answer", "label")), row.where)
+    answer = yes_no.right_answer(row.text(row.first("answer", "label")), row.where)
     number = row.id("question_id", "index")
     picture = row.get("image_source", row.get("image"))
     named = isinstance(picture, str) and len(picture) < SHORTEST_BASE64
@@ -35,8 +27,8 @@ def read(row: Row) -> list[Question]:
 
 
 BENCHMARK = Benchmark("pope", "POPE", read, (
-    yes_no_rule("official", first_sentence, "AoiDragon/POPE, evaluate.py"),
-    yes_no_rule("lmms", exactly, "EvolvingLMMs-Lab/lmms-eval, tasks/pope/utils.py",
-                partial(detection, unread_is_missed=False)),
-    yes_no_rule("word", as_word, VLMEVALKIT),
+    yes_no.rule("official", yes_no.first_sentence, "AoiDragon/POPE, evaluate.py"),
+    yes_no.rule("lmms", yes_no.exactly, "EvolvingLMMs-Lab/lmms-eval, tasks/pope/utils.py",
+                partial(yes_no.detection, unread_is_missed=False)),
+    yes_no.rule("word", yes_no.as_word, yes_no.VLMEVALKIT),
 ), hub=("lmms-lab/POPE", None, "test"))

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from taid_vlm.benchmarks.choices import (
-    choice_prompt,
-    choice_question,
-    choice_rules,
-    lmms_rule,
-    options_of,
-)
+from taid_vlm.benchmarks.choices import choice_question, choice_rules, options_of
 from taid_vlm.benchmarks.metrics.letters import lmms_scienceqa_option
 from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.benchmarks.rows import Row
@@ -19,13 +13,13 @@ def read(row: Row) -> list[Question]:
     """One question; rows without a picture, which the whole of ScienceQA has, are no part."""
     if "image" not in row:
         raise SampleDropped("no image", row.where)
-    options, hint = options_of(row, "choices"), row.text("hint", "")
-    text = choice_prompt(row.text("question"), options, f"Context: {hint}" if hint else "")
-    return choice_question(row, row.id("index", "id"), options, text,
+    hint = row.text("hint", "")
+    return choice_question(row, row.id("index", "id"), options_of(row, "choices"),
+                           context=f"Context: {hint}" if hint else "",
                            tags=row.tags("subject", "grade", "topic"))
 
 
 BENCHMARK = Benchmark(
     "scienceqa", "ScienceQA-IMG", read,
-    choice_rules(lmms_rule(lmms_scienceqa_option, "scienceqa/utils.py")),
+    choice_rules(lmms=(lmms_scienceqa_option, "scienceqa/utils.py")),
     hub=("lmms-lab/ScienceQA", "ScienceQA-IMG", "test"), likelihood=True)
