@@ -70,6 +70,19 @@ def nearest(name: object, valid: Iterable[str]) -> str:
     return f"{hint} Valid: {', '.join(names)}." if len(names) <= MANY else hint
 
 
+def one_of(key: str, value: object, valid: Iterable[str]) -> None:
+    """Raise TaidError where a value is none of the valid names."""
+    names = list(valid)
+    if value not in names:
+        raise TaidError(f"{key} = '{value}'.{nearest(value, names)}")
+
+
+def at_least(key: str, value: int | None, least: int) -> None:
+    """Raise TaidError where a value (None: not given) is too small."""
+    if value is not None and value < least:
+        raise TaidError(f"{key} = {value}, but it must be at least {least}.")
+
+
 def nearest_sibling(path: Path, pattern: str = "*") -> str:
     """The same for a path that does not exist: what lies beside it; "" where nothing does."""
     names = [p.name for p in path.parent.glob(pattern)] if path.parent.is_dir() else []

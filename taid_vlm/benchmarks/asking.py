@@ -16,7 +16,7 @@ from taid_vlm.benchmarks.question import Benchmark, Question, Rule
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import find_benchmark
 from taid_vlm.benchmarks.store import DIGITS, data_hash, question_hash
-from taid_vlm.errors import TaidError, nearest
+from taid_vlm.errors import TaidError, at_least, nearest, one_of
 from taid_vlm.records import DataSource
 
 METHODS = ("generate", "likelihood")
@@ -44,15 +44,11 @@ class Asking:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for key, given, valid in (("method", self.method, METHODS),
-                                  ("choose-by", self.choose_by, CHOOSE_BY),
-                                  ("normalise", self.normalise, NORMALISE)):
-            if given not in valid:
-                raise TaidError(f"--{key} = '{given}'.{nearest(given, valid)}")
-        for key, number in (("batch-size", self.batch_size),
-                            ("max-new-tokens", self.max_new_tokens)):
-            if number is not None and number < 1:
-                raise TaidError(f"--{key} = {number}, but it must be at least 1.")
+        one_of("--method", self.method, METHODS)
+        one_of("--choose-by", self.choose_by, CHOOSE_BY)
+        one_of("--normalise", self.normalise, NORMALISE)
+        at_least("--batch-size", self.batch_size, 1)
+        at_least("--max-new-tokens", self.max_new_tokens, 1)
         if not 0 <= self.temperature < float("inf"):
             raise TaidError(f"--temperature = {self.temperature}, but it must be at least 0.")
         if not 0 < self.top_p <= 1:
@@ -119,8 +115,7 @@ def open_tasks(
     Raises:
         TaidError: an unknown task or rule, data that is not there or lacks columns.
     """
-    if max_records is not None and max_records < 1:
-        raise TaidError(f"--max-records = {max_records}, but it must be at least 1.")
+    at_least("--max-records", max_records, 1)
     benchmarks: dict[str, Benchmark] = {}
     places: dict[str, str] = {}
     for name, _, data in (text.partition("=") for text in names):

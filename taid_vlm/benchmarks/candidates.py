@@ -19,14 +19,8 @@ from taid_vlm.adapters import ModelAdapter, make_adapter
 from taid_vlm.benchmarks.remote import Endpoint
 from taid_vlm.benchmarks.store import DIGITS, weights_hash
 from taid_vlm.errors import TaidError
-from taid_vlm.models.loading import (
-    ModelSpec,
-    load_config,
-    load_processor,
-    load_skeleton,
-    read_template,
-    weights_dtype,
-)
+from taid_vlm.models import loading
+from taid_vlm.models.loading import ModelSpec
 from taid_vlm.runs.results import STUDENT_FOLDER
 
 
@@ -114,8 +108,8 @@ class LocalModel:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self.config: PretrainedConfig = load_config(spec, "model")
-        self.adapter: ModelAdapter = make_adapter(load_processor(spec, "model"), "model")
+        self.config: PretrainedConfig = loading.load_config(spec, "model")
+        self.adapter: ModelAdapter = make_adapter(loading.load_processor(spec, "model"), "model")
         folder = Path(spec.model_name_or_path)
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             raise TaidError(f"model: '{folder}' holds no weights (*.safetensors).")
@@ -125,7 +119,7 @@ class LocalModel:
         """What its answers depend on, beside the settings of answering."""
         folder, template = Path(self.spec.model_name_or_path), self.spec.chat_template
         digest = None if template is None else hashlib.sha256(
-            read_template(template, "model").encode()).hexdigest()[:DIGITS]
+            loading.read_template(template, "model").encode()).hexdigest()[:DIGITS]
         return {"weights_sha256": weights_hash(folder) if folder.is_dir() else None,
                 "commit": getattr(self.config, "_commit_hash", None), "dtype": self.dtype,
                 "chat_template_sha256": digest}
@@ -133,14 +127,14 @@ class LocalModel:
     @property
     def dtype(self) -> str:
         """Of the weights, as they are loaded."""
-        dtype = weights_dtype(self.spec, "model", self.config)
+        dtype = loading.weights_dtype(self.spec, "model", self.config)
         if dtype == "auto":
             dtype = self.config.dtype or self.config.get_text_config().dtype or torch.float32
         return str(dtype).removeprefix("torch.")
 
     def describe(self) -> dict[str, Any]:
         """For results.json."""
-        skeleton, name = load_skeleton(self.spec, "model"), self.spec.model_name_or_path
+        skeleton, name = loading.load_skeleton(self.spec, "model"), self.spec.model_name_or_path
         return {"name": name, "revision": None if Path(name).is_dir() else self.spec.revision,
                 "model_type": self.config.model_type,
                 "parameters": sum(p.numel() for p in skeleton.parameters()), **self.identity}

@@ -77,6 +77,12 @@ def split_by(judged: Sequence[Judged], key: Callable[[Judged], Key]) -> dict[Key
     return parts
 
 
+def all_right(judged: Sequence[Judged], key: Callable[[Judged], Key]) -> dict[Key, float]:
+    """For every value of `key`, 1.0 where all questions that have it are right."""
+    return {name: float(all(j.verdict.score == 1.0 for j in part))
+            for name, part in split_by(judged, key).items()}
+
+
 def groups(judged: Sequence[Judged]) -> list[str]:
     """The group of every question, its own id where it stands alone."""
     return [j.question.group or j.question.id for j in judged]

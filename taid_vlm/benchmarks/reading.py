@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from taid_vlm.benchmarks.question import Benchmark, Question
-from taid_vlm.benchmarks.rows import Row, _Lookup, logger
+from taid_vlm.benchmarks.rows import Row, logger, places_by_index
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.records import DataSource, open_rows
 
@@ -26,7 +26,7 @@ def read_questions(benchmark: Benchmark, source: DataSource, base: Path | None =
         RecordError: a row that does not have the benchmark's columns.
     """
     rows = open_rows(source, base)
-    by_index = _Lookup(rows) if Path(source.path).suffix.lower() == ".tsv" else None
+    by_index = places_by_index(rows) if Path(source.path).suffix.lower() == ".tsv" else None
     questions: list[Question] = []
     dropped = Counter[str]()
     for index in range(len(rows)):

@@ -10,8 +10,8 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHORTEST_BASE64 = 64  # characters; a shorter text in an image column is a path or another row
 _NEEDED = object()
-ByIndex = Callable[[str], Mapping[str, Any] | None]
 
 
 class Row(Mapping[str, Any]):
@@ -32,17 +31,17 @@ class Row(Mapping[str, Any]):
     Args:
         where: what messages call the row, for example "mmstar.parquet[12]".
         root: folder that relative image paths start from.
-        by_index: the row whose column `index` holds a text; VLMEvalKit's tables write a shared
-            image once, and the index of its row elsewhere.
+        by_index: places of the rows of `records` by their column `index`; VLMEvalKit's tables
+            write a shared image once, and the index of its row elsewhere.
         number: its place in the data, from 0.
         records: the data, where images can be left until they are looked at.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, root: Path | None = None,
-                 by_index: ByIndex | None = None, number: int = 0,
+                 by_index: Mapping[str, int] | None = None, number: int = 0,
                  records: Records | None = None) -> None:
         self.values_ = {key: x for key, x in values.items() if not _empty(x)}
-        self.where, self.root, self.by_index = where, root, by_index
+        self.where, self.root, self.by_index = where, root, by_index or {}
         self.number, self.records = number, records
 
     def __getitem__(self, column: str) -> Any:
@@ -149,7 +148,8 @@ class Row(Mapping[str, Any]):
         if found is None:
             raise RecordError(f"{self.where}: {column} holds no image.")
         if isinstance(found, bytes) and self.records is not None:
-            found = _InItsRow(self.records, self.number, self.by_index, column, place)
+            found = partial(_image_in_its_row, self.records, self.number, self.by_index, column,
+                            place)
         return ImageRef(found, self.where)
 
     def stored_image(self, column: str, place: int | None) -> Any:
@@ -160,9 +160,8 @@ class Row(Mapping[str, Any]):
     def _stored(self, value: Any, column: str) -> Any:
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
-        if isinstance(value, str) and self.by_index is not None and len(value) < SHORTEST_BASE64:
-            other = self.by_index(value)
-            value = other[column] if other is not None and other.get(column) else value
+        if isinstance(value, str) and self.records is not None and value in self.by_index:
+            value = self.records.columns_of(self.by_index[value]).get(column) or value
         if isinstance(value, str) and len(value) >= SHORTEST_BASE64:
             value = _from_base64(value) or value
         if isinstance(value, (str, Path)):
@@ -171,33 +170,20 @@ class Row(Mapping[str, Any]):
         return value
 
 
-@dataclass(frozen=True)
-class _InItsRow:
+def _image_in_its_row(records: Records, number: int, by_index: Mapping[str, int], column: str,
+                      place: int | None) -> Any:
     """Bytes of an image that stay in their file: a benchmark's images are gigabytes."""
-
-    records: Records
-    number: int
-    by_index: ByIndex | None
-    column: str
-    place: int | None
-
-    def __call__(self) -> Any:
-        row = Row(self.records.columns_of(self.number), self.records.where(self.number),
-                  self.records.root, self.by_index)
-        return row.stored_image(self.column, self.place)
+    row = Row(records.columns_of(number), records.where(number), records.root, by_index, number,
+              records)
+    return row.stored_image(column, place)
 
 
-class _Lookup:
-    """Rows of a table by their column `index`."""
-
-    def __init__(self, rows: Records) -> None:
-        self._rows, self._numbers = rows, dict[str, int]()
-        for number in range(len(rows)):
-            self._numbers.setdefault(str(rows.columns_of(number).get("index")), number)
-
-    def __call__(self, index: str) -> Mapping[str, Any] | None:
-        number = self._numbers.get(index)
-        return None if number is None else self._rows.columns_of(number)
+def places_by_index(rows: Records) -> dict[str, int]:
+    """The first row of a table for every value of its column `index`."""
+    places: dict[str, int] = {}
+    for number in range(len(rows)):
+        places.setdefault(str(rows.columns_of(number).get("index")), number)
+    return places
 
 
 def _answer(value: Any) -> Any:

@@ -82,16 +82,18 @@ def counts(answers: Mapping[int, Sequence[Answer]], by_seed: BySeed) -> dict[str
         `parse_failures` counts what a rule could not read, and `unanswered` (by reason) questions
         without an answer; both have score 0 and are in `n`.
     """
-    seeds, missing = len(by_seed), Counter[str]()
-    unread = cut = 0
-    for seed, judged in by_seed.items():
-        for answer, one in zip(answers[seed], judged, strict=True):
-            missing[answer.problem] += bool(answer.problem)
-            unread += one.verdict.read is None and not answer.problem
-            cut += answer.cut
-    per_seed = {reason: _whole(n / seeds) for reason, n in sorted(missing.items()) if reason}
-    return {"n": len(next(iter(by_seed.values()))), "parse_failures": _whole(unread / seeds),
-            "unanswered": per_seed, "cut": _whole(cut / seeds)}
+    pairs = [(answer, j.verdict) for seed, judged in by_seed.items()
+             for answer, j in zip(answers[seed], judged, strict=True)]
+
+    def per_seed(number: int) -> float | int:
+        mean = number / len(by_seed)
+        return int(mean) if mean == int(mean) else mean
+
+    missing = Counter(answer.problem for answer, _ in pairs if answer.problem)
+    unread = sum(verdict.read is None and not answer.problem for answer, verdict in pairs)
+    return {"n": len(pairs) // len(by_seed), "parse_failures": per_seed(unread),
+            "unanswered": {reason: per_seed(missing[reason]) for reason in sorted(missing)},
+            "cut": per_seed(sum(answer.cut for answer, _ in pairs))}
 
 
 def summary(name: str, model: Mapping[str, Any], tasks: Mapping[str, Any], seed: int,
@@ -100,10 +102,6 @@ def summary(name: str, model: Mapping[str, Any], tasks: Mapping[str, Any], seed:
     return {"schema": SCHEMA, "kind": KIND, "name": name, "model": model, "tasks": tasks, **more,
             "seed": seed, "versions": versions(), "machine": {**machine(), "processes": processes},
             "memory": peak_memory(), "seconds": time.perf_counter() - started}
-
-
-def _whole(number: float) -> float | int:
-    return int(number) if number == int(number) else number
 
 
 def lines(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from taid_vlm.batch.collator import Batch
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, at_least
 from taid_vlm.models.loading import ModelSpec
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
@@ -97,8 +97,7 @@ def plan_recipe(recipe: Recipe, processes: int = 1, seen: Seen | None = None) ->
     Raises:
         TaidError: what a run would refuse, too.
     """
-    if processes < 1:
-        raise TaidError(f"--processes = {processes}, but it must be at least 1.")
+    at_least("--processes", processes, 1)
     names = [stage.name for stage in recipe.stages or ()] or [""]
     with _quiet():
         seen = {} if seen is None else seen

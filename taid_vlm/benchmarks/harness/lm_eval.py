@@ -19,17 +19,11 @@ import datasets
 import torch
 
 from taid_vlm.adapters.template import content_form, has_chat_template
-from taid_vlm.benchmarks.harness.converted import (
-    average,
-    entry_of,
-    figures_of,
-    rows_of,
-    too_long,
-)
+from taid_vlm.benchmarks.harness.converted import average, entry_of, figures_of, rows_of, too_long
 from taid_vlm.benchmarks.harness.local_data import TaskChange, source_of, task_yaml
 from taid_vlm.benchmarks.harness.suites import SUITES, changes_of, expand
 from taid_vlm.benchmarks.scoring import summary
-from taid_vlm.errors import TaidError, nearest
+from taid_vlm.errors import TaidError, at_least, nearest
 from taid_vlm.io.files import write_json, write_text
 from taid_vlm.io.folders import new_folder, whole_or_absent
 from taid_vlm.models.loading import ModelSpec, load_config, load_model, load_processor, sees_images
@@ -62,10 +56,9 @@ class Options:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise TaidError(f"{name} = {value}, but it must be at least {least}.")
+        at_least("num_fewshot", self.num_fewshot, 0)
+        at_least("limit", self.limit, 1)
+        at_least("batch_size", self.batch_size, 1)
 
 
 def run_lm_eval(

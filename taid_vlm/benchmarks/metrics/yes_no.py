@@ -5,16 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from taid_vlm.benchmarks.question import (
-    Judged,
-    Key,
-    Question,
-    Rule,
-    Verdict,
-    groups,
-    one_by_one,
-    split_by,
-)
+from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, groups, one_by_one
 from taid_vlm.errors import RecordError
 from taid_vlm.evaluation.statistics import Estimate, mean_of, ratio_of
 
@@ -109,12 +100,6 @@ def rule(
         return Verdict(float(read in question.answers), read)
 
     return Rule(name, 1, one_by_one(judge), figures, source)
-
-
-def all_right(judged: Sequence[Judged], key: Callable[[Judged], Key]) -> dict[Key, float]:
-    """For every value of `key`, 1.0 where all questions that have it are right."""
-    return {name: float(all(j.verdict.score == 1.0 for j in part))
-            for name, part in split_by(judged, key).items()}
 
 
 WORD = rule("word", as_word, "own: exactly one of yes and no as a word")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from taid_vlm.benchmarks.metrics import yes_no
-from taid_vlm.benchmarks.question import Benchmark, Judged, Question, groups
+from taid_vlm.benchmarks.question import Benchmark, Judged, Question, all_right, groups
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 
@@ -39,7 +39,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
 
 def _all_right(judged: Sequence[Judged], key: str) -> tuple[list[float], list[str]]:
     """The hits of what shares a figure or a question, and the set of each."""
-    hits = yes_no.all_right(judged, lambda j: (j.question.group, j.question.extra[key]))
+    hits = all_right(judged, lambda j: (j.question.group, j.question.extra[key]))
     return list(hits.values()), [group for group, _ in hits]
 
 

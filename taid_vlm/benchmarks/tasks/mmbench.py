@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from taid_vlm.benchmarks.choices import choice_prompt, choice_question, choice_rules, options_of
 from taid_vlm.benchmarks.metrics.letters import lmms_mmbench_option
-from taid_vlm.benchmarks.metrics.yes_no import all_right
-from taid_vlm.benchmarks.question import Benchmark, Judged, Question
+from taid_vlm.benchmarks.question import Benchmark, Judged, Question, all_right
 from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from taid_vlm.benchmarks.metrics import yes_no
 from taid_vlm.benchmarks.prompts import about_image
-from taid_vlm.benchmarks.question import Benchmark, Judged, Question, groups, split_by
+from taid_vlm.benchmarks.question import Benchmark, Judged, Question, all_right, groups, split_by
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 
@@ -31,7 +31,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
               split_by(judged, lambda j: j.question.tags["category"]).items()}
     parts = {"perception": [points[name] for name in points if name not in COGNITION],
              "cognition": [points[name] for name in points if name in COGNITION]}
-    pictures = list(yes_no.all_right(judged, lambda j: j.question.group).values())
+    pictures = list(all_right(judged, lambda j: j.question.group).values())
     accuracy = mean_of([j.verdict.score for j in judged], groups(judged))
     return {
         "score": _sum(list(points.values())),
