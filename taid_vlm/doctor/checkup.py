@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +14,17 @@ from taid_vlm.alignment import Aligned
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.records import Malformed, Record
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings: what training would log belongs to training, or is part of the account."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @dataclass(frozen=True)
@@ -57,19 +70,21 @@ class Listener(DistillationCollator):
         return Checked(source, reason, self._detail, stops, bool(counts["cut"]),
                        self._whole, self._rows, self._found, counts)
 
-    def _prepare(self, record: Record) -> Any:
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
         try:
-            return super()._prepare(record)
+            yield
         except (TaidError, SampleDropped) as problem:
             self._detail = str(problem)
             raise
 
+    def _prepare(self, record: Record) -> Any:
+        with self._noted():
+            return super()._prepare(record)
+
     def _run(self, adapter: ModelAdapter, samples: Sequence[Any]) -> EncodedBatch:
-        try:
+        with self._noted():
             encoded = super()._run(adapter, samples)
-        except (TaidError, SampleDropped) as problem:
-            self._detail = str(problem)
-            raise
         if samples[0].record is self._record:  # a placeholder stands in for what was left out
             self._whole.setdefault(adapter.role, encoded.rows[0])
             self._rows[adapter.role] = encoded.rows[0]

@@ -73,11 +73,11 @@ class Diagnosis:
 
 def refuse(error: TaidError) -> Diagnosis:
     """The diagnosis of what training would refuse."""
-    changes = [change for change in (ADVICE.get(error.code, error.mend),) if change]
-    changes += [f"{reason.capitalize()}: {REMEDIES[reason]}" for reason in error.reasons
-                if reason in REMEDIES]
+    remedies = (f"{reason.capitalize()}: {REMEDIES[reason]}" for reason in error.reasons
+                if reason in REMEDIES)
+    changes = tuple(filter(None, (ADVICE.get(error.code, error.mend), *remedies)))
     return Diagnosis("refused", None, HEADLINES["refused"], str(error),
-                     tuple(changes) or ("Change what the message names, and run inspect again.",))
+                     changes or ("Change what the message names, and run inspect again.",))
 
 
 def accept(
@@ -122,10 +122,9 @@ def _conversation(facts: Mapping[str, Facts]) -> Iterator[str]:
                f"student: {student.thought}), so the two models answer after different texts; a "
                "chat_template without thoughts in the recipe makes them alike")
     if teacher.system != student.system:
-        told = {role: "none" if side.system is None else repr(side.system)
-                for role, side in (("teacher", teacher), ("student", student))}
-        yield (f"the default system prompts differ (teacher: {told['teacher']}; student: "
-               f"{told['student']}); a system turn in the records makes them alike")
+        prompts = ["none" if x.system is None else repr(x.system) for x in (teacher, student)]
+        yield (f"the default system prompts differ (teacher: {prompts[0]}; student: {prompts[1]}); "
+               "a system turn in the records makes them alike")
 
 
 def _lengths(facts: Mapping[str, Facts]) -> Iterator[str]:
@@ -140,8 +139,8 @@ def _lengths(facts: Mapping[str, Facts]) -> Iterator[str]:
 def _records(checks: Sequence[Preflight]) -> Iterator[str]:
     for check in checks:
         if check.usable < check.records:
-            told = ", ".join(f"{one.count:,} x {one.reason}" for one in check.dropped)
-            yield f"{check.name}: {check.sentence}: {told}"
+            reasons = ", ".join(f"{one.count:,} x {one.reason}" for one in check.dropped)
+            yield f"{check.name}: {check.sentence}: {reasons}"
         if check.cut:
             yield (f"{check.name}: {check.cut:,} texts are longer than the maximum length and are "
                    "cut")
