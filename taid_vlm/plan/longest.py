@@ -54,7 +54,7 @@ def look_at(trainer: DistillationTrainer, records: Any) -> Looked:
     checked = [(row, one) for row in rows if not (one := listener.check(row)).reason]
     if not checked:
         raise TaidError(f"none of the first {len(rows)} records can be used.")
-    checked.sort(key=lambda pair: _length(pair[1]), reverse=True)
+    checked.sort(key=lambda pair: -sum(len(row.ids) for row in pair[1].rows.values()))
     more = not hasattr(records, "__len__") or len(records) > len(rows)
     return Looked(tuple(checked), len(rows), more)
 
@@ -76,11 +76,6 @@ def _first(records: Any) -> list[Record]:
     rows = (records[i] for i in range(len(records))) if hasattr(records, "__len__") else records
     return [row if isinstance(row, Record) else parse_record(row, "a row")
             for row in islice(rows, LOOKED_AT)]
-
-
-def _length(checked: Checked) -> int:
-    """Tokens of both models."""
-    return sum(len(row.ids) for row in checked.rows.values())
 
 
 def _most(usable: Sequence[tuple[Record, Checked]], role: str, count: Any) -> int:
