@@ -93,11 +93,8 @@ def plan_batches(questions: Sequence[Question], size: int) -> list[list[Question
     They depend on the questions alone and not on their order, so that going on after an
     interruption meets the same batches again.
     """
-    def length(question: Question) -> tuple[int, int, str]:
-        text = sum(len(part) for part in question.prompt if part is not None)
-        return -len(question.images), -text, question.id
-
-    ordered = sorted(questions, key=length)
+    ordered = sorted(questions, key=lambda question: (
+        -len(question.images), -sum(len(part or "") for part in question.prompt), question.id))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 

@@ -41,28 +41,26 @@ def prepare(
     candidate: Candidate, tasks: Sequence[Task], asking: Asking
 ) -> LocalModel | ServedModel:
     """The model without its weights; raises TaidError where it cannot be asked these questions."""
-    for task in tasks:
-        _check_method(task, asking)
-    if isinstance(candidate.source, Endpoint):
-        if asking.method == "likelihood":
+    if asking.method == "likelihood":
+        for task in tasks:
+            _check_choices(task, asking)
+        if isinstance(candidate.source, Endpoint):
             raise TaidError("--method likelihood needs a model on this machine: chat completions "
                             "do not tell how likely a given answer is.")
+    if isinstance(candidate.source, Endpoint):
         return ServedModel(candidate.source)
     model = LocalModel(candidate.source)
-    for task in tasks:
-        seen = next((question for question in task.questions if question.images), None)
-        if seen is not None and not model.adapter.sees_images:
+    for task in tasks if not model.adapter.sees_images else ():
+        for question in (question for question in task.questions if question.images):
             raise TaidError(
                 f"--model '{candidate.name}' ({model.config.model_type}) is a text model, but "
-                f"{task.benchmark.name} asks about images (question '{seen.id}'); choose a model "
-                "with vision, or text benchmarks.")
+                f"{task.benchmark.name} asks about images (question '{question.id}'); choose a "
+                "model with vision, or text benchmarks.")
     return model
 
 
-def _check_method(task: Task, asking: Asking) -> None:
+def _check_choices(task: Task, asking: Asking) -> None:
     name = task.benchmark.name
-    if asking.method != "likelihood":
-        return
     if not task.benchmark.likelihood:
         raise TaidError(f"--method likelihood: {name} is not answered by choosing; use generate.")
     without = [question.id for question in task.questions if len(question.choices) < 2

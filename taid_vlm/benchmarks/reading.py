@@ -51,13 +51,12 @@ def _check(questions: Sequence[Question], benchmark: Benchmark, source: DataSour
     if not questions:
         reason = f" (rows left out: {_counts(dropped)})" if dropped else ""
         raise TaidError(f"{benchmark.name}: '{source.path}' holds no questions{reason}.")
-    seen: dict[str, int] = {}
+    places: dict[str, int] = {}
     for number, question in enumerate(questions):
-        if question.id in seen:
+        if (first := places.setdefault(question.id, number)) != number:
             raise TaidError(f"{benchmark.name}: two questions of '{source.path}' have the id "
-                            f"'{question.id}' (questions {seen[question.id]} and {number}, from "
-                            "0); their answers could not be told apart.")
-        seen[question.id] = number
+                            f"'{question.id}' (questions {first} and {number}, from 0); their "
+                            "answers could not be told apart.")
 
 
 def _counts(dropped: Counter[str]) -> str:

@@ -178,7 +178,8 @@ def chat_messages(question: Question) -> list[dict[str, Any]]:
     """The question as typed parts, its images inline as PNG; raises SampleDropped."""
     images = iter(question.images)
     content = [{"type": "text", "text": part} if part is not None else
-               {"type": "image_url", "image_url": {"url": _data_url(next(images).load())}}
+               {"type": "image_url", "image_url": {
+                   "url": f"data:image/png;base64,{png_base64(next(images).load())}"}}
                for part in question.prompt if part != ""]
     return [{"role": "user", "content": content}]
 
@@ -205,10 +206,11 @@ def own_seed(seed: int, name: str) -> int:
     return random.Random(f"{seed}/{name}").getrandbits(31)
 
 
-def _data_url(image: Any) -> str:
+def png_base64(image: Any) -> str:
+    """A PIL image as PNG in base64."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _seconds(value: str | None) -> float:

@@ -100,7 +100,7 @@ class AnswerStore:
 
     def open(self) -> None:
         """Begin this process's partial file with what it is to go on from, whole lines only."""
-        write_text(_dumped([self.identity, *map(self._line, self.answers)]), self.path)
+        write_text(json_lines([self.identity, *map(self._line, self.answers)]), self.path)
 
     def add(self, given: Given, seed: int, seconds: float) -> None:
         """Keep answers that have just been given, at once."""
@@ -109,14 +109,14 @@ class AnswerStore:
         self.answers |= new
         try:
             with self.path.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(_dumped(map(self._line, new)))
+                file.write(json_lines(map(self._line, new)))
         except OSError as error:
             raise TaidError(f"'{self.path}' could not be written: {error.strerror or error}"
                             ) from error
 
     def finish(self, lines: Sequence[Line]) -> None:
         """The final file, whole or not there; the partial ones are no longer needed."""
-        write_text(_dumped(lines), self.final)
+        write_text(json_lines(lines), self.final)
         for path in self._partial_files():
             path.unlink()
 
@@ -127,7 +127,8 @@ def answer_fields(answer: Answer) -> dict[str, Any]:
     return {"answer": answer.text, **rest}
 
 
-def _dumped(lines: Iterable[Line]) -> str:
+def json_lines(lines: Iterable[Line]) -> str:
+    """One JSON object a line."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 

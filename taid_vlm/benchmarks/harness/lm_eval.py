@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import tempfile
 import time
@@ -23,7 +22,8 @@ from taid_vlm.benchmarks.harness.converted import average, entry_of, figures_of,
 from taid_vlm.benchmarks.harness.local_data import TaskChange, source_of, task_yaml
 from taid_vlm.benchmarks.harness.suites import SUITES, changes_of, expand
 from taid_vlm.benchmarks.scoring import summary
-from taid_vlm.errors import TaidError, at_least, nearest
+from taid_vlm.benchmarks.store import FOLDER, json_lines
+from taid_vlm.errors import TaidError, at_least, one_of
 from taid_vlm.io.files import write_json, write_text
 from taid_vlm.io.folders import new_folder, whole_or_absent
 from taid_vlm.models.loading import ModelSpec, load_config, load_model, load_processor, sees_images
@@ -105,10 +105,8 @@ def run_lm_eval(
 
 
 def _options(given: Mapping[str, Any]) -> Options:
-    valid = [field.name for field in dataclasses.fields(Options)]
     for name in given:
-        if name not in valid:
-            raise TaidError(f"lm-eval: there is no option '{name}'.{nearest(name, valid)}")
+        one_of("lm-eval: option", name, [field.name for field in dataclasses.fields(Options)])
     return Options(**given)
 
 
@@ -281,8 +279,7 @@ def _write(results: dict[str, Any], answers: Mapping[str, Sequence[Any]],
            files: Mapping[str, str], output: Path) -> None:
     with whole_or_absent(output, "the evaluation could not be written to '{}'") as folder:
         for name, rows in answers.items():
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(lines, folder / "answers" / f"{name}.jsonl")
+            write_text(json_lines(rows), folder / FOLDER / f"{name}.jsonl")
         for name, text in files.items():
             write_text(text, folder / TASK_FOLDER / f"{name}.yaml")
         write_json(results, folder / "results.json")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-import io
 import itertools
 import logging
 import os
@@ -22,6 +21,7 @@ import pandas as pd
 from taid_vlm.benchmarks.choices import listed
 from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Question
+from taid_vlm.benchmarks.remote import png_base64
 from taid_vlm.benchmarks.rows import LETTERS, SHORTEST_BASE64
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.io.folders import refuse_file_in_the_way
@@ -151,11 +151,8 @@ def _base64(image: ImageRef, name: str) -> str:
     if isinstance(stored, (str, Path)):
         stored = Path(stored).read_bytes()
     text = base64.b64encode(stored if isinstance(stored, bytes) else b"").decode()
-    if len(text) > SHORTEST_BASE64:  # a shorter text is taken for the index of another row
-        return text
-    buffer = io.BytesIO()
-    shown.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    # a shorter text is taken for the index of another row
+    return text if len(text) > SHORTEST_BASE64 else png_base64(shown)
 
 
 def _read_back(path: Path, rows: Sequence[Cells], columns: Sequence[str], name: str) -> None:

@@ -72,11 +72,8 @@ def is_readable(answer: str, choices: tuple[str, ...] = ()) -> bool:
 
 
 def _letter_at_an_end(answer: str) -> str:
-    for letter in OPTIONS:
-        if (answer.endswith((f" {letter}.", f" ({letter}).")) or
-                answer.startswith((f"{letter}\n", f"({letter})\n", f"({letter}) {letter}\n"))):
-            return letter
-    return answer
+    return next((x for x in OPTIONS if answer.endswith((f" {x}.", f" ({x}).")) or
+                 answer.startswith((f"{x}\n", f"({x})\n", f"({x}) {x}\n"))), answer)
 
 
 def _after_flags(answer: str) -> str:
@@ -112,10 +109,8 @@ def _with_braces(answer: str) -> str:
 
 
 def _fraction_with_braces(part: str) -> str:
-    if part[0] == "{":
-        return part
-    below = part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}"
-    return f"{{{part[0]}}}{below}"
+    below = part[1:] if part[1:2] == "{" else f"{{{part[1:2]}}}{part[2:]}"
+    return part if part[0] == "{" else f"{{{part[0]}}}{below}"
 
 
 def _unboxed(answer: str) -> str:

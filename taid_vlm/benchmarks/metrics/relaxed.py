@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from taid_vlm.benchmarks.metrics.text import as_number, of_text
 from taid_vlm.benchmarks.question import Judged, Question, Rule, accuracy
@@ -31,10 +32,6 @@ def _number(text: str) -> float | None:
     return value / 100 if text.endswith("%") else value
 
 
-def _without_separators(text: str) -> str:
-    return _SEPARATOR.sub("", text)
-
-
 def _any_gold(change: Callable[[str], str]) -> Callable[[str, Question], float]:
     def score(answer: str, question: Question) -> float:
         answer = change(answer.strip())
@@ -55,5 +52,5 @@ OFFICIAL = Rule(
     "official", 1, of_text(_any_gold(str)), by_origin,
     source="google-research/pix2struct, pix2struct/metrics.py, as lmms-eval and VLMEvalKit have it")
 SEPARATORS = Rule(
-    "separators", 1, of_text(_any_gold(_without_separators)), by_origin,
+    "separators", 1, of_text(_any_gold(partial(_SEPARATOR.sub, ""))), by_origin,
     source="official, after the commas of thousands are taken out")

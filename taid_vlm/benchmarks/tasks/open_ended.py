@@ -32,10 +32,9 @@ def _references(row: Row) -> tuple[str, ...]:
                           "prompts alone, as those of Vicuna and MT-Bench, cannot be scored here.")
     value = row["references"] if "references" in row else row["output"]
     references = (value.strip(),) if isinstance(value, str) else row.golds("references", "output")
-    for reference in references:
-        if not words(reference):
-            raise RecordError(f"{row.where}: reference {reference!r:.60} has none of the letters "
-                              "a-z and digits that ROUGE-L sees.")
+    for reference in (reference for reference in references if not words(reference)):
+        raise RecordError(f"{row.where}: reference {reference!r:.60} has none of the letters a-z "
+                          "and digits that ROUGE-L sees.")
     return references
 
 
