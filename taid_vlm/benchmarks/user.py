@@ -149,9 +149,7 @@ def _filled(name: str, row: Row, spec: BenchmarkSpec, choices: tuple[str, ...]) 
 def _images(row: Row, spec: BenchmarkSpec) -> tuple[ImageRef, ...]:
     if not spec.images:
         return ()
-    column = spec.column("image")
-    if column not in row and "image" not in spec.columns and "images" in row:
-        column = "images"
+    column = spec.column("image") if "image" in spec.columns else row.first("image", "images")
     row.need(column)
     return row.images(column)
 

@@ -60,8 +60,7 @@ class Listener(DistillationCollator):
         source, self._detail = ("", record.problem) if isinstance(record, Malformed) else (
             record.source, "")
         self._record, self._found = record, list[Aligned]()
-        self._whole: dict[str, EncodedRow] = {}
-        self._rows: dict[str, EncodedRow] = {}
+        self._whole, self._rows = dict[str, EncodedRow](), dict[str, EncodedRow]()
         try:
             counts, stops = self([record])["counts"], None
         except TaidError as error:  # the collator leaves out what can be; this ends a run

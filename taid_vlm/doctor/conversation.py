@@ -69,8 +69,8 @@ def _source(spec: ModelSpec, processor: Processor) -> str:
 
 
 def _conversation(*before: Message) -> Record:
-    return Record("probe", (*before, Message("user", (QUESTION,)),
-                            Message("assistant", (ANSWER,))))
+    turns = (*before, Message("user", (QUESTION,)), Message("assistant", (ANSWER,)))
+    return Record("probe", turns)
 
 
 def _render(adapter: ModelAdapter, *before: Message) -> Rendered | None:

@@ -121,8 +121,8 @@ def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
 
 
 def _specs(recipe: Recipe) -> dict[str, ModelSpec]:
-    sides = {"teacher": recipe.teacher, "student": recipe.student}
-    return {role: spec for role, spec in sides.items() if spec is not None}
+    sides = (("teacher", recipe.teacher), ("student", recipe.student))
+    return {role: spec for role, spec in sides if spec is not None}
 
 
 def _facts(recipe: Recipe, skeletons: Mapping[str, Any], pair: _Pair | None) -> dict[str, Facts]:
@@ -155,13 +155,12 @@ def _found(recipe: Recipe, role: str, spec: ModelSpec) -> tuple[Any, Any, Any]:
 def _preflight(pair: _Pair, everything: bool) -> Iterator[Preflight]:
     for side, records, collator in (("train", pair.ingredients.train, pair.collator),
                                     ("eval", pair.ingredients.eval, pair.plain)):
-        if records is None:
-            continue
-        name = f"{pair.stage}: data.{side}" if pair.stage else f"data.{side}"
-        if everything:
-            check_sized(f"data.{side}", records, getattr(pair.recipe.data, side).max_records)
-        yield preflight(name, records, collator, pair.ingredients.args,
-                        None if everything else PROBED_RECORDS)
+        if records is not None:
+            name = f"{pair.stage}: data.{side}" if pair.stage else f"data.{side}"
+            if everything:
+                check_sized(f"data.{side}", records, getattr(pair.recipe.data, side).max_records)
+            yield preflight(name, records, collator, pair.ingredients.args,
+                            None if everything else PROBED_RECORDS)
 
 
 def _trace(pair: _Pair, index: int) -> tuple[Trace | None, str]:

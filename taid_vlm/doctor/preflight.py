@@ -96,8 +96,8 @@ class Preflight:
         """The account in one line."""
         among = "" if self.whole else "the first "
         lost = self.records - self.usable
-        share = lost / self.records if self.records else 0.0
-        return f"{lost:,} of {among}{self.records:,} records will be left out ({share:.1%})"
+        share = f"{lost / max(self.records, 1):.1%}"
+        return f"{lost:,} of {among}{self.records:,} records will be left out ({share})"
 
     @property
     def coverage(self) -> float:

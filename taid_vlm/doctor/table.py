@@ -102,10 +102,8 @@ def _end(side: Facts) -> str:
 
 def _padding(side: Facts) -> str:
     """Rows of the head that no token names."""
-    if side.head is None or side.tokenizer is None:
-        return MISSING
-    spare = side.head.rows - side.tokenizer.tokens
-    return f"{spare:,}" if spare >= 0 else f"{-spare:,} too few"
+    spare = side.head.rows - side.tokenizer.tokens if side.head and side.tokenizer else None
+    return MISSING if spare is None else f"{spare:,}" if spare >= 0 else f"{-spare:,} too few"
 
 
 def _limit(side: Facts) -> str:
