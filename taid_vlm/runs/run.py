@@ -20,7 +20,7 @@ from taid_vlm.adapters import Processor, check_reloaded, make_adapter
 from taid_vlm.alignment import check_modalities
 from taid_vlm.config.data import DataSource
 from taid_vlm.config.recipe import Recipe
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, with_place
 from taid_vlm.evaluation.answers import FILE as ANSWERS_FILE
 from taid_vlm.evaluation.answers import to_lines
 from taid_vlm.evaluation.canary import Looks, account
@@ -199,7 +199,7 @@ def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
         return open_records(source, recipe.start_of(source))
     except TaidError as error:
         side = "train" if source is recipe.data.train else "eval"
-        raise type(error)(str(error).replace("data: ", f"data.{side}: ", 1)) from error
+        raise with_place(error, f"data.{side}", instead_of="data") from error
 
 
 def _has_images(records: Any) -> bool:

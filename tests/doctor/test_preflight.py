@@ -140,7 +140,7 @@ def test_a_malformed_row_is_left_out_as_in_training(patient: Patient, workers: i
     found = patient.inspect(path, everything=True)
     (check,) = found.preflight
     assert found.verdict.outcome == "shared"
-    assert (check.records, check.usable, check.stops) == (300, 299, "")
+    assert (check.records, check.usable, check.stops) == (300, 299, None)
     assert "data.train: 1 of 300 records will be left out (0.3%): 1 x malformed record" in (
         found.verdict.warnings)
     assert "train.parquet[290]: column 'prompt' is missing" in check.dropped[0].detail
