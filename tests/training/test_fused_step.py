@@ -186,9 +186,9 @@ def test_every_key_means_what_the_models_own_code_makes_of_it(
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     torch.nn.init.normal_(model.get_output_embeddings().weight)  # or no cap would be felt
     tokens = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-    probe = {"student_inputs": {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
-             "student_mask": torch.ones_like(tokens, dtype=torch.bool)}
-    assert find_logit_transform(model, "student", probe) == LogitTransform(scale, softcap)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    assert find_logit_transform(model, inputs, mask) == LogitTransform(scale, softcap)
 
 
 def test_forward_stays_the_models_own() -> None:
