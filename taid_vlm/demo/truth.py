@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from taid_vlm.benchmarks.asking import Task
 from taid_vlm.benchmarks.metrics.text import equal_after
 from taid_vlm.benchmarks.question import Benchmark, Question, Rule
-from taid_vlm.benchmarks.store import data_hash, question_hash
+from taid_vlm.benchmarks.store import question_hash
 from taid_vlm.compare import Method
 from taid_vlm.compare.folders import Distillation
 from taid_vlm.compare.measures import BASE, TEACHER, Items, Measure
@@ -43,14 +43,21 @@ class HeldOutQuestion(Question):
         return self.conversation, self.turn
 
 
+class HeldOutTask(Task):
+    """A task whose questions stand in conversations."""
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        return {question.id: question_hash(_whole(question)) for question in self.questions}
+
+
 def questions_task(source: DataSource, number: int) -> Task:
     """The first `number` questions of held-out records that have one right answer."""
     records: Any = open_records(source)
     turns = ((record, turn) for record in (records[i] for i in range(len(records)))
              for turn in range(len(record.answers)) if record.category(turn) != CAPTION)
     questions = [_question(*turn) for turn in islice(turns, number)]
-    asked = {question.id: question_hash(_whole(question)) for question in questions}
-    return Task(QUESTIONS, EXACT, source, questions, asked, data_hash(Path(source.path)))
+    return HeldOutTask(QUESTIONS, EXACT, source, questions)
 
 
 def _question(record: Record, turn: int) -> HeldOutQuestion:

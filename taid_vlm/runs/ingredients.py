@@ -14,7 +14,7 @@ from taid_vlm.adapters import Processor
 from taid_vlm.alignment import check_modalities
 from taid_vlm.config.data import DataSource
 from taid_vlm.config.recipe import Recipe
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, with_place
 from taid_vlm.models.loading import load_config, load_processor, load_skeleton, sees_images
 from taid_vlm.models.parts import freeze_parts
 from taid_vlm.records import Record, Records, StreamedRecords, open_records
@@ -67,7 +67,7 @@ def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
         return open_records(source, recipe.start_of(source))
     except TaidError as error:
         side = "train" if source is recipe.data.train else "eval"
-        raise type(error)(str(error).replace("data: ", f"data.{side}: ", 1)) from error
+        raise with_place(error, f"data.{side}", instead_of="data") from error
 
 
 def _has_images(records: Any) -> bool:

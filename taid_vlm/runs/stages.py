@@ -19,7 +19,7 @@ from accelerate import PartialState
 
 from taid_vlm.config.model import StudentSpec
 from taid_vlm.config.recipe import Recipe, StageSpec
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, with_place
 from taid_vlm.runs import run
 from taid_vlm.runs.folders import RESULTS, STUDENT, find_checkpoint, is_finished, last_checkpoint
 from taid_vlm.runs.ingredients import gather
@@ -40,6 +40,14 @@ def expand(recipe: Recipe) -> list[Recipe]:
             "objective": recipe.objective if stage.objective is None else stage.objective,
         }))
     return expanded or [recipe]
+
+
+def parts_by_name(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Every stage with its name ("" without stages), each on the first student: before a run,
+    the later ones' own are not there."""
+    names = [stage.name for stage in recipe.stages or ()] or [""]
+    return [(name, part.model_copy(update={"student": recipe.student}))
+            for name, part in zip(names, expand(recipe), strict=True)]
 
 
 def _folder(recipe: Recipe, number: int, stage: StageSpec) -> str:
@@ -72,7 +80,7 @@ def distill_stages(
     if not recipe.stages:
         return run.distill(recipe, resume, report=report).results
     stages = expand(recipe)
-    _check(recipe, stages)
+    _check(recipe)
     first = _first_unfinished(recipe, stages) if resume else _fresh_start(stages)
     if first == len(stages):
         return _results(stages[-1])
@@ -87,16 +95,16 @@ def distill_stages(
     return results
 
 
-def _check(recipe: Recipe, stages: Sequence[Recipe]) -> None:
-    """Open what every stage needs; later ones stand on the first student until theirs is there."""
+def _check(recipe: Recipe) -> None:
+    """Open what every stage needs."""
     if recipe.student.peft is not None:
         raise TaidError("stages cannot be combined with student.peft: the next stage would start "
                         "from an adapter. Merge it, and start another run from there.")
-    for spec, stage in zip(recipe.stages or (), stages, strict=True):
+    for name, part in parts_by_name(recipe):
         try:
-            gather(stage.model_copy(update={"student": recipe.student}))
+            gather(part)
         except TaidError as error:
-            raise type(error)(f"stages '{spec.name}': {error}") from error
+            raise with_place(error, f"stages '{name}'") from error
 
 
 def _fresh_start(stages: Sequence[Recipe]) -> int:

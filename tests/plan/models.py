@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def real_trainer(recipe: Recipe, folder: Path) -> DistillationTrainer:
     """The trainer of a recipe, on random weights."""
     train = {**recipe.train, "max_steps": 2, "logging_steps": 1, "save_strategy": "no",
              "disable_tqdm": True}
-    found = gather(replace(recipe, train=train, output_dir=str(folder)))
+    found = gather(recipe.model_copy(update={"train": train, "output_dir": str(folder)}))
     models = {role: _random(spec.model_name_or_path, spec.dtype)
               for role, spec in (("student", recipe.student), ("teacher", recipe.teacher))
               if spec is not None}
