@@ -46,6 +46,8 @@ class HeldOutQuestion(Question):
 class HeldOutTask(Task):
     """A task whose questions stand in conversations."""
 
+    questions: Sequence[HeldOutQuestion]
+
     @cached_property
     def hashes(self) -> dict[str, str]:
         return {question.id: question_hash(_whole(question)) for question in self.questions}
