@@ -100,7 +100,7 @@ def run_lm_eval(
     load_config(spec, ROLE)
     started, entries, answers = time.perf_counter(), dict[str, Any](), dict[str, list[Any]]()
     # lm-eval warns of what is meant here: changed tasks, a model that is loaded already
-    with quiet("lm_eval"), _no_bars():
+    with quiet("lm_eval"), _no_extras():
         loaded = _load([request.name for request in requests], index, files, changes)
         lm = _language_model(spec, chosen)
         for task, item in loaded.items():
@@ -218,8 +218,8 @@ def check_ends(text: str, encoded: Sequence[Sequence[int]], tokenizer: Any) -> N
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Every file read would draw one, and lm-eval asks the machine's tools for half a minute what
+def _no_extras() -> Iterator[None]:
+    """Every file read would draw a bar, and lm-eval asks the machine's tools for half a minute what
     they are."""
     from lm_eval import evaluator
 
