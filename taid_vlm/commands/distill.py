@@ -18,10 +18,11 @@ INTERRUPTED = "; --resume goes on from the last checkpoint, if there is one"
 
 class DistillOptions(RecipeOptions):
     resume: bool = option("go on from the last whole checkpoint in output_dir", default=False)
+    overwrite: bool = option("replace a finished run in output_dir", default=False)
 
 
 def distill(
-    recipe: Recipe | Mapping[str, Any] | str | Path, resume: bool = False
+    recipe: Recipe | Mapping[str, Any] | str | Path, resume: bool = False, overwrite: bool = False
 ) -> Results:
     """Carry out a recipe, with or without stages, and write its report.
 
@@ -29,6 +30,7 @@ def distill(
         recipe: a Recipe, its YAML file, the name of one that comes with the package, or what such
             a file holds.
         resume: go on from the last whole checkpoint in `output_dir`.
+        overwrite: replace a finished run there.
 
     Returns:
         What was written to results.json; on disk: `student/`, `recipe.yaml`,
@@ -47,7 +49,7 @@ def distill(
     from taid_vlm.report.run import write_run_report
     from taid_vlm.runs.stages import distill_stages
 
-    return distill_stages(recipe, resume, write_run_report)
+    return distill_stages(recipe, resume, write_run_report, overwrite)
 
 
 def run(options: DistillOptions) -> None:
@@ -55,7 +57,7 @@ def run(options: DistillOptions) -> None:
 
     from accelerate import PartialState
 
-    results = distill(recipe, options.resume)
+    results = distill(recipe, options.resume, options.overwrite)
     process = PartialState()
     if process.is_main_process:
         print(_closing(results, recipe.output_dir))

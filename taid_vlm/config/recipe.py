@@ -117,9 +117,13 @@ class Recipe(Section):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and dict(self) == dict(other)  # wherever it was read
 
+    def tree(self) -> dict[str, Any]:
+        """As plain data, without what is left out."""
+        return dict(_pruned(self))
+
     def to_yaml(self) -> str:
         """The resolved recipe, as it is written beside the results."""
-        return dump_yaml(_pruned(self))
+        return dump_yaml(self.tree())
 
     def digest(self) -> str:
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:16]

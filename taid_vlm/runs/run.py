@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import set_seed
 
 from taid_vlm.config.recipe import Recipe
@@ -22,6 +23,7 @@ from taid_vlm.runs.folders import (
     STUDENT,
     clear_results,
     find_checkpoint,
+    locked,
 )
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.measure import Outcome, make_measuring, outcome_of, train_account
@@ -43,7 +45,7 @@ class Place:
 
 def distill(
     recipe: Recipe, resume: bool = False, place: Place | None = None,
-    report: WriteReport | None = None,
+    report: WriteReport | None = None, overwrite: bool = False,
 ) -> Outcome:
     """Carry out a recipe; one with stages is for `taid_vlm.runs.stages.distill_stages`.
 
@@ -51,6 +53,7 @@ def distill(
         resume: go on from the last whole checkpoint in `output_dir`.
         place: which stage `recipe` is, if it is one.
         report: writes report.html, if one is wanted.
+        overwrite: a finished run in `output_dir` may be replaced.
 
     Returns:
         What the run comes to. On disk, in this order: `recipe.yaml`, `student/` (loads with plain
@@ -63,8 +66,18 @@ def distill(
     if recipe.stages:
         raise TaidError("a recipe with stages is carried out by `distill_stages`.")
     output, whole = Path(recipe.output_dir), place.whole if place and not place.later else recipe
-    ingredients, checkpoint = gather(recipe), find_checkpoint(output, resume)
+    checkpoint, ingredients = find_checkpoint(recipe, resume, overwrite), gather(recipe)
+    with locked(output, PartialState().is_main_process):
+        return _carry_out(recipe, ingredients, checkpoint, whole, place, report)
+
+
+def _carry_out(
+    recipe: Recipe, ingredients: Ingredients, checkpoint: Path | None, whole: Recipe,
+    place: Place | None, report: WriteReport | None,
+) -> Outcome:
+    output = Path(recipe.output_dir)
     trainer = _make_trainer(recipe, ingredients)
+    trainer.recipe = recipe.resolved().tree()
     _take_over(trainer, whole, [*([] if checkpoint else [output]), *(place.later if place else ())])
     measure = make_measuring(trainer, recipe, ingredients.eval)
     before = measure("teacher", "student")

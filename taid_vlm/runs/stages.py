@@ -21,7 +21,7 @@ from taid_vlm.config.model import StudentSpec
 from taid_vlm.config.recipe import Recipe, StageSpec
 from taid_vlm.errors import TaidError, with_place
 from taid_vlm.runs import run
-from taid_vlm.runs.folders import RESULTS, STUDENT, find_checkpoint, is_finished, last_checkpoint
+from taid_vlm.runs.folders import RESULTS, STUDENT, checkpoints, find_checkpoint, is_finished
 from taid_vlm.runs.ingredients import gather
 from taid_vlm.runs.results import Results, Stage, read_results
 
@@ -63,13 +63,15 @@ def _start(recipe: Recipe, folder: str) -> StudentSpec:
 
 
 def distill_stages(
-    recipe: Recipe, resume: bool = False, report: run.WriteReport | None = None
+    recipe: Recipe, resume: bool = False, report: run.WriteReport | None = None,
+    overwrite: bool = False,
 ) -> Results:
     """Carry out a recipe with or without stages.
 
     Args:
         resume: pass over the stages that are finished, and go on with the first that is not.
         report: writes every stage's report.html, if one is wanted.
+        overwrite: a finished run in `output_dir` may be replaced.
 
     Returns:
         The results of the last stage; `stages` in them is an account of those before.
@@ -78,18 +80,20 @@ def distill_stages(
         TaidError: as `run.distill`; what can be checked of any stage is checked before the first.
     """
     if not recipe.stages:
-        return run.distill(recipe, resume, report=report).results
+        return run.distill(recipe, resume, None, report, overwrite).results
     stages = expand(recipe)
     _check(recipe)
-    first = _first_unfinished(recipe, stages) if resume else _fresh_start(stages)
+    first = (_first_unfinished(recipe, stages) if resume
+             else _fresh_start(stages, overwrite))
     if first == len(stages):
         return _results(stages[-1])
-    resumable = resume and last_checkpoint(Path(stages[first].output_dir)) is not None
+    resumable = resume and bool(checkpoints(Path(stages[first].output_dir)))
     PartialState().wait_for_everyone()  # until then, no process may change what another looks at
     for number, stage in enumerate(stages[first:], start=first):
         earlier = [_account(recipe, *pair) for pair in enumerate(stages[:number])]
         later = [Path(other.output_dir) for other in stages[number + 1:]]
-        results = run.distill(stage, resumable, run.Place(recipe, earlier, later), report).results
+        place = run.Place(recipe, earlier, later)
+        results = run.distill(stage, resumable, place, report, overwrite or resume).results
         resumable = False
         _free_memory()
     return results
@@ -107,14 +111,14 @@ def _check(recipe: Recipe) -> None:
             raise with_place(error, f"stages '{name}'") from error
 
 
-def _fresh_start(stages: Sequence[Recipe]) -> int:
+def _fresh_start(stages: Sequence[Recipe], overwrite: bool) -> int:
     """Number of the stage to begin with, 0; never over an unfinished run."""
-    for stage in stages:
-        find_checkpoint(Path(stage.output_dir), resume=False)
     finished = [stage.output_dir for stage in stages if is_finished(Path(stage.output_dir))]
     if finished and finished[-1] != stages[-1].output_dir:
         raise TaidError(f"'{finished[-1]}' is a finished stage of an unfinished run: continue it "
                         "with --resume, or choose another output_dir.")
+    for stage in stages:
+        find_checkpoint(stage, False, overwrite)
     return 0
 
 
@@ -123,7 +127,7 @@ def _first_unfinished(recipe: Recipe, stages: Sequence[Recipe]) -> int:
     for number, stage in enumerate(stages):
         if not is_finished(Path(stage.output_dir)):
             if number == 0:  # nothing is finished, so there has to be a checkpoint
-                find_checkpoint(Path(stage.output_dir), resume=True)
+                find_checkpoint(stage, resume=True)
             return number
         now = (recipe if stage is stages[-1] else stage).digest()
         then = _results(stage).recipe_hash

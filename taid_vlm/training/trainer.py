@@ -26,6 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
 
 from taid_vlm.adapters import Processor
 from taid_vlm.alignment import Pairing
@@ -35,6 +36,8 @@ from taid_vlm.batch.losses import compared_tokens
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import Canary, Looks
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
+from taid_vlm.io.manifest import NAME as MANIFEST
+from taid_vlm.io.manifest import seal
 from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
 from taid_vlm.objectives import TaidSchedule, parse_objective
@@ -122,6 +125,7 @@ class DistillationTrainer(Trainer):
         self._empty_steps = 0
         self.answer_tokens = 0  # trained on so far, over all processes
         self._window = Window()
+        self.recipe: Mapping[str, Any] | None = None  # what checkpoints say they were written with
         self.guard = StepGuard(self.accelerator, args.max_nonfinite_steps)
         self._step: ReferenceStep | FusedStep | None = None
         self.add_callback(ScheduleCallback(self))
@@ -334,17 +338,27 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint is whole or absent; a full disk must not leave half of one."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        existed = folder.exists()
+        existed, kept = folder.exists(), self.args.save_total_limit
         refuse_nonfinite(model, f"the checkpoint '{folder}'")
         try:
             if self.is_world_process_zero():
+                (folder / MANIFEST).unlink(missing_ok=True)
                 self.visual.save(folder)
+            self.args.save_total_limit = None  # older ones go when this one is whole
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its own random state
+            if self.is_world_process_zero():
+                seal(folder, {"recipe": self.recipe, "resumable": not self.args.save_only_model})
+                rotate_checkpoints(
+                    self.args.output_dir, save_total_limit=kept, use_mtime=False,
+                    best_model_checkpoint=self.state.best_model_checkpoint)
         except Exception as error:
             if self.is_world_process_zero() and not existed:
                 shutil.rmtree(folder, ignore_errors=True)
             raise TaidError(f"the checkpoint '{folder}' could not be written, nothing of it was "
                             f"kept: {error}") from error
+        finally:
+            self.args.save_total_limit = kept
 
 
 class ScheduleCallback(TrainerCallback, ExportableState):

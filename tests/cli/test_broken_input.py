@@ -427,7 +427,7 @@ def test_a_full_disk_at_the_student_keeps_the_earlier_one(
     before = {path.name: path.read_bytes() for path in (output / "student").iterdir()}
     with monkeypatch.context() as patch:
         fill_disk(patch, "weights")
-        done = cli("distill", recipe, "train.save_strategy='no'", "train.seed=5")
+        done = cli("distill", recipe, "train.save_strategy='no'", "train.seed=5", "--overwrite")
     assert done.status == 2
     assert len(done.errors) == 1
     assert "No space left on device" in done.errors[0]

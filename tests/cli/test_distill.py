@@ -294,7 +294,7 @@ def interrupted(folder: Path, checkpoints: Checkpoints, at: int = 5, **student: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistillationTrainer, "finish_step", stop)
-        assert command("distill", recipe) == 130
+        assert command("distill", recipe, "--overwrite") == 130
     return recipe
 
 
@@ -393,7 +393,11 @@ def test_a_fresh_start_over_a_finished_run_replaces_it(
     recipe = write_recipe(tmp_path, minimal(tmp_path, checkpoints, train=STEPS))
     assert cli("distill", recipe).status == 0
     first = loaded(tmp_path / "out/results.json")
-    assert cli("distill", recipe, "train.max_steps=2", "train.save_steps=2").status == 0
+    changes = ("train.max_steps=2", "train.save_steps=2")
+    refused = cli("distill", recipe, *changes)
+    assert (refused.status, loaded(tmp_path / "out/results.json")) == (2, first)
+    assert "holds a finished run: give --overwrite" in refused.err
+    assert cli("distill", recipe, *changes, "--overwrite").status == 0
     second = loaded(tmp_path / "out/results.json")
     assert (first["train"]["steps"], second["train"]["steps"]) == (8, 2)
     assert first["eval"]["before"] == second["eval"]["before"]

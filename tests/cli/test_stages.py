@@ -361,7 +361,7 @@ def test_a_stopped_rerun_does_not_take_old_stages_for_its_own(
     finished: Path, cli: Cli, tmp_path: Path
 ) -> None:
     recipe, output = copied(finished, tmp_path)
-    interrupted(recipe, "1-align", 3)
+    interrupted(recipe, "1-align", 3, "--overwrite")
     assert not (output / "results.json").exists()
     assert not (output / "stages/1-align/results.json").exists()
     assert cli("distill", recipe, "--resume").status == 0

@@ -1,0 +1,160 @@
+"""A run's folder is a contract: what is written over, removed, gone on from, and what never is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.recipes import Outcome, write_recipe
+from cli.test_distill import minimal
+
+from taid_vlm.io.manifest import NAME, damage, read_manifest
+
+Cli = Callable[..., Outcome]
+STEPS = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+
+
+@pytest.fixture
+def tree(tmp_path: Path, checkpoints: Any) -> dict[str, Any]:
+    return minimal(tmp_path, checkpoints, train=STEPS)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_an_input_is_never_written_over(
+    role: str, tree: dict[str, Any], cli: Cli, tmp_path: Path
+) -> None:
+    base = tmp_path / "out/student"
+    shutil.copytree(tree[role]["model_name_or_path"], base)
+    before = contents(base)
+    done = cli("distill", write_recipe(tmp_path, {**tree, role: str(base)}))
+    assert done.status == 2
+    assert f"{role}.model_name_or_path = '{base}'" in done.err
+    assert contents(tmp_path / "out") == {f"student/{key}": x for key, x in before.items()}
+
+
+@pytest.mark.parametrize("name", ["student", "checkpoint-500"])
+def test_what_no_run_has_written_is_left(
+    name: str, tree: dict[str, Any], cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "mine.txt").write_text("precious")
+    done = cli("distill", write_recipe(tmp_path, tree))
+    assert done.status == 2
+    assert f"out/{name}'" in done.err
+    assert contents(tmp_path / "out") == {f"{name}/mine.txt": b"precious"}
+
+
+def test_other_peoples_files_survive_a_whole_run(
+    tree: dict[str, Any], cli: Cli, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    (output / "checkpoint-best").mkdir(parents=True)
+    (output / "checkpoint-best/mine.txt").write_text("precious")
+    (output / "checkpoint-old.zip").write_text("precious")
+    recipe = write_recipe(tmp_path, tree)
+    assert cli("distill", recipe, "train.save_total_limit=1").status == 0
+    assert cli("distill", recipe, "--overwrite").status == 0
+    assert (output / "checkpoint-best/mine.txt").read_text() == "precious"
+    assert (output / "checkpoint-old.zip").read_text() == "precious"
+
+
+@pytest.fixture
+def stopped(tree: dict[str, Any], cli: Cli, tmp_path: Path) -> Path:
+    """The recipe of a run that has checkpoints and is not finished."""
+    recipe = write_recipe(tmp_path, tree)
+    assert cli("distill", recipe).status == 0
+    for name in ("results.json", "report.html", "eval_answers.jsonl"):
+        (tmp_path / "out" / name).unlink(missing_ok=True)
+    return recipe
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ("train.learning_rate=0.5", "train.learning_rate was"),
+    ("objective.name=jsd", "objective.name was 'taid', now 'jsd'"),
+    ("train.seed=99", "train.seed was"),
+])
+def test_another_recipe_does_not_go_on(
+    change: str, named: str, stopped: Path, cli: Cli, tmp_path: Path
+) -> None:
+    before = contents(tmp_path / "out")
+    done = cli("distill", stopped, "--resume", change)
+    assert done.status == 2
+    assert named in done.err
+    assert contents(tmp_path / "out") == before
+
+
+def test_more_steps_and_other_logging_go_on(stopped: Path, cli: Cli, tmp_path: Path) -> None:
+    done = cli("distill", stopped, "--resume", "train.max_steps=6", "train.logging_steps=1")
+    assert done.status == 0, done.err
+    train = json.loads((tmp_path / "out/results.json").read_text())["train"]
+    assert (train["resumed_from"], train["steps"]) == ("checkpoint-4", 6)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over(
+    harm: str, stopped: Path, cli: Cli, tmp_path: Path
+) -> None:
+    newest = tmp_path / "out/checkpoint-4"
+    if harm == "truncated":
+        weights = newest / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        (newest / ("optimizer.pt" if harm == "missing" else NAME)).unlink()
+    assert damage(newest) is not None
+    done = cli("distill", stopped, "--resume")
+    assert done.status == 0, done.err
+    train = json.loads((tmp_path / "out/results.json").read_text())["train"]
+    assert train["resumed_from"] == "checkpoint-2"
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(
+    tree: dict[str, Any], cli: Cli, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tree)
+    assert cli("distill", recipe, "train.save_only_model=true").status == 0
+    (tmp_path / "out/results.json").unlink()
+    done = cli("distill", recipe, "--resume")
+    assert done.status == 2
+    assert "save_only_model" in done.err
+
+
+def test_two_runs_do_not_share_a_folder(tree: dict[str, Any], cli: Cli, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    with (output / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(str(os.getpid()))
+        file.flush()
+        done = cli("distill", write_recipe(tmp_path, tree))
+    assert done.status == 2
+    assert f"in use by another run (process {os.getpid()})" in done.err
+    assert not (output / "recipe.yaml").exists()
+
+
+def test_a_lock_whose_process_is_gone_holds_nobody(
+    tree: dict[str, Any], cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.lock").write_text("999999")
+    assert cli("distill", write_recipe(tmp_path, tree), "train.max_steps=1").status == 0
+    assert not (tmp_path / "out/.lock").exists()
+
+
+def test_checkpoints_say_what_they_are(stopped: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(tmp_path / "out/checkpoint-2")
+    assert manifest is not None
+    assert manifest["recipe"]["objective"] == {"name": "taid"}
+    assert manifest["resumable"] is True
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= manifest["files"].keys()
+    assert damage(tmp_path / "out/checkpoint-2") is None
