@@ -20,6 +20,7 @@ from taid_vlm.adapters import Processor, check_reloaded, make_adapter
 from taid_vlm.alignment import check_modalities
 from taid_vlm.config.data import DataSource
 from taid_vlm.config.recipe import Recipe
+from taid_vlm.config.secrets import redact
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.answers import FILE as ANSWERS_FILE
 from taid_vlm.evaluation.answers import to_lines
@@ -39,6 +40,7 @@ from taid_vlm.models.parts import count_parameters, freeze_parts
 from taid_vlm.records import Record, Records, StreamedRecords, fingerprint, open_records
 from taid_vlm.runs.results import SCHEMA, STUDENT_FOLDER, machine, peak_memory, versions
 from taid_vlm.training.config import DistillationConfig, training_arguments
+from taid_vlm.training.early import check_files, refuse_early
 from taid_vlm.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -70,10 +72,12 @@ class Place:
 
 def gather(recipe: Recipe) -> Ingredients:
     """Open data and processors; every mistake that can show without weights shows here."""
+    check_files(recipe.train)
     args = training_arguments(recipe)
     if args.freeze or args.learning_rates:
         freeze_parts(load_skeleton(recipe.student, "student"), args.freeze, args.learning_rates)
     configs = {"student": load_config(recipe.student, "student")}
+    refuse_early(args, recipe, lora_config(recipe.student.peft))
     if recipe.teacher is not None:
         configs["teacher"] = load_config(recipe.teacher, "teacher")
     train = _open(recipe.data.train, recipe)
@@ -136,6 +140,7 @@ def distill(
     save_student(trainer, output / STUDENT_FOLDER)
     if trainer.is_world_process_zero():
         examples, answers = results.pop("_examples"), results.pop("_answers")
+        results = redact(results)
         if answers is not None:
             write_text(answers, output / ANSWERS_FILE)
         write_json(results, output / "results.json")

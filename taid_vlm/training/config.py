@@ -13,6 +13,7 @@ from taid_vlm.config.recipe import Recipe
 from taid_vlm.config.section import check
 from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec
 from taid_vlm.errors import RecipeError, TaidError
+from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.objectives import parse_objective
 
 
@@ -54,6 +55,7 @@ class DistillationConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False)  # what is no number is logged as that
 
     def __post_init__(self) -> None:
+        self.greater_is_better = self._best_is_greatest()
         super().__post_init__()
         # every process makes its own batches: a batch of aligned tokens cannot be cut in two
         self.accelerator_config.dispatch_batches = False
@@ -61,6 +63,12 @@ class DistillationConfig(TrainingArguments):
         for key, value in check(_OwnArguments, own):
             setattr(self, key, value)
         parse_objective(self.objective)
+
+    def _best_is_greatest(self) -> bool | None:
+        """As it was said, or else by the figure; transformers would go by its name."""
+        said: bool | None = self.greater_is_better
+        figure = str(self.metric_for_best_model).removeprefix("eval_")
+        return not DIRECTIONS[figure][0] if said is None and figure in DIRECTIONS else said
 
 
 class _OwnArguments(OwnArguments):
