@@ -18,6 +18,11 @@ INTERRUPTED = "; --resume goes on from the last checkpoint, if there is one"
 class DistillOptions(RecipeOptions):
     resume: bool = option("go on from the last whole checkpoint in output_dir", default=False)
 
+    def error_log(self) -> Path:
+        """Where the traceback of an unexpected error goes: beside the results, if they began."""
+        output = Path(self.load().output_dir).expanduser()
+        return output / "error.log" if output.is_dir() else Path("taid-vlm-error.log")
+
 
 def distill(
     recipe: Recipe | Mapping[str, Any] | str | Path, resume: bool = False

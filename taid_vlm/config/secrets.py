@@ -12,16 +12,17 @@ _NAMES = (r"(?:(?:hf|hub|auth|access|api|bearer|session|refresh|security)[_-]?to
 # a key of a mapping; no `pad_token`, and no number of tokens
 _KEY = re.compile(rf"(?:^|[\W_]){_NAMES}$|^token$", re.IGNORECASE)
 _VALUES = re.compile(
-    r"(?<![\w/+-])(?:hf_[A-Za-z0-9]{8,}|sk-(?=[\w-]*\d)[\w-]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|"
+    r"(?<![\w/+-])(?:hf_[A-Za-z0-9]{16,}|sk-(?=[\w-]*\d)[\w-]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|"
     r"github_pat_\w{20,}|xox[abp]-[\w-]{10,}|AKIA[0-9A-Z]{16}(?![\w/+])|AIza[\w-]{30,}|"
     r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})")
-_USER = re.compile(r"([a-z][a-z0-9+.-]*://)[^/?#@\s'\"]+@", re.IGNORECASE)
+_USER = re.compile(r"([a-z][a-z0-9+.-]*:/+)[^/?#@\s'\"]+@", re.IGNORECASE)
 _QUERY = re.compile(r"([?&][\w.-]*(?:token|key|secret|password|signature|credential|sig)=)"
                     r"[^&#\s'\"<>]+", re.IGNORECASE)
 # in prose, a log or a traceback: token=x, 'token': 'x', Authorization: Bearer x
+_ANY = rf"(?<![a-z])(?:{_NAMES}|(?<![a-z]_)token)"
 _PAIR = re.compile(
-    rf"((?<![a-z])(?:{_NAMES}|(?<![a-z]_)token)(?:\s*=\s*|['\"]\s*[:=]\s*)[\[('\"]*(?:bearer )?"
-    rf"|\{{\s*token:\s*['\"]?|bearer )(?!<redacted>)[^\s'\",;)}}\]]+", re.IGNORECASE)
+    rf"({_ANY}(?:\s*=\s*|['\"]\s*[:=]\s*)[\[(]*(?:bearer )?|[{{,]\s*(?:\w+_)?{_ANY}:\s*|bearer )"
+    rf"(?!['\"]?<redacted>)('[^']+'|\"[^\"]+\"|[^\s'\",;)}}\]]+)", re.IGNORECASE)
 
 
 def redact(value: Any) -> Any:
@@ -41,7 +42,7 @@ def redact(value: Any) -> Any:
 
 def redact_text(text: str) -> str:
     """The same for a message, a log line or a traceback, in which keys stand as text, too."""
-    return _PAIR.sub(lambda match: match[1] + HIDDEN, _shown(text))
+    return _PAIR.sub(rf"\1{HIDDEN}", _shown(text))
 
 
 def holds_hidden(value: Any) -> str | None:
@@ -57,6 +58,6 @@ def holds_hidden(value: Any) -> str | None:
 
 
 def _shown(text: str) -> str:
-    if "://" in text or "?" in text or "&" in text:
+    if ":/" in text or "?" in text or "&" in text:
         text = _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", text))
     return _VALUES.sub(HIDDEN, text)

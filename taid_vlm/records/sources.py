@@ -91,9 +91,30 @@ def open_records(source: DataSource | str, base: Path | None = None) -> Records 
         RecordError: a malformed record, with file and line.
     """
     source = DataSource(path=source) if isinstance(source, str) else source
+    _refuse_without_effect(source, Path(base or "."))
     records = _open(source, base)
     _check(records, source)
     return records
+
+
+def _refuse_without_effect(source: DataSource, base: Path) -> None:
+    """A file has no splits and no configurations, and only Parquet is read in a stream."""
+    path = base / Path(source.path).expanduser()
+    wrong: dict[str, Any] = {}
+    if not path.exists():
+        wrong = {"image_root": source.image_root}
+    elif path.is_file() or (path / "metadata.jsonl").exists():
+        streamed = path.is_file() and path.suffix.lower() == ".parquet"
+        wrong = {"split": None if source.split == "train" else source.split, "name": source.name,
+                 "streaming": (source.streaming and not streamed) or None}
+    else:  # a saved dataset, or a folder of data files
+        saved = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+        wrong = {"name": source.name, "streaming": source.streaming or None} if saved else {}
+    for key, value in wrong.items():
+        if value is not None:
+            what = "a dataset of the hub" if not path.exists() else "what it names"
+            raise TaidError(f"data: '{source.path}': {key} = {value!r} has no effect on {what}; "
+                            "take it out.")
 
 
 def open_rows(source: DataSource, base: Path | None = None) -> Records:

@@ -149,12 +149,12 @@ def curves(history: Sequence[dict[str, Any]], name: str = "student") -> list[Cur
     parts = dict.fromkeys(key.removeprefix(RATE) for row in history for key in row
                           if key.startswith(RATE))
     drawn = [
-        Curve("Training loss", "step", "nats/token", {name: points("loss")}),
-        Curve("Interpolation t", "step", "t", {name: points("t")}),
-        Curve("Agreement with the teacher", "step", "share of tokens",
-              {name: points("agreement"), "held-out": points("eval_agreement")}),
         Curve("KL(teacher ‖ student)", "step", "nats/token",
               {name: points("kl"), "held-out": points("eval_kl")}),
+        Curve("Agreement with the teacher", "step", "share of tokens",
+              {name: points("agreement"), "held-out": points("eval_agreement")}),
+        Curve("Training loss", "step", "nats/token", {name: points("loss")}),
+        Curve("Interpolation t", "step", "t", {name: points("t")}),
         Curve("Learning rates", "step", "", {part: points(RATE + part) for part in parts}),
     ]
     kept = (Curve(c.title, c.x_label, c.y_label, {k: v for k, v in c.series.items() if v})
@@ -217,6 +217,8 @@ def _account(results: dict[str, Any]) -> list[str]:
         acted = f"acted in {train['adaptive_share']:.0%} of the steps" \
             if train["adaptive_share"] else "never acted: t followed its linear floor"
         text.append(f"TAID's adaptive term {acted} (alpha = {train['alpha']:.3g}).")
+        text.append("TAID's loss is against a target that moves with t, so it may rise while the "
+                    "student learns; what is comparable between steps is the KL.")
     return text
 
 
