@@ -133,7 +133,18 @@ def open_rows(source: DataSource, base: Path | None = None) -> Records:
 def _open(source: DataSource, base: Path | None) -> Records | StreamedRecords:
     base = Path(base or ".")
     path = base / Path(source.path).expanduser()
-    return _open_path(path, source, base) if path.exists() else _open_hub(path, source)
+    if not path.exists():
+        return _open_hub(path, source)
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited for for ever
+        raise TaidError(f"data: '{source.path}' is no regular file; save the rows as one.")
+    try:
+        return _open_path(path, source, base)
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path.name}: not UTF-8 at byte {error.start}; save it as UTF-8."
+                          ) from None
+    except (OSError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TaidError(f"data: '{source.path}' cannot be read: {reason}.") from error
 
 
 def _open_path(path: Path, source: DataSource, base: Path) -> Records | StreamedRecords:
@@ -192,7 +203,7 @@ def _open_folder(path: Path, source: DataSource, root: Path) -> Records | Stream
     import datasets
 
     metadata = path / "metadata.jsonl"
-    if metadata.exists():
+    if metadata.is_file():
         records = Records(JsonLines(metadata), source, f"{path.name}/metadata.jsonl", root)
         records.columns = {"image": "file_name", **records.columns}
         return records
