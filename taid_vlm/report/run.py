@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from taid_vlm.io.files import write_text
+from taid_vlm.report.card import model_card
 from taid_vlm.report.data import Column, Curve, Example, Figure, Report, Row, Section, Table
 from taid_vlm.report.page import write_report
+from taid_vlm.runs.results import STUDENT_FOLDER
 
 FIGURES = (
     Column("kl", "KL(teacher ‖ student)", "lower", ".4f", "nats/token",
@@ -51,7 +54,10 @@ RATE = "learning_rate/"  # before a part's name, where parts have learning rates
 def write_run_report(
     results: dict[str, Any], examples: tuple[Sequence[Any], Answers], recipe_yaml: str, path: Path
 ) -> None:
-    """`run_report` as a page; see there."""
+    """`run_report` as a page, see there, and the model card beside the student's weights."""
+    student = path.parent / STUDENT_FOLDER
+    if student.is_dir():
+        write_text(model_card(results, recipe_yaml), student / "README.md")
     write_report(run_report(results, examples, recipe_yaml), path)
 
 

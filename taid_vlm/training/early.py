@@ -98,6 +98,9 @@ def _refuse_without_effect(
     if args.auto_find_batch_size:
         raise _refusal("auto_find_batch_size", True, "would change the batch in the middle of a "
                        "run; `taid-vlm plan` says which size fits.")
+    if args.torch_compile and args.loss_implementation != "reference":
+        raise _refusal("torch_compile", True, "needs train.loss_implementation: reference; the "
+                       "fused loss is inside the model's forward and compiles itself.")
     if args.parallelism_config is not None:
         raise _refusal("parallelism_config", args.parallelism_config, "is not supported: rows of "
                        "aligned tokens cannot be cut into shards.")
@@ -134,6 +137,9 @@ def _check_trackers(args: DistillationConfig) -> None:
 
 def _check_metric(args: DistillationConfig, recipe: Recipe) -> None:
     name = args.metric_for_best_model
+    if name is None and args.save_strategy == "best":
+        raise _refusal("save_strategy", "best", "needs train.metric_for_best_model, for example "
+                                                "kl.")
     if name is None:
         return
     if args.eval_strategy == "no":
