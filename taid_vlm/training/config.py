@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 
 from taid_vlm.config.kinds import Count
 from taid_vlm.config.recipe import Recipe
+from taid_vlm.config.secrets import redact
 from taid_vlm.config.section import check
 from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec
 from taid_vlm.errors import RecipeError, TaidError
@@ -63,6 +65,17 @@ class DistillationConfig(TrainingArguments):
         for key, value in check(_OwnArguments, own):
             setattr(self, key, value)
         parse_objective(self.objective)
+
+    def without_secrets(self) -> DistillationConfig:
+        """For when the models are loaded: checkpoints and trackers write the arguments down."""
+        keys = ("model_init_kwargs", "teacher_model_init_kwargs")
+        shown = {key: redact(getattr(self, key)) for key in keys}
+        if all(shown[key] == getattr(self, key) for key in keys):
+            return self
+        other = copy.copy(self)
+        for key in keys:
+            setattr(other, key, shown[key])
+        return other
 
     def _best_is_greatest(self) -> bool | None:
         """As it was said, or else by the figure; transformers would go by its name."""

@@ -90,6 +90,7 @@ class DistillationTrainer(Trainer):
             model, processing_class, "student", args.model_init_kwargs)
         teacher, teacher_processing_class = resolve(
             teacher_model, teacher_processing_class, "teacher", args.teacher_model_init_kwargs)
+        args = args.without_secrets()
         if self.objective.needs_teacher and teacher is None:
             raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
         pairing, collator = pair_for_training(

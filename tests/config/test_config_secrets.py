@@ -82,3 +82,13 @@ def test_a_refusal_tells_none() -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe({**TREE, "train": {"hub_token": ["open sesame"]}})
     assert "sesame" not in str(caught.value)
+
+
+def test_arguments_are_kept_without_secrets(tmp_path: Any) -> None:
+    from taid_vlm import DistillationConfig
+
+    plain = DistillationConfig(str(tmp_path), use_cpu=True, model_init_kwargs={"dtype": "auto"})
+    assert plain.without_secrets() is plain
+    args = DistillationConfig(str(tmp_path), use_cpu=True, model_init_kwargs={"token": HUB})
+    assert HUB not in str(args.without_secrets().to_dict())
+    assert args.model_init_kwargs == {"token": HUB}
