@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 from taid_vlm import __version__
 from taid_vlm.commands import COMMANDS
 from taid_vlm.commands.parser import Parser, add_options, command, overview
+from taid_vlm.config.secrets import redact_text
 from taid_vlm.errors import TaidError
 from taid_vlm.io.terminal import printable
 
+TRACEBACK = "TAID_VLM_TRACEBACK"  # environment variable: let what is unexpected through
+
 
 class _Formatter(logging.Formatter):
-    """Log lines quote records; what is in these must not steer the terminal."""
+    """Log lines quote records; what is in these must not steer the terminal, or tell secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-if TYPE_CHECKING:
-    pass
+        return printable(redact_text(super().format(record)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted{getattr(module, 'INTERRUPTED', '')}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        return _unexpected(error, options)
 
 
 def distill_script(default_recipe: str) -> int:
@@ -61,14 +68,32 @@ def distill_script(default_recipe: str) -> int:
 
 
 def _refused(message: str) -> int:
-    print(f"error: {printable(message)}", file=sys.stderr)
+    print(f"error: {printable(redact_text(message))}", file=sys.stderr)
     return 2
+
+
+def _unexpected(error: Exception, options: Any) -> int:
+    """One message; all that is known goes into a file, beside the results where there are some."""
+    path = Path("taid-vlm-error.log")
+    with contextlib.suppress(Exception):  # what went wrong once may do so again
+        path = getattr(options, "error_log", lambda: path)()
+    text = redact_text("".join(traceback.format_exception(error)))
+    try:
+        path.write_text(text, encoding="utf-8")
+        where = f"the full traceback is in {path}"
+    except OSError:
+        where = f"{TRACEBACK}=1 shows the full traceback"
+    lines = [line for line in redact_text(str(error)).splitlines() if line.strip()]
+    message = ": ".join([type(error).__name__, *lines[:1]])
+    print(f"error: {printable(message)} ({where})", file=sys.stderr)
+    return 1
 
 
 def _prepare() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("taid_vlm").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data-loader workers fork
 
 

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TAID_VLM_TRACEBACK", "1")  # what is unexpected shows where it came from
 
 import torch
 

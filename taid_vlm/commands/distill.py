@@ -20,6 +20,11 @@ class DistillOptions(RecipeOptions):
     resume: bool = option("go on from the last whole checkpoint in output_dir", default=False)
     overwrite: bool = option("replace a finished run in output_dir", default=False)
 
+    def error_log(self) -> Path:
+        """Where the traceback of an unexpected error goes: beside the results, if they began."""
+        output = Path(self.load().output_dir).expanduser()
+        return output / "error.log" if output.is_dir() else Path("taid-vlm-error.log")
+
 
 def distill(
     recipe: Recipe | Mapping[str, Any] | str | Path, resume: bool = False, overwrite: bool = False

@@ -33,7 +33,7 @@ def _whole(value: Any) -> Any:
 
 def _steps(value: Any, inner: Callable[[Any], float]) -> float:
     number = inner(value)
-    if number.is_integer():
+    if number.is_integer() and number >= 0:
         return int(number)
     if 0 < number < 1:
         return number
@@ -53,6 +53,8 @@ Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 AtLeastTwo = Annotated[int, Field(ge=2), BeforeValidator(_whole)]
 Steps = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_steps)]
 Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_written)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), WrapValidator(_as_written),
+                        wanted("a number of at least 0")]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), WrapValidator(_as_written),
                  wanted("a number above 0")]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), wanted(">= 0")]

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from taid_vlm.config.secrets import redact_text
 from taid_vlm.errors import nearest
 
 TAG = "@"  # begins what stands in pydantic's paths, but in no file: which loss is meant
@@ -43,7 +44,7 @@ def one_line(
     path = _path(keys, tree) or whole
     if path and text[0] not in " .:[":
         path += ": "
-    return f"{path}{text}" if path else text.lstrip(":. ")
+    return redact_text(f"{path}{text}" if path else text.lstrip(":. "))
 
 
 def _text(error: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from taid_vlm.config.evaluation import EvaluateSpec
 from taid_vlm.config.kinds import AsWritten, Name, wanted
 from taid_vlm.config.model import ModelSpec, StudentSpec
 from taid_vlm.config.objective import ObjectiveSpec, read_objective
+from taid_vlm.config.secrets import holds_hidden, redact
 from taid_vlm.config.section import Section, check
 from taid_vlm.config.training import train_spec
 from taid_vlm.config.yaml import dump_yaml, parse_yaml, read_yaml
@@ -118,11 +119,11 @@ class Recipe(Section):
         return isinstance(other, Recipe) and dict(self) == dict(other)  # wherever it was read
 
     def tree(self) -> dict[str, Any]:
-        """As plain data, without what is left out."""
-        return dict(_pruned(self))
+        """As plain data, without what is left out and without secrets."""
+        return dict(redact(_pruned(self)))
 
     def to_yaml(self) -> str:
-        """The resolved recipe, as it is written beside the results."""
+        """The resolved recipe, as it is written beside the results: without secrets."""
         return dump_yaml(self.tree())
 
     def digest(self) -> str:
@@ -179,6 +180,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(tree: Mapping[str, Any], base: Path = Path(".")) -> Recipe:
     """Check a recipe that is already a mapping."""
+    if (key := holds_hidden(tree)) is not None:
+        raise RecipeError(f"{key} was a secret, which is not written with a run: name it again "
+                          f"({key}=...), or log in with `hf auth login` and take it out.")
     recipe = check(Recipe, tree, "recipe")
     recipe._base = base
     return recipe

@@ -15,6 +15,8 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 from taid_vlm.config.arguments import Argument, trainer_arguments
 from taid_vlm.config.kinds import (
     AtLeastTwo,
+    Count,
+    NotNegative,
     Number,
     Positive,
     Rate,
@@ -30,10 +32,12 @@ PARTS: tuple[str, ...] = get_args(Part)
 MEMORY_BUDGET = 384 * 2**20  # bytes that the logits and gradients of one chunk may take
 # TrainingArguments that act in parts of transformers' Trainer which distillation replaces
 WITHOUT_EFFECT = frozenset({
-    "average_tokens_across_devices", "batch_eval_metrics", "do_eval", "do_predict", "do_train",
-    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
-    "include_for_metrics", "label_names", "label_smoothing_factor", "prediction_loss_only",
-    "remove_unused_columns", "resume_from_checkpoint", "use_liger_kernel", "liger_kernel_config",
+    "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "do_eval",
+    "do_predict", "do_train", "eval_accumulation_steps", "eval_do_concat_batches",
+    "eval_use_gather_object", "fp16_full_eval", "include_for_metrics",
+    "include_num_input_tokens_seen", "label_names", "label_smoothing_factor", "length_column_name",
+    "local_rank", "prediction_loss_only", "remove_unused_columns", "resume_from_checkpoint",
+    "use_liger_kernel", "liger_kernel_config",
 })
 ELSEWHERE = {
     "output_dir": "output_dir", "objective": "objective", "canary_records": "evaluate.canary",
@@ -100,9 +104,9 @@ class TrainSpec(OwnArguments):
         warmup_steps (steps): Steps in which the learning rate rises, or their share below 1.
         optim: The optimizer's name.
         weight_decay: Not for biases and normalisations.
-        max_grad_norm: Longer gradients are cut to this.
+        max_grad_norm: Longer gradients are cut to this; 0 cuts none.
         bf16: Mixed precision in bfloat16.
-        fp16: Mixed precision in float16.
+        fp16: Mixed precision in float16, on a GPU.
         gradient_checkpointing: Recompute activations: less memory, more time.
         logging_steps (steps): Between two log lines; left out, a hundredth of max_steps.
         eval_strategy: When to evaluate in training: 'no' (in quotes), steps or epoch.
@@ -121,7 +125,7 @@ class TrainSpec(OwnArguments):
         disable_tqdm: No progress bars.
     """
 
-    num_train_epochs: Number = 3.0
+    num_train_epochs: NotNegative = 3.0
     max_steps: Whole = -1
     per_device_train_batch_size: Positive = 8
     per_device_eval_batch_size: Positive = 8
@@ -130,8 +134,8 @@ class TrainSpec(OwnArguments):
     lr_scheduler_type: str = "linear"
     warmup_steps: Steps = 0
     optim: str = "adamw_torch_fused"
-    weight_decay: Number = 0.0
-    max_grad_norm: Number = 1.0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
     bf16: bool = False
     fp16: bool = False
     gradient_checkpointing: bool | None = None
@@ -140,10 +144,10 @@ class TrainSpec(OwnArguments):
     eval_steps: Steps | None = None
     save_strategy: str = "steps"
     save_steps: Steps = 500
-    save_total_limit: Whole | None = 2
-    seed: Whole = 42
+    save_total_limit: Positive | None = 2
+    seed: Count = 42
     use_cpu: bool = False
-    dataloader_num_workers: Whole = 0
+    dataloader_num_workers: Count = 0
     dataloader_pin_memory: bool = True
     ddp_find_unused_parameters: bool | None = None
     fsdp: Annotated[bool | str | list[Any] | None, wanted("true, false or text")] = None
@@ -159,6 +163,13 @@ class TrainSpec(OwnArguments):
             if key in WITHOUT_EFFECT:
                 raise ValueError(f".{key} has no effect on a distillation; take it out.")
         return value
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> Self:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f".max_steps = {self.max_steps}, but it must be at least 1, or -1 for "
+                             "as many as the epochs have.")
+        return self
 
 
 _KINDS: dict[str, tuple[Any, str]] = {

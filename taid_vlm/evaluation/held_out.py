@@ -83,6 +83,15 @@ class AnswerTotals:
     counts: dict[str, int] = field(default_factory=dict)
 
 
+# figures that an evaluation gives as numbers: is less of it better, does it need a teacher?
+DIRECTIONS = {
+    "loss": (True, False), "nll": (True, False), "ece": (True, False),
+    "token_accuracy": (False, False), "kl": (True, True), "reverse_kl": (True, True),
+    "jsd": (True, True), "agreement": (False, True), "chunk_kl": (True, True),
+    "chunk_reverse_kl": (True, True), "chunk_jsd": (True, True),
+}
+
+
 @dataclass
 class Tally:
     """What one process has seen so far; single answers only where `keep_answers`."""

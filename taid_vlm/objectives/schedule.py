@@ -55,6 +55,7 @@ class TaidSchedule:
         spec = ScheduleSpec(t_start=t_start, t_end=t_end, alpha=alpha, momentum=momentum,
                             adaptive=adaptive)
         self.total_steps, self.t_start, self.t_end = total_steps, spec.t_start, spec.t_end
+        self.automatic = spec.alpha == "auto"
         self.alpha = (spec.alpha if spec.alpha != "auto" else
                       min(1.0, PAPER_ALPHA_STEPS / total_steps))
         self.momentum, self.adaptive = spec.momentum, spec.adaptive

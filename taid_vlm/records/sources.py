@@ -91,9 +91,30 @@ def open_records(source: DataSource | str, base: Path | None = None) -> Records 
         RecordError: a malformed record, with file and line.
     """
     source = DataSource(path=source) if isinstance(source, str) else source
+    _refuse_without_effect(source, Path(base or "."))
     records = _open(source, base)
     _check(records, source)
     return records
+
+
+def _refuse_without_effect(source: DataSource, base: Path) -> None:
+    """A file has no splits and no configurations, and only Parquet is read in a stream."""
+    path = base / Path(source.path).expanduser()
+    wrong: dict[str, Any] = {}
+    if not path.exists():
+        wrong = {"image_root": source.image_root}
+    elif path.is_file() or (path / "metadata.jsonl").exists():
+        streamed = path.is_file() and path.suffix.lower() == ".parquet"
+        wrong = {"split": None if source.split == "train" else source.split, "name": source.name,
+                 "streaming": (source.streaming and not streamed) or None}
+    else:  # a saved dataset, or a folder of data files
+        saved = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+        wrong = {"name": source.name, "streaming": source.streaming or None} if saved else {}
+    for key, value in wrong.items():
+        if value is not None:
+            what = "a dataset of the hub" if not path.exists() else "what it names"
+            raise TaidError(f"data: '{source.path}': {key} = {value!r} has no effect on {what}; "
+                            "take it out.")
 
 
 def open_rows(source: DataSource, base: Path | None = None) -> Records:
@@ -112,7 +133,18 @@ def open_rows(source: DataSource, base: Path | None = None) -> Records:
 def _open(source: DataSource, base: Path | None) -> Records | StreamedRecords:
     base = Path(base or ".")
     path = base / Path(source.path).expanduser()
-    return _open_path(path, source, base) if path.exists() else _open_hub(path, source)
+    if not path.exists():
+        return _open_hub(path, source)
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited for for ever
+        raise TaidError(f"data: '{source.path}' is no regular file; save the rows as one.")
+    try:
+        return _open_path(path, source, base)
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path.name}: not UTF-8 at byte {error.start}; save it as UTF-8."
+                          ) from None
+    except (OSError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TaidError(f"data: '{source.path}' cannot be read: {reason}.") from error
 
 
 def _open_path(path: Path, source: DataSource, base: Path) -> Records | StreamedRecords:
@@ -171,7 +203,7 @@ def _open_folder(path: Path, source: DataSource, root: Path) -> Records | Stream
     import datasets
 
     metadata = path / "metadata.jsonl"
-    if metadata.exists():
+    if metadata.is_file():
         records = Records(JsonLines(metadata), source, f"{path.name}/metadata.jsonl", root)
         records.columns = {"image": "file_name", **records.columns}
         return records

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taid_vlm.io.files import write_text
 from taid_vlm.io.images import png
+from taid_vlm.report.card import model_card
 from taid_vlm.report.columns import FIGURES, LOOKS, MASSES
 from taid_vlm.report.data import (
     Column,
@@ -33,7 +35,11 @@ Named = tuple[str, Role, Means | None]  # a row: its name, its role, and where i
 
 
 def write_run_report(outcome: Outcome, recipe_yaml: str, path: Path) -> None:
-    """`run_report` as a page; see there."""
+    """`run_report` as a page, see there, and the model card beside the student's weights."""
+    student = path.parent / "student"
+    if student.is_dir():
+        card = model_card(outcome.results.model_dump(by_alias=True), recipe_yaml)
+        write_text(card, student / "README.md")
     write_report(run_report(outcome.results, outcome.images, recipe_yaml), path)
 
 
@@ -126,12 +132,12 @@ def curves(history: Sequence[dict[str, Any]]) -> list[Curve]:
     parts = dict.fromkeys(key.removeprefix(RATE) for row in history for key in row
                           if key.startswith(RATE))
     drawn = [
-        Curve("Training loss", "step", "nats/token", {"student": points("loss")}),
-        Curve("Interpolation t", "step", "t", {"student": points("t")}),
-        Curve("Agreement with the teacher", "step", "share of tokens",
-              {"student": points("agreement"), "held-out": points("eval_agreement")}),
         Curve("KL(teacher ‖ student)", "step", "nats/token",
               {"student": points("kl"), "held-out": points("eval_kl")}),
+        Curve("Agreement with the teacher", "step", "share of tokens",
+              {"student": points("agreement"), "held-out": points("eval_agreement")}),
+        Curve("Training loss", "step", "nats/token", {"student": points("loss")}),
+        Curve("Interpolation t", "step", "t", {"student": points("t")}),
         Curve("Learning rates", "step", "", {part: points(RATE + part) for part in parts}),
     ]
     kept = (Curve(c.title, c.x_label, c.y_label, {k: v for k, v in c.series.items() if v})
@@ -176,6 +182,8 @@ def _account(results: Results) -> list[str]:
         acted = f"acted in {train.adaptive_share:.0%} of the steps" \
             if train.adaptive_share else "never acted: t followed its linear floor"
         text.append(f"TAID's adaptive term {acted} (alpha = {train.alpha:.3g}).")
+        text.append("TAID's loss is against a target that moves with t, so it may rise while the "
+                    "student learns; what is comparable between steps is the KL.")
     return text
 
 

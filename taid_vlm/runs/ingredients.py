@@ -19,6 +19,7 @@ from taid_vlm.models.loading import load_config, load_processor, load_skeleton, 
 from taid_vlm.models.parts import freeze_parts
 from taid_vlm.records import Record, Records, StreamedRecords, open_records
 from taid_vlm.training.config import DistillationConfig, training_arguments
+from taid_vlm.training.early import check_files, refuse_early
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class Ingredients:
 
 def gather(recipe: Recipe) -> Ingredients:
     """Open data and processors; every mistake that can show without weights shows here."""
+    check_files(recipe.train)
     args = training_arguments(recipe)
     if args.freeze or args.learning_rates:
         freeze_parts(load_skeleton(recipe.student, "student"), args.freeze, args.learning_rates)
     configs = {"student": load_config(recipe.student, "student")}
+    refuse_early(args, recipe, lora_config(recipe.student.peft))
     if recipe.teacher is not None:
         configs["teacher"] = load_config(recipe.teacher, "teacher")
     train = _open(recipe.data.train, recipe)

@@ -12,6 +12,7 @@ import torch
 
 from taid_vlm.config.data import DataSource
 from taid_vlm.config.recipe import Recipe
+from taid_vlm.config.secrets import redact
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.evaluation.answers import to_lines
 from taid_vlm.evaluation.canary import Looks, account
@@ -122,6 +123,7 @@ def outcome_of(
                      for index, question in enumerate(measuring.questions)],
         "stages": list(stages),
     })
+    results = Results.model_validate(redact(results.model_dump(by_alias=True)))
     lines = None if before.tally is None or after.tally is None else \
         to_lines(before.tally.answers, after.tally.answers)
     images = [record.images[0] if record.images else None for record, _ in measuring.questions]

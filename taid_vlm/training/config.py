@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +11,11 @@ from transformers import TrainingArguments
 
 from taid_vlm.config.kinds import Count
 from taid_vlm.config.recipe import Recipe
+from taid_vlm.config.secrets import redact
 from taid_vlm.config.section import check
 from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec
 from taid_vlm.errors import RecipeError, TaidError
+from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.objectives import parse_objective
 
 
@@ -54,6 +57,7 @@ class DistillationConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False)  # what is no number is logged as that
 
     def __post_init__(self) -> None:
+        self.greater_is_better = self._best_is_greatest()
         super().__post_init__()
         # every process makes its own batches: a batch of aligned tokens cannot be cut in two
         self.accelerator_config.dispatch_batches = False
@@ -61,6 +65,23 @@ class DistillationConfig(TrainingArguments):
         for key, value in check(_OwnArguments, own):
             setattr(self, key, value)
         parse_objective(self.objective)
+
+    def without_secrets(self) -> DistillationConfig:
+        """For when the models are loaded: checkpoints and trackers write the arguments down."""
+        keys = ("model_init_kwargs", "teacher_model_init_kwargs")
+        shown = {key: redact(getattr(self, key)) for key in keys}
+        if all(shown[key] == getattr(self, key) for key in keys):
+            return self
+        other = copy.copy(self)
+        for key in keys:
+            setattr(other, key, shown[key])
+        return other
+
+    def _best_is_greatest(self) -> bool | None:
+        """As it was said, or else by the figure; transformers would go by its name."""
+        said: bool | None = self.greater_is_better
+        figure = str(self.metric_for_best_model).removeprefix("eval_")
+        return not DIRECTIONS[figure][0] if said is None and figure in DIRECTIONS else said
 
 
 class _OwnArguments(OwnArguments):

@@ -93,6 +93,7 @@ class DistillationTrainer(Trainer):
             model, processing_class, "student", args.model_init_kwargs)
         teacher, teacher_processing_class = resolve(
             teacher_model, teacher_processing_class, "teacher", args.teacher_model_init_kwargs)
+        args = args.without_secrets()
         if self.objective.needs_teacher and teacher is None:
             raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
         pairing, collator = pair_for_training(
@@ -123,6 +124,7 @@ class DistillationTrainer(Trainer):
         self._step_sums: dict[str, Tensor] = {}
         self._step_images: Tensor | int = 0  # of the optimizer step, over all processes
         self._empty_steps = 0
+        self._said = False
         self.answer_tokens = 0  # trained on so far, over all processes
         self._window = Window()
         self.recipe: Mapping[str, Any] | None = None  # what checkpoints say they were written with
@@ -241,14 +243,24 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self._say_what_falls()
             self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)  # Trainer subtracts, which keeps a NaN
-            logs = {**logs, **self._window.take(), **self.parts.rates}
+            figures = self._window.take()
+            lead = {key: figures[key] for key in ("kl",) if key in figures}
+            logs = {**lead, **logs, **figures, **self.parts.rates}
             if self.schedule is not None:
                 logs["t"] = self.schedule.t
                 logs["adaptive_share"] = self.schedule.active_share
             if self.guard.skipped:
                 logs["skipped_steps"] = self.guard.skipped.total()
         super().log(logs, start_time)
+
+    def _say_what_falls(self) -> None:
+        """Once in a run with TAID: a loss that rises beside a KL that falls is no mistake."""
+        if self.schedule is not None and not self._said and self.is_world_process_zero():
+            logger.info("TAID's loss is against a target that moves with t, so it may rise while "
+                        "the student learns; what is comparable between log lines is kl.")
+        self._said = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         optimizer = self.parts.split_groups(super().create_optimizer(model), model or self.model)
@@ -392,11 +404,13 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         if schedule is None or not schedule.adaptive or schedule.t_start == schedule.t_end:
             return
         if schedule.active_share == 0:
+            mend = ("alpha is auto already, so the run is too short for it (steps: "
+                    f"{state.max_steps}), or its loss did not fall."
+                    if schedule.automatic else
+                    "Use alpha: auto to scale it with the run's length.")
             logger.warning(
                 "TAID's adaptive term never acted in this run: with alpha = %g the linear floor "
-                "was always higher. Use alpha: auto to scale it with the run's length.",
-                schedule.alpha,
-            )
+                "was always higher. %s", schedule.alpha, mend)
         if schedule.state.skipped:
             logger.warning("t did not move after %d steps without a finite loss.",
                            schedule.state.skipped)

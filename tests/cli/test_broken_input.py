@@ -170,12 +170,44 @@ def streamed_eval(kitchen: Kitchen) -> list[str]:
     return [f"data.eval={{path: {path}, streaming: true}}"]
 
 
+def pipe(kitchen: Kitchen) -> list[str]:
+    os.mkfifo(kitchen.folder / "pipe.jsonl")
+    return train(f"{kitchen.folder}/pipe.jsonl")
+
+
+def latin(kitchen: Kitchen) -> list[str]:
+    (kitchen.folder / "latin.csv").write_bytes("prompt,completion\na,\xe9\n".encode("latin-1"))
+    return train(f"{kitchen.folder}/latin.csv")
+
+
+def deep_row(kitchen: Kitchen) -> list[str]:
+    deep = "[" * 100_000 + "]" * 100_000
+    row = f'{{"prompt": "a", "completion": {deep}}}'
+    return train(kitchen.write("broken.jsonl", f"{GOOD}\n{row}\n"))
+
+
+def no_data(kitchen: Kitchen) -> list[str]:
+    (kitchen.folder / "none").mkdir()
+    return train(f"{kitchen.folder}/none")
+
+
 GOOD = json.dumps(pairs(1)[0])
 TEXT_CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "wrong data path": (lambda k: train(f"{k.folder}/trian.jsonl"),
                         ("trian.jsonl", "does not exist", "Did you mean 'train.jsonl'?")),
     "wrong eval path": (lambda k: [f"data.eval={k.folder}/evall.jsonl"],
                         ("evall.jsonl", "'eval.jsonl'")),
+    "a pipe": (pipe, ("pipe.jsonl", "no regular file")),
+    "a device": (lambda k: train("/dev/null"), ("/dev/null", "no regular file")),
+    "text in another encoding": (latin, ("latin.csv", "not UTF-8 at byte")),
+    "a row nested too deeply": (deep_row, ("broken.jsonl:2", "not valid JSON")),
+    "the folder that it runs in": (lambda k: train("."), ("a folder needs metadata.jsonl",)),
+    "a folder without data": (no_data, ("none", "a folder needs metadata.jsonl")),
+    "a split of a file": (lambda k: [f"data.eval={{path: {k.folder}/eval.jsonl, split: test}}"],
+                          ("data.eval: ", "eval.jsonl", "split = 'test' has no effect")),
+    "a stream of lines": (
+        lambda k: [f"data.train={{path: {k.folder}/train.jsonl, streaming: true}}"],
+        ("data.train: ", "streaming = True has no effect")),
     "unknown file type": (lambda k: train(k.write("train.xlsx", "x")), ("train.xlsx", "'.xlsx'")),
     "wrong model path": (
         lambda k: [f"student={k.checkpoints.folder}/qwen2-plain-l"],

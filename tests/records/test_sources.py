@@ -465,3 +465,17 @@ def test_a_malformed_row_deep_in_a_table_is_counted_and_not_fatal(tmp_path):
     (batch,) = DataLoader(records, 2, collate_fn=collator, sampler=[290, 289])
     assert batch["counts"]["dropped"] == {"malformed record": 1}
     assert batch["counts"]["rows"] == 1
+
+
+# ----- what has no effect -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [{"split": "test"}, {"name": "b"}, {"streaming": True}])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_file_has_no_splits(key, kind, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' if kind == "jsonl"
+                    else "prompt,completion\na,b\n")
+    assert len(open_records(DataSource(str(path), split="train"))) == 1
+    with pytest.raises(TaidError, match=rf"{next(iter(key))} = .* has no effect .*take it out"):
+        open_records(DataSource(str(path), **key))
