@@ -26,6 +26,7 @@ from taid_vlm.models.loading import (
     read_template,
     weights_dtype,
 )
+from taid_vlm.models.lora import find_adapter
 from taid_vlm.runs.results import STUDENT_FOLDER
 
 
@@ -129,7 +130,10 @@ class LocalModel:
         """What its answers depend on, beside the settings of answering."""
         folder, given = Path(self.spec.model_name_or_path), self.spec.chat_template
         template = None if given is None else text_hash(read_template(given, "model"))
+        adapter = find_adapter(self.spec, "model")
+        base = None if adapter is None else Path(adapter.base.model_name_or_path)
         return {"weights_sha256": weights_hash(folder) if folder.is_dir() else None,
+                **({"base_sha256": weights_hash(base)} if base and base.is_dir() else {}),
                 "commit": getattr(self.config, "_commit_hash", None), "dtype": self.dtype,
                 "chat_template_sha256": template}
 

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from taid_vlm.adapters import Processor, check_reloaded, make_adapter
 from taid_vlm.alignment import check_modalities
 from taid_vlm.config.data import DataSource
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.answers import FILE as ANSWERS_FILE
@@ -35,6 +36,7 @@ from taid_vlm.models.loading import (
     load_skeleton,
     sees_images,
 )
+from taid_vlm.models.lora import LoraFolder, check_names, is_adapter, write_merged
 from taid_vlm.models.parts import count_parameters, freeze_parts
 from taid_vlm.records import Record, Records, StreamedRecords, fingerprint, open_records
 from taid_vlm.runs.results import SCHEMA, STUDENT_FOLDER, machine, peak_memory, versions
@@ -71,8 +73,12 @@ class Place:
 def gather(recipe: Recipe) -> Ingredients:
     """Open data and processors; every mistake that can show without weights shows here."""
     args = training_arguments(recipe)
-    if args.freeze or args.learning_rates:
-        freeze_parts(load_skeleton(recipe.student, "student"), args.freeze, args.learning_rates)
+    adapter = lora_config(recipe.student.peft)
+    if args.freeze or args.learning_rates or adapter is not None:
+        skeleton = load_skeleton(recipe.student, "student")
+        freeze_parts(skeleton, args.freeze, args.learning_rates)
+        if adapter is not None:
+            check_names(skeleton, adapter)
     configs = {"student": load_config(recipe.student, "student")}
     if recipe.teacher is not None:
         configs["teacher"] = load_config(recipe.teacher, "teacher")
@@ -133,7 +139,10 @@ def distill(
     trainer.accelerator.wait_for_everyone()
     results = _measure(trainer, recipe, ingredients, checkpoint)
     results |= {"recipe_hash": told.digest(), "stages": list(place.earlier) if place else []}
-    save_student(trainer, output / STUDENT_FOLDER)
+    base = _base_to_merge(recipe, place)
+    if recipe.student.peft is not None:
+        results["models"]["student"]["saved"] = "adapter" if base is None else "merged"
+    save_student(trainer, output / STUDENT_FOLDER, base)
     if trainer.is_world_process_zero():
         examples, answers = results.pop("_examples"), results.pop("_answers")
         if answers is not None:
@@ -338,15 +347,34 @@ def _answers(
 # ----- the student on disk ------------------------------------------------------------------
 
 
-def save_student(trainer: DistillationTrainer, folder: Path) -> None:
+def _base_to_merge(recipe: Recipe, place: Place | None) -> ModelSpec | None:
+    """What an adapter is merged into before it is saved: a base that an adapter's folder must not
+    depend on, another adapter or the student of an earlier stage."""
+    if recipe.student.peft is None:
+        return None
+    inner = is_adapter(recipe.student.model_name_or_path) or bool(place and place.earlier)
+    return recipe.student if inner else None
+
+
+def save_student(
+    trainer: DistillationTrainer, folder: Path, base: ModelSpec | None = None
+) -> None:
     """Write model and processor, check that they load as they were, and only then put them in
-    place."""
+    place.
+
+    Args:
+        base: an adapter is merged into this model, and written with all its weights.
+    """
     main = trainer.is_world_process_zero()
     with whole_or_absent(folder, "the student could not be saved to '{}'", main) as partial:
         trainer.accelerator.wait_for_everyone()  # the main process has emptied it
         trainer.save_model(str(partial))
         if main:
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
+            if base is not None:
+                write_merged(load_model(base, "student"), LoraFolder(partial, base), "student")
+                logger.info("'%s' holds all weights: the adapter was trained on '%s', and is "
+                            "merged into it.", folder, base.model_name_or_path)
             _check_reload(trainer, partial)
             shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
