@@ -222,8 +222,8 @@ def _forget_tie(model: PreTrainedModel) -> None:
 def refuse_quantized(config: PretrainedConfig, adapter: LoraFolder, role: str) -> None:
     """Raise TaidError for a base whose weights are rounded: what is merged into them is, too."""
     if is_quantized(config, adapter.base):
-        raise TaidError(f"{role}: the base model of '{adapter.folder}' is quantized, and an adapter "
-                        "cannot be merged into rounded weights: taid-vlm merge "
+        raise TaidError(f"{role}: the base model of '{adapter.folder}' is quantized, and an "
+                        "adapter cannot be merged into rounded weights: taid-vlm merge "
                         f"'{adapter.folder}' --output-dir DIR --dequantize, and use DIR.")
 
 
