@@ -112,7 +112,9 @@ def attach_adapter(base: PreTrainedModel, folder: Path, role: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied weights, which `merge_adapter` sees to
-            model = PeftModel(base, PeftConfig.from_pretrained(str(folder)))
+            config = PeftConfig.from_pretrained(str(folder))
+            config.inference_mode = False  # what belongs to the adapter is what has a gradient
+            model = PeftModel(base, config)
             trained = {name for name, p in model.named_parameters() if p.requires_grad}
             weights = load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
             report = set_peft_model_state_dict(model, weights)

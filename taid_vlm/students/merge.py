@@ -1,10 +1,15 @@
-"""`merge`: a LoRA adapter and its base model as one stock checkpoint with the adapter's logits."""
+"""`merge`: a LoRA adapter and its base model as one stock checkpoint with the adapter's logits.
+
+Both are computed with in float32, where a wrong merge and rounding can be told apart (in bfloat16
+the same logits may differ by some percent), and the weights are rounded once, when all is checked.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -22,10 +27,10 @@ from taid_vlm.models.lora import (
     merge_attached,
 )
 from taid_vlm.models.parts import is_tied
-from taid_vlm.students.shrink import best_device, check_saved, probe_inputs, probe_logits
+from taid_vlm.students.shrink import check_saved, probe_inputs, probe_logits
 
 ROLE = "merge"
-SAME_FLOAT32, SAME_HALF = 1e-4, 2.0**-6  # share of the largest logit that rounding may change
+SAME = 1e-4  # share of the largest logit that rounding may change in float32
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Merged:
     """What was written.
 
     untied: whether the head got a weight of its own, because the adapter changed it or the input
-    embeddings. error: the largest difference from the adapter's logits, as a share of the largest.
+    embeddings. error: the largest difference from the adapter's logits, as a share of the largest,
+    before weights were rounded to `dtype`.
     checks: what was found to hold of the checkpoint.
     """
 
@@ -53,7 +59,7 @@ class Merged:
             ("adapter", str(self.adapter)),
             ("base model", self.base),
             ("merged", f"{self.parameters:,} parameters, {self.dtype}{head}"),
-            ("logits", f"the adapter's within {self.error:.1e} of the largest"),
+            ("logits", f"the adapter's within {self.error:.1e} of the largest, in float32"),
             ("loaded again", "; ".join(self.checks)),
             ("written to", str(self.output_dir)),
         ])
@@ -86,12 +92,13 @@ def merge(
                         "student/ of a run with student.peft.")
     config = _base_config(spec, found, dequantize)
     processor = read_processor(config, spec, ROLE)
-    base = load_model(found.base, ROLE)
-    base = base.dequantize() if dequantize else base.to(best_device())
+    base = load_model(found.base.model_copy(update={"dtype": "float32"}), ROLE)
+    base = base.dequantize().float().cpu() if dequantize else base
     tied = is_tied(base)
     merged, error = _merged(base, found, processor)
     with whole_or_absent(folder, "the merged model could not be saved to '{}'") as partial:
         merged.save_pretrained(partial)
+        merged = _rounded(merged, partial, config.dtype if dtype == "auto" else dtype)
         processor.save_pretrained(partial)
         check_saved(merged, processor, partial)
     return Merged(folder, found.folder, found.base.model_name_or_path, str(merged.dtype)[6:],
@@ -120,14 +127,26 @@ def _merged(
     refuse_nonfinite(merged, "the merged model")
     error = max(_distance(probe_logits(merged, inputs), logits)
                 for inputs, logits in zip(probes, expected, strict=True))
-    limit = SAME_FLOAT32 if merged.dtype.itemsize >= 4 else SAME_HALF
-    if not error <= limit:
-        raise TaidError(
-            f"{ROLE}: the merged model's logits differ from the adapter's by {error:.1e} of the "
-            f"largest, more than {str(merged.dtype)[6:]} explains ({limit:.1e}). "
-            + ("This adapter cannot be expressed as weights; use it with peft."
-               if limit == SAME_FLOAT32 else "Merge with --dtype float32."))
+    if not error <= SAME:
+        raise TaidError(f"{ROLE}: the merged model's logits differ from the adapter's by "
+                        f"{error:.1e} of the largest, and not by rounding: this adapter is more "
+                        "than a change of weights; use it with peft.")
     return merged, error
+
+
+def _rounded(model: PreTrainedModel, folder: Path, dtype: torch.dtype | str | None
+             ) -> PreTrainedModel:
+    """What lies in the folder in another precision, which transformers sees to: it knows what
+    stays in float32."""
+    name = str(dtype or model.dtype).removeprefix("torch.")
+    if name == "float32":
+        return model
+    again = load_model(ModelSpec.model_validate(
+        {"model_name_or_path": str(folder), "dtype": name}), ROLE)
+    for path in folder.glob("model*.safetensors*"):  # mapped into memory: never written over
+        path.unlink()
+    again.save_pretrained(folder)
+    return again
 
 
 def _distance(logits: Tensor, expected: Tensor) -> float:

@@ -128,7 +128,7 @@ def shrink(
     narrowing = None if image_tokens is None else choose_tokens(config, processor, image_tokens)
     make_adapter(processor, "teacher")  # a processor without a template is refused before loading
     records = _records(options, sees_images(config))
-    model = load_model(spec, "teacher").to(best_device()).eval()
+    model = load_model(spec, "teacher").to(_device()).eval()
     scores = _scores(model, processor, stacks, records) if records else None
     cuts = {stack: _kept(stack, options, scores) for stack in stacks}
     return replace(_written(model, processor, cuts, narrowing, folder), importance=scores)
@@ -202,7 +202,7 @@ def _records(options: _Options, sees: bool) -> list[Record | Malformed]:
 # ----- choosing -----------------------------------------------------------------------------
 
 
-def best_device() -> torch.device:
+def _device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if accelerator is None else accelerator
 
