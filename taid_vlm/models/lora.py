@@ -62,13 +62,13 @@ def find_adapter(spec: ModelSpec, role: str) -> LoraFolder | None:
     folder = Path(spec.model_name_or_path).expanduser()
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind, base = config["peft_type"], config.get(_BASE)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        kind, base = config.get("peft_type"), config.get(_BASE)
+    except (OSError, ValueError, AttributeError) as error:
         raise TaidError(f"{role}: '{folder / CONFIG}' is no adapter's configuration: "
                         f"{error}.") from error
     if kind != "LORA":
-        raise TaidError(f"{role}: '{folder / CONFIG}' has peft_type = '{kind}', but only LORA (and "
-                        "DoRA) is merged here; merge it into its base model with peft.")
+        raise TaidError(f"{role}: '{folder / CONFIG}' has peft_type = {json.dumps(kind)}, but only "
+                        "LORA (and DoRA) is merged here; merge it into its base model with peft.")
     if not (folder / WEIGHTS).exists():
         raise TaidError(f"{role}: '{folder}' holds no {WEIGHTS} (pickled weights can run code when "
                         "they are loaded); save the adapter as safetensors.")
@@ -186,8 +186,10 @@ def untie_skeleton(model: PreTrainedModel, adapter: LoraFolder) -> None:
     names = [name for name, module in model.named_modules() if module in (head, embeddings)]
     with safe_open(adapter.folder / WEIGHTS, "pt") as file:
         keys = [key.removeprefix("base_model.model.") for key in file.keys()]  # noqa: SIM118
-    if _tied(head, embeddings) and any(
-            key.startswith(f"{name}.") for key in keys for name in names):
+    changed = [key for key in keys for name in names if key.startswith(f"{name}.")]
+    config = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
+    whole = all(key in {f"{name}.weight" for name in names} for key in changed)
+    if _tied(head, embeddings) and changed and not (whole and config.get("ensure_weight_tying")):
         _own_weight(head)
         _forget_tie(model)
 

@@ -93,7 +93,7 @@ def merge(
     config = _base_config(spec, found, dequantize)
     processor = read_processor(config, spec, ROLE)
     base = load_model(found.base.model_copy(update={"dtype": "float32"}), ROLE)
-    base = base.dequantize().float().cpu() if dequantize else base
+    base = base.dequantize(torch.float32).float().cpu() if dequantize else base
     tied = is_tied(base)
     merged, error = _merged(base, found, processor)
     with whole_or_absent(folder, "the merged model could not be saved to '{}'") as partial:

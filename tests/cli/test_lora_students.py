@@ -47,6 +47,7 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 HEAD = {"r": 4, "target_modules": ["q_proj", "lm_head"]}
 EMBEDDINGS = {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}
 WHOLE_HEAD = {**LORA, "modules_to_save": ["lm_head"]}
+SHARED = {**LORA, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
 DORA = {**LORA, "use_dora": True}
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "text": ("qwen2", False, LORA),
@@ -55,6 +56,7 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "text, tied, head": ("qwen2", True, HEAD),
     "text, tied, embeddings": ("qwen2", True, EMBEDDINGS),
     "text, tied, whole head": ("qwen2", True, WHOLE_HEAD),
+    "text, tied, kept so": ("qwen2", True, SHARED),
     "images": ("llava", False, WHOLE_HEAD),
     "images, tied, head": ("llava", True, HEAD),
     "images, tied, embeddings": ("llava", True, {**EMBEDDINGS, "use_dora": True}),
@@ -158,7 +160,7 @@ def test_a_tied_head_is_untied_only_where_the_adapter_changes_it(student: Studen
     merged = load_model(spec(student.folder), "student")
     skeleton = load_skeleton(spec(student.folder), "student")
     assert is_tied(merged) == is_tied(skeleton) == (
-        student.tied and student.peft in (LORA, DORA))
+        student.tied and student.peft in (LORA, SHARED))
     assert merged.config.tie_word_embeddings == is_tied(merged)
     assert {n: p.shape for n, p in merged.named_parameters()} == {
         n: p.shape for n, p in skeleton.named_parameters()}
@@ -167,7 +169,7 @@ def test_a_tied_head_is_untied_only_where_the_adapter_changes_it(student: Studen
 def test_merge(student: Student, cli: Cli, tmp_path: Path) -> None:
     done = cli("merge", student.folder, "--output-dir", tmp_path / "merged")
     assert done.status == 0, done.err
-    untied = student.tied and student.peft not in (LORA, DORA)
+    untied = student.tied and student.peft not in (LORA, SHARED)
     assert ("head untied" in done.out) == untied
     auto = AutoModelForImageTextToText if student.sees_images else AutoModelForCausalLM
     merged = auto.from_pretrained(tmp_path / "merged")
@@ -315,7 +317,7 @@ def test_a_processor_that_is_not_beside_the_adapter_is_the_bases(
     ({"base_model_name_or_path": None}, ("base_model_name_or_path = null", "must name the base")),
     ({"base_model_name_or_path": "who/knows"},
      ("base_model_name_or_path = 'who/knows'", "cannot be loaded", "write")),
-    ({"peft_type": "IA3"}, ("peft_type = 'IA3'", "LORA", "peft")),
+    ({"peft_type": "IA3"}, ('peft_type = "IA3"', "LORA", "peft")),
     ({"r": 2}, ("does not fit its base model", "size mismatch")),
     ({"target_modules": ["q_proj"]}, ("has no use for, 4 weights", "v_proj", "base_model_name")),
     ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, ("lacks 4 weights", "k_proj")),
@@ -426,7 +428,8 @@ def test_merge_into_dequantized_weights(plain: Student, cli: Cli, tmp_path: Path
     assert "quantization_config" not in loaded(tmp_path / "m/config.json")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     with torch.no_grad():
-        attached = peft.PeftModel.from_pretrained(four_bits.dequantize().float(), folder).eval()
+        base = four_bits.dequantize(torch.float32)
+        attached = peft.PeftModel.from_pretrained(base, folder).eval()
     torch.testing.assert_close(logits(merged), logits(attached), rtol=1e-3, atol=1e-3)
     assert (logits(merged) - logits(plain.attached())).abs().max() > 1e-2
 
