@@ -1,6 +1,7 @@
 """Regenerates the demo's data sets (seconds) and, with `--models`, its trained models.
 
-The models take about an hour of one CPU core. Run as `python data/generate.py`.
+The models take about an hour of one CPU core. Run as `python data/generate.py`; `--only-models` is
+what `taid-vlm demo --train-teacher` does.
 """
 
 import argparse
@@ -12,9 +13,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from taid_vlm.demo import scenes, words
-from taid_vlm.demo.scenes import Scene, Turn
+from worlds import scenes, words
+from worlds.scenes import Scene, Turn
 
 DATA = Path(__file__).resolve().parent
 SPLITS = {"train": (4000, 11), "eval": (600, 12)}  # rows and seed
@@ -72,16 +72,19 @@ def write(folder: Path) -> None:
         (folder / "words" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Read the command line and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", action="store_true", help="train data/models/ too")
-    train = parser.parse_args().models
-    write(DATA)
-    if train:
-        from taid_vlm.demo.pretrain import train_all  # slow to import, and needed only here
+    parser.add_argument("--models", action="store_true", help="train the models, too")
+    parser.add_argument("--only-models", action="store_true", help="train them and nothing else")
+    parser.add_argument("--output-dir", type=Path, default=DATA, help="default: this folder")
+    args = parser.parse_args(arguments)
+    if not args.only_models:
+        write(args.output_dir)
+    if args.models or args.only_models:
+        from worlds.pretrain import train_all  # slow to import, and needed only here
 
-        train_all(DATA / "models")
+        train_all(args.output_dir / "models")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import get_scheduler
 from taid_vlm.config.recipe import load_recipe
 from taid_vlm.models.loading import load_model
 from taid_vlm.objectives import parse_objective
-from taid_vlm.runs.run import gather
+from taid_vlm.runs.ingredients import gather
 from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.loss import choose_step
 from taid_vlm.training.pair import pair_for_training

@@ -10,12 +10,24 @@ from typing import Any
 
 
 class TaidError(ValueError):
-    """Base of every error this package raises on purpose.
+    """Base of every error this package raises on purpose; its text is `message` and `mend`.
+
+    Args:
+        message: what is wrong, with the key or file and the value.
+        mend: what to do about it, as a sentence of its own.
+        code: a name of the mistake for programs, for `taid-vlm inspect` has more to say of some.
+        reasons: of an error about records, why they are left out (`SampleDropped.reason`).
 
     reason: what a record that it costs is counted under, where it costs a record.
     """
 
     reason = "refused by the processor"
+
+    def __init__(
+        self, message: str, *, mend: str = "", code: str = "", reasons: Iterable[str] = ()
+    ) -> None:
+        super().__init__(f"{message} {mend}" if mend else message)
+        self.message, self.mend, self.code, self.reasons = message, mend, code, tuple(reasons)
 
 
 class RecipeError(TaidError):
@@ -51,6 +63,21 @@ def is_number(value: Any) -> bool:
     return number and abs(value) <= sys.float_info.max
 
 
+def with_place(error: TaidError, place: str, instead_of: str = "") -> TaidError:
+    """The same error as it is told from further away: of the same type, mend, code and reasons.
+
+    Args:
+        place: what the message begins with from now on: "stages 'one'", "data.train".
+        instead_of: a vaguer place that gives way to it; a message that does not begin with that
+            names a better one (a file and its line) and stays as it is.
+    """
+    message = f"{place}: {error.message}"
+    if instead_of:
+        vague = error.message.startswith(f"{instead_of}: ")
+        message = place + error.message.removeprefix(instead_of) if vague else error.message
+    return type(error)(message, mend=error.mend, code=error.code, reasons=error.reasons)
+
+
 MANY = 40  # more names than this would bury the message
 
 
@@ -60,6 +87,19 @@ def nearest(name: object, valid: Iterable[str]) -> str:
     match = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean '{match[0]}'?" if match else ""
     return f"{hint} Valid: {', '.join(names)}." if len(names) <= MANY else hint
+
+
+def one_of(key: str, value: object, valid: Iterable[str]) -> None:
+    """Raise TaidError where a value is none of the valid names."""
+    names = list(valid)
+    if value not in names:
+        raise TaidError(f"{key} = '{value}'.{nearest(value, names)}")
+
+
+def at_least(key: str, value: int | None, least: int) -> None:
+    """Raise TaidError where a value (None: not given) is too small."""
+    if value is not None and value < least:
+        raise TaidError(f"{key} = {value}, but it must be at least {least}.")
 
 
 def nearest_sibling(path: Path, pattern: str = "*") -> str:

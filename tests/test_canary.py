@@ -41,6 +41,7 @@ from taid_vlm.records import Record, parse_record
 from taid_vlm.report import render
 from taid_vlm.report.run import run_report
 from taid_vlm.runs import run
+from taid_vlm.runs.results import read_results
 from taid_vlm.training.config import training_arguments
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3")
@@ -465,5 +466,6 @@ def test_results_and_report(
     assert caplog.text.count("DOES NOT LOOK") == 2
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Does it look?" in page and "DOES NOT LOOK" in page and "student before" in page
-    without = run_report({**results, "canary": None}, ([], {}), "")
+    whole = read_results(tmp_path / "out" / "results.json")
+    without = run_report(whole.model_copy(update={"canary": None}), (), "")
     assert "Does it look?" not in render(without)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.runs.results import machine, versions
+from taid_vlm.runs.machine import machine, versions
 
 ERROR_LENGTH = 200
 Rows = list[dict[str, Any]]

@@ -22,7 +22,7 @@ from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.files import write_json, write_text
 from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.report import write_report
-from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
+from taid_vlm.runs.machine import machine, peak_memory, versions
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     command = " ".join(["python scripts/miniature.py", *(
         sys.argv[1:] if arguments is None else arguments)])
     document = {
-        "schema": SCHEMA, "kind": "miniature", "command": command,
+        "schema": 1, "kind": "miniature", "command": command,
         "scale": _scale(plan.scale), "parts": outcome.parts,
         "claims": [claim.as_json() for claim in outcome.claims],
         "seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds,

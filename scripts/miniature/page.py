@@ -8,7 +8,7 @@ from typing import Any
 
 from miniature.intervals import interval
 from miniature.pairs import FIGURES as PAIR_FIGURES
-from taid_vlm.demo.arms import START, TEACHER
+from miniature.pairs import START, TEACHER
 from taid_vlm.report import Column, Curve, Figure, Report, Row, Section, Table
 
 COLUMNS = (

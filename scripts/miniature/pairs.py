@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from miniature.crew import Jobs
-from miniature.pooling import as_json, pool, pool_difference, sums
+from miniature.pooling import PER_TOKEN, as_json, pool, pool_difference, sums
 from miniature.scale import Models
+from taid_vlm.compare.measures import BASE, TEACHER
 from taid_vlm.config.recipe import parse_recipe
-from taid_vlm.demo.arms import START, TEACHER, WORLDS, Job, World, caption_entropies, run_arm
+from taid_vlm.demo.arms import WORLDS, Arm, World, carry_out
+from taid_vlm.demo.truth import QUESTIONS, caption_entropies
+from taid_vlm.evaluation.answers import AnswerPair, Totals
 from taid_vlm.evaluation.statistics import Pooled
 from taid_vlm.io.jsonl import dump_lines, read_lines
 from taid_vlm.runs.run import distill
 
+START = "Warm start"
 SCENES: dict[str, dict[str, Any]] = {
     "SFT": {"name": "sft"}, "KL": {"name": "forward_kl"}, "RKL": {"name": "reverse_kl"},
     "JSD": {"name": "jsd"}, "TAID": {"name": "taid"},
@@ -27,26 +32,79 @@ FIGURES = {"scenes": ("kl", "agreement", "nll", "caption_kl", "accuracy"),
            "text": ("kl", "agreement", "nll")}
 
 
+# ----- one arm -----------------------------------------------------------------------------------
+
+
+def run_arm(arm: Arm) -> dict[str, Any]:
+    """Carry out an arm of the demo; what came of it as plain data, for `pooling.sums`.
+
+    `start` holds the same of the student before training.
+    """
+    method = carry_out(arm)
+    out: dict[str, Any] = {"answers": []}
+    for evaluation in method.evaluations:
+        task = evaluation.results["tasks"][QUESTIONS.name]
+        out = {"accuracy": {"": task["figures"]["accuracy"], **{
+            category: figures["accuracy"] for category, figures in
+            task["by_tag"]["category"].items()}}, "answers": [
+            {"source": row["group"], "right": row["score"] == 1, **row["tags"]}
+            for row in evaluation.answers(QUESTIONS.name)]}
+    if not method.runs:
+        return out
+    (run,) = method.runs
+    before, after = run.results.eval.before, run.results.eval.after
+    assert before is not None
+    assert after is not None
+    alignment = run.results.alignment
+    return {
+        **out, "figures": after.model_dump(), "losses": [_loss(a, a.after) for a in run.answers],
+        "start": {"figures": before.model_dump(),
+                  "losses": [_loss(a, a.before) for a in run.answers]},
+        "recipe_hash": run.results.recipe_hash, "history": run.results.history,
+        "alignment": alignment and f"case {alignment.case}: {alignment.reason}",
+        "adaptive_share": run.results.train.adaptive_share,
+        "left_out": run.results.train.records_left_out,
+    }
+
+
+def _loss(answer: AnswerPair, totals: Totals) -> dict[str, Any]:
+    """One answer's likelihoods under both models, KL and agreement, summed over its tokens."""
+    return {"source": answer.key[0], "category": answer.category, "tokens": answer.tokens,
+            "teacher_nll": answer.teacher["teacher_nll"],
+            **{name: totals[name] for name in PER_TOKEN}}
+
+
+def with_starts(found: Mapping[Any, Any], kind: str, seeds: int) -> dict[Any, Any]:
+    """With what the students of so many seeds were before training, as arms of their own."""
+    trained = {key[2]: run["start"] for key, run in found.items()
+               if key[0] == kind and "start" in run}
+    starts = {(kind, START, seed): {"answers": [], **trained[seed],
+                                    **found.get((kind, START, seed), {})}
+              for seed in range(seeds)}
+    return {**found, **starts}
+
+
 # ----- instruction: drawn scenes, from the warm start --------------------------------------------
 
 
 def scene_jobs(models: Models, data: Path, output: Path) -> Jobs:
-    """Every arm with every seed, and once the warm start and the teacher."""
+    """Every arm with every seed, and once the answers of the warm start and the teacher."""
     world = replace(WORLDS[0], steps=models.steps, records=models.records,
-                    questions=models.questions)
+                    questions=models.questions, examples=0)
 
-    def job(arm: str, seed: int) -> Callable[[], Any]:
-        return partial(run_arm, Job(world, arm, data, data / "models", output / f"seed-{seed}",
-                                    seed, SCENES.get(arm)))
+    def job(name: str, seed: int, row: str) -> Callable[[], Any]:
+        return partial(run_arm, Arm(world, row, data, data / "models", output / f"seed-{seed}",
+                                    seed, SCENES.get(name)))
 
-    once = [(START, 0), (TEACHER, 0)]
-    trained = [(arm, seed) for seed in range(models.seeds) for arm in SCENES]
-    return {("scenes", arm, seed): job(arm, seed) for arm, seed in (*trained, *once)}
+    jobs = {("scenes", name, seed): job(name, seed, name)
+            for seed in range(models.seeds) for name in SCENES}
+    return {**jobs, ("scenes", START, 0): job(START, 0, BASE),
+            ("scenes", TEACHER, 0): job(TEACHER, 0, TEACHER)}
 
 
 def scene_truth(data: Path) -> dict[str, float]:
     """Entropies of the held-out captions, by record."""
-    return caption_entropies(Job(WORLDS[0], START, data, data / "models", data, 0))
+    return caption_entropies(WORLDS[0].held_out(data))
 
 
 # ----- pre-training: plain text, from random weights ---------------------------------------------
@@ -55,7 +113,7 @@ def scene_truth(data: Path) -> dict[str, float]:
 def text_world(models: Models) -> World:
     """The learning rate is the one that the demo's own students were pre-trained with."""
     return World("text", "Plain text", "jsonl", models.steps, learning_rate=3e-3,
-                 records=models.records, questions=0)
+                 records=models.records, questions=0, examples=0)
 
 
 def prepare_text(models: Models, data: Path, output: Path) -> dict[str, Any]:
@@ -64,7 +122,8 @@ def prepare_text(models: Models, data: Path, output: Path) -> dict[str, Any]:
     A text is a scene told in words and its retelling, without a chat's marks. The teacher is the
     demo's, taught further with a recipe of its own. Returns its account of the training.
     """
-    from taid_vlm.demo import models as demo_models
+    sys.path.insert(0, str(data))  # the demo's models are described beside its data
+    from worlds import models as demo_models
 
     for split in ("train", "eval"):
         _write_texts(data / "words" / f"{split}.jsonl", output / "text" / f"{split}.jsonl")
@@ -81,13 +140,13 @@ def prepare_text(models: Models, data: Path, output: Path) -> dict[str, Any]:
             "disable_tqdm": True, "use_cpu": True,
         },
         "output_dir": str(output / "teacher"),
-    }))
+    })).results
     for seed in range(models.seeds):
         folder = output / "models" / f"seed-{seed}"
         shutil.copytree(output / "teacher" / "student", folder / "text-teacher",
                         dirs_exist_ok=True)
         demo_models.save(folder / "text-student", *demo_models.build("words-student", seed))
-    return {"eval": results["eval"], "train": results["train"]}
+    return {"eval": results.eval.model_dump(), "train": results.train.model_dump()}
 
 
 def _write_texts(source: Path, target: Path) -> None:
@@ -103,12 +162,12 @@ def plain_text(row: Mapping[str, Any]) -> str:
 
 
 def text_jobs(models: Models, output: Path) -> Jobs:
-    """Every arm with every seed, and the untrained students; after `prepare_text`."""
+    """Every arm with every seed; after `prepare_text`."""
     world = text_world(models)
-    return {("text", arm, seed): partial(run_arm, Job(
-                world, arm, output, output / "models" / f"seed-{seed}",
-                output / f"seed-{seed}", seed, TEXT.get(arm)))
-            for seed in range(models.seeds) for arm in (*TEXT, START)}
+    return {("text", name, seed): partial(run_arm, Arm(
+                world, name, output, output / "models" / f"seed-{seed}",
+                output / f"seed-{seed}", seed, objective))
+            for seed in range(models.seeds) for name, objective in TEXT.items()}
 
 
 # ----- several seeds in one figure ---------------------------------------------------------------
@@ -156,7 +215,8 @@ class Arms:
 
 def _account(run: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("figures", "accuracy", "recipe_hash", "adaptive_share", "alignment", "left_out")
-    return {name: run[name] for name in kept} | {"history": list(_history(run["history"]))}
+    return {name: run[name] for name in kept if name in run} | {
+        "history": list(_history(run.get("history", ())))}
 
 
 def _history(rows: Sequence[Mapping[str, Any]]) -> Any:

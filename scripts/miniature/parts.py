@@ -110,13 +110,15 @@ def _sweeps(plan: Plan, found: Found) -> Made:
 
 
 def _scenes(plan: Plan, found: Found) -> Made:
-    arms = pairs.Arms("scenes", found, pairs.scene_truth(plan.data))
+    arms = pairs.Arms("scenes", pairs.with_starts(found, "scenes", 1),
+                      pairs.scene_truth(plan.data))
     return arms.as_json(), claims.arms_claims(arms, "instruction, scenes", "caption_kl",
                                               "caption KL to the truth")
 
 
 def _pretrain(plan: Plan, found: Found) -> Made:
-    arms, scratch = pairs.Arms("text", found, {}), _with_intervals(_under(found, "scratch"))
+    arms = pairs.Arms("text", pairs.with_starts(found, "text", plan.scale.models.seeds), {})
+    scratch = _with_intervals(_under(found, "scratch"))
     part = {"teacher": found["prepare", "text"], "text": arms.as_json(), "language": scratch}
     return part, [*claims.arms_claims(arms, "pre-training, plain text", "nll",
                                       "NLL of held-out text"), *claims.scratch_claims(scratch)]

@@ -19,7 +19,7 @@ PER_TOKEN = ("kl", "nll", "agreement")
 
 
 def sums(run: Mapping[str, Any], figure: str, truth: Mapping[str, float]) -> Sums:
-    """One arm's figure by record, from what `taid_vlm.demo.arms.run_arm` returns.
+    """One arm's figure by record, from what `pairs.run_arm` returns.
 
     Args:
         figure: kl, nll and agreement are per token; caption_kl per caption, against the truth's

@@ -384,10 +384,11 @@ class ImageTextAdapter(ModelAdapter):
         super().__init__(processor, role, max_length)
         if self.form is None:
             raise TaidError(f"{role}: the processor has no chat template; set "
-                            f"{role}.chat_template to a jinja file.")
+                            f"{role}.chat_template to a jinja file.", code="no_chat_template")
         if self.form == "string":
             raise TaidError(f"{role}: the chat template prints no typed parts, so images cannot be "
-                            f"placed; set {role}.chat_template to one that does.")
+                            f"placed; set {role}.chat_template to one that does.",
+                            code="no_typed_parts")
 
     def _after_template(self, rendered: Rendered) -> Rendered:
         """As ProcessorMixin.apply_chat_template: a BOS unless the template wrote one."""

@@ -47,7 +47,8 @@ class PrefixAdapter(ImageTextAdapter):
     def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
         if has_chat_template(processor):
             raise TaidError(f"{role}: PaliGemma takes a question and gives an answer, in a text of "
-                            f"its own; it cannot use a chat template. Remove {role}.chat_template.")
+                            "its own; it cannot use a chat template.",
+                            mend=f"Remove {role}.chat_template.")
         ModelAdapter.__init__(self, processor, role, max_length)
 
     @property

@@ -72,7 +72,8 @@ def content_form(processor: Processor, prefer: ContentForm, role: str) -> Conten
             return form
     raise TaidError(
         f"{role}: the chat template does not print a question and an answer faithfully, neither "
-        f"as a string nor as typed parts; set {role}.chat_template to another one."
+        f"as a string nor as typed parts; set {role}.chat_template to another one.",
+        code="unfaithful_template",
     )
 
 

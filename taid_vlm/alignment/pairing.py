@@ -230,7 +230,8 @@ def pair_models(
         raise AlignmentError(
             f"alignment: {alignment}, but teacher and student split text differently, so their "
             "next-token distributions are not over the same events. Use alignment: chunks (or "
-            f"auto), or a student of the teacher's tokenizer family. {difference}."
+            f"auto), or a student of the teacher's tokenizer family. {difference}.",
+            code=f"alignment_{alignment}"
         )
     roles = _roles(teacher, student)
     glue = _first_token_glue(teacher, student)
@@ -242,8 +243,8 @@ def pair_models(
     case: Case = "c" if chunks else "a" if maps[0].identity else "b"
     if alignment == "exact" and case != "a":
         raise AlignmentError(
-            f"alignment: exact, but the two vocabularies are not the same ({_counts(maps[0])}). "
-            "Use alignment: shared (or auto).")
+            f"alignment: exact, but the two vocabularies are not the same ({_counts(maps[0])}).",
+            mend="Use alignment: shared (or auto).", code="alignment_exact")
     reason = _reason(case, maps[0], glue, difference)
     return Pairing(case, reason, tuple(maps), glue, (*_warnings(teacher, student), *warnings))
 
@@ -268,7 +269,8 @@ def _compare_splits(
     message = (f"{len(problems)} of {len(samples)} probed answers cannot be spelled by both "
                "tokenizers")
     if len(problems) == len(samples):
-        raise AlignmentError(f"{message}, so nothing can be aligned: {problems[0]}")
+        raise AlignmentError(f"{message}, so nothing can be aligned: {problems[0]}",
+                             code="unspellable")
     return difference, [f"{message}; such records are left out: {problems[0]}"]
 
 
@@ -347,5 +349,5 @@ def check_modalities(blind: Sequence[str], has_images: bool) -> None:
     if has_images and blind:
         raise TaidError(
             f"the records hold images, but the {' and the '.join(blind)} cannot see: a text model "
-            "was given. Choose a model with vision, or text records."
+            "was given.", mend="Choose a model with vision, or text records.", code="blind"
         )

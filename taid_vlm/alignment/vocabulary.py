@@ -228,7 +228,8 @@ def check_rows(
                                                                    student_rows)):
         if rows < len(table):
             raise AlignmentError(f"{role}: the head has {rows} rows, but the tokenizer names "
-                                 f"{len(table)} tokens; resize the embeddings.")
+                                 f"{len(table)} tokens; resize the embeddings.",
+                                 code="small_head")
 
 
 def _identity(rows: int) -> VocabularyMap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +52,13 @@ class Answerer(Protocol):
         """Answers as they come, to all questions but those whose ids are `done`."""
 
 
+def generate_settings(max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+                      ) -> Settings:
+    """The settings of a model that generates, here or behind a URL; temperature 0 is greedy."""
+    return {"method": "generate", "max_new_tokens": max_new_tokens, "temperature": temperature,
+            "top_p": top_p if temperature else 1.0}
+
+
 def hold_back(
     stream: Iterable[tuple[Given, Sequence[str]]], answered: bool, complaint: str
 ) -> Iterator[Given]:
@@ -86,11 +93,8 @@ def plan_batches(questions: Sequence[Question], size: int) -> list[list[Question
     They depend on the questions alone and not on their order, so that going on after an
     interruption meets the same batches again.
     """
-    def length(question: Question) -> tuple[int, int, str]:
-        text = sum(len(part) for part in question.prompt if part is not None)
-        return -len(question.images), -text, question.id
-
-    ordered = sorted(questions, key=length)
+    ordered = sorted(questions, key=lambda question: (
+        -len(question.images), -sum(len(part or "") for part in question.prompt), question.id))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
@@ -102,14 +106,15 @@ class LocalAnswerer:
             rounding decides between tokens that are all but equally likely: hardly ever in
             float32, in some long answers in half precision.
         process: (rank, world size); this process takes every world-size-th batch.
+        settings: what `settle` takes.
     """
 
-    settings: Settings
+    settle: Callable[..., Settings]  # the settings that are given, and defaults for the others
 
     def __init__(self, model: PreTrainedModel, adapter: ModelAdapter, batch_size: int,
-                 process: tuple[int, int] = (0, 1)) -> None:
+                 process: tuple[int, int] = (0, 1), **settings: Any) -> None:
         self.model, self.adapter, self.batch_size = model, adapter, batch_size
-        self.process = process
+        self.process, self.settings = process, self.settle(**settings)
         self.context: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -150,23 +155,12 @@ class LocalAnswerer:
 class Generating(LocalAnswerer):
     """Answers in the model's own words, greedy or sampled."""
 
-    def __init__(self, model: PreTrainedModel, adapter: ModelAdapter, batch_size: int,
-                 process: tuple[int, int] = (0, 1), *, max_new_tokens: int,
-                 temperature: float = 0.0, top_p: float = 1.0) -> None:
-        super().__init__(model, adapter, batch_size, process)
-        self.settings = generate_settings(max_new_tokens, temperature, top_p)
+    settle = staticmethod(generate_settings)
 
     def batch(self, questions: Sequence[Question], seed: int) -> list[Answer]:
-        given = self.settings
-        sampling = Sampling(given["temperature"], given["top_p"], seed) \
-            if given["temperature"] else None
-        said = generate_batch(
-            self.model, self.adapter, [(question.record(), 0) for question in questions],
-            max_new_tokens=given["max_new_tokens"], sampling=sampling, context=self.context)
-        return [Answer(each.text, cut=each.cut) for each in said]
-
-
-def generate_settings(max_new_tokens: int, temperature: float, top_p: float) -> Settings:
-    """The settings of a model that generates, here or behind a URL; temperature 0 is greedy."""
-    return {"method": "generate", "max_new_tokens": max_new_tokens, "temperature": temperature,
-            "top_p": top_p if temperature else 1.0}
+        temperature, top_p = self.settings["temperature"], self.settings["top_p"]
+        answers = generate_batch(
+            self.model, self.adapter, [question.asked() for question in questions],
+            max_new_tokens=self.settings["max_new_tokens"], context=self.context,
+            sampling=Sampling(temperature, top_p, seed) if temperature else None)
+        return [Answer(each.text, cut=each.cut) for each in answers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import find_benchmark
 from taid_vlm.benchmarks.store import data_hash, question_hash
 from taid_vlm.config.data import DataSource
-from taid_vlm.errors import TaidError, nearest
+from taid_vlm.errors import TaidError, at_least, nearest, one_of
 from taid_vlm.io.hashing import text_hash
 
 METHODS = ("generate", "likelihood")
@@ -43,15 +44,11 @@ class Asking:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for key, given, valid in (("method", self.method, METHODS),
-                                  ("choose-by", self.choose_by, CHOOSE_BY),
-                                  ("normalise", self.normalise, NORMALISE)):
-            if given not in valid:
-                raise TaidError(f"--{key} = '{given}'.{nearest(given, valid)}")
-        for key, number in (("batch-size", self.batch_size),
-                            ("max-new-tokens", self.max_new_tokens)):
-            if number is not None and number < 1:
-                raise TaidError(f"--{key} = {number}, but it must be at least 1.")
+        one_of("--method", self.method, METHODS)
+        one_of("--choose-by", self.choose_by, CHOOSE_BY)
+        one_of("--normalise", self.normalise, NORMALISE)
+        at_least("--batch-size", self.batch_size, 1)
+        at_least("--max-new-tokens", self.max_new_tokens, 1)
         if not 0 <= self.temperature < float("inf"):
             raise TaidError(f"--temperature = {self.temperature}, but it must be at least 0.")
         if not 0 < self.top_p <= 1:
@@ -80,7 +77,6 @@ class Asking:
 class Task:
     """A benchmark, its questions, and the rule that judges the answers.
 
-    asked: the hash of what is shown, by question id.
     left_out: rows that are no part of the benchmark, by reason.
     """
 
@@ -88,60 +84,67 @@ class Task:
     rule: Rule
     source: DataSource
     questions: Sequence[Question]
-    asked: Mapping[str, str]
-    sha256: str | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Of all that a model is shown, by question id."""
+        return {question.id: question_hash(question) for question in self.questions}
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Of the data; None for those of the hub."""
+        return data_hash(Path(self.source.path).expanduser())
 
     @property
     def prompt_hash(self) -> str:
-        together = "\n".join(f"{name} {asked}" for name, asked in self.asked.items())
+        together = "\n".join(f"{name} {each}" for name, each in self.hashes.items())
         return text_hash(together)
 
 
 def open_tasks(
-    given: Sequence[str], rules: Sequence[str] = (), max_records: int | None = None
+    names: Sequence[str], rules: Sequence[str] = (), max_records: int | None = None
 ) -> list[Task]:
     """The benchmarks that `--tasks` names, with all their questions read.
 
     Args:
-        given: NAME, NAME=DATA or a YAML file each; without DATA they are read from the hub.
+        names: NAME, NAME=DATA or a YAML file each; without DATA they are read from the hub.
         rules: TASK:RULE each; the others are judged by their first rule.
         max_records: only the first so many rows of each.
 
     Raises:
         TaidError: an unknown task or rule, data that is not there or lacks columns.
     """
-    if max_records is not None and max_records < 1:
-        raise TaidError(f"--max-records = {max_records}, but it must be at least 1.")
-    found: dict[str, tuple[Benchmark, str]] = {}
-    for text in given:
-        name, _, data = text.partition("=")
+    at_least("--max-records", max_records, 1)
+    benchmarks: dict[str, Benchmark] = {}
+    places: dict[str, str] = {}
+    for name, _, data in (text.partition("=") for text in names):
         benchmark = find_benchmark(name)
-        if benchmark.name in found:
+        if benchmark.name in benchmarks:
             raise TaidError(f"--tasks: '{benchmark.name}' stands twice.")
-        found[benchmark.name] = benchmark, data
-    chosen = _rules({name: benchmark for name, (benchmark, _) in found.items()}, rules)
-    return [open_task(benchmark, chosen[name], _source(benchmark, data, max_records))
-            for name, (benchmark, data) in found.items()]
+        benchmarks[benchmark.name], places[benchmark.name] = benchmark, data
+    chosen = _rules(benchmarks, rules)
+    return [open_task(benchmark, chosen[name], _source(benchmark, places[name], max_records))
+            for name, benchmark in benchmarks.items()]
 
 
 def open_task(benchmark: Benchmark, rule: Rule, source: DataSource) -> Task:
     """A benchmark with its questions read from `source`."""
-    path, left_out = Path(source.path).expanduser(), Counter[str]()
+    left_out = Counter[str]()
     try:
         questions = read_questions(benchmark, source, left_out=left_out)
     except TaidError as error:
-        if path.exists() or benchmark.hub is None or source.path != benchmark.hub[0]:
+        on_hub = benchmark.hub is not None and source.path == benchmark.hub[0]
+        if Path(source.path).expanduser().exists() or not on_hub:
             raise
-        raise TaidError(f"{error} With a copy on this machine: --tasks {benchmark.name}=FILE."
-                        ) from error
-    asked = {question.id: question_hash(question) for question in questions}
-    return Task(benchmark, rule, source, questions, asked, data_hash(path), dict(left_out))
+        raise TaidError(str(error), mend="With a copy on this machine: --tasks "
+                                         f"{benchmark.name}=FILE.") from error
+    return Task(benchmark, rule, source, questions, left_out)
 
 
-def _rules(benchmarks: Mapping[str, Benchmark], given: Sequence[str]) -> dict[str, Rule]:
+def _rules(benchmarks: Mapping[str, Benchmark], texts: Sequence[str]) -> dict[str, Rule]:
     chosen = {name: benchmark.rules[0] for name, benchmark in benchmarks.items()}
-    for text in given:
+    for text in texts:
         task, colon, wanted = text.partition(":")
         if not colon:
             raise TaidError(f"--rule '{text}' must look like mmstar:vlmevalkit.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,15 +20,9 @@ from taid_vlm.benchmarks.store import weights_hash
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.io.hashing import text_hash
-from taid_vlm.models.loading import (
-    load_config,
-    load_processor,
-    load_skeleton,
-    read_template,
-    weights_dtype,
-)
+from taid_vlm.models import loading
 from taid_vlm.models.lora import find_adapter
-from taid_vlm.runs.results import STUDENT_FOLDER
+from taid_vlm.runs.folders import STUDENT
 
 
 @dataclass(frozen=True)
@@ -38,26 +33,26 @@ class Candidate:
     source: ModelSpec | Endpoint
 
 
-def parse_candidates(given: Sequence[str], spec: ModelSpec) -> list[Candidate]:
+def parse_candidates(texts: Sequence[str], spec: ModelSpec) -> list[Candidate]:
     """`[NAME=]MODEL` each: a folder, the folder of a run (its student), or NAME[@REVISION] on the
     hub.
 
     Args:
         spec: what holds for all of them (dtype, chat template).
     """
-    found: list[Candidate] = []
-    for text in given:
+    candidates: list[Candidate] = []
+    for text in texts:
         name, path, revision = split_model(text)
         folder = Path(path).expanduser()
         path = str(folder) if folder.exists() else path
-        if not (folder / "config.json").exists() and (folder / STUDENT_FOLDER).is_dir():
-            path = str(folder / STUDENT_FOLDER)
-        found.append(Candidate(name, spec.model_copy(update={
+        if not (folder / "config.json").exists() and (folder / STUDENT).is_dir():
+            path = str(folder / STUDENT)
+        candidates.append(Candidate(name, spec.model_copy(update={
             "model_name_or_path": path, "revision": revision})))
-    return distinct(found)
+    return distinct(candidates)
 
 
-def parse_served(given: Sequence[str], url: str, key_variable: str | None, timeout: float
+def parse_served(texts: Sequence[str], url: str, key_variable: str | None, timeout: float
                  ) -> list[Candidate]:
     """`[NAME=]MODEL` each, as the server at `url` calls them; raises TaidError.
 
@@ -70,13 +65,9 @@ def parse_served(given: Sequence[str], url: str, key_variable: str | None, timeo
         raise TaidError(f"--api-key-env: the environment variable '{key_variable}' is not set.")
     if not timeout > 0:
         raise TaidError(f"--timeout = {timeout}, but it must be more than 0 seconds.")
-    found: list[Candidate] = []
-    for text in given:
-        named, _, model = text.rpartition("=")
-        own = re.sub(r"[^\w.-]", "_", model.rsplit("/", 1)[-1])
-        found.append(Candidate(_checked_name(named, text) or own,
-                               Endpoint(url, model, key, timeout)))
-    return distinct(found)
+    parts = [(text, *text.rpartition("=")[::2]) for text in texts]
+    return distinct([Candidate(_name(text, named, model.rsplit("/", 1)[-1]),
+                               Endpoint(url, model, key, timeout)) for text, named, model in parts])
 
 
 def split_model(text: str) -> tuple[str, str, str]:
@@ -89,24 +80,23 @@ def split_model(text: str) -> tuple[str, str, str]:
         path, _, revision = path.rpartition("@")
     if not path:
         raise TaidError(f"--model '{text}' must be a folder or a hub name, or NAME=one of them.")
-    own = re.sub(r"[^\w.-]", "_", Path(path).expanduser().resolve().name)
-    return _checked_name(named, text) or own, path, revision
+    return _name(text, named, Path(path).expanduser().resolve().name), path, revision
 
 
-def _checked_name(named: str, text: str) -> str:
+def _name(text: str, named: str, own: str) -> str:
+    """The name that was given, or the model's own made fit for a folder."""
     if named and not re.fullmatch(r"\w[\w.-]*", named):
         raise TaidError(f"--model '{text}': the name '{named}' must be letters, digits, '_', '-' "
                         "and '.' (it names a folder).")
-    return named
+    return named or re.sub(r"[^\w.-]", "_", own)
 
 
 def distinct(candidates: list[Candidate]) -> list[Candidate]:
     """The same; raises TaidError where two have one name."""
-    names = [candidate.name for candidate in candidates]
-    for name in names:
-        if names.count(name) > 1:
-            raise TaidError(f"--model: two models are called '{name}'; name them, as in "
-                            f"--model teacher=PATH student=PATH.")
+    for name, number in Counter(candidate.name for candidate in candidates).items():
+        if number > 1:
+            raise TaidError(f"--model: two models are called '{name}'; name them, as in --model "
+                            "teacher=PATH student=PATH.")
     return candidates
 
 
@@ -119,8 +109,8 @@ class LocalModel:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self.config: PretrainedConfig = load_config(spec, "model")
-        self.adapter: ModelAdapter = make_adapter(load_processor(spec, "model"), "model")
+        self.config: PretrainedConfig = loading.load_config(spec, "model")
+        self.adapter: ModelAdapter = make_adapter(loading.load_processor(spec, "model"), "model")
         folder = Path(spec.model_name_or_path)
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             raise TaidError(f"model: '{folder}' holds no weights (*.safetensors).")
@@ -128,26 +118,26 @@ class LocalModel:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, beside the settings of answering."""
-        folder, given = Path(self.spec.model_name_or_path), self.spec.chat_template
-        template = None if given is None else text_hash(read_template(given, "model"))
+        folder, template = Path(self.spec.model_name_or_path), self.spec.chat_template
+        digest = None if template is None else text_hash(loading.read_template(template, "model"))
         adapter = find_adapter(self.spec, "model")
         base = None if adapter is None else Path(adapter.base.model_name_or_path)
         return {"weights_sha256": weights_hash(folder) if folder.is_dir() else None,
                 **({"base_sha256": weights_hash(base)} if base and base.is_dir() else {}),
                 "commit": getattr(self.config, "_commit_hash", None), "dtype": self.dtype,
-                "chat_template_sha256": template}
+                "chat_template_sha256": digest}
 
     @property
     def dtype(self) -> str:
         """Of the weights, as they are loaded."""
-        asked = weights_dtype(self.spec, "model", self.config)
-        inner = self.config.get_text_config()
-        stored = self.config.dtype or inner.dtype or torch.float32
-        return str(stored if asked == "auto" else asked).removeprefix("torch.")
+        dtype = loading.weights_dtype(self.spec, "model", self.config)
+        if dtype == "auto":
+            dtype = self.config.dtype or self.config.get_text_config().dtype or torch.float32
+        return str(dtype).removeprefix("torch.")
 
     def describe(self) -> dict[str, Any]:
         """For results.json."""
-        skeleton, name = load_skeleton(self.spec, "model"), self.spec.model_name_or_path
+        skeleton, name = loading.load_skeleton(self.spec, "model"), self.spec.model_name_or_path
         return {"name": name, "revision": None if Path(name).is_dir() else self.spec.revision,
                 "model_type": self.config.model_type,
                 "parameters": sum(p.numel() for p in skeleton.parameters()), **self.identity}

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from taid_vlm.benchmarks.metrics.letters import read_option, vlmevalkit_option
-from taid_vlm.benchmarks.prompts import LETTER_LINE
+from taid_vlm.benchmarks.prompts import LETTER_LINE, about_image
 from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, accuracy, one_by_one
 from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.errors import RecordError
 from taid_vlm.evaluation.statistics import Estimate
 
+LMMS = "EvolvingLMMs-Lab/lmms-eval 0.7.3, tasks/"  # and a file: where a rule was read
 Reader = Callable[[str, Sequence[str]], str | None]
 Figures = Callable[[Sequence[Judged]], dict[str, Estimate]]
 
 
-def listed(options: Sequence[str]) -> str:
+def listed(options: Sequence[str], form: str = "{}. {}") -> str:
     """The options, one a line: "A. cat"."""
-    return "\n".join(f"{LETTERS[index]}. {option}" for index, option in enumerate(options))
+    return "\n".join(map(form.format, LETTERS, options))
 
 
 def choice_prompt(question: str, options: Sequence[str], context: str = "") -> str:
     """Context, question, options and the line that asks for a letter, each where there is one."""
     parts = (context, question, listed(options), LETTER_LINE)
     return "\n".join(part for part in parts if part)
+
+
+def choice_question(
+    row: Row, name: str, options: Sequence[str], context: str = "", text: str | None = None,
+    **more: Any,
+) -> list[Question]:
+    """The question of a row with one image and options; `text`: the whole of it, if not as usual.
+    """
+    text = choice_prompt(row.text("question"), options, context) if text is None else text
+    return about_image(row, name, text, letter_of(row, options), choices=tuple(options), **more)
 
 
 def options_of(row: Row, *columns: str) -> tuple[str, ...]:
@@ -68,18 +80,18 @@ def choice_rule(name: str, reader: Reader, source: str, figures: Figures = accur
     return Rule(name, version, one_by_one(judge), figures, source)
 
 
-def letter_rule(figures: Figures = accuracy) -> Rule:
-    """This package's own rule: see `read_option`."""
-    return choice_rule("letter", read_option, "own: the option's letter however it is put, or the "
-                       "only option whose text occurs", figures)
+def choice_rules(
+    figures: Figures = accuracy, *others: Rule, lmms: tuple[Reader, str] | None = None
+) -> tuple[Rule, ...]:
+    """The package's own rule (see `read_option`), others, and VLMEvalKit's without a judge.
 
-
-def vlmevalkit_rule(figures: Figures = accuracy) -> Rule:
-    """VLMEvalKit without a judge ("exact matching")."""
-    return choice_rule("vlmevalkit", vlmevalkit_option, "open-compass/VLMEvalKit 0.0.20, "
-                       "vlmeval/utils/matching_util.py: can_infer", figures)
-
-
-def lmms_rule(reader: Reader, file: str, figures: Figures = accuracy) -> Rule:
-    """One of lmms-eval's rules, without a judge."""
-    return choice_rule("lmms", reader, f"EvolvingLMMs-Lab/lmms-eval 0.7.3, tasks/{file}", figures)
+    Args:
+        figures: of all but the others.
+        lmms: one of lmms-eval's rules without a judge, and the file it is from.
+    """
+    lmms_rules = (choice_rule("lmms", lmms[0], LMMS + lmms[1], figures),) if lmms else ()
+    return (choice_rule("letter", read_option, "own: the option's letter however it is put, or the "
+                        "only option whose text occurs", figures),
+            *others, *lmms_rules,
+            choice_rule("vlmevalkit", vlmevalkit_option, "open-compass/VLMEvalKit 0.0.20, "
+                        "vlmeval/utils/matching_util.py: can_infer", figures))

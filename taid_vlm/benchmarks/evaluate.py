@@ -24,17 +24,14 @@ from taid_vlm.benchmarks.asking import Asking, Task
 from taid_vlm.benchmarks.candidates import Candidate, LocalModel, ServedModel
 from taid_vlm.benchmarks.likelihood import Choosing
 from taid_vlm.benchmarks.remote import Endpoint, Remote
-from taid_vlm.benchmarks.scoring import by_tag, counts, figures, judge, lines
+from taid_vlm.benchmarks.scoring import KIND, by_tag, counts, figures, judge, lines, summary
 from taid_vlm.benchmarks.store import FOLDER, AnswerStore, flat
 from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_json
 from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.models.loading import load_model
-from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
 
 logger = logging.getLogger(__name__)
-
-KIND = "evaluation"
 
 
 # ----- before the weights -------------------------------------------------------------------
@@ -44,28 +41,26 @@ def prepare(
     candidate: Candidate, tasks: Sequence[Task], asking: Asking
 ) -> LocalModel | ServedModel:
     """The model without its weights; raises TaidError where it cannot be asked these questions."""
-    for task in tasks:
-        _check_method(task, asking)
-    if isinstance(candidate.source, Endpoint):
-        if asking.method == "likelihood":
+    if asking.method == "likelihood":
+        for task in tasks:
+            _check_choices(task, asking)
+        if isinstance(candidate.source, Endpoint):
             raise TaidError("--method likelihood needs a model on this machine: chat completions "
                             "do not tell how likely a given answer is.")
+    if isinstance(candidate.source, Endpoint):
         return ServedModel(candidate.source)
     model = LocalModel(candidate.source)
-    for task in tasks:
-        seen = next((question for question in task.questions if question.images), None)
-        if seen is not None and not model.adapter.sees_images:
+    for task in tasks if not model.adapter.sees_images else ():
+        for question in (question for question in task.questions if question.images):
             raise TaidError(
                 f"--model '{candidate.name}' ({model.config.model_type}) is a text model, but "
-                f"{task.benchmark.name} asks about images (question '{seen.id}'); choose a model "
-                "with vision, or text benchmarks.")
+                f"{task.benchmark.name} asks about images (question '{question.id}'); choose a "
+                "model with vision, or text benchmarks.")
     return model
 
 
-def _check_method(task: Task, asking: Asking) -> None:
+def _check_choices(task: Task, asking: Asking) -> None:
     name = task.benchmark.name
-    if asking.method != "likelihood":
-        return
     if not task.benchmark.likelihood:
         raise TaidError(f"--method likelihood: {name} is not answered by choosing; use generate.")
     without = [question.id for question in task.questions if len(question.choices) < 2
@@ -83,13 +78,13 @@ def _check_folder(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise TaidError(f"'{path}' is not valid JSON ({error}); remove it.") from None
-    if not isinstance(found, dict) or found.get("kind") != KIND:
+    if not isinstance(results, dict) or results.get("kind") != KIND:
         raise TaidError(f"--output-dir = '{folder}' holds the results of something else; choose "
                         "another folder.")
-    return found
+    return results
 
 
 # ----- carried out --------------------------------------------------------------------------
@@ -133,13 +128,11 @@ class _Evaluation:
     def __init__(self, name: str, model: LocalModel | ServedModel, folder: Path, asking: Asking,
                  earlier: Mapping[str, Any]) -> None:
         self.name, self.model, self.folder, self.asking = name, model, folder, asking
-        self.state = processes()
-        self.described = model.describe()
+        self.state, self.described = processes(), model.describe()
         self.loaded: Any = None
         self.earlier = dict(earlier.get("tasks", {}))
         was = flat(earlier.get("model", {}))
-        if self.earlier and any(was.get(key) != value for key, value in
-                                flat(model.identity).items()):
+        if self.earlier and not flat(model.identity).items() <= was.items():
             logger.warning("'%s' holds results of another model (%s); they are replaced.", folder,
                            was.get("name"))
             self.earlier = {}
@@ -148,12 +141,8 @@ class _Evaluation:
         started, entries = time.perf_counter(), dict(self.earlier)
         for task in tasks:
             entries[task.benchmark.name] = self._carry_out(task)
-            results = {
-                "schema": SCHEMA, "kind": KIND, "name": self.name, "model": self.described,
-                "tasks": entries, "seed": self.asking.seeds[0], "versions": versions(),
-                "machine": {**machine(), "processes": self.state.num_processes},
-                "memory": peak_memory(), "seconds": time.perf_counter() - started,
-            }
+            results = summary(self.name, self.described, entries, self.asking.seeds[0], started,
+                              self.state.num_processes)
             if self.state.is_main_process:
                 write_json(results, self.folder / "results.json")
         self.loaded = None
@@ -165,16 +154,15 @@ class _Evaluation:
 
     def _carry_out(self, task: Task) -> dict[str, Any]:
         name, settings = task.benchmark.name, self.asking.settings(task.benchmark)
-        store = AnswerStore(self.folder, name, self._identity(settings), task.asked,
+        store = AnswerStore(self.folder, name, self._identity(settings), task.hashes,
                             self.state.process_index)
         before = self.earlier.get(name)
-        given = None if before is None else {
-            key: value for key, value in before["answering"].items() if key != "seeds"}
-        store.load(None if given is None else self._identity(given))
+        store.load(before and self._identity(
+            {key: value for key, value in before["answering"].items() if key != "seeds"}))
         if store.replaced and self.state.is_main_process:
             logger.warning("%s: answers from before are not used: %s.", name,
                            "; ".join(store.replaced))
-        seconds = before["seconds"] if before is not None and store.reused else 0.0
+        seconds = before["seconds"] if before and store.reused else 0.0
         self.state.wait_for_everyone()
         self._answer(task, store)
         self.state.wait_for_everyone()
@@ -228,8 +216,7 @@ class _Evaluation:
         judged = {seed: judge(rule, task.questions, each) for seed, each in answers.items()}
         entry = {
             "title": benchmark.title, "benchmark": benchmark.file or benchmark.name,
-            "rule": rule.name, "rule_version": rule.version,
-            "rule_source": rule.source,
+            "rule": rule.name, "rule_version": rule.version, "rule_source": rule.source,
             "source": {"path": source.path, "name": source.name, "split": source.split,
                        "max_records": source.max_records, "sha256": task.sha256},
             "prompt_hash": task.prompt_hash, "left_out": dict(task.left_out),
@@ -240,5 +227,5 @@ class _Evaluation:
             "seconds": seconds,
         }
         if self.state.is_main_process:
-            store.finish(lines(task.questions, task.asked, answers, judged))
+            store.finish(lines(task.questions, task.hashes, answers, judged))
         return entry

@@ -30,62 +30,56 @@ class Likelihood:
     tokens: int
 
 
-class Choosing(LocalAnswerer):
-    """The choice that is the most likely answer through the model's own template.
+def choose_settings(choose_by: str = "letter", normalise: str = "sum") -> Settings:
+    """The settings of a model that chooses.
 
     Args:
         choose_by: "letter" compares the letters A, B, C ..., "text" the choices' texts.
         normalise: what a log-likelihood is divided by before it is compared: "sum" (nothing),
             "bytes" of the choice in UTF-8, or "tokens".
     """
+    return {"method": "likelihood", "choose_by": choose_by, "normalise": normalise}
 
-    def __init__(self, model: PreTrainedModel, adapter: ModelAdapter, batch_size: int,
-                 process: tuple[int, int] = (0, 1), *, choose_by: str = "letter",
-                 normalise: str = "sum") -> None:
-        super().__init__(model, adapter, batch_size, process)
-        self.settings = choose_settings(choose_by, normalise)
+
+class Choosing(LocalAnswerer):
+    """The choice that is the most likely answer through the model's own template."""
+
+    settle = staticmethod(choose_settings)
 
     def batch(self, questions: Sequence[Question], seed: int) -> list[Answer]:
-        said = [self._said(question) for question in questions]
-        if not all(text for texts in said for text in texts):
+        candidates = [self._candidates(question) for question in questions]
+        if not all(text for texts in candidates for text in texts):
             raise SampleDropped("empty choice")
         rendered, images = [], []
-        for question, texts in zip(questions, said, strict=True):
-            seen = [image.load() for image in question.images]
+        for question, texts in zip(questions, candidates, strict=True):
             space = self._space(question)
-            for text in texts:
-                rendered.append(self.adapter.render(question.record(space + text)))
-                images.append(seen)
-        found: list[Likelihood] = []
+            rendered += [self.adapter.render(question.record(space + text)) for text in texts]
+            images += [[image.load() for image in question.images]] * len(texts)
+        likelihoods: list[Likelihood] = []
         for start in range(0, len(rendered), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            found += log_likelihoods(self.model, self.adapter, rendered[rows], images[rows],
-                                     self.context)
-        rest = iter(found)
-        return [self._chosen(texts, [next(rest) for _ in texts]) for texts in said]
+            likelihoods += log_likelihoods(self.model, self.adapter, rendered[rows], images[rows],
+                                           self.context)
+        rest = iter(likelihoods)
+        return [self._chosen(texts, [next(rest) for _ in texts]) for texts in candidates]
 
-    def _said(self, question: Question) -> Sequence[str]:
+    def _candidates(self, question: Question) -> Sequence[str]:
         if self.settings["choose_by"] == "letter":
             return LETTERS[: len(question.choices)]
         return [choice.strip() for choice in question.choices]
 
     def _space(self, question: Question) -> str:
         """What stands before an answer where no template puts anything there."""
-        asked = question.prompt[-1] or ""
-        return "" if self.adapter.form is not None or asked[-1:].isspace() else " "
+        end = (question.prompt[-1] or "")[-1:]
+        return "" if self.adapter.form is not None or end.isspace() else " "
 
-    def _chosen(self, texts: Sequence[str], found: Sequence[Likelihood]) -> Answer:
+    def _chosen(self, texts: Sequence[str], likelihoods: Sequence[Likelihood]) -> Answer:
         """The letter of the best choice, the first of equals; decided on what is stored."""
-        rounded = [(round(each.total, DECIMALS), each.tokens) for each in found]
+        rounded = [(round(each.total, DECIMALS), each.tokens) for each in likelihoods]
         by = self.settings["normalise"]
         scores = [total / {"sum": 1, "bytes": len(text.encode()), "tokens": tokens}[by]
                   for text, (total, tokens) in zip(texts, rounded, strict=True)]
         return Answer(LETTERS[scores.index(max(scores))], likelihoods=tuple(rounded))
-
-
-def choose_settings(choose_by: str, normalise: str) -> Settings:
-    """The settings of a model that chooses."""
-    return {"method": "likelihood", "choose_by": choose_by, "normalise": normalise}
 
 
 @torch.inference_mode()

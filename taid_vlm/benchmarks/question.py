@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 from taid_vlm.records import ImageRef, Message, Record
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Question:
         said = (Message("assistant", (answer,)),) if answer else ()
         return Record(self.id, (Message("user", self.prompt), *said), self.images)
 
+    def asked(self) -> tuple[Record, int]:
+        """What a model is given: a conversation, and which of its answers it is to give."""
+        return self.record(), 0
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -65,6 +71,20 @@ class Judged:
 def accuracy(judged: Sequence[Judged]) -> dict[str, Estimate]:
     """The mean score of all questions: what most benchmarks report."""
     return {"accuracy": mean_of([j.verdict.score for j in judged], groups(judged))}
+
+
+def split_by(judged: Sequence[Judged], key: Callable[[Judged], Key]) -> dict[Key, list[Judged]]:
+    """What has one value of `key` together, in the order of first appearance."""
+    parts: dict[Key, list[Judged]] = {}
+    for j in judged:
+        parts.setdefault(key(j), []).append(j)
+    return parts
+
+
+def all_right(judged: Sequence[Judged], key: Callable[[Judged], Key]) -> dict[Key, float]:
+    """For every value of `key`, 1.0 where all questions that have it are right."""
+    return {name: float(all(j.verdict.score == 1.0 for j in part))
+            for name, part in split_by(judged, key).items()}
 
 
 def groups(judged: Sequence[Judged]) -> list[str]:

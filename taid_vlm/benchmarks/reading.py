@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from taid_vlm.benchmarks.question import Benchmark, Question
-from taid_vlm.benchmarks.rows import Row, _Lookup, logger
+from taid_vlm.benchmarks.rows import Row, logger, places_by_index
 from taid_vlm.config.data import DataSource
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.records import open_rows
@@ -27,7 +27,7 @@ def read_questions(benchmark: Benchmark, source: DataSource, base: Path | None =
         RecordError: a row that does not have the benchmark's columns.
     """
     rows = open_rows(source, base)
-    by_index = _Lookup(rows) if Path(source.path).suffix.lower() == ".tsv" else None
+    by_index = places_by_index(rows) if Path(source.path).suffix.lower() == ".tsv" else None
     questions: list[Question] = []
     dropped = Counter[str]()
     for index in range(len(rows)):
@@ -52,13 +52,12 @@ def _check(questions: Sequence[Question], benchmark: Benchmark, source: DataSour
     if not questions:
         reason = f" (rows left out: {_counts(dropped)})" if dropped else ""
         raise TaidError(f"{benchmark.name}: '{source.path}' holds no questions{reason}.")
-    seen: dict[str, int] = {}
+    places: dict[str, int] = {}
     for number, question in enumerate(questions):
-        if question.id in seen:
+        if (first := places.setdefault(question.id, number)) != number:
             raise TaidError(f"{benchmark.name}: two questions of '{source.path}' have the id "
-                            f"'{question.id}' (questions {seen[question.id]} and {number}, from "
-                            "0); their answers could not be told apart.")
-        seen[question.id] = number
+                            f"'{question.id}' (questions {first} and {number}, from 0); their "
+                            "answers could not be told apart.")
 
 
 def _counts(dropped: Counter[str]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
-import io
 import json
 import random
 import threading
@@ -15,15 +15,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from taid_vlm.benchmarks.answering import (
-    Answer,
-    Given,
-    Settings,
-    generate_settings,
-    hold_back,
-)
+from taid_vlm.benchmarks.answering import Answer, Given, Settings, generate_settings, hold_back
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.io.images import png
 
 PASSING = frozenset({408, 409, 425, 429, *range(500, 600)})  # worth another attempt
 REFUSING = frozenset({400, 413, 422})  # of one question: too long, filtered, ...
@@ -65,16 +60,12 @@ class Endpoint:
         return " ".join((text.replace(self.key, "***") if self.key else text).split())[:SHOWN]
 
 
-class _Refused(Exception):
-    """The server will not answer this one question."""
+class _Failure(Exception):
+    """No answer; `passing`: another attempt may help, after the `seconds` the server asks for."""
 
-
-class _Passing(Exception):
-    """Something that may be gone at the next attempt; `seconds`: as the server asks to wait."""
-
-    def __init__(self, reason: str, seconds: float = 0.0) -> None:
+    def __init__(self, reason: str, passing: bool = True, seconds: float = 0.0) -> None:
         super().__init__(reason)
-        self.seconds = seconds
+        self.passing, self.seconds = passing, seconds
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -91,16 +82,13 @@ class Remote:
     """Answers from a server, `requests` questions at once.
 
     Args:
-        temperature: 0 is greedy as far as the server is; otherwise every question is asked with a
-            seed of its own, which servers may ignore.
+        settings: of `generate_settings`. At temperature 0 an answer is greedy as far as the server
+            is; otherwise every question has a seed of its own, which servers may ignore.
     """
 
-    settings: Settings
-
-    def __init__(self, endpoint: Endpoint, requests: int, *, max_new_tokens: int,
-                 temperature: float = 0.0, top_p: float = 1.0) -> None:
+    def __init__(self, endpoint: Endpoint, requests: int, **settings: Any) -> None:
         self.endpoint, self.requests = endpoint, requests
-        self.settings = generate_settings(max_new_tokens, temperature, top_p)
+        self.settings: Settings = generate_settings(**settings)
         self._closing = threading.Event()
 
     def answers(
@@ -139,28 +127,27 @@ class Remote:
         for attempt in range(end.attempts):
             try:
                 return self._post(body), ""
-            except _Refused as refusal:
-                return Answer(problem="refused by the server"), str(refusal)
-            except _Passing as problem:
-                last, asked = problem, problem.seconds
-            pause = min(max(end.backoff * 2**attempt, asked), LONGEST_WAIT)
+            except _Failure as failure:
+                if not failure.passing:
+                    return Answer(problem="refused by the server"), str(failure)
+                last = failure
+            pause = min(max(end.backoff * 2**attempt, last.seconds), LONGEST_WAIT)
             if attempt + 1 == end.attempts or self._closing.wait(pause):
                 break
         raise TaidError(f"'{end.address}' gives no answer after {attempt + 1} attempts; the last "
                         f"one: {last}. The answers so far are kept; run again to go on.")
 
     def _request(self, question: Question, seed: int) -> dict[str, Any]:
-        given = self.settings
-        drawn = {"top_p": given["top_p"], "seed": own_seed(seed, question.id)} \
-            if given["temperature"] else {}
+        how = self.settings
+        sampling = {"top_p": how["top_p"], "seed": own_seed(seed, question.id)}
         return {"model": self.endpoint.model, "messages": chat_messages(question),
-                "max_tokens": given["max_new_tokens"], "temperature": given["temperature"], **drawn}
+                "max_tokens": how["max_new_tokens"], "temperature": how["temperature"],
+                **(sampling if how["temperature"] else {})}
 
     def _post(self, body: bytes) -> Answer:
         end = self.endpoint
         headers = {"Content-Type": "application/json"}
-        if end.key:
-            headers["Authorization"] = f"Bearer {end.key}"
+        headers |= {"Authorization": f"Bearer {end.key}"} if end.key else {}
         request = urllib.request.Request(end.address, body, headers)
         try:
             with _OPENER.open(request, timeout=end.timeout) as response:
@@ -168,33 +155,31 @@ class Remote:
         except urllib.error.HTTPError as error:
             raise self._failure(error) from error
         except TimeoutError:
-            raise _Passing(f"nothing within {end.timeout:g} seconds (--timeout)") from None
+            raise _Failure(f"nothing within {end.timeout:g} seconds (--timeout)") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise _Passing(end.hide(f"{type(error).__name__}: {reason}")) from None
+            raise _Failure(end.hide(f"{type(error).__name__}: {reason}")) from None
 
     def _failure(self, error: urllib.error.HTTPError) -> Exception:
         end, code = self.endpoint, error.code
-        try:
-            said = error.read().decode(errors="replace")
-        except (OSError, http.client.HTTPException):
-            said = ""
-        words = end.hide(f"{code} {error.reason}: {said}")
-        if code in PASSING:
-            return _Passing(words, _seconds(error.headers.get("Retry-After")))
-        if code in REFUSING:
-            return _Refused(words)
-        hints = {401: "; set the variable that --api-key-env names to a valid key",
-                 403: "; set the variable that --api-key-env names to a valid key",
-                 404: "; check --base-url (it mostly ends in /v1) and the model's name"}
-        return TaidError(f"'{end.address}' answers {words}{hints.get(code, '')}")
+        body = b""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            body = error.read()
+        words = end.hide(f"{code} {error.reason}: {body.decode(errors='replace')}")
+        if code in PASSING | REFUSING:
+            return _Failure(words, code in PASSING, _seconds(error.headers.get("Retry-After")))
+        hint = "; check --base-url (it mostly ends in /v1) and the model's name" if code == 404 \
+            else "; set the variable that --api-key-env names to a valid key" \
+            if code in (401, 403) else ""
+        return TaidError(f"'{end.address}' answers {words}{hint}")
 
 
 def chat_messages(question: Question) -> list[dict[str, Any]]:
     """The question as typed parts, its images inline as PNG; raises SampleDropped."""
     images = iter(question.images)
     content = [{"type": "text", "text": part} if part is not None else
-               {"type": "image_url", "image_url": {"url": _data_url(next(images).load())}}
+               {"type": "image_url", "image_url": {
+                   "url": f"data:image/png;base64,{png_base64(next(images).load())}"}}
                for part in question.prompt if part != ""]
     return [{"role": "user", "content": content}]
 
@@ -221,15 +206,13 @@ def own_seed(seed: int, name: str) -> int:
     return random.Random(f"{seed}/{name}").getrandbits(31)
 
 
-def _data_url(image: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def png_base64(image: Any) -> str:
+    """A PIL image as PNG in base64."""
+    return base64.b64encode(png(image, longest=None)).decode("ascii")
 
 
 def _seconds(value: str | None) -> float:
     """Of a Retry-After; 0 where there is none, or a date."""
-    try:
+    with contextlib.suppress(ValueError):
         return max(float(value or 0), 0.0)
-    except ValueError:
-        return 0.0
+    return 0.0

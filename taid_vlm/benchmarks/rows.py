@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from taid_vlm.errors import RecordError, nearest
 from taid_vlm.records import ImageRef, Records
-from taid_vlm.records.images import MAX_PIXELS, SHORTEST_BASE64, stored_image
+from taid_vlm.records.images import MAX_PIXELS, stored_image
 
 logger = logging.getLogger(__name__)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NEEDED = object()
-ByIndex = Callable[[str], Mapping[str, Any] | None]
 
 
 class Row(Mapping[str, Any]):
@@ -29,17 +29,17 @@ class Row(Mapping[str, Any]):
     Args:
         where: what messages call the row, for example "mmstar.parquet[12]".
         root: folder that relative image paths start from.
-        by_index: the row whose column `index` holds a text; VLMEvalKit's tables write a shared
-            image once, and the index of its row elsewhere.
+        by_index: places of the rows of `records` by their column `index`; VLMEvalKit's tables
+            write a shared image once, and the index of its row elsewhere.
         number: its place in the data, from 0.
         records: the data, where images can be left until they are looked at.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, root: Path | None = None,
-                 by_index: ByIndex | None = None, number: int = 0,
+                 by_index: Mapping[str, int] | None = None, number: int = 0,
                  records: Records | None = None) -> None:
-        self.values_ = {key: x for key, x in values.items() if x is not None and not _empty(x)}
-        self.where, self.root, self.by_index = where, root, by_index
+        self.values_ = {key: x for key, x in values.items() if not _empty(x)}
+        self.where, self.root, self.by_index = where, root, by_index or {}
         self.number, self.records = number, records
 
     def __getitem__(self, column: str) -> Any:
@@ -65,18 +65,28 @@ class Row(Mapping[str, Any]):
                               f"{nearest(column, self.values_)}")
         return self.values_[column]
 
+    def _value(self, column: str, default: Any) -> Any:
+        return self.need(column) if default is _NEEDED else self.values_.get(column, default)
+
+    def first(self, *columns: str) -> str:
+        """The first of those columns that is there; the first of all where none is."""
+        return next((column for column in columns if column in self.values_), columns[0])
+
     def text(self, column: str, default: Any = _NEEDED) -> str:
         """As text, stripped; numbers are written out (2.0 from a table of floats as "2.0")."""
-        value = self.need(column) if default is _NEEDED else self.values_.get(column, default)
-        return str(value).strip()
+        return str(self._value(column, default)).strip()
+
+    def tags(self, *columns: str) -> dict[str, str]:
+        """Those of the columns that are there, as text."""
+        return {column: self.text(column) for column in columns if column in self.values_}
 
     def id(self, *columns: str) -> str:
         """The first of those columns that is there, or else the row's place in the data."""
-        return next((self.text(column) for column in columns if column in self), str(self.number))
+        return self.text(self.first(*columns), self.number)
 
     def integer(self, column: str, default: Any = _NEEDED) -> int:
         """A whole number, also from text and from a float without fraction."""
-        value = self.need(column) if default is _NEEDED else self.values_.get(column, default)
+        value = self._value(column, default)
         try:
             if float(value) == int(float(value)):
                 return int(float(value))
@@ -87,11 +97,7 @@ class Row(Mapping[str, Any]):
     def texts(self, column: str) -> list[str]:
         """A list of texts, also where the hub's column holds one written as Python or JSON; [] if
         absent."""
-        value = self.values_.get(column, [])
-        if isinstance(value, str):
-            value = _literal(value)
-        listed = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        return [str(item) for item in listed]
+        return [str(item) for item in self._list(self.values_.get(column, []))]
 
     def golds(self, *columns: str, more_than: int = 0) -> tuple[str, ...]:
         """Every accepted answer, from the first of those columns that is there.
@@ -104,13 +110,10 @@ class Row(Mapping[str, Any]):
         Raises:
             RecordError: too few answers, or a blank one.
         """
-        column = next((c for c in columns if c in self.values_), columns[0])
-        value = self.need(column)
-        value = value.get("answer") if isinstance(value, Mapping) else value  # {"answer": [...]}
-        value = _literal(value) if isinstance(value, str) else value
-        listed = value if isinstance(value, (list, tuple)) else [value]
-        found = [item.get("answer") if isinstance(item, Mapping) else item for item in listed]
-        if not found or any(item is None or _empty(item) for item in found):
+        column = self.first(*columns)
+        value = _answer(self.need(column))  # {"answer": [...]}
+        found = [_answer(item) for item in self._list(value)]
+        if not found or any(map(_empty, found)):
             raise RecordError(f"{self.where}: {column} holds a blank answer or none: "
                               f"{value!r:.60}.")
         if len(found) <= more_than:
@@ -121,12 +124,7 @@ class Row(Mapping[str, Any]):
 
     def options(self, letters: str = LETTERS) -> tuple[str, ...]:
         """The columns A, B, C ... up to the first that is absent."""
-        found: list[str] = []
-        for letter in letters:
-            if letter not in self.values_:
-                break
-            found.append(self.text(letter))
-        return tuple(found)
+        return tuple(map(self.text, itertools.takewhile(self.values_.__contains__, letters)))
 
     def image(self, column: str = "image") -> ImageRef:
         """The image of a column: as a record may hold it, or the index of another
@@ -135,16 +133,13 @@ class Row(Mapping[str, Any]):
 
     def images(self, *columns: str) -> tuple[ImageRef, ...]:
         """The images of those columns that are there; a column may hold a list, also as text."""
-        found: list[ImageRef] = []
-        for column in columns or ("image",):
-            found += [self._image(value, column, place)
-                      for place, value in enumerate(self._listed(column))]
-        return tuple(found)
+        return tuple(self._image(value, column, place) for column in columns or ("image",)
+                     for place, value in enumerate(self._list(self.values_.get(column, []))))
 
-    def _listed(self, column: str) -> Sequence[Any]:
-        value = self.values_.get(column, [])
-        if isinstance(value, str):  # VLMEvalKit writes several as "['...', '...']"
-            value = _literal(value)
+    @staticmethod
+    def _list(value: Any) -> Sequence[Any]:
+        """A list, also of a single thing and of one that is written as text."""
+        value = _literal(value) if isinstance(value, str) else value
         return value if isinstance(value, (list, tuple)) else [value]
 
     def _image(self, value: Any, column: str, place: int | None) -> ImageRef:
@@ -152,54 +147,46 @@ class Row(Mapping[str, Any]):
         if found is None:
             raise RecordError(f"{self.where}: {column} holds no image.")
         if isinstance(found, bytes) and self.records is not None:
-            found = _InItsRow(self.records, self.number, self.by_index, column, place)
+            found = partial(_image_in_its_row, self.records, self.number, self.by_index, column,
+                            place)
         return ImageRef(found, self.where, getattr(self.records, "max_pixels", MAX_PIXELS))
 
     def stored_image(self, column: str, place: int | None) -> Any:
         """Bytes, PIL image or path: of a column, or what stands at a place of its list."""
-        value = self.need(column) if place is None else self._listed(column)[place]
-        return self._stored(value, column)
+        value = self.need(column)
+        return self._stored(value if place is None else self._list(value)[place], column)
 
     def _stored(self, value: Any, column: str) -> Any:
-        if isinstance(value, str) and self.by_index is not None and len(value) < SHORTEST_BASE64:
-            other = self.by_index(value)
-            value = other[column] if other is not None and other.get(column) else value
+        if isinstance(value, str) and self.records is not None and value in self.by_index:
+            value = self.records.columns_of(self.by_index[value]).get(column) or value
         return stored_image(value, self.root)
 
 
-@dataclass(frozen=True)
-class _InItsRow:
+def _image_in_its_row(records: Records, number: int, by_index: Mapping[str, int], column: str,
+                      place: int | None) -> Any:
     """Bytes of an image that stay in their file: a benchmark's images are gigabytes."""
-
-    records: Records
-    number: int
-    by_index: ByIndex | None
-    column: str
-    place: int | None
-
-    def __call__(self) -> Any:
-        row = Row(self.records.columns_of(self.number), self.records.where(self.number),
-                  self.records.root, self.by_index)
-        return row.stored_image(self.column, self.place)
+    row = Row(records.columns_of(number), records.where(number), records.root, by_index, number,
+              records)
+    return row.stored_image(column, place)
 
 
-class _Lookup:
-    """Rows of a table by their column `index`."""
+def places_by_index(rows: Records) -> dict[str, int]:
+    """The first row of a table for every value of its column `index`."""
+    places: dict[str, int] = {}
+    for number in range(len(rows)):
+        places.setdefault(str(rows.columns_of(number).get("index")), number)
+    return places
 
-    def __init__(self, rows: Records) -> None:
-        self._rows, self._numbers = rows, dict[str, int]()
-        for number in range(len(rows)):
-            self._numbers.setdefault(str(rows.columns_of(number).get("index")), number)
 
-    def __call__(self, index: str) -> Mapping[str, Any] | None:
-        number = self._numbers.get(index)
-        return None if number is None else self._rows.columns_of(number)
+def _answer(value: Any) -> Any:
+    return value.get("answer") if isinstance(value, Mapping) else value
 
 
 def _empty(value: Any) -> bool:
-    """Blank text, or the NaN that a table of floats writes for nothing."""
-    return not value.strip() if isinstance(value, str) else \
-        isinstance(value, float) and math.isnan(value)
+    """None, blank text, or the NaN that a table of floats writes for nothing."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _literal(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,9 @@ from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict
 from taid_vlm.benchmarks.store import answer_fields
 from taid_vlm.evaluation.statistics import Estimate, root_mean_square, seed_error
 from taid_vlm.records.record import IMAGE_TAG
+from taid_vlm.runs.machine import machine, peak_memory, versions
 
+SCHEMA, KIND = 1, "evaluation"  # of results.json
 BySeed = Mapping[int, Sequence[Judged]]  # the same questions in the same order under every seed
 LINEAR = 1e-9  # a figure of mean scores that is this near the mean of figures is linear in them
 
@@ -63,11 +66,11 @@ def by_tag(rule: Rule, by_seed: BySeed) -> dict[str, dict[str, Any]]:
     for index, judged in enumerate(first):
         for tag, value in judged.question.tags.items():
             places.setdefault((tag, value), []).append(index)
-    found: dict[str, dict[str, Any]] = {}
+    tags: dict[str, dict[str, Any]] = {}
     for (tag, value), indices in sorted(places.items()):
         part = {seed: [judged[index] for index in indices] for seed, judged in by_seed.items()}
-        found.setdefault(tag, {})[value] = figures(rule, part)
-    return found
+        tags.setdefault(tag, {})[value] = figures(rule, part)
+    return tags
 
 
 def counts(answers: Mapping[int, Sequence[Answer]], by_seed: BySeed) -> dict[str, Any]:
@@ -77,40 +80,44 @@ def counts(answers: Mapping[int, Sequence[Answer]], by_seed: BySeed) -> dict[str
         `parse_failures` counts what a rule could not read, and `unanswered` (by reason) questions
         without an answer; both have score 0 and are in `n`.
     """
-    seeds, missing = len(by_seed), Counter[str]()
-    unread = cut = 0
-    for seed, judged in by_seed.items():
-        for answer, one in zip(answers[seed], judged, strict=True):
-            missing[answer.problem] += bool(answer.problem)
-            unread += one.verdict.read is None and not answer.problem
-            cut += answer.cut
-    per_seed = {reason: _whole(n / seeds) for reason, n in sorted(missing.items()) if reason}
-    return {"n": len(next(iter(by_seed.values()))), "parse_failures": _whole(unread / seeds),
-            "unanswered": per_seed, "cut": _whole(cut / seeds)}
+    pairs = [(answer, j.verdict) for seed, judged in by_seed.items()
+             for answer, j in zip(answers[seed], judged, strict=True)]
+
+    def per_seed(number: int) -> float | int:
+        mean = number / len(by_seed)
+        return int(mean) if mean == int(mean) else mean
+
+    missing = Counter(answer.problem for answer, _ in pairs if answer.problem)
+    unread = sum(verdict.read is None and not answer.problem for answer, verdict in pairs)
+    return {"n": len(pairs) // len(by_seed), "parse_failures": per_seed(unread),
+            "unanswered": {reason: per_seed(missing[reason]) for reason in sorted(missing)},
+            "cut": per_seed(sum(answer.cut for answer, _ in pairs))}
 
 
-def _whole(number: float) -> float | int:
-    return int(number) if number == int(number) else number
+def summary(name: str, model: Mapping[str, Any], tasks: Mapping[str, Any], seed: int,
+            started: float, processes: int = 1, **more: Any) -> dict[str, Any]:
+    """What results.json says of an evaluation that began at `started` (of `perf_counter`)."""
+    return {"schema": SCHEMA, "kind": KIND, "name": name, "model": model, "tasks": tasks, **more,
+            "seed": seed, "versions": versions(), "machine": {**machine(), "processes": processes},
+            "memory": peak_memory(), "seconds": time.perf_counter() - started}
 
 
 def lines(
-    questions: Sequence[Question], asked: Mapping[str, str],
+    questions: Sequence[Question], hashes: Mapping[str, str],
     answers: Mapping[int, Sequence[Answer]], by_seed: BySeed,
 ) -> list[dict[str, Any]]:
     """One line per question, in the order of the data: what was asked, said, read and scored."""
-    found = []
-    for index, mean in enumerate(pooled(by_seed)):
-        question = questions[index]
+    rows = []
+    for index, (question, mean) in enumerate(zip(questions, pooled(by_seed), strict=True)):
         draws = [_draw(seed, answers[seed][index], judged[index].verdict)
                  for seed, judged in by_seed.items()]
-        line = {"id": question.id, "group": question.group, "asked": asked[question.id],
+        line = {"id": question.id, "group": question.group, "asked": hashes[question.id],
                 "prompt": "".join(IMAGE_TAG if part is None else part for part in question.prompt),
                 **draws[0], "score": mean.verdict.score, "answers": list(question.answers),
                 "tags": dict(question.tags)}
-        if question.choices:
-            line["choices"] = list(question.choices)
-        found.append(line | ({"repeats": draws} if len(draws) > 1 else {}))
-    return found
+        line |= {"choices": list(question.choices)} if question.choices else {}
+        rows.append(line | ({"repeats": draws} if len(draws) > 1 else {}))
+    return rows
 
 
 def _draw(seed: int, answer: Answer, verdict: Verdict) -> dict[str, Any]:

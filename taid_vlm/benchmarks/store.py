@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,14 +25,14 @@ FOLDER = "answers"
 WEIGHTS = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 Key = tuple[str, int]  # a question's id, and the seed it was answered with
+Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An answer, the hash of what was asked, and the seconds that it took."""
+    """An answer and the seconds that it took."""
 
     answer: Answer
-    asked: str
     seconds: float
 
 
@@ -42,39 +42,39 @@ class AnswerStore:
     Args:
         identity: what answers depend on beside their question: the model and the settings. Those
             given under another identity are not used, `replaced` says which keys differ.
-        asked: a hash of every question, by id; an answer to another text or image is not used.
+        hashes: of every question, by id; an answer to another text or image is not used.
         rank: which process this is.
     """
 
     def __init__(self, folder: Path, task: str, identity: Mapping[str, Any],
-                 asked: Mapping[str, str], rank: int = 0) -> None:
-        self.folder, self.task, self.asked = folder / FOLDER, task, asked
+                 hashes: Mapping[str, str], rank: int = 0) -> None:
+        self.folder, self.task, self.hashes = folder / FOLDER, task, hashes
         self.identity = flat(identity)
         self.path = self.folder / f".{task}.partial-{rank}.jsonl"
+        self.final = self.folder / f"{task}.jsonl"
         self.answers: dict[Key, Stored] = {}
         self.replaced: list[str] = []
         self.reused = False  # whether answers of the final file are
-
-    @property
-    def final(self) -> Path:
-        return self.folder / f"{self.task}.jsonl"
 
     def load(self, finished: Mapping[str, Any] | None) -> None:
         """Take up what earlier calls left; `finished`: the identity of the final file, if any."""
         if finished is not None and self.final.exists() and self._same(flat(finished)):
             for line in _lines(self.final):
-                for key, stored in _of_final(line):
-                    self._take(key, stored)
+                for draw in line.get("repeats") or [line]:
+                    self._take({"id": line["id"], "asked": line["asked"], **draw})
             self.reused = bool(self.answers)
         self.gather()
 
     def gather(self) -> None:
         """Take up the partial files, those of other processes too."""
-        for path in sorted(self.folder.glob(f".{self.task}.partial-*.jsonl")):
+        for path in self._partial_files():
             head, *lines = _lines(path) or [{}]
             if self._same(head):
                 for line in lines:
-                    self._take((line["id"], line["seed"]), _stored(line))
+                    self._take(line)
+
+    def _partial_files(self) -> list[Path]:
+        return sorted(self.folder.glob(f".{self.task}.partial-*.jsonl"))
 
     def _same(self, other: Mapping[str, Any]) -> bool:
         names = sorted({*other, *self.identity})
@@ -83,66 +83,50 @@ class AnswerStore:
         self.replaced += [change for change in changed if change not in self.replaced]
         return not changed
 
-    def _take(self, key: Key, stored: Stored) -> None:
-        if self.asked.get(key[0]) == stored.asked:
-            self.answers[key] = stored
-        elif key[0] in self.asked and "its text or image" not in self.replaced:
+    def _take(self, line: Line) -> None:
+        known = self.hashes.get(line["id"])
+        if known == line["asked"]:
+            likelihoods = tuple((total, tokens) for total, tokens in line.get("likelihoods", ()))
+            answer = Answer(line["answer"], line.get("problem", ""), line.get("cut", False),
+                            likelihoods)
+            self.answers[line["id"], line["seed"]] = Stored(answer, line.get("seconds", 0.0))
+        elif known is not None and "its text or image" not in self.replaced:
             self.replaced.append("its text or image")
+
+    def _line(self, key: Key) -> Line:
+        return {"id": key[0], "seed": key[1], "asked": self.hashes[key[0]],
+                "seconds": self.answers[key].seconds, **answer_fields(self.answers[key].answer)}
 
     def open(self) -> None:
         """Begin this process's partial file with what it is to go on from, whole lines only."""
-        head = [self.identity]
-        mine = [_line(key, stored) for key, stored in self.answers.items()]
-        write_text(dump_lines([*head, *mine]), self.path)
+        write_text(dump_lines([self.identity, *map(self._line, self.answers)]), self.path)
 
     def add(self, given: Given, seed: int, seconds: float) -> None:
         """Keep answers that have just been given, at once."""
-        lines = []
-        for question, answer in given:
-            key = (question.id, seed)
-            self.answers[key] = Stored(answer, self.asked[question.id], seconds / len(given))
-            lines.append(_line(key, self.answers[key]))
+        new = {(question.id, seed): Stored(answer, seconds / len(given))
+               for question, answer in given}
+        self.answers |= new
         try:
             with self.path.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(dump_lines(lines))
+                file.write(dump_lines(map(self._line, new)))
         except OSError as error:
             raise TaidError(f"'{self.path}' could not be written: {error.strerror or error}"
                             ) from error
 
-    def finish(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def finish(self, lines: Sequence[Line]) -> None:
         """The final file, whole or not there; the partial ones are no longer needed."""
         write_text(dump_lines(lines), self.final)
-        for path in self.folder.glob(f".{self.task}.partial-*.jsonl"):
+        for path in self._partial_files():
             path.unlink()
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:
     """An answer as it stands in a line; what says nothing is left out."""
-    fields = {"answer": answer.text}
     rest = {key: value for key, value in asdict(answer).items() if key != "text" and value}
-    return fields | rest
+    return {"answer": answer.text, **rest}
 
 
-def _answer(line: Mapping[str, Any]) -> Answer:
-    likelihoods = tuple((total, tokens) for total, tokens in line.get("likelihoods", ()))
-    return Answer(line["answer"], line.get("problem", ""), line.get("cut", False), likelihoods)
-
-
-def _line(key: Key, stored: Stored) -> dict[str, Any]:
-    return {"id": key[0], "seed": key[1], "asked": stored.asked, "seconds": stored.seconds,
-            **answer_fields(stored.answer)}
-
-
-def _stored(line: Mapping[str, Any]) -> Stored:
-    return Stored(_answer(line), line["asked"], line["seconds"])
-
-
-def _of_final(line: Mapping[str, Any]) -> Iterator[tuple[Key, Stored]]:
-    for one in line.get("repeats") or [line]:
-        yield (line["id"], one["seed"]), Stored(_answer(one), line["asked"], 0.0)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[Line]:
     """The whole lines of a file; the last one may be torn by an interruption."""
     try:
         return [line for _, line in read_lines(path, torn=True)]
@@ -152,12 +136,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}, in JSON's own types."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        inner = flat(value, f"{above}{key}.") if isinstance(value, Mapping) else \
-            {f"{above}{key}": value}
-        found |= inner
-    return found
+        leaves |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {
+            f"{above}{key}": value}
+    return leaves
 
 
 # ----- fingerprints -------------------------------------------------------------------------
@@ -174,10 +157,10 @@ def question_hash(question: Question) -> str:
 
 def _path_hash(path: Path) -> bytes:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return b"missing"
-    return _same_file_hash(path, found.st_mtime_ns, found.st_size)
+    return _same_file_hash(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -18,18 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from taid_vlm.benchmarks.choices import (
-    letter_of,
-    letter_rule,
-    listed,
-    options_of,
-    vlmevalkit_rule,
-)
-from taid_vlm.benchmarks.metrics.captions import CIDER
+from taid_vlm.benchmarks.choices import choice_rules, letter_of, listed, options_of
+from taid_vlm.benchmarks.metrics import yes_no
+from taid_vlm.benchmarks.metrics.captions import CIDER, PROMPT
 from taid_vlm.benchmarks.metrics.text import EXACT_MATCH
-from taid_vlm.benchmarks.metrics.yes_no import as_word, detection, judged_by, right_answer
 from taid_vlm.benchmarks.prompts import LETTER_LINE, SHORT_LINE
-from taid_vlm.benchmarks.question import Benchmark, Question, Rule, one_by_one
+from taid_vlm.benchmarks.question import Benchmark, Question, Rule
 from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.config.benchmark import BenchmarkSpec, prompt_pieces
 from taid_vlm.config.section import check
@@ -92,9 +86,7 @@ def _filled(name: str, row: Row, spec: BenchmarkSpec, choices: tuple[str, ...]) 
 def _images(row: Row, spec: BenchmarkSpec) -> tuple[ImageRef, ...]:
     if not spec.images:
         return ()
-    column = spec.column("image")
-    if column not in row and "image" not in spec.columns and "images" in row:
-        column = "images"
+    column = spec.column("image") if "image" in spec.columns else row.first("image", "images")
     row.need(column)
     return row.images(column)
 
@@ -124,7 +116,7 @@ def _texts(row: Row, spec: BenchmarkSpec) -> tuple[tuple[str, ...], tuple[str, .
 def _yes_or_no(row: Row, spec: BenchmarkSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
     value = row.text(spec.column("answer"))
     value = {"true": "yes", "false": "no"}.get(value.lower(), value)
-    return (), (right_answer(value, row.where),)
+    return (), (yes_no.right_answer(value, row.where),)
 
 
 @dataclass(frozen=True)
@@ -139,13 +131,9 @@ class Kind:
 
 
 KINDS = {
-    "multiple_choice": Kind("{question}\n{options}\n" + LETTER_LINE,
-                            (letter_rule(), vlmevalkit_rule()), _chosen, likelihood=True),
-    "short_answer": Kind("{question}\n" + SHORT_LINE,
-                         (EXACT_MATCH,), _texts),
-    "yes_no": Kind("{question}\nPlease answer yes or no.",
-                   (Rule("word", 1, one_by_one(judged_by(as_word)), detection,
-                         "own: exactly one of yes and no as a word"),), _yes_or_no),
-    "caption": Kind("Provide a one-sentence caption for the provided image.", (CIDER,), _texts,
-                    max_new_tokens=64),
+    "multiple_choice": Kind("{question}\n{options}\n" + LETTER_LINE, choice_rules(), _chosen,
+                            likelihood=True),
+    "short_answer": Kind("{question}\n" + SHORT_LINE, (EXACT_MATCH,), _texts),
+    "yes_no": Kind("{question}\nPlease answer yes or no.", (yes_no.WORD,), _yes_or_no),
+    "caption": Kind(PROMPT, (CIDER,), _texts, max_new_tokens=64),
 }

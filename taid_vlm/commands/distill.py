@@ -11,6 +11,7 @@ from taid_vlm.commands.recipes import RecipeOptions, recipe_path
 
 if TYPE_CHECKING:
     from taid_vlm.config.recipe import Recipe
+    from taid_vlm.runs.results import Results
 
 INTERRUPTED = "; --resume goes on from the last checkpoint, if there is one"
 
@@ -21,7 +22,7 @@ class DistillOptions(RecipeOptions):
 
 def distill(
     recipe: Recipe | Mapping[str, Any] | str | Path, resume: bool = False
-) -> dict[str, Any]:
+) -> Results:
     """Carry out a recipe, with or without stages, and write its report.
 
     Args:
@@ -61,13 +62,14 @@ def run(options: DistillOptions) -> None:
     process.destroy_process_group()  # left to the interpreter's exit, processes can abort
 
 
-def _closing(results: Mapping[str, Any], output_dir: str) -> str:
-    before, after = results["eval"]["before"], results["eval"]["after"]
+def _closing(results: Results, output_dir: str) -> str:
+    before, after = results.eval.before, results.eval.after
     lines = []
-    if before and after and "kl" in after:
-        lines.append(f"held-out KL   {before['kl']:.4f} -> {after['kl']:.4f} nats per answer token "
-                     f"(n = {after['n_tokens']:,})")
-        lines.append(f"agreement     {before['agreement']:.4f} -> {after['agreement']:.4f}")
+    if before and after and "kl" in after.figures:
+        first, last = before.figures, after.figures
+        lines.append(f"held-out KL   {first['kl']:.4f} -> {last['kl']:.4f} nats per answer token "
+                     f"(n = {after.n_tokens:,})")
+        lines.append(f"agreement     {first['agreement']:.4f} -> {last['agreement']:.4f}")
     lines.append(f"student       {output_dir}/student")
     lines.append(f"report        {output_dir}/report.html")
     return "\n".join(lines)

@@ -39,38 +39,41 @@ def check_held_out(methods: Sequence[Method]) -> list[str]:
     """Warnings about distillation runs; raises TaidError where their data differ."""
     runs = [run for method in methods for run in method.runs]
     _same(runs, "the held-out data (sha256)", _data_hash)
-    told = [
-        _differs(runs, "teachers", lambda run: _model(run, "teacher"),
+    warnings = [
+        _differs(runs, "teachers", _teacher,
                  "Figures against the teacher are shown, but not compared."),
-        _differs(runs, "numbers of steps", lambda run: run.results["train"]["steps"]),
+        _differs(runs, "numbers of steps", lambda run: run.results.train.steps),
         *_versions(runs), *_same_seeds(methods),
     ]
     if any(_data_hash(run) is None for run in runs):
-        told.append("Not all runs say what data they were measured on, so that this could not be "
-                    "checked.")
-    resumed = [str(run.folder) for run in runs if run.results["train"]["resumed_from"]]
+        warnings.append("Not all runs say what data they were measured on, so that this could not "
+                        "be checked.")
+    resumed = [str(run.folder) for run in runs if run.results.train.resumed_from]
     if resumed:
-        told.append(f"Resumed, so that their time is that of the last part only: "
-                    f"{', '.join(resumed)}.")
-    return [warning for warning in told if warning]
+        warnings.append(f"Resumed, so that their time is that of the last part only: "
+                        f"{', '.join(resumed)}.")
+    return [warning for warning in warnings if warning]
 
 
 def same_teacher(methods: Sequence[Method]) -> bool:
-    return len({_model(run, "teacher") for method in methods for run in method.runs}) == 1
+    return len({_teacher(run) for method in methods for run in method.runs}) == 1
 
 
 def same_base(methods: Sequence[Method]) -> bool:
     """Whether all runs started from a student with the same held-out figures."""
-    starts = [run.results["eval"]["before"] or {} for method in methods for run in method.runs]
+    def nll(start: Mapping[str, float]) -> float:
+        value = start.get("nll", 0.0)
+        return 0.0 if math.isnan(value) else value
+
+    starts = [run.before for method in methods for run in method.runs]
     return bool(starts) and all(
         start.keys() == starts[0].keys() and
-        math.isclose(start.get("nll") or 0.0, starts[0].get("nll") or 0.0, rel_tol=1e-4)
-        for start in starts)
+        math.isclose(nll(start), nll(starts[0]), rel_tol=1e-4) for start in starts)
 
 
 def check_benchmark(task: str, methods: Sequence[Method]) -> list[str]:
     """Warnings about one benchmark; raises TaidError where rule or data differ."""
-    found = [e for method in methods for e in method.evaluated(task)]
+    evaluations = [e for method in methods for e in method.evaluated(task)]
 
     def value(*keys: str) -> Callable[[Evaluation], Any]:
         return lambda e: _inside(e.results["tasks"][task], keys)
@@ -78,12 +81,12 @@ def check_benchmark(task: str, methods: Sequence[Method]) -> list[str]:
     for what, keys in (("rule", ("rule",)), ("the rule's version", ("rule_version",)),
                        ("the data (sha256)", ("source", "sha256")),
                        ("the number of questions", ("n",))):
-        _same(found, f"{task}: {what}", value(*keys))
-    told = [
-        _differs(found, f"{task}: prompts", value("prompt_hash")),
-        _differs(found, f"{task}: ways of answering", value("answering")),
+        _same(evaluations, f"{task}: {what}", value(*keys))
+    warnings = [
+        _differs(evaluations, f"{task}: prompts", value("prompt_hash")),
+        _differs(evaluations, f"{task}: ways of answering", value("answering")),
     ]
-    return [warning for warning in told if warning]
+    return [warning for warning in warnings if warning]
 
 
 def check_sizes(measures: Sequence[Measure]) -> list[str]:
@@ -96,28 +99,25 @@ def check_sizes(measures: Sequence[Measure]) -> list[str]:
 
 
 def check_evaluations(methods: Sequence[Method]) -> list[str]:
-    told = _versions([e for method in methods for e in method.evaluations])
+    warnings = _versions([e for method in methods for e in method.evaluations])
     for method in methods:
         names = Counter(e.results["model"]["name"] for e in method.evaluations)
         tasks = Counter(task for e in method.evaluations for task in e.results["tasks"])
         if max(names.values(), default=0) > 1 and max(tasks.values()) > 1:
-            told.append(f"{method.name}: '{names.most_common(1)[0][0]}' is evaluated more than "
-                        "once; another evaluation of one model is no second seed.")
-    return told
+            warnings.append(f"{method.name}: '{names.most_common(1)[0][0]}' is evaluated more "
+                            "than once; another evaluation of one model is no second seed.")
+    return warnings
 
 
 # ----- parts --------------------------------------------------------------------------------
 
 
-Part = Distillation | Evaluation
-
-
 def _same(parts: Sequence[Any], what: str, value: Callable[[Any], Any]) -> None:
     known = [(part, value(part)) for part in parts if value(part) is not None]
-    for part, found in known[1:]:
-        if found != known[0][1]:
+    for part, other in known[1:]:
+        if other != known[0][1]:
             raise TaidError(f"{what} is not the same: {_plain(known[0][1])} in "
-                            f"'{known[0][0].folder}', {_plain(found)} in '{part.folder}'. Figures "
+                            f"'{known[0][0].folder}', {_plain(other)} in '{part.folder}'. Figures "
                             "of these cannot be compared.")
 
 
@@ -130,29 +130,31 @@ def _differs(parts: Sequence[Any], what: str, value: Callable[[Any], Any], so: s
 
 
 def _versions(parts: Sequence[Any]) -> list[str]:
-    names = dict.fromkeys(name for part in parts for name in part.results["versions"])
-    told = (_differs(parts, f"versions of {name}",
-                     lambda part, name=name: part.results["versions"].get(name))  # type: ignore[misc]
-            for name in names)
-    return [warning for warning in told if warning]
+    names = dict.fromkeys(name for part in parts for name in part.versions)
+    warnings = (_differs(parts, f"versions of {name}",
+                         lambda part, name=name: part.versions.get(name))  # type: ignore[misc]
+                for name in names)
+    return [warning for warning in warnings if warning]
 
 
 def _same_seeds(methods: Sequence[Method]) -> list[str]:
-    told = []
+    warnings = []
     for method in methods:
-        seeds = Counter(run.results["seed"] for run in method.runs)
+        seeds = Counter(run.results.seed for run in method.runs)
         if len(method.runs) > 1 and max(seeds.values()) > 1:
-            told.append(f"{method.name}: {max(seeds.values())} runs have the seed "
-                        f"{seeds.most_common(1)[0][0]}, so they say little about other seeds.")
-    return told
+            warnings.append(f"{method.name}: {max(seeds.values())} runs have the seed "
+                            f"{seeds.most_common(1)[0][0]}, so they say little about other seeds.")
+    return warnings
 
 
 def _data_hash(run: Distillation) -> str | None:
-    return _inside(run.results, ("data", "eval", "sha256"))
+    data = run.results.data["eval"]
+    return None if data is None else data.sha256
 
 
-def _model(run: Distillation, role: str) -> str | None:
-    return _inside(run.results, ("models", role, "name"))
+def _teacher(run: Distillation) -> str | None:
+    teacher = run.results.models.get("teacher")
+    return None if teacher is None else teacher.name
 
 
 def _inside(tree: Any, keys: Sequence[str]) -> Any:

@@ -9,8 +9,8 @@ from taid_vlm.compare import check
 from taid_vlm.compare.folders import Method
 from taid_vlm.compare.judging import Judged, judge_all
 from taid_vlm.compare.measures import (
-    HeldOut,
     Measure,
+    Runs,
     benchmark_measure,
     held_out_measures,
     task_names,
@@ -27,7 +27,8 @@ class Comparison:
 
     methods: those that compete, in the order given. references: teacher and base, where there are
     evaluations of them. held_out, benchmarks: every figure, judged; the average over benchmarks is
-    the first of them where there is one.
+    the first of them where there is one. first: keys of the held-out figures that decide before
+    the usual ones.
     """
 
     methods: Sequence[Method]
@@ -37,6 +38,7 @@ class Comparison:
     benchmarks: Sequence[Judged]
     warnings: Sequence[str]
     n_boot: int
+    first: Sequence[str] = ()
 
     @property
     def names(self) -> list[str]:
@@ -53,6 +55,7 @@ class Comparison:
 def compare_runs(
     methods: Sequence[Method], teacher: Method | None = None, base: Method | None = None,
     baseline: str | None = None, n_boot: int = N_BOOT, seed: int = 0,
+    more: Sequence[Measure] = (),
 ) -> Comparison:
     """Compare two methods or more.
 
@@ -60,6 +63,7 @@ def compare_runs(
         methods: from `read_method`. teacher, base: from `read_reference`.
         baseline: whom differences are taken from; the first method by default.
         n_boot, seed: of the bootstrap.
+        more: figures of the same held-out data that results.json does not have; they decide first.
 
     Raises:
         TaidError: runs that cannot be compared, with both values of what differs.
@@ -72,9 +76,9 @@ def compare_runs(
     held_out: list[Measure] = []
     if any(method.runs for method in methods):
         warnings += check.check_held_out(methods)
-        held_out = held_out_measures(HeldOut(
+        held_out = [*more, *held_out_measures(Runs(
             [m for m in methods if m.runs], check.same_base(methods),
-            check.same_teacher(methods)))
+            check.same_teacher(methods)))]
         if not check.same_base(methods):
             warnings.append("The runs started from different students, so there is no base.")
     warnings += check.check_evaluations(everyone)
@@ -86,4 +90,5 @@ def compare_runs(
     average = Measure(AVERAGE, {}, scale=100.0)
     return Comparison(
         methods, references, baseline, judge_all(held_out, names, baseline, seed, n_boot),
-        judge_all(benchmarks, names, baseline, seed, n_boot, average), warnings, n_boot)
+        judge_all(benchmarks, names, baseline, seed, n_boot, average), warnings, n_boot,
+        [measure.column.key for measure in more])

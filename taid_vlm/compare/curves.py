@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from taid_vlm.compare.compare import Comparison
-from taid_vlm.compare.folders import Method
+from taid_vlm.compare.folders import Distillation, Method
 from taid_vlm.compare.measures import BASE, TEACHER
 from taid_vlm.report import Curve
 
@@ -29,41 +29,37 @@ def training_curves(methods: Sequence[Method]) -> list[Curve]:
     """Curves over steps; held-out ones begin before training."""
     drawn = []
     for title, label, key, start, caption in TRAINING:
-        found = {m.name: _mean([_points(run.results, key, start) for run in m.runs])
+        every = {m.name: _mean([_points(run, key, start) for run in m.runs])
                  for m in methods if m.runs}
-        series = {name: points for name, points in found.items() if len(points) > 1}
+        series = {name: points for name, points in every.items() if len(points) > 1}
         if series:
             several = any(len(m.runs) > 1 for m in methods if m.name in series)
-            told = [caption, "Means over seeds." if several else ""]
+            captions = [caption, "Means over seeds." if several else ""]
             drawn.append(Curve(title, "step", label, series, key in LOGARITHMIC,
-                               " ".join(filter(None, told))))
+                               " ".join(filter(None, captions))))
     return drawn
 
 
-def _points(results: Mapping[str, Any], key: str, start: str) -> dict[float, float]:
+def _points(run: Distillation, key: str, start: str) -> dict[float, float]:
     """By step; what is not finite was written as null, and is a gap."""
-    found = {row["step"]: math.nan if row[key] is None else row[key]
-             for row in results["history"] if key in row}
-    before = results["eval"]["before"] or {}
-    if found and start and before.get(start) is not None:
-        found = {0: before[start], **found}
-    return found
+    points = {row["step"]: math.nan if row[key] is None else row[key]
+              for row in run.results.history if key in row}
+    return {0: run.before[start], **points} if points and start in run.before else points
 
 
 def _mean(seeds: Sequence[Mapping[float, float]]) -> Points:
     """Over seeds, at the steps that all of them have."""
-    steps = [step for step in seeds[0] if all(step in found for found in seeds)]
-    return [(step, math.fsum(found[step] for found in seeds) / len(seeds)) for step in steps]
+    steps = [step for step in seeds[0] if all(step in points for points in seeds)]
+    return [(step, math.fsum(points[step] for points in seeds) / len(seeds)) for step in steps]
 
 
 def reliability(methods: Sequence[Method]) -> Curve | None:
     """Accuracy of the most likely token against the confidence in it."""
     series: dict[str, Points] = {}
     for method in methods:
-        after = [run.results["eval"]["after"] or {} for run in method.runs][:1]
-        bins = after[0].get("calibration", []) if after else []
-        if bins:
-            series[method.name] = [(b["confidence"], b["accuracy"]) for b in bins]
+        for after in [run.results.eval.after for run in method.runs[:1]]:
+            if after is not None and after.calibration:
+                series[method.name] = [(b["confidence"], b["accuracy"]) for b in after.calibration]
     if not series:
         return None
     return Curve("Calibration", "confidence", "share of right tokens",
@@ -73,10 +69,10 @@ def reliability(methods: Sequence[Method]) -> Curve | None:
 
 def masses(comparison: Comparison) -> Curve | None:
     """One point per model: how much of the teacher's head it covers, and how much leaks away."""
-    found = {j.measure.column.key: j.figures for j in comparison.held_out}
-    if not {"head_mass", "tail_mass"} <= found.keys():
+    figures = {j.measure.column.key: j.figures for j in comparison.held_out}
+    if not {"head_mass", "tail_mass"} <= figures.keys():
         return None
-    head, tail = found["head_mass"], found["tail_mass"]
+    head, tail = figures["head_mass"], figures["tail_mass"]
     series = {name: [(head[name].value or 0.0, tail[name].value or 0.0)]
               for name in (TEACHER, BASE, *comparison.names) if name in head and name in tail}
     return Curve("Head and tail", "mass on the teacher's 10 most likely tokens",
@@ -87,15 +83,14 @@ def masses(comparison: Comparison) -> Curve | None:
 
 def capacity_gap(comparison: Comparison) -> Curve | None:
     """Where runs differ in their teachers: a figure over the teacher's size, by objective."""
-    judged = next((j for j in comparison.held_out if j.measure.column.key == "nll"), None)
+    nll = next((j.figures for j in comparison.held_out if j.measure.column.key == "nll"), {})
     series: dict[str, Points] = {}
-    for method in comparison.methods if judged else ():
-        run = method.runs[0].results if method.runs else {}
-        size = run.get("models", {}).get("teacher", {}).get("parameters")
-        value = judged.figures[method.name].value if judged and method.name in judged.figures \
-            else None
-        if size and value is not None:
-            series.setdefault(_objective(run["objective"]), []).append((size / 1e6, value))
+    for method in comparison.methods:
+        for run in [run.results for run in method.runs[:1] if "teacher" in run.results.models]:
+            value = nll[method.name].value if method.name in nll else None
+            if value is not None:
+                series.setdefault(_objective(run.objective), []).append(
+                    (run.models["teacher"].parameters / 1e6, value))
     if len({x for points in series.values() for x, _ in points}) < 2:
         return None
     return Curve("Capacity gap", "teacher's parameters in millions", "held-out NLL, nats/token",

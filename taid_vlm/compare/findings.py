@@ -21,9 +21,9 @@ def findings(comparison: Comparison) -> list[str]:
     if not decisive:
         return ["These runs have no figure in common to be compared by."]
     average = [j for j in comparison.benchmarks if j.measure.column is AVERAGE]
-    told = [_verdict(decisive, comparison), _against([*average, *decisive][0], comparison),
+    text = [_verdict(decisive, comparison), _against([*average, *decisive][0], comparison),
             _gap([*average, *decisive]), _besides(decisive, comparison), _seeds(comparison)]
-    return [sentence for sentence in told if sentence]
+    return [sentence for sentence in text if sentence]
 
 
 def deciding(comparison: Comparison) -> list[Judged]:
@@ -40,8 +40,8 @@ def _complete(judged: Sequence[Judged], comparison: Comparison) -> list[Judged]:
 
 
 def _held_out(comparison: Comparison) -> list[Judged]:
-    found = {j.measure.column.key: j for j in _complete(comparison.held_out, comparison)}
-    return [found[key] for key in DECISIVE if key in found]
+    complete = {j.measure.column.key: j for j in _complete(comparison.held_out, comparison)}
+    return [complete[key] for key in (*comparison.first, *DECISIVE) if key in complete]
 
 
 def _besides(decisive: Sequence[Judged], comparison: Comparison) -> str:
@@ -75,8 +75,8 @@ def _verdict(decisive: Sequence[Judged], comparison: Comparison) -> str:
                   if name not in never_behind]
         return (f"No significant winner: {_listed(never_behind)} tie on "
                 f"{'all ' if len(decisive) > 1 else ''}{'; '.join([of, *behind])}.")
-    led = [f"{name} is best on {_listed(map(_label, found))}"
-           for name, found in ahead.items() if found]
+    led = [f"{name} is best on {_listed(map(_label, best))}"
+           for name, best in ahead.items() if best]
     tied = [f"{_listed(j.leaders)} tie on {_label(j)}" for j in decisive
             if "best" not in j.verdicts.values()]
     return f"No overall winner: {'; '.join([*led, *tied])}."
@@ -89,22 +89,23 @@ def _behind(name: str, decisive: Sequence[Judged]) -> str:
 
 def _against(first: Judged, comparison: Comparison) -> str:
     """By how much, in the average over benchmarks or else in the first deciding figure."""
-    told = [f"{name} {_change(first, found)}" for name, found in first.against.items()]
-    return f"Against {comparison.baseline}, {_label(first)}: {'; '.join(told)}." if told else ""
+    changes = [f"{name} {_change(first, against)}" for name, against in first.against.items()]
+    return f"Against {comparison.baseline}, {_label(first)}: {'; '.join(changes)}." \
+        if changes else ""
 
 
-def _change(judged: Judged, found: Difference) -> str:
+def _change(judged: Judged, difference: Difference) -> str:
     """The difference with its interval, and whether it stands."""
     column, scale = judged.measure.column, judged.measure.scale
-    value, low, high = (scale * x for x in (found.interval.value, found.interval.low,
-                                            found.interval.high))
+    interval = difference.interval
+    value, low, high = (scale * x for x in (interval.value, interval.low, interval.high))
     spec = column.format if column.format.startswith("+") else f"+{column.format}"
     unit = "" if not column.unit else " points" if column.unit == "%" else f" {column.unit}"
     if math.isnan(low):
         return f"{number(value, spec)}{unit}"
-    mark = sign(judged, found)
+    mark = sign(judged, difference)
     verdict = mark if mark != "even" else "not significant after correction" \
-        if found.interval.significant else "not significant"
+        if interval.significant else "not significant"
     return (f"{number(value, spec)}{unit} ({number(low, spec)} to {number(high, spec)}, "
             f"{verdict})")
 
@@ -118,10 +119,10 @@ def _gap(decisive: Sequence[Judged]) -> str:
         if not shares:
             return (f"On {_label(judged)}, base and teacher do not differ significantly: there is "
                     "no gap to recover.")
-        told = [f"{name} {number(100 * s.value, '.0f')} % ({number(100 * s.low, '.0f')} to "
-                f"{number(100 * s.high, '.0f')})" for name, s in shares.items()]
+        parts = [f"{name} {number(100 * s.value, '.0f')} % ({number(100 * s.low, '.0f')} to "
+                 f"{number(100 * s.high, '.0f')})" for name, s in shares.items()]
         return f"Of the gap between base and teacher in {_label(judged)}, recovered: " \
-               f"{_listed(told)}."
+               f"{_listed(parts)}."
     return ""
 
 

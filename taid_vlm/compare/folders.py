@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from taid_vlm.errors import TaidError, nearest_sibling
-from taid_vlm.evaluation.answers import FILE as ANSWERS_FILE
 from taid_vlm.evaluation.answers import AnswerPair, read_answers
+from taid_vlm.io.files import read_json
 from taid_vlm.io.jsonl import read_lines
-from taid_vlm.runs.results import SCHEMA
+from taid_vlm.runs.folders import ANSWERS, RESULTS
+from taid_vlm.runs.results import KIND, Results, parse_results
 
-Results = dict[str, Any]
+SCHEMAS = {"evaluation": (1,), KIND: (1, 2), "": (1,)}  # of results.json, by its kind
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,21 @@ class Distillation:
     @cached_property
     def answers(self) -> list[AnswerPair]:
         """Every held-out answer's figures; none from a run without held-out data."""
-        path = self.folder / ANSWERS_FILE
+        path = self.folder / ANSWERS
         return read_answers(path) if path.exists() else []
+
+    @property
+    def before(self) -> dict[str, float]:
+        """Held-out figures by name; {} without held-out data."""
+        return self.results.eval.before.figures if self.results.eval.before else {}
+
+    @property
+    def after(self) -> dict[str, float]:
+        return self.results.eval.after.figures if self.results.eval.after else {}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return self.results.versions
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,11 @@ class Evaluation:
     """A finished run of `taid-vlm evaluate`."""
 
     folder: Path
-    results: Results
+    results: dict[str, Any]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return self.results["versions"]
 
     def answers(self, task: str) -> list[dict[str, Any]]:
         """One mapping per question; [] where the file is gone."""
@@ -70,7 +87,7 @@ class Method:
     @property
     def seeds(self) -> list[int]:
         """Of training; evaluations are taken to stand in the order of the runs."""
-        return [run.results["seed"] for run in self.runs]
+        return [run.results.seed for run in self.runs]
 
     def evaluated(self, task: str) -> list[Evaluation]:
         """The evaluations that have a benchmark, one per seed."""
@@ -92,11 +109,11 @@ def read_method(argument: str) -> Method:
 
 def read_reference(name: str, folder: Path) -> Method:
     """The evaluation of a teacher or a base."""
-    found = read_folder(folder)
-    if not isinstance(found, Evaluation):
+    evaluation = read_folder(folder)
+    if not isinstance(evaluation, Evaluation):
         raise TaidError(f"--{name.lower()} '{folder}' is a distillation run; it needs the folder "
                         f"that taid-vlm evaluate wrote for the {name.lower()}.")
-    return Method(name, (), (found,), trained=False)
+    return Method(name, (), (evaluation,), trained=False)
 
 
 def _parse(argument: str) -> tuple[str, list[Path]]:
@@ -112,28 +129,27 @@ def _parse(argument: str) -> tuple[str, list[Path]]:
 
 def read_folder(folder: Path) -> Distillation | Evaluation:
     """A finished run; raises TaidError for anything else."""
-    path = folder / "results.json"
+    path = folder / RESULTS
     if not path.is_file():
         raise TaidError(_without_results(folder))
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        schema, kind = results["schema"], results.get("kind", "")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TaidError(f"'{path}' is not a run's results ({error!r:.80}).") from None
-    if schema != SCHEMA:
-        raise TaidError(f"'{path}' has schema {schema}, but this version reads {SCHEMA}.")
-    if kind == "evaluation" and "tasks" in results:
-        return Evaluation(folder, results)
-    if not kind and "eval" in results and "train" in results:
-        return Distillation(folder, results)
-    raise TaidError(f"'{path}' is neither of a distillation nor of an evaluation (kind = "
-                    f"'{kind}').")
+    tree = read_json(path, "a run's results")
+    if not isinstance(tree, dict) or "schema" not in tree:
+        raise TaidError(f"'{path}' is not a run's results (it has no 'schema').")
+    kind = str(tree.get("kind", ""))
+    if kind not in SCHEMAS or (kind == "evaluation" and not {"tasks", "versions"} <= tree.keys()):
+        raise TaidError(f"'{path}' is neither of a distillation nor of an evaluation (kind = "
+                        f"'{kind}').")
+    if tree["schema"] not in SCHEMAS[kind]:
+        raise TaidError(f"'{path}' has schema {tree['schema']}, but this version reads "
+                        f"{' and '.join(map(str, SCHEMAS[kind]))}.")
+    return Evaluation(folder, tree) if kind == "evaluation" else \
+        Distillation(folder, parse_results(tree, path))
 
 
 def _without_results(folder: Path) -> str:
     if not folder.is_dir():
         return f"'{folder}' is no folder.{nearest_sibling(folder)}"
-    inside = sorted(p.parent.name for p in folder.glob("*/results.json"))
+    inside = sorted(p.parent.name for p in folder.glob(f"*/{RESULTS}"))
     if inside:
         return (f"'{folder}' has no results.json; the folders in it that have one: "
                 f"{', '.join(inside)}.")

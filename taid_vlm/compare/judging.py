@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from taid_vlm.compare.measures import BASE, TEACHER, Measure
+from taid_vlm.evaluation import statistics
 from taid_vlm.evaluation.statistics import (
     LEVEL,
     Bootstrap,
@@ -15,7 +16,6 @@ from taid_vlm.evaluation.statistics import (
     Recovered,
     holm,
     mcnemar,
-    over_seeds,
     pool_seeds,
 )
 from taid_vlm.report import Figure
@@ -79,8 +79,8 @@ def judge_all(
     if average is not None:
         shares = [j for j in judged if j.measure.column.unit == average.column.unit]
         judged = [*_average(shares, average, names, baseline), *judged]
-    left = iter(correct([found for j in judged for found in j.against.values()]))
-    return [replace(j, against={name: next(left) for name in j.against}) for j in judged]
+    corrected = iter(correct([d for j in judged for d in j.against.values()]))
+    return [replace(j, against={name: next(corrected) for name in j.against}) for j in judged]
 
 
 def correct(differences: Sequence[Difference]) -> list[Difference]:
@@ -111,7 +111,7 @@ def _judge(
     items = measure.items
     boot = None if items is None else Bootstrap(
         items.arms, items.weights, items.groups, n_boot, seed)
-    figures = {name: _figure(measure, name, found) for name, found in measure.estimates.items()}
+    figures = {name: _figure(measure, name, seeds) for name, seeds in measure.estimates.items()}
     if not measure.comparable:
         return Judged(measure, boot, figures, {}, {}, {})
     return _complete(measure, boot, figures, names, baseline)
@@ -133,7 +133,7 @@ def _complete(
                   recovered)
 
 
-def _figure(measure: Measure, name: str, found: Sequence[Estimate]) -> Figure:
+def _figure(measure: Measure, name: str, seeds: Sequence[Estimate]) -> Figure:
     """Mean over seeds; from the questions themselves where they are there."""
     scale = measure.scale
     if measure.items is not None:
@@ -142,10 +142,15 @@ def _figure(measure: Measure, name: str, found: Sequence[Estimate]) -> Figure:
         note = "" if pooled.seeds == 1 else (
             f"{pooled.seeds} seeds; standard error over seeds {scale * pooled.stderr_seeds:.2g}, "
             f"over questions {scale * pooled.stderr_questions:.2g}")
-        return Figure(scale * pooled.value, scale * pooled.stderr, found[0].n, note=note)
-    mean = over_seeds(found)
-    note = f"{len(found)} seeds" if len(found) > 1 else ""
-    return Figure(scale * mean.value, scale * mean.stderr, mean.n, note=note)
+        return Figure(scale * pooled.value, scale * pooled.stderr, seeds[0].n, note=note)
+    return over_seeds(seeds, scale)
+
+
+def over_seeds(estimates: Sequence[Estimate], scale: float = 1.0) -> Figure:
+    """Mean; the error of the questions, which are the same for all seeds, and of the seeds."""
+    mean = statistics.over_seeds(estimates)
+    return Figure(scale * mean.value, scale * mean.stderr, mean.n,
+                  note=f"{len(estimates)} seeds" if len(estimates) > 1 else "")
 
 
 def _with_interval(interval: Interval, scale: float) -> Figure:

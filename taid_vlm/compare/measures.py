@@ -12,17 +12,15 @@ from taid_vlm.compare.folders import Distillation, Method
 from taid_vlm.evaluation.answers import AnswerPair, Key
 from taid_vlm.evaluation.statistics import Arm, Estimate
 from taid_vlm.report import Column
-from taid_vlm.report.run import FIGURES, MASSES
+from taid_vlm.report.columns import CHUNKS, FIGURES, MASSES
+from taid_vlm.runs.results import Figures
 
 TEACHER, BASE = "Teacher", "Base"
 # what a teacher has against itself; the other figures against a teacher it has of its own
 ITSELF = {"kl": 0.0, "reverse_kl": 0.0, "jsd": 0.0, "agreement": 1.0, "chunk_kl": 0.0}
 AGAINST_TEACHER = (*ITSELF, "head_mass", "tail_mass")
-THEIRS = {"nll": "teacher_nll", "student_entropy": "teacher_entropy",
-          "head_mass": "teacher_head_mass", "tail_mass": "teacher_tail_mass"}
-CHUNKS = Column("chunk_kl", "KL of chunks", "lower", ".4f", "nats/chunk",
-                "KL(teacher ‖ student) of the likelihoods of pieces of text that the two "
-                "tokenizers split differently.")
+OF_TEACHER = {"nll": "teacher_nll", "student_entropy": "teacher_entropy",
+              "head_mass": "teacher_head_mass", "tail_mass": "teacher_tail_mass"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class Runs:
     """The runs that are compared on held-out data.
 
     base: whether they started from one student, so that what it was is a row, too.
@@ -73,7 +71,7 @@ class HeldOut:
     teacher: bool
 
     @property
-    def runs(self) -> list[Distillation]:
+    def all(self) -> list[Distillation]:
         return [run for method in self.methods for run in method.runs]
 
 
@@ -82,62 +80,53 @@ class Shared:
     """The answers that all runs have, run by run; no keys, and why, where they are not the same."""
 
     keys: Sequence[Key]
-    found: Sequence[Mapping[Key, AnswerPair]]
+    answers: Sequence[Mapping[Key, AnswerPair]]
     why: str = ""
 
 
-def held_out_measures(held_out: HeldOut) -> list[Measure]:
+def held_out_measures(runs: Runs) -> list[Measure]:
     """Every figure that some run has, in the report's order."""
-    shared = _shared(held_out.runs)
+    shared = _shared(runs.all)
     columns = (*FIGURES[:1], CHUNKS, *FIGURES[1:], *MASSES[:2])
-    return [_held_out(column, held_out, shared) for column in columns
-            if any(column.key in _after(run) for run in held_out.runs)]
-
-
-def _after(run: Distillation) -> Mapping[str, Any]:
-    return run.results["eval"]["after"] or {}
+    return [_held_out(column, runs, shared) for column in columns
+            if any(column.key in run.after for run in runs.all)]
 
 
 def _shared(runs: Sequence[Distillation]) -> Shared:
-    found = [{answer.key: answer for answer in run.answers} for run in runs]
-    missing = [str(run.folder) for run, answers in zip(runs, found, strict=True) if not answers]
+    answers = [{answer.key: answer for answer in run.answers} for run in runs]
+    missing = [str(run.folder) for run, own in zip(runs, answers, strict=True) if not own]
     if missing:
-        return Shared([], found, f"no eval_answers.jsonl in {', '.join(missing)}")
-    if any(answers.keys() != found[0].keys() for answers in found):
-        return Shared([], found, "the runs measured different answers")
-    return Shared(list(found[0]), found)
+        return Shared([], answers, f"no eval_answers.jsonl in {', '.join(missing)}")
+    if any(own.keys() != answers[0].keys() for own in answers):
+        return Shared([], answers, "the runs measured different answers")
+    return Shared(list(answers[0]), answers)
 
 
-def _held_out(column: Column, held_out: HeldOut, shared: Shared) -> Measure:
+def _held_out(column: Column, runs: Runs, shared: Shared) -> Measure:
     key = column.key
-    estimates = _estimates(key, held_out)
-    comparable = held_out.teacher or key not in AGAINST_TEACHER
+    estimates = _estimates(key, runs)
+    comparable = runs.teacher or key not in AGAINST_TEACHER
     if not shared.keys or key == "ece":
         return Measure(column, estimates, None, shared.why or "it is no mean over answers",
                        comparable=comparable)
-    sizes = [shared.found[0][place].size(key) for place in shared.keys]
-    if any([answers[place].size(key) for place in shared.keys] != sizes
-           for answers in shared.found):
+    sizes = [[own[place].size(key) for place in shared.keys] for own in shared.answers]
+    if any(other != sizes[0] for other in sizes):
         return Measure(column, estimates, None, "the students' tokens are not the same",
                        comparable=comparable)
-    arms = dict(_arms(key, shared, sizes, held_out.methods, estimates))
-    items = Items(arms, sizes, [source for source, *_ in shared.keys], binary=False)
+    arms = dict(_arms(key, shared, sizes[0], runs.methods, estimates))
+    items = Items(arms, sizes[0], [source for source, *_ in shared.keys], binary=False)
     return Measure(column, estimates, items, comparable=comparable)
 
 
-def _estimates(key: str, held_out: HeldOut) -> dict[str, list[Estimate]]:
+def _estimates(key: str, runs: Runs) -> dict[str, list[Estimate]]:
     """The rows of a figure: teacher, base and methods, where they have it."""
-    first = held_out.runs[0].results["eval"]
-    found: dict[str, list[Estimate]] = {}
-    theirs = _teachers(key, first["after"]) if held_out.teacher else None
-    if theirs is not None:
-        found[TEACHER] = [theirs]
-    if held_out.base and key in (first["before"] or {}):
-        found[BASE] = [_estimate(first["before"], key)]
-    for method in held_out.methods:
-        if method.runs and all(key in _after(run) for run in method.runs):
-            found[method.name] = [_estimate(_after(run), key) for run in method.runs]
-    return found
+    first = runs.all[0].results.eval
+    rows = {TEACHER: [_teachers(key, first.after) if runs.teacher else None],
+            BASE: [_known(first.before, key) if runs.base else None]}
+    rows |= {method.name: [_known(run.results.eval.after, key) for run in method.runs]
+             for method in runs.methods}
+    return {name: [e for e in row if e is not None] for name, row in rows.items()
+            if row and None not in row}
 
 
 def _arms(
@@ -146,13 +135,13 @@ def _arms(
 ) -> Iterator[tuple[str, Arm]]:
     """Totals per answer of everything that has a row."""
     def totals(number: int, read: Callable[[AnswerPair], float | None]) -> list[float]:
-        values = (read(shared.found[number][place]) for place in shared.keys)
+        values = (read(shared.answers[number][place]) for place in shared.keys)
         return [(math.nan if value is None else value) if size else 0.0
                 for value, size in zip(values, sizes, strict=True)]
 
     if TEACHER in rows:
         yield TEACHER, Arm([[ITSELF[key] * size for size in sizes] if key in ITSELF else
-                            totals(0, lambda answer: answer.teacher.get(THEIRS[key]))], False)
+                            totals(0, lambda answer: answer.teacher.get(OF_TEACHER[key]))], False)
     if BASE in rows:
         yield BASE, Arm([totals(0, lambda answer: answer.before.get(key))], trained=False)
     start = 0
@@ -163,18 +152,20 @@ def _arms(
                                    seeds=method.seeds)
 
 
-def _estimate(summary: Mapping[str, Any], key: str) -> Estimate:
-    """From results.json, where what is not finite is null."""
-    value, stderr = (math.nan if x is None else x
-                     for x in (summary[key], summary.get(f"{key}_stderr")))
-    return Estimate(value, stderr, summary["n_answers"])
+def estimate(means: Figures, key: str) -> Estimate:
+    """A figure that was measured."""
+    return Estimate(means.figures[key], means.figures.get(f"{key}_stderr", math.nan),
+                    means.n_answers)
 
 
-def _teachers(key: str, summary: Mapping[str, Any] | None) -> Estimate | None:
-    if summary is not None and key in ITSELF and key in summary:
-        return Estimate(ITSELF[key], 0.0, summary["n_answers"])
-    own = THEIRS.get(key, "")
-    return None if summary is None or own not in summary else _estimate(summary, own)
+def _known(means: Figures | None, key: str) -> Estimate | None:
+    """None where it was not measured."""
+    return None if means is None or key not in means.figures else estimate(means, key)
+
+
+def _teachers(key: str, means: Figures | None) -> Estimate | None:
+    own = _known(means, key if key in ITSELF else OF_TEACHER.get(key, ""))
+    return own and (Estimate(ITSELF[key], 0.0, own.n) if key in ITSELF else own)
 
 
 # ----- benchmarks ---------------------------------------------------------------------------
@@ -196,7 +187,7 @@ def benchmark_measure(task: str, methods: Sequence[Method]) -> Measure:
                for method in having}
     some = next(iter(reports.values()))[0]
     headline = next(iter(some["figures"]))
-    estimates = {name: [_figure(report["figures"][headline]) for report in of_seeds]
+    estimates = {name: [of_benchmark(report["figures"][headline]) for report in of_seeds]
                  for name, of_seeds in reports.items()}
     decimals = some.get("decimals", 1)  # None: the benchmark has points of its own
     shares = decimals is not None
@@ -207,7 +198,8 @@ def benchmark_measure(task: str, methods: Sequence[Method]) -> Measure:
     return Measure(column, estimates, items, unpaired, 100.0 if shares else 1.0)
 
 
-def _figure(figure: Mapping[str, Any]) -> Estimate:
+def of_benchmark(figure: Mapping[str, Any]) -> Estimate:
+    """From results.json, where what is not finite is null."""
     value, stderr = (math.nan if figure[key] is None else figure[key]
                      for key in ("value", "stderr"))
     return Estimate(value, stderr, figure["n"])
@@ -226,7 +218,7 @@ def _questions(
     answers: dict[str, list[Rows]] = {
         method.name: [{row["id"]: row for row in e.answers(task)} for e in method.evaluated(task)]
         for method in methods}
-    every = [rows for found in answers.values() for rows in found]
+    every = [rows for seeds in answers.values() for rows in seeds]
     if not every[0] or any(rows.keys() != every[0].keys() for rows in every):
         return None, "the models' answers are not to the same questions, or not there"
     groups = {key: row.get("group") or key for key, row in every[0].items()}
@@ -234,10 +226,10 @@ def _questions(
         return None, "some answers have no score of their own"
     own = {group: group for group in groups.values()}
     for scores_of, grouped in ((_each, groups), (_worst_of_group, own)):
-        scored = {name: [scores_of(rows, groups) for rows in found]
-                  for name, found in answers.items()}
-        if all(_mean_is(table, estimate.value) for name, found in scored.items()
-               for table, estimate in zip(found, estimates[name], strict=True)):
+        scored = {name: [scores_of(rows, groups) for rows in seeds]
+                  for name, seeds in answers.items()}
+        if all(_mean_is(table, mean.value) for name, seeds in scored.items()
+               for table, mean in zip(seeds, estimates[name], strict=True)):
             return _items(scored, grouped, methods), ""
     return None, "its figure is no mean over questions"
 

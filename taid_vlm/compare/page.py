@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from taid_vlm.compare import curves, tables
 from taid_vlm.compare.compare import AVERAGE, Comparison
 from taid_vlm.compare.findings import findings
-from taid_vlm.compare.gallery import benchmark_examples, held_out_examples
+from taid_vlm.compare.gallery import Images, benchmark_examples, held_out_examples
 from taid_vlm.report import Example, Report, Section, write_report
-from taid_vlm.runs.results import versions
+from taid_vlm.report.run import listed
+from taid_vlm.runs.machine import versions
 
 
-def comparison_report(comparison: Comparison) -> Report:
-    """Findings, tables, curves and a gallery."""
+def comparison_report(
+    comparison: Comparison, images: Mapping[str, Images] | None = None
+) -> Report:
+    """Findings, tables, curves and a gallery.
+
+    Args:
+        images: {benchmark: its images by question id}; of others they are looked for where
+            results.json says.
+    """
     sections = [_benchmarks(comparison), _held_out(comparison), _training(comparison),
-                _answers(comparison), _method(comparison)]
+                _answers(comparison, images or {}), _method(comparison)]
     return Report(
         title=f"{_listed(comparison.names)}, compared",
         summary=findings(comparison),
@@ -40,13 +48,13 @@ def _benchmarks(comparison: Comparison) -> Section | None:
     if not judged:
         return None
     everyone = [*comparison.references, *comparison.methods]
-    found = [tables.figures_table("Scores", judged, comparison),
+    shown = [tables.figures_table("Scores", judged, comparison),
              tables.against_table(judged, comparison),
              tables.recovered_table(judged, comparison), tables.failures_table(comparison)]
     for j in judged:
         if j.measure.column is not AVERAGE:
-            found += tables.tag_tables(j.measure.column.key, j.measure.column.label, everyone)
-    return Section("Benchmarks", _unpaired(judged), [table for table in found if table])
+            shown += tables.tag_tables(j.measure.column.key, j.measure.column.label, everyone)
+    return Section("Benchmarks", _unpaired(judged), [table for table in shown if table])
 
 
 def _unpaired(judged: Sequence[Any]) -> list[str]:
@@ -64,17 +72,18 @@ def _held_out(comparison: Comparison) -> Section | None:
         return None
     main = [j for j in judged if j.measure.column.key not in tables.SPREAD]
     spread = [j for j in judged if j.measure.column.key in tables.SPREAD]
-    found = [
+    shown = [
         tables.figures_table("Held-out figures", main, comparison,
                              "Means per answer token. The base is the student before training."),
         tables.against_table(main, comparison),
         tables.recovered_table(main, comparison, tables.GAPS),
-        tables.category_table(comparison.methods, main[0].measure.column.key),
+        tables.category_table(comparison.methods, next(
+            j.measure.column.key for j in main if j.measure.column.key not in comparison.first)),
         tables.spread_table(spread, comparison),
     ]
     drawn = [curves.masses(comparison), curves.reliability(comparison.methods),
              curves.capacity_gap(comparison)]
-    return Section("Held-out data", _unpaired(judged), [table for table in found if table],
+    return Section("Held-out data", _unpaired(judged), [table for table in shown if table],
                    [curve for curve in drawn if curve])
 
 
@@ -85,12 +94,13 @@ def _training(comparison: Comparison) -> Section | None:
     return Section("Training", [], [cost], curves.training_curves(comparison.methods))
 
 
-def _answers(comparison: Comparison) -> Section | None:
+def _answers(comparison: Comparison, images: Mapping[str, Images]) -> Section | None:
     everyone = [*comparison.references, *comparison.methods]
     cards: list[Example] = []
     for j in comparison.benchmarks:
-        if j.measure.column is not AVERAGE and len(j.figures) > 1:
-            cards += benchmark_examples(j.measure.column.key, j.measure.column.label, everyone)
+        column = j.measure.column
+        if column is not AVERAGE and len(j.figures) > 1:
+            cards += benchmark_examples(column.key, column.label, everyone, images.get(column.key))
     cards += held_out_examples(comparison.methods)
     return Section("Answers", [], examples=cards) if cards else None
 
@@ -101,21 +111,20 @@ def _method(comparison: Comparison) -> Section:
 
 def how_measured(comparison: Comparison) -> list[str]:
     """Data, statistics and rules, in sentences."""
-    told = []
-    data = next((run.results.get("data", {}).get("eval") for m in comparison.methods
-                 for run in m.runs), None)
+    text = []
+    data = next((run.results.data["eval"] for m in comparison.methods for run in m.runs), None)
     if data:
-        told.append(f"Held-out data: {data['records']:,} records, sha256 {data['sha256']}; figures "
+        text.append(f"Held-out data: {data.records:,} records, sha256 {data.sha256}; figures "
                     "are means per answer token, the same tokens for every method.")
     entries = {name: entry for method in (*comparison.methods, *comparison.references)
                for e in method.evaluations for name, entry in e.results["tasks"].items()}
-    told += [_task(entry) for entry in entries.values()]
-    told.append(
+    text += [_task(entry) for entry in entries.values()]
+    text.append(
         f"Differences and their 95 % intervals come from a paired bootstrap ({comparison.n_boot:,} "
         "draws) in which records, or questions about one item, are drawn together; where a method "
         "has several seeds, their spread enters by Student's t. Significance is at 5 % after "
         "Holm's correction for every table.")
-    return told
+    return text
 
 
 def _task(entry: dict[str, Any]) -> str:
@@ -123,9 +132,9 @@ def _task(entry: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in answering.items() if key != "method")
     path = Path(source.get("path") or "")
     # where a file lies is nobody's business
-    told = [path.name if path.is_absolute() else source.get("path"),
-            f"sha256 {source['sha256'][:16]}" if source.get("sha256") else ""]
-    data = ", ".join(filter(None, told))
+    data = ", ".join(filter(None, [
+        path.name if path.is_absolute() else source.get("path"),
+        f"sha256 {source['sha256'][:16]}" if source.get("sha256") else ""]))
     return (f"{entry['title']}: {entry['n']:,} questions{f' ({data})' if data else ''}, rule "
             f"{entry['rule']}, version {entry['rule_version']}, prompts {entry['prompt_hash']}, "
             f"answered by {answering.get('method', 'unknown means')}"
@@ -134,16 +143,11 @@ def _task(entry: dict[str, Any]) -> str:
 
 def provenance(comparison: Comparison) -> dict[str, str]:
     """Where every row comes from, as label -> text."""
-    found = {}
+    rows = {}
     for method in (*comparison.references, *comparison.methods):
-        runs = [f"{run.folder} (recipe {run.results['recipe_hash']}, seed {run.results['seed']})"
+        runs = [f"{run.folder} (recipe {run.results.recipe_hash}, seed {run.results.seed})"
                 for run in method.runs]
         evaluations = [f"{e.folder} ({e.results['model']['name']})" for e in method.evaluations]
-        found[method.name] = "; ".join([*runs, *evaluations])
-    measured = comparison.methods[0].parts[0].results["versions"]
-    return {**found, "Measured with": _versions(measured),
+        rows[method.name] = "; ".join([*runs, *evaluations])
+    return {**rows, "Measured with": listed(comparison.methods[0].parts[0].versions),
             "Compared with": f"taid-vlm {versions().get('taid-vlm', '')}"}
-
-
-def _versions(found: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found.items())

@@ -9,12 +9,12 @@ from typing import Any
 
 from taid_vlm.compare.compare import Comparison
 from taid_vlm.compare.folders import Method
-from taid_vlm.compare.judging import EXACT, PAIRED, Difference, Judged
-from taid_vlm.compare.measures import BASE, ITSELF, TEACHER
-from taid_vlm.evaluation.statistics import Estimate, Recovered, over_seeds
+from taid_vlm.compare.judging import APART, EXACT, PAIRED, Difference, Judged, over_seeds
+from taid_vlm.compare.measures import BASE, ITSELF, TEACHER, estimate, of_benchmark
+from taid_vlm.evaluation.statistics import Recovered
 from taid_vlm.report import Column, Figure, Row, Table
+from taid_vlm.report.columns import FIGURES
 from taid_vlm.report.data import Role
-from taid_vlm.report.run import FIGURES
 
 ROLES: dict[str, Role] = {TEACHER: "teacher", BASE: "start"}
 SPREAD = ("student_entropy", "head_mass", "tail_mass")
@@ -29,6 +29,11 @@ FIGURES_KEY = (
 DIFFERENCE_KEY = (
     "▲ better, ▼ worse, ≈ no significant difference, at 5 % after Holm's correction for all "
     "comparisons of this table. Below each difference its own 95 % interval, without correction. ")
+TESTS = {
+    PAIRED: "paired bootstrap over records or groups of questions",
+    EXACT: "McNemar's exact test where every answer is right or wrong",
+    APART: "normal test of independent errors where there are no pairs",
+}
 COST = (
     Column("steps", "steps", "", ",.0f"),
     Column("answer_tokens", "answer tokens", "", ",.0f", "seen in training"),
@@ -87,34 +92,28 @@ def _of_differences(column: Column) -> Column:
 
 def difference_figure(judged: Judged, name: str) -> Figure:
     """Scaled, with its mark; p-values in the note."""
-    found, scale = judged.against[name], judged.measure.scale
-    interval = found.interval
-    note = f"p = {found.p:.2g}, corrected {found.adjusted:.2g} ({found.test})"
+    difference, scale = judged.against[name], judged.measure.scale
+    interval = difference.interval
+    note = (f"p = {difference.p:.2g}, corrected {difference.adjusted:.2g} ({difference.test})")
     return Figure(scale * interval.value, None, interval.n, scale * interval.low,
-                  scale * interval.high, verdict="", mark=sign(judged, found), note=note)
+                  scale * interval.high, verdict="", mark=sign(judged, difference), note=note)
 
 
-def sign(judged: Judged, found: Difference) -> Any:
+def sign(judged: Judged, difference: Difference) -> Any:
     """Whether a significant difference is for the better."""
-    if math.isnan(found.adjusted):
+    if math.isnan(difference.adjusted):
         return ""
-    if not found.significant:
+    if not difference.significant:
         return "even"
     higher = judged.measure.column.better == "higher"
-    return "better" if (found.interval.value > 0) == higher else "worse"
+    return "better" if (difference.interval.value > 0) == higher else "worse"
 
 
 def _tests(differences: Iterable[Difference]) -> str:
-    found = list(differences)
-    tests = dict.fromkeys(d.test for d in found)
-    told = {
-        PAIRED: "paired bootstrap over records or groups of questions",
-        EXACT: "McNemar's exact test where every answer is right or wrong",
-    }
-    used = [told.get(test, "normal test of independent errors where there are no pairs")
-            for test in tests]
+    every = list(differences)
+    used = [TESTS[test] for test in dict.fromkeys(d.test for d in every)]
     seeds = "Intervals cover other seeds where there are several, by Student's t. " \
-        if any(d.interval.seeds_known for d in found) else \
+        if any(d.interval.seeds_known for d in every) else \
         "One seed each: the intervals say nothing about other seeds. "
     return f"{seeds}Tests: {'; '.join(used)}."
 
@@ -136,8 +135,8 @@ def recovered_table(judged: Sequence[Judged], comparison: Comparison, keys: Sequ
                      "significantly, so that there is no gap to recover.")
 
 
-def _share(found: Recovered) -> Figure:
-    share = found.share
+def _share(recovered: Recovered) -> Figure:
+    share = recovered.share
     if share is None:
         return Figure(None, note="no gap to recover")
     return Figure(100 * share.value, None, share.n, 100 * share.low, 100 * share.high)
@@ -148,33 +147,19 @@ def _share(found: Recovered) -> Figure:
 
 def category_table(methods: Sequence[Method], key: str) -> Table | None:
     """One held-out figure per category, mean over seeds."""
-    having = [method for method in methods if method.runs]
-    parts = {m.name: [run.results["eval"]["after"]["by_category"] for run in m.runs]
-             for m in having}
+    parts = {m.name: [run.results.eval.after.by_category for run in m.runs
+                      if run.results.eval.after is not None] for m in methods if m.runs}
     categories = [c for c in next(iter(parts.values()), [{}])[0]
-                  if all(key in of.get(c, {}) for found in parts.values() for of in found)]
+                  if all(c in of and key in of[c].figures for row in parts.values() for of in row)]
     if len(categories) < 2:
         return None
     column = next(c for c in FIGURES if c.key == key)
     columns = [Column(c, c, column.better, column.format, column.unit) for c in categories]
-    rows = [Row(name, "baseline", {c: _over_seeds([_summary(of[c], key) for of in found])
-                                   for c in categories}) for name, found in parts.items()]
+    rows = [Row(name, "baseline", {c: over_seeds([estimate(of[c], key) for of in row])
+                                   for c in categories}) for name, row in parts.items()]
     return Table(f"{column.label} by category", columns, rows,
                  "Marks in this table take models as measured independently, and are not "
                  "corrected: read it for patterns.")
-
-
-def _summary(part: dict[str, Any], key: str) -> Figure:
-    return Figure(part[key], part.get(f"{key}_stderr"), part["n_answers"])
-
-
-def _over_seeds(figures: Sequence[Figure]) -> Figure:
-    """Mean; the error of the questions, which are the same for all seeds, and of the seeds."""
-    if any(f.value is None for f in figures):
-        return Figure(None)
-    known = all(f.stderr is not None for f in figures)
-    mean = over_seeds([Estimate(f.value or 0.0, f.stderr or 0.0, f.n or 0) for f in figures])
-    return Figure(mean.value, mean.stderr if known else None, figures[0].n)
 
 
 def tag_tables(task: str, title: str, methods: Sequence[Method]) -> list[Table]:
@@ -192,8 +177,8 @@ def tag_tables(task: str, title: str, methods: Sequence[Method]) -> list[Table]:
             continue
         columns = [Column(value, value, "higher", ".1f", unit) for value in values]
         rows = [Row(name, ROLES.get(name, "baseline"), {
-            value: _scaled([_tagged(r, tag, value, headline) for r in found], scale)
-            for value in values}) for name, found in reports.items()]
+            value: over_seeds([of_benchmark(_tagged(r, tag, value, headline)) for r in row], scale)
+            for value in values}) for name, row in reports.items()]
         tables.append(Table(f"{title} by {tag}", columns, rows))
     return tables
 
@@ -201,13 +186,6 @@ def tag_tables(task: str, title: str, methods: Sequence[Method]) -> list[Table]:
 def _tagged(report: dict[str, Any], tag: str, value: str, figure: str) -> dict[str, Any]:
     """{} where it is not there."""
     return (report.get("by_tag") or {}).get(tag, {}).get(value, {}).get(figure, {})
-
-
-def _scaled(found: Sequence[dict[str, Any]], scale: float) -> Figure:
-    def scaled(value: float | None) -> float | None:
-        return None if value is None else scale * value
-
-    return _over_seeds([Figure(scaled(f["value"]), scaled(f["stderr"]), f["n"]) for f in found])
 
 
 def failures_table(comparison: Comparison) -> Table | None:
@@ -236,24 +214,24 @@ def failures_table(comparison: Comparison) -> Table | None:
 def cost_table(methods: Sequence[Method]) -> Table | None:
     """What training took, mean over seeds."""
     rows = [Row(m.name, "baseline", _cost(m)) for m in methods if m.runs]
-    devices = dict.fromkeys(run.results["machine"].get("device", "") for m in methods
+    devices = dict.fromkeys(str(run.results.machine.get("device", "")) for m in methods
                             for run in m.runs)
     caption = f"Measured on: {', '.join(devices)}." if rows else ""
     return Table("Cost", list(COST), rows, caption) if rows else None
 
 
 def _cost(method: Method) -> dict[str, Figure]:
-    found = [run.results for run in method.runs]
-    parts = {
-        "steps": [r["train"]["steps"] for r in found],
-        "answer_tokens": [r["train"].get("answer_tokens") for r in found],
-        "minutes": [r["train"]["seconds"] / 60 for r in found],
-        "memory": [r["memory"].get("peak_device_bytes", r["memory"]["peak_rss_bytes"]) / 2**30
-                   for r in found],
-        "parameters": [r["models"]["student"]["parameters"] / 1e6 for r in found],
+    every = [run.results for run in method.runs]
+    parts: dict[str, list[Any]] = {
+        "steps": [r.train.steps for r in every],
+        "answer_tokens": [r.train.answer_tokens for r in every],
+        "minutes": [r.train.seconds / 60 for r in every],
+        "memory": [r.memory.get("peak_device_bytes", r.memory["peak_rss_bytes"]) / 2**30
+                   for r in every],
+        "parameters": [r.models["student"].parameters / 1e6 for r in every],
     }
     return {key: Figure(sum(values) / len(values), verdict="") for key, values in parts.items()
-            if all(value is not None for value in values)}
+            if None not in values}
 
 
 def spread_table(judged: Sequence[Judged], comparison: Comparison) -> Table | None:

@@ -1,195 +1,83 @@
-"""The demo's report: what its results say, in tables, curves and pictures."""
+"""The demo's page: the comparison of each world's arms, and what they are about."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from taid_vlm.demo.arms import CAPTION, EXAMPLES, OBJECTIVES, START, TEACHER, WORLDS
-from taid_vlm.records import Record, first_rows, open_records
-from taid_vlm.report import Column, Curve, Example, Figure, Report, Row, Section, Table
-from taid_vlm.report.run import figure, png
+from taid_vlm.compare import Comparison, comparison_report
+from taid_vlm.compare.gallery import Images
+from taid_vlm.compare.tables import figures_table
+from taid_vlm.demo.arms import World
+from taid_vlm.demo.truth import CAPTION_KL, QUESTIONS
+from taid_vlm.report import Figure, Report, Section
+from taid_vlm.report.page import MISSING, number
+from taid_vlm.report.run import listed
 
-COLUMNS = (
-    Column("kl", "KL(teacher ‖ student)", "lower", ".4f", "nats/token"),
-    Column("reverse_kl", "KL(student ‖ teacher)", "lower", ".4f", "nats/token"),
-    Column("agreement", "agreement", "higher", ".3f", "",
-           "Share of tokens where student and teacher would say the same."),
-    Column("nll", "NLL of the answers", "lower", ".4f", "nats/token"),
-    Column("caption_kl", "caption KL", "lower", ".3f", "nats/caption",
-           "KL(truth ‖ model) of whole captions, unbiased: the truth's probabilities are known."),
-    Column("accuracy", "accuracy", "higher", ".3f", "",
-           "Share of held-out questions answered exactly right."),
-)
+CONSOLE = ("kl", "agreement", CAPTION_KL.key, QUESTIONS.name)
+
+Compared = list[tuple[World, Comparison]]
 
 
-def demo_report(document: dict[str, Any], data: Path) -> Report:
-    """The page of one demo; `data` is where the held-out images are."""
-    worlds = document["worlds"]
-    return Report(
-        title="TAID on two small worlds",
-        summary=[sentence for w in worlds.values() for sentence in _findings(w)],
-        sections=[_section(name, world, data) for name, world in worlds.items()],
-        provenance=_provenance(document),
-        recipe=worlds["scenes"]["arms"]["TAID"]["recipe"],
-    )
+def demo_report(compared: Compared, images: Mapping[str, Images], facts: dict[str, Any]) -> Report:
+    """Both comparisons one after the other.
+
+    Args:
+        images: of every world's questions, by their ids.
+        facts: what results.json says beside the figures.
+    """
+    summary, sections, provenance = list[str](), [_introduction(compared)], _provenance(facts)
+    for world, comparison in compared:
+        page = comparison_report(comparison, {QUESTIONS.name: images[world.name]})
+        summary += [f"{world.title}: {page.summary[0]}", *page.summary[1:]]
+        sections += [replace(section, title=f"{world.title}: {section.title}")
+                     for section in page.sections]
+        provenance |= {f"{world.title}: {name}": text for name, text in page.provenance.items()}
+    return Report("TAID on two small worlds", summary, sections, provenance)
 
 
-# ----- figures ------------------------------------------------------------------------------
+def _introduction(compared: Compared) -> Section:
+    return Section("Two worlds, four objectives", [
+        "Every arm starts from the same warm start and takes the same steps over the same "
+        "conversations in the same order; only the objective differs. One seed and one learning "
+        "rate for all: errors are over held-out answers, captions or questions, and say nothing "
+        f"about other seeds. {CAPTION_KL.label.capitalize()}: {CAPTION_KL.help}",
+        *(_of_world(*pair) for pair in compared)])
 
 
-def caption_losses(world: dict[str, Any], arm: str) -> dict[str, float]:
-    """log p_truth - log p_model in nats of every held-out caption, by the record's source."""
-    source, key = (START, "teacher_nll") if arm == TEACHER else (arm, "nll")
-    truth = world["caption_entropies"]
-    return {loss["source"]: loss[key] - truth[loss["source"]]
-            for loss in world["arms"][source]["losses"] if loss["category"] == CAPTION}
+def _of_world(world: World, comparison: Comparison) -> str:
+    taid = comparison.methods[-1].runs[0].results
+    alignment, share = taid.alignment, taid.train.adaptive_share
+    assert alignment is not None
+    acted = "" if share is None else f" TAID's adaptive term acted in {share:.0%} of the steps."
+    return (f"{world.title}: {world.steps} steps of {world.batch_size} conversations. Alignment "
+            f"of teacher and student, case {alignment.case}: {alignment.reason}.{acted}")
 
 
-def mean_figure(values: Sequence[float]) -> Figure:
-    """Mean with the standard error of independent draws."""
-    n, mean = len(values), sum(values) / len(values)
-    variance = sum((x - mean) ** 2 for x in values) / max(n - 1, 1)
-    return Figure(mean, math.sqrt(variance / n), n)
-
-
-def paired(world: dict[str, Any], first: str, second: str) -> Figure:
-    """Mean difference of the caption losses of two arms on the same captions."""
-    a, b = caption_losses(world, first), caption_losses(world, second)
-    return mean_figure([a[source] - b[source] for source in a])
-
-
-def _figures(world: dict[str, Any], arm: str) -> dict[str, Figure]:
-    result = world["arms"][arm]
-    accuracy = result["accuracy"][""]
-    values = {"caption_kl": mean_figure(list(caption_losses(world, arm).values())),
-              "accuracy": Figure(accuracy["value"], accuracy["stderr"], accuracy["n"])}
-    if arm == TEACHER:
-        return values | {"nll": figure(
-            _renamed(world["arms"][START]["figures"], "teacher_nll", "nll"), "nll")}
-    keys = ("kl", "reverse_kl", "agreement", "nll")
-    return values | {key: figure(result["figures"], key) for key in keys}
-
-
-def _renamed(figures: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    return {**figures, new: figures[old], f"{new}_stderr": figures[f"{old}_stderr"]}
-
-
-def _role(arm: str) -> Any:
-    return {TEACHER: "teacher", START: "start", "TAID": "main"}.get(arm, "baseline")
-
-
-# ----- the page -----------------------------------------------------------------------------
-
-
-def _section(name: str, world: dict[str, Any], data: Path) -> Section:
-    order = [TEACHER, START, *OBJECTIVES]
-    rows = [Row(arm, _role(arm), _figures(world, arm)) for arm in order]
-    taid = world["arms"]["TAID"]
-    return Section(
-        title=world["title"],
-        text=[
-            f"Every arm starts from the same warm start and takes {world['steps']} steps of "
-            f"{world['batch_size']} conversations in the same order; only the objective differs. "
-            "One seed and one learning rate for all; errors are one standard error over held-out "
-            "answers, captions or questions, and say nothing about other seeds.",
-            f"Alignment of teacher and student, {taid['alignment']}.",
-            f"TAID's adaptive term acted in {taid['adaptive_share']:.0%} of the steps.",
-        ],
-        tables=[
-            Table("Held-out figures", list(COLUMNS), rows,
-                  "Likelihood, caption KL and agreement separate the methods; accuracy differences "
-                  "within the error are no ranking."),
-            _category_table(world, order),
-        ],
-        curves=_curves(world), examples=_gallery(name, world, data, order),
-    )
-
-
-def _category_table(world: dict[str, Any], order: Sequence[str]) -> Table:
-    categories = [c for c in world["arms"][TEACHER]["accuracy"] if c]
-    columns = [Column(c, c, "higher", ".3f") for c in categories]
-    rows = [Row(arm, _role(arm), {
-        c: Figure(**world["arms"][arm]["accuracy"][c]) for c in categories}) for arm in order]
-    return Table("Accuracy by category of question", columns, rows)
-
-
-def _curves(world: dict[str, Any]) -> list[Curve]:
-    def series(key: str) -> dict[str, list[tuple[float, float]]]:
-        found = {arm: [(row["step"], row[key]) for row in world["arms"][arm]["history"]
-                       if key in row] for arm in OBJECTIVES}
-        return {arm: points for arm, points in found.items() if points}
-
-    return [
-        Curve("KL(teacher ‖ student) in training", "step", "nats/token", series("kl")),
-        Curve("Agreement in training", "step", "share of tokens", series("agreement")),
-        Curve("Own loss of each objective", "step", "nats/token", series("loss"),
-              caption="Losses of different objectives are not comparable with each other."),
-        Curve("TAID's interpolation t", "step", "t", series("t")),
-    ]
-
-
-def _gallery(
-    name: str, world: dict[str, Any], data: Path, order: Sequence[str]
-) -> list[Example]:
-    """One card per answered turn of the first held-out records, teacher's answer first."""
-    suffix = next(w.suffix for w in WORLDS if w.name == name)
-    records = open_records(str(data / name / f"eval.{suffix}"))
-    given = {arm: {(a["source"], a["turn"]): a for a in world["arms"][arm]["answers"]}
-             for arm in order}
-    cards = []
-    for record in first_rows(records, EXAMPLES):
-        assert isinstance(record, Record)
-        image = png(record.images[0].load()) if record.images else None
-        asked = [m.text.strip() for m in record.messages if m.role == "user"]
-        for turn, reference in enumerate(record.answers):
-            answers = {arm: found[record.source, turn]["answer"] for arm, found in given.items()
-                       if (record.source, turn) in found}
-            if answers:
-                cards.append(Example(image, asked[turn], reference, record.category(turn),
-                                     answers))
-    return cards
-
-
-def _findings(world: dict[str, Any]) -> list[str]:
-    """What is true beyond two standard errors, and what is not; TAID gets no favour."""
-    teacher, start = (world["arms"][arm]["accuracy"][""] for arm in (TEACHER, START))
-    taid, before = world["arms"]["TAID"]["figures"], world["arms"][START]["figures"]
-    told = [
-        f"{world['title']}: the teacher answers {teacher['value']:.1%} of {teacher['n']:,} "
-        f"held-out questions, the warm start {start['value']:.1%}. TAID brings KL(teacher ‖ "
-        f"student) from {before['kl']:.4f} to {taid['kl']:.4f} nats per token and agreement from "
-        f"{before['agreement']:.1%} to {taid['agreement']:.1%}.",
-    ]
-    verdicts = [_verdict(other, paired(world, "TAID", other)) for other in OBJECTIVES
-                if other != "TAID"]
-    return [*told, "Caption KL, paired over the same captions: TAID is " + "; ".join(verdicts)
-            + "."]
-
-
-def _verdict(other: str, difference: Figure) -> str:
-    assert difference.value is not None
-    assert difference.stderr is not None
-    if abs(difference.value) <= 2 * difference.stderr:
-        word = "tied with"
-    else:
-        word = "better than" if difference.value < 0 else "worse than"
-    return f"{word} {other} ({difference.value:+.3f} ± {difference.stderr:.3f} nats)"
-
-
-def _provenance(document: dict[str, Any]) -> dict[str, str]:
-    memory = document["memory"]
-    hashes = ", ".join(f"{name}/{arm} {document['worlds'][name]['arms'][arm]['recipe_hash']}"
-                       for name in document["worlds"] for arm in OBJECTIVES)
+def _provenance(facts: dict[str, Any]) -> dict[str, str]:
+    largest = facts["memory"]["largest_worker_rss_bytes"] / 2**30
     return {
-        "Command": f"taid-vlm demo --seed {document['seed']}",
-        "Seed": str(document["seed"]),
-        "Time": f"{document['seconds']:.0f} s",
-        "Peak memory": f"{memory['largest_worker_rss_bytes'] / 2**30:.2f} GiB in the largest "
-                       "worker process",
-        "Machine": ", ".join(f"{key} {value}" for key, value in document["machine"].items()),
-        "Versions": ", ".join(f"{key} {value}" for key, value in document["versions"].items()),
-        "Recipe hashes": hashes,
+        "Command": f"taid-vlm demo --seed {facts['seed']}",
+        "Time": f"{facts['seconds']:.0f} s",
+        "Peak memory": f"{largest:.2f} GiB in the largest worker process",
+        "Machine": listed(facts["machine"]),
     }
+
+
+def console_table(world: World, comparison: Comparison) -> str:
+    """One line per model, in the figures that tell the arms apart."""
+    judged = {j.measure.column.key: j for j in (*comparison.held_out, *comparison.benchmarks)}
+    table = figures_table(world.title, [judged[key] for key in CONSOLE], comparison)
+    lines = [f"\n{world.title} ({world.steps} steps each)",
+             "  ".join(["", f"{'':<8}", *(f"{c.label:>22}" for c in table.columns)])]
+    for row in table.rows:
+        cells = [_cell(row.values.get(column.key), column.format) for column in table.columns]
+        lines.append("  ".join(["", f"{row.name:<8}", *(f"{cell:>22}" for cell in cells)]))
+    return "\n".join(lines)
+
+
+def _cell(figure: Figure | None, spec: str) -> str:
+    if figure is None or figure.value is None:
+        return MISSING
+    return f"{number(figure.value, spec)} ± {number(figure.stderr or 0.0, spec)}"

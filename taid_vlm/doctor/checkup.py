@@ -19,7 +19,7 @@ class Checked:
     """What became of one record.
 
     reason: why it is left out, "" if it is used; detail: the whole message where there is one.
-    stops: the message with which training would end at this record, "" if it would not.
+    stops: the error that training would end with at this record, None if it would not.
     whole: {role: the row before anything was cut}; rows: what is trained on.
     aligned: the comparisons found, in order of position.
     """
@@ -27,7 +27,7 @@ class Checked:
     source: str
     reason: str
     detail: str
-    stops: str
+    stops: TaidError | None
     cut: bool
     whole: dict[str, EncodedRow]
     rows: dict[str, EncodedRow]
@@ -46,12 +46,11 @@ class Listener(DistillationCollator):
         """Pass one record through everything that training does to it before the models."""
         source, self._detail = "" if isinstance(record, Malformed) else record.source, ""
         self._record, self._found = record, list[Aligned]()
-        self._whole: dict[str, EncodedRow] = {}
-        self._rows: dict[str, EncodedRow] = {}
+        self._whole, self._rows = dict[str, EncodedRow](), dict[str, EncodedRow]()
         try:
-            counts, stops = self([record])["counts"], ""
+            counts, stops = self([record])["counts"], None
         except TaidError as error:  # the collator leaves out what can be; this ends a run
-            counts, stops = {"dropped": {}, "cut": 0}, str(error)
+            counts, stops = {"dropped": {}, "cut": 0}, error
         reason = next(iter(counts["dropped"]), "")
         return Checked(source, reason, self._detail, stops, bool(counts["cut"]),
                        self._whole, self._rows, self._found, counts)

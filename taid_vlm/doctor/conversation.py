@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 from taid_vlm.adapters import PROBE_WORDS, ModelAdapter, Processor, Rendered
@@ -61,23 +62,21 @@ def template_facts(
 
 def _source(spec: ModelSpec, processor: Processor) -> str:
     if spec.chat_template is not None:
-        given = spec.chat_template
-        return "the recipe" + ("" if "{" in given else f" ({given})")
+        return "the recipe" + ("" if "{" in spec.chat_template else f" ({spec.chat_template})")
     if has_chat_template(processor):
         return "the checkpoint"
     return "none (question and answer are simply joined)"
 
 
 def _conversation(*before: Message) -> Record:
-    return Record("probe", (*before, Message("user", (QUESTION,)),
-                            Message("assistant", (ANSWER,))))
+    turns = (*before, Message("user", (QUESTION,)), Message("assistant", (ANSWER,)))
+    return Record("probe", turns)
 
 
 def _render(adapter: ModelAdapter, *before: Message) -> Rendered | None:
-    try:
+    with suppress(TaidError, SampleDropped):
         return adapter.render(_conversation(*before))
-    except (TaidError, SampleDropped):
-        return None
+    return None
 
 
 def _default_system(adapter: ModelAdapter, without: str) -> str | None:
@@ -94,13 +93,11 @@ def _default_system(adapter: ModelAdapter, without: str) -> str | None:
 
 def _asked(adapter: ModelAdapter) -> str:
     """What stands between a question and the answer that a model is asked for."""
-    if adapter.form is None:
-        return ""
-    try:
-        prompt = render_prompt(adapter.processor, _conversation(), 0, adapter.form)
-    except SampleDropped:
-        return ""
-    return prompt[prompt.find(QUESTION) :]
+    with suppress(SampleDropped):
+        if adapter.form is not None:
+            prompt = render_prompt(adapter.processor, _conversation(), 0, adapter.form)
+            return prompt[prompt.find(QUESTION) :]
+    return ""
 
 
 def _thought(text: str) -> str:

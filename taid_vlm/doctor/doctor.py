@@ -6,25 +6,25 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
-from taid_vlm.adapters import ModelAdapter, Processor, make_adapter
+from taid_vlm.adapters import make_adapter
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.doctor.checkup import Checked, Listener
+from taid_vlm.doctor.diagnosis import Diagnosis, accept, refuse
 from taid_vlm.doctor.facts import Facts, collect_facts
 from taid_vlm.doctor.preflight import Preflight, check_sized, preflight
 from taid_vlm.doctor.streams import Trace, trace
-from taid_vlm.doctor.verdict import Verdict, accept, refuse
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, with_place
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
-from taid_vlm.records import Record
-from taid_vlm.runs.run import Ingredients, gather
-from taid_vlm.runs.stages import expand
+from taid_vlm.runs.ingredients import Ingredients, gather
+from taid_vlm.runs.stages import parts_by_name
 from taid_vlm.training.pair import PROBED_RECORDS, length_limit, pair_for_training
 from taid_vlm.training.visual import visual_collator
 
@@ -39,7 +39,7 @@ class Inspection:
     preflight: of every data set; of its first records unless everything was asked for.
     """
 
-    verdict: Verdict
+    verdict: Diagnosis
     problem: str
     facts: dict[str, Facts]
     record: Trace | None = None
@@ -51,7 +51,8 @@ class Inspection:
         if plain["record"] is not None:
             plain["record"]["images"] = len(plain["record"]["images"])
         for one, check in zip(plain["preflight"], self.preflight, strict=True):
-            one |= {"sentence": check.sentence, "coverage": check.coverage}
+            one |= {"sentence": check.sentence, "coverage": check.coverage,
+                    "stops": str(check.stops or "")}
         return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -63,6 +64,7 @@ class _Pair:
     """
 
     stage: str
+    recipe: Recipe
     ingredients: Ingredients
     collator: DistillationCollator
     plain: DistillationCollator
@@ -81,33 +83,29 @@ def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) ->
             here but the verdict.
     """
     with quiet("taid_vlm"):  # what training would log is part of the account here
-        skeletons = dict(_skeletons(recipe))
+        skeletons: dict[str, Any] = {}
+        for role, spec in _specs(recipe).items():
+            with suppress(TaidError):
+                skeletons[role] = load_skeleton(spec, role)
         try:
-            pairs = [_pair(stage, part, skeletons) for stage, part in _parts(recipe)]
+            pairs = [_pair(stage, part, skeletons) for stage, part in parts_by_name(recipe)]
         except TaidError as error:
-            return Inspection(refuse(str(error)), str(error), _facts(recipe, skeletons, None))
-        checks = tuple(check for pair in pairs for check in _preflight(pair, everything, recipe))
+            return Inspection(refuse(error), str(error), _facts(recipe, skeletons, None))
+        checks = tuple(check for pair in pairs for check in _preflight(pair, everything))
         facts = _facts(recipe, skeletons, pairs[0])
-        stops = next((check.stops for check in checks if check.stops), "")
+        stops = next((check.stops for check in checks if check.stops), None)
         verdict = refuse(stops) if stops else accept(pairs[0].pairing, facts, checks)
         traced, problem = _trace(pairs[0], record)
-        return Inspection(verdict, stops or problem, facts, traced, checks)
-
-
-def _parts(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """Every stage by name; later ones stand on the first student until theirs is there."""
-    names = [stage.name for stage in recipe.stages or ()] or [""]
-    return [(name, part.model_copy(update={"student": recipe.student}))
-            for name, part in zip(names, expand(recipe), strict=True)]
+        return Inspection(verdict, str(stops or problem), facts, traced, checks)
 
 
 def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
     """As `run.distill` and `DistillationTrainer` do it, with models that have no weights."""
     try:
         found = gather(part)
-        missing = [spec for role, spec in _specs(part).items() if role not in skeletons]
-        if missing:  # gather passed its configuration, so this says why not the model
-            load_skeleton(missing[0], "student" if missing[0] is part.student else "teacher")
+        for role, spec in _specs(part).items():
+            if role not in skeletons:  # its configuration is fine: this says why not the model
+                load_skeleton(spec, role)
         student, teacher = skeletons["student"], skeletons.get("teacher")
         pairing, plain = pair_for_training(
             student, teacher, found.student_processor, found.teacher_processor, found.args,
@@ -115,38 +113,31 @@ def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
         objective = parse_objective(found.args.objective)
         collator = visual_collator(plain, objective, student, teacher)
     except TaidError as error:
-        raise type(error)(f"stages '{stage}': {error}" if stage else str(error)) from error
-    return _Pair(stage, found, collator, plain, pairing)
+        if not stage:
+            raise
+        raise with_place(error, f"stages '{stage}'") from error
+    return _Pair(stage, part, found, collator, plain, pairing)
 
 
 # ----- the two sides ------------------------------------------------------------------------
 
 
 def _specs(recipe: Recipe) -> dict[str, ModelSpec]:
-    sides = {"teacher": recipe.teacher, "student": recipe.student}
-    return {role: spec for role, spec in sides.items() if spec is not None}
-
-
-def _skeletons(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    for role, spec in _specs(recipe).items():
-        with suppress(TaidError):
-            yield role, load_skeleton(spec, role)
+    sides = (("teacher", recipe.teacher), ("student", recipe.student))
+    return {role: spec for role, spec in sides if spec is not None}
 
 
 def _facts(recipe: Recipe, skeletons: Mapping[str, Any], pair: _Pair | None) -> dict[str, Facts]:
     """Facts of both sides; of a refused pair as many as can be found."""
     facts = {}
     for role, spec in _specs(recipe).items():
-        config, processor, adapter = (
-            _found(recipe, role, spec) if pair is None else
-            (pair.ingredients.configs[role], *_of_pair(pair, role)))
+        if pair is None:
+            config, processor, adapter = _found(recipe, role, spec)
+        else:
+            config, adapter = pair.ingredients.configs[role], getattr(pair.collator, role)
+            processor = adapter.processor
         facts[role] = collect_facts(role, spec, config, skeletons.get(role), processor, adapter)
     return facts
-
-
-def _of_pair(pair: _Pair, role: str) -> tuple[Processor, ModelAdapter]:
-    adapter: ModelAdapter = getattr(pair.collator, role)
-    return adapter.processor, adapter
 
 
 def _found(recipe: Recipe, role: str, spec: ModelSpec) -> tuple[Any, Any, Any]:
@@ -163,44 +154,35 @@ def _found(recipe: Recipe, role: str, spec: ModelSpec) -> tuple[Any, Any, Any]:
 # ----- the records --------------------------------------------------------------------------
 
 
-def _preflight(pair: _Pair, everything: bool, recipe: Recipe) -> Iterator[Preflight]:
-    part = dict(_parts(recipe))[pair.stage]
+def _preflight(pair: _Pair, everything: bool) -> Iterator[Preflight]:
     for side, records, collator in (("train", pair.ingredients.train, pair.collator),
                                     ("eval", pair.ingredients.eval, pair.plain)):
-        if records is None:
-            continue
-        name = f"{pair.stage}: data.{side}" if pair.stage else f"data.{side}"
-        if everything:
-            check_sized(f"data.{side}", records, getattr(part.data, side).max_records)
-        yield preflight(name, records, collator, pair.ingredients.args,
-                        None if everything else PROBED_RECORDS)
+        if records is not None:
+            name = f"{pair.stage}: data.{side}" if pair.stage else f"data.{side}"
+            if everything:
+                check_sized(f"data.{side}", records, getattr(pair.recipe.data, side).max_records)
+            yield preflight(name, records, collator, pair.ingredients.args,
+                            None if everything else PROBED_RECORDS)
 
 
 def _trace(pair: _Pair, index: int) -> tuple[Trace | None, str]:
-    """One training record laid out, or why there is none."""
+    """One training record laid out, and why it would be left out; or why there is none."""
+    records: Any = pair.ingredients.train
     try:
-        record = _record(pair.ingredients.train, index)
+        record = records[index] if hasattr(records, "__len__") else next(
+            islice(records, index, None))
     except TaidError as error:
         return None, str(error)
+    except (IndexError, StopIteration):
+        return None, f"--record {index}: the training data has no such record."
     checked = Listener.of(pair.collator).check(record)
     return trace(record, checked, pair.collator.adapters), _left_out(checked)
 
 
-def _record(records: Any, index: int) -> Record:
-    try:
-        if hasattr(records, "__len__"):
-            return records[index]
-        return next(record for i, record in enumerate(records) if i == index)
-    except (IndexError, StopIteration):
-        raise TaidError(f"--record {index}: the training data has no such record.") from None
-
-
 def _left_out(checked: Checked) -> str:
-    if checked.stops:
-        return checked.stops
-    if not checked.reason:
-        return ""
+    if checked.stops or not checked.reason:
+        return str(checked.stops or "")
     lengths = ", ".join(f"{len(row.ids):,} tokens for the {role}"
                         for role, row in checked.whole.items())
-    return f"{checked.source} would be left out: {checked.detail or checked.reason} ({lengths})" \
-        if lengths else f"{checked.source} would be left out: {checked.detail or checked.reason}"
+    reason = f"{checked.source} would be left out: {checked.detail or checked.reason}"
+    return f"{reason} ({lengths})" if lengths else reason

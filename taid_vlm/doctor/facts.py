@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +14,13 @@ from taid_vlm.adapters import EncodedRow, ModelAdapter, Processor
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.doctor.conversation import TemplateFacts, template_facts
 from taid_vlm.models.forward import head_rows
+from taid_vlm.models.head import logit_settings
 from taid_vlm.models.parts import count_parameters, is_tied
 from taid_vlm.records import ImageRef, Message, Record
 from taid_vlm.records.images import GREY
 
 SIZES = ((224, 224), (336, 336), (448, 448), (640, 480), (1024, 768), (1000, 250))
 TYPICAL = "640x480"  # the size that stands for a picture of a data set
-SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap")
-SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "logits_mup_width_multiplier",
-          "lm_head_multiplier")
 
 
 @dataclass(frozen=True)
@@ -102,43 +101,36 @@ def collect_facts(
         config, model, processor, adapter: None where they cannot be had; the model may be on the
             meta device.
     """
-    head = None if model is None else model.get_output_embeddings()
-    return Facts(
-        role, spec.model_name_or_path,
-        model=None if config is None else _model_facts(config, model),
-        head=None if model is None or head is None else _head_facts(model),
-        tokenizer=None if processor is None else _tokenizer_facts(
-            getattr(processor, "tokenizer", processor)),
-        template=None if processor is None else template_facts(spec, processor, adapter),
-        images=_image_facts(processor, adapter),
-        end_of_turn=None if adapter is None else _name(adapter, adapter.end_of_turn_id),
-        one_end=None if adapter is None or adapter.end_of_turn_id is None
-        else adapter.end_of_turn_id == adapter.tokenizer.eos_token_id,
-        max_length=None if adapter is None else adapter.max_length,
-    )
-
-
-def _name(adapter: ModelAdapter, index: int | None) -> str | None:
-    return None if index is None else adapter.table.strings[index]
+    facts: dict[str, Any] = {"role": role, "name": spec.model_name_or_path}
+    if config is not None:
+        facts["model"] = _model_facts(config, model)
+    if model is not None and model.get_output_embeddings() is not None:
+        facts["head"] = _head_facts(model)
+    if processor is not None:
+        facts["tokenizer"] = _tokenizer_facts(getattr(processor, "tokenizer", processor))
+        facts["template"] = template_facts(spec, processor, adapter)
+        facts["images"] = _image_facts(processor, adapter)
+    if adapter is not None:
+        facts["max_length"], end = adapter.max_length, adapter.end_of_turn_id
+        if end is not None:
+            facts["end_of_turn"] = adapter.table.strings[end]
+            facts["one_end"] = end == adapter.tokenizer.eos_token_id
+    return Facts(**facts)
 
 
 def _model_facts(config: PretrainedConfig, model: PreTrainedModel | None) -> ModelFacts:
-    listed = getattr(config, "architectures", None) or [""]
-    counts = {} if model is None else {
-        part: numbers["parameters"] for part, numbers in count_parameters(model).items()}
-    return ModelFacts(
-        config.model_type, listed[0] if model is None else type(model).__name__, counts,
-        getattr(config.get_text_config(), "max_position_embeddings", None))
+    name, counts = (getattr(config, "architectures", None) or [""])[0], {}
+    if model is not None:
+        name, parts = type(model).__name__, count_parameters(model)
+        counts = {part: numbers["parameters"] for part, numbers in parts.items()}
+    return ModelFacts(config.model_type, name, counts,
+                      getattr(config.get_text_config(), "max_position_embeddings", None))
 
 
 def _head_facts(model: PreTrainedModel) -> HeadFacts:
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    softcap, scale = (
-        {key: float(value) for key in keys
-         if isinstance(value := getattr(config, key, None), (int, float)) and value != neutral}
-        for keys, neutral in ((SOFTCAPS, 0), (SCALES, 1)))
-    return HeadFacts(head_rows(model), is_tied(model), getattr(head, "bias", None) is not None,
-                     softcap, scale)
+    scales, softcaps = logit_settings(model.config.get_text_config())
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    return HeadFacts(head_rows(model), is_tied(model), bias is not None, softcaps, scales)
 
 
 # ----- the tokenizer ------------------------------------------------------------------------
@@ -162,11 +154,9 @@ def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> str:
     if "ByteLevel" in steps:
         return f"byte-level {model}"
     names = {"Unigram": "unigram", "WordLevel": "word-level", "WordPiece": "word pieces"}
-    features = []
-    if "Metaspace" in steps or "▁" in f"{backend.normalizer} {backend.decoder}":
-        features.append("metaspace")
-    if getattr(backend.model, "byte_fallback", False):
-        features.append("byte fallback")
+    metaspace = "Metaspace" in steps or "▁" in f"{backend.normalizer} {backend.decoder}"
+    features = ["metaspace"] * metaspace + ["byte fallback"] * bool(
+        getattr(backend.model, "byte_fallback", False))
     return names.get(model, model) + (f" with {' and '.join(features)}" if features else "")
 
 
@@ -177,16 +167,13 @@ def _normalizer(tokenizer: PreTrainedTokenizerBase) -> str:
         return "none"
     state = json.loads(backend.normalizer.__getstate__())
     steps = state["normalizers"] if state["type"] == "Sequence" else [state]
-    return ", ".join(_step(step) for step in steps) or "none"
+    return ", ".join(map(_step, steps)) or "none"
 
 
 def _step(step: dict[str, Any]) -> str:
     if step["type"] == "Replace":
-        pattern = next(iter(step["pattern"].values()))
-        return f"{pattern!r} becomes {step['content']!r}"
-    if step["type"] == "Prepend":
-        return f"{step['prepend']!r} in front"
-    return step["type"]
+        return f"{next(iter(step['pattern'].values()))!r} becomes {step['content']!r}"
+    return f"{step['prepend']!r} in front" if step["type"] == "Prepend" else step["type"]
 
 
 def _adds(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -194,18 +181,16 @@ def _adds(tokenizer: PreTrainedTokenizerBase) -> str:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     start = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
-    around = tokenizer.convert_ids_to_tokens(ids[:start]), tokenizer.convert_ids_to_tokens(
-        ids[start + len(bare):])
-    told = [f"{' '.join(tokens)} {where}"
-            for tokens, where in zip(around, ("in front", "behind"), strict=True) if tokens]
-    return ", ".join(told) or "nothing"
+    around = {"in front": ids[:start], "behind": ids[start + len(bare):]}
+    return ", ".join(f"{' '.join(tokenizer.convert_ids_to_tokens(extra))} {where}"
+                     for where, extra in around.items() if extra) or "nothing"
 
 
 # ----- images -------------------------------------------------------------------------------
 
 
-def _image_facts(processor: Processor | None, adapter: ModelAdapter | None) -> ImageFacts | None:
-    if processor is None or not hasattr(processor, "image_processor"):
+def _image_facts(processor: Processor, adapter: ModelAdapter | None) -> ImageFacts | None:
+    if not hasattr(processor, "image_processor"):
         return None
     token = getattr(processor, "image_token", None)
     counts = {f"{width}x{height}": None if adapter is None else count_image_tokens(
@@ -219,11 +204,9 @@ def count_image_tokens(adapter: ModelAdapter, width: int, height: int) -> int | 
     blank = Image.new("RGB", (width, height), GREY)
     question, answer = Message("user", (None, "what")), Message("assistant", ("yes",))
     record = Record("probe", (question, answer), (ImageRef(blank, "probe"),))
-    try:
-        row = adapter.encode([adapter.render(record)], [[blank]]).rows[0]
-    except Exception:  # processors raise anything
-        return None
-    return image_tokens(row)
+    with suppress(Exception):  # processors raise anything
+        return image_tokens(adapter.encode([adapter.render(record)], [[blank]]).rows[0])
+    return None
 
 
 def image_tokens(row: EncodedRow) -> int:

@@ -58,29 +58,25 @@ def _record(record: Trace) -> dict[str, Any]:
     sides = {role: (stream.length, _pieces(stream.pieces, images))
              for role, stream in record.sides.items()}
     kinds = {piece.kind for stream in record.sides.values() for piece in stream.pieces}
-    return {"source": record.source, "sides": sides, "kinds": kinds, "cut": record.cut,
-            "left_out": record.left_out, "supervised": record.supervised,
-            "aligned": record.aligned, "chunk": record.chunk}
+    return {**vars(record), "sides": sides, "kinds": kinds}
 
 
 def _pieces(pieces: tuple[Piece, ...], images: list[str]) -> list[dict[str, Any]]:
-    shown, seen = [], 0
+    items, thumbnails = [], iter(images)
     for piece in pieces:
         item: dict[str, Any] = {"kind": piece.kind, "group": piece.group, "count": piece.count,
                                 "texts": [piece.text]}
         if piece.kind == "image":
-            item["image"] = images[seen] if seen < len(images) else ""
-            seen += 1
+            item["image"] = next(thumbnails, "")
         elif piece.kind != "text":
-            item["texts"] = [_visible(token.text) for token in piece.tokens]
-            if piece.kind == "special":
-                item["texts"] = [piece.text]
+            if piece.kind != "special":
+                item["texts"] = [_visible(token.text) for token in piece.tokens]
             item["note"] = " + ".join(f"{token.name} (id {token.id}, position {token.position})"
                                       for token in piece.tokens)
         if piece.group is not None:
             item["colour"] = piece.group % COLOURS
-        shown.append(item)
-    return shown
+        items.append(item)
+    return items
 
 
 def _visible(text: str) -> str:
@@ -93,12 +89,8 @@ def _visible(text: str) -> str:
 
 def _check(check: Preflight, inspection: Inspection) -> dict[str, Any]:
     limits = {role: side.max_length for role, side in inspection.facts.items()}
-    lost = check.records - check.usable
-    return {
-        "check": check, "lost": lost, "share": lost / max(check.records, 1),
-        "lengths": _spreads(check.lengths, limits),
-        "images": _spreads(check.images, {}),
-    }
+    return {"check": check, "lengths": _spreads(check.lengths, limits),
+            "images": _spreads(check.images, {})}
 
 
 def _spreads(
@@ -109,14 +101,12 @@ def _spreads(
     # a limit far beyond the longest record would squeeze the bars to nothing
     near = [limit for limit in limits.values() if limit is not None and limit <= 3 * most]
     scale = max([most, *near]) or 1
-    rows = []
-    for role, spread in spreads.items():
-        limit = limits.get(role)
-        rows.append({
-            "role": role, "spread": spread, "limit": limit,
-            "over": limit is not None and spread.max > limit,
-            "bars": [round(100 * value / scale, 2)
-                     for value in (spread.median, spread.p95, spread.max)],
-            "mark": None if limit is None or limit > scale else round(100 * limit / scale, 2),
-        })
-    return rows
+
+    def percent(value: int) -> float:
+        return round(100 * value / scale, 2)
+
+    return [{"role": role, "spread": spread, "limit": (limit := limits.get(role)),
+             "over": limit is not None and spread.max > limit,
+             "bars": list(map(percent, (spread.median, spread.p95, spread.max))),
+             "mark": None if limit is None or limit > scale else percent(limit)}
+            for role, spread in spreads.items()]

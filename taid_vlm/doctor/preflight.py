@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -20,6 +22,7 @@ from taid_vlm.records.images import TOO_LARGE, UNREADABLE
 from taid_vlm.training.config import DistillationConfig
 
 EXAMPLES = 3  # sources named per reason
+_TOKENS = ("supervised", "aligned", "chunk")  # of the student
 
 REMEDIES = {
     TOO_LONG: "Raise train.max_length, make the images smaller, or shorten the conversations.",
@@ -29,10 +32,11 @@ REMEDIES = {
     "no answer": "A record needs a turn of the assistant to learn from.",
     "empty text": "Give these records a text, or take them out.",
     UNREADABLE: "Check that the files exist and are images; relative paths start at the "
-                        "data file's folder, or at data.<side>.image_root.",
+                "data file's folder, or at data.<side>.image_root.",
     TOO_LARGE: "Make the images smaller, or raise data.<side>.max_pixels.",
-    ONE_QUESTION: "A model without a chat template takes one question and its answer; set "
-                  "chat_template under the model, or split the conversations.",
+    ONE_QUESTION: "A model without a chat template takes one question and its answer; name "
+                  "one (chat_template: template.jinja under the model in the recipe), or split the "
+                  "conversations.",
     NO_VISION: "A text model cannot see; take these records out, or choose a model with vision.",
     "malformed record": "Mend the row; its columns and values must be as the message says.",
     "cannot be aligned": "The tokens do not spell the text or the template changes an answer; "
@@ -78,7 +82,7 @@ class Preflight:
     supervised, aligned, chunk: tokens of the student, as in a `Trace`.
     lengths: tokens per record before anything is cut, by role.
     images: tokens of the images per record that has any, by role.
-    stops: what training would end with, "" if nothing.
+    stops: the error that training would end with, None if there is none.
     """
 
     name: str
@@ -92,15 +96,15 @@ class Preflight:
     chunk: int
     lengths: dict[str, Spread]
     images: dict[str, Spread]
-    stops: str = ""
+    stops: TaidError | None = None
 
     @property
     def sentence(self) -> str:
         """The account in one line."""
         among = "" if self.whole else "the first "
         lost = self.records - self.usable
-        share = lost / self.records if self.records else 0.0
-        return f"{lost:,} of {among}{self.records:,} records will be left out ({share:.1%})"
+        share = f"{lost / max(self.records, 1):.1%}"
+        return f"{lost:,} of {among}{self.records:,} records will be left out ({share})"
 
     @property
     def coverage(self) -> float:
@@ -108,31 +112,42 @@ class Preflight:
         return self.aligned / self.supervised if self.supervised else 0.0
 
 
-@dataclass
-class _Sums:
-    records: int = 0
-    usable: int = 0
-    cut: int = 0
-    tokens: Counter[str] = field(default_factory=Counter)
-    reasons: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
-    counts: Counter[str] = field(default_factory=Counter)
-    lengths: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    images: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    stops: str = ""
-
-
 @dataclass(frozen=True)
 class _Measured:
-    """The little that a worker sends back of a record."""
+    """The little that a worker sends back of a record.
+
+    reason: why it is left out, "" if it is used. counts: records, usable, cut, and its tokens.
+    lengths, images: tokens by role.
+    """
 
     source: str
     reason: str
     detail: str
-    stops: str
-    cut: bool
-    tokens: dict[str, int]
+    stops: TaidError | None
+    counts: dict[str, int]
     lengths: dict[str, int]
     images: dict[str, int]
+
+
+@dataclass
+class _Sums:
+    counts: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[_Measured]] = field(default_factory=lambda: defaultdict(list))
+    lengths: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    images: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    stops: TaidError | None = None
+
+    def add(self, one: _Measured) -> None:
+        self.counts.update(one.counts)
+        self.stops = self.stops or one.stops
+        if one.reason:
+            self.reasons[one.reason] += 1
+            if self.reasons[one.reason] <= EXAMPLES:
+                self.examples[one.reason].append(one)
+        for sums, numbers in ((self.lengths, one.lengths), (self.images, one.images)):
+            for role, number in numbers.items():
+                sums[role].append(number)
 
 
 def preflight(
@@ -152,7 +167,7 @@ def preflight(
     rows = _measure(records, Listener.of(collator), args, first)
     for one in tqdm(rows, desc=name, total=total, leave=False,
                     disable=first is not None or args.disable_tqdm or None):
-        _add(sums, one)
+        sums.add(one)
     whole = first is None or (total is not None and total <= first)
     return _account(name, whole, sums)
 
@@ -164,68 +179,46 @@ def check_sized(name: str, records: Any, limit: int | None) -> None:
                         f"known: set {name}.max_records, or look at it without --all.")
 
 
-@dataclass
-class _Checkup:
-    """Collate function that measures every record; runs in data-loader workers."""
+def _measured(listener: Listener, row: Record | Malformed) -> _Measured:
+    checked = listener.check(row)
+    reason = checked.reason or ("stops the run" if checked.stops else "")
+    counts = {"records": 1, "usable": int(not reason), "cut": int(checked.cut)}
+    if not reason:
+        counts |= {name: checked.counts[f"{name}_tokens"] for name in _TOKENS}
+    return _Measured(
+        checked.source, reason, checked.detail, checked.stops, counts,
+        {role: len(whole.ids) for role, whole in checked.whole.items()},
+        {role: image_tokens(whole) for role, whole in checked.whole.items() if whole.images})
 
-    listener: Listener
 
-    def __call__(self, rows: Sequence[Record | Malformed]) -> list[_Measured]:
-        return [self._one(row) for row in rows]
-
-    def _one(self, row: Record | Malformed) -> _Measured:
-        checked = self.listener.check(row)
-        names = ("supervised_tokens", "aligned_tokens", "chunk_tokens")
-        used = not checked.reason and not checked.stops
-        return _Measured(
-            checked.source, checked.reason or ("stops the run" if checked.stops else ""),
-            checked.detail, checked.stops, checked.cut,
-            {name: checked.counts[name] for name in names} if used else {},
-            {role: len(row.ids) for role, row in checked.whole.items()},
-            {role: image_tokens(row) for role, row in checked.whole.items() if row.images})
+def _collate(listener: Listener, rows: Sequence[Record | Malformed]) -> list[_Measured]:
+    """Measures every record, in data-loader workers where there are any."""
+    return [_measured(listener, row) for row in rows]
 
 
 def _measure(
     records: Any, listener: Listener, args: DistillationConfig, first: int | None
 ) -> Iterator[_Measured]:
-    checkup = _Checkup(listener)
-    if not hasattr(records, "__len__"):
-        for row in first_rows(records, first):
-            yield from checkup([row])
-        return
-    length = len(records) if first is None else min(first, len(records))
-    loader = DataLoader(
-        records, args.per_device_train_batch_size, sampler=range(length), collate_fn=checkup,
-        num_workers=0 if first is not None else args.dataloader_num_workers)
-    for batch in loader:
-        yield from batch
-
-
-def _add(sums: _Sums, one: _Measured) -> None:
-    sums.records += 1
-    sums.usable += not one.reason
-    sums.cut += one.cut
-    sums.tokens.update(one.tokens)
-    sums.stops = sums.stops or one.stops
-    if one.reason:
-        sums.counts[one.reason] += 1
-        examples = sums.reasons[one.reason]
-        if len(examples) < EXAMPLES:
-            examples.append((one.source, one.detail))
-    for role, length in one.lengths.items():
-        sums.lengths[role].append(length)
-    for role, count in one.images.items():
-        sums.images[role].append(count)
+    if hasattr(records, "__len__"):
+        length = len(records) if first is None else min(first, len(records))
+        yield from chain.from_iterable(DataLoader(
+            records, args.per_device_train_batch_size, sampler=range(length),
+            collate_fn=partial(_collate, listener),
+            num_workers=0 if first is not None else args.dataloader_num_workers))
+    else:
+        yield from (_measured(listener, row) for row in first_rows(records, first))
 
 
 def _account(name: str, whole: bool, sums: _Sums) -> Preflight:
-    dropped = tuple(
-        Dropped(reason, count, tuple(source for source, _ in sums.reasons[reason] if source),
-                sums.reasons[reason][0][1], REMEDIES.get(reason, ""))
-        for reason, count in sums.counts.most_common())
+    dropped = []
+    for reason, count in sums.reasons.most_common():
+        first, sources = sums.examples[reason][0], [one.source for one in sums.examples[reason]]
+        dropped.append(Dropped(reason, count, tuple(filter(None, sources)), first.detail,
+                               REMEDIES.get(reason, "")))
+    cut, supervised, aligned, chunk = (sums.counts[key] for key in ("cut", *_TOKENS))
     return Preflight(
-        name, whole, sums.records, sums.usable, dropped, sums.cut, sums.tokens["supervised_tokens"],
-        sums.tokens["aligned_tokens"], sums.tokens["chunk_tokens"],
+        name, whole, sums.counts["records"], sums.counts["usable"], tuple(dropped), cut,
+        supervised, aligned, chunk,
         {role: spread(values) for role, values in sums.lengths.items()},
         {role: spread(values) for role, values in sums.images.items()}, sums.stops)
 

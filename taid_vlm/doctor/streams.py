@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby
+from typing import Any, Literal
 
 from taid_vlm.adapters import EncodedRow, ModelAdapter
 from taid_vlm.alignment import (
@@ -18,6 +18,7 @@ from taid_vlm.alignment import (
 )
 from taid_vlm.doctor.checkup import Checked
 from taid_vlm.errors import SampleDropped
+from taid_vlm.io.images import png
 from taid_vlm.records import Record
 
 THUMBNAIL = 240  # pixels of the longer side
@@ -89,20 +90,16 @@ def trace(record: Record, checked: Checked, adapters: Sequence[ModelAdapter]) ->
     sides = {a.role: Stream(len(checked.rows[a.role].ids),
                             tuple(_pieces(a, checked.rows[a.role], checked.aligned)))
              for a in adapters}
-    ours = [student_positions(found) for found in checked.aligned]
-    chunks = [found.student for found in checked.aligned if isinstance(found, AlignedChunk)]
+    aligned = sum(len(student_positions(each)) for each in checked.aligned)
+    chunk = sum(len(each.student) for each in checked.aligned if isinstance(each, AlignedChunk))
     return Trace(checked.source, sides, len(supervised_positions(checked.rows["student"])),
-                 sum(map(len, ours)), sum(map(len, chunks)), checked.cut, checked.reason,
-                 tuple(_thumbnails(record)))
+                 aligned, chunk, checked.cut, checked.reason, tuple(_thumbnails(record)))
 
 
 def _thumbnails(record: Record) -> Iterator[bytes]:
     for image in record.images:
         with contextlib.suppress(SampleDropped):
-            small, buffer = image.load(), io.BytesIO()
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            small.save(buffer, "PNG")
-            yield buffer.getvalue()
+            yield png(image.load(), THUMBNAIL)
 
 
 # ----- one side -----------------------------------------------------------------------------
@@ -112,18 +109,19 @@ def _pieces(
     adapter: ModelAdapter, row: EncodedRow, aligned: Sequence[Aligned]
 ) -> Iterator[Piece]:
     """The row from its first token to its last."""
-    kinds = _kinds(adapter, row, aligned)
-    data, index, cursor = row.text.encode(), 0, 0
-    while index < len(row.ids):
-        key, end = kinds[index], index + 1
-        while end < len(row.ids) and kinds[end] == key and key[0] not in ("special", "unaligned"):
-            end += 1
-        kind, group = key
+    kinds, data, cursor = _kinds(adapter, row, aligned), row.text.encode(), 0
+
+    def stretch(index: int) -> Any:  # what is one piece with the token before has the same
+        return kinds[index], index if kinds[index][0] in ("special", "unaligned") else None
+
+    for ((kind, group), _), indices in groupby(range(len(row.ids)), key=stretch):
+        index, *more = indices
+        end = index + len(more) + 1
         first, last = row.byte_spans[index][0], row.byte_spans[end - 1][1]
         if first > cursor:  # whitespace that no token covers
             yield Piece("text", _shown(data[cursor:first]), 0)
         yield _piece(adapter, row, data, kind, None if kind == "image" else group, index, end)
-        cursor, index = max(last, cursor), end
+        cursor = max(last, cursor)
 
 
 def _kinds(
@@ -135,20 +133,18 @@ def _kinds(
         position: ("chunk" if isinstance(found, AlignedChunk) else "aligned", group)
         for group, found in enumerate(aligned) for position in positions(found)}
     supervised = {position for position, _ in supervised_positions(row)}
-    kinds: list[tuple[Kind, int | None]] = []
-    for index, (start, _) in enumerate(row.byte_spans):
+
+    def kind(index: int, start: int) -> tuple[Kind, int | None]:
         image = next((i for i, (a, b) in enumerate(row.images) if a <= start < b), None)
-        position = index + row.offset
         if image is not None:
-            kinds.append(("image", image))
-        elif position in groups:
-            kinds.append(groups[position])
-        elif position in supervised:
-            kinds.append(("unaligned", None))
-        else:
-            special = adapter.table.text[row.ids[index]] is None
-            kinds.append(("special" if special else "text", None))
-    return kinds
+            return "image", image
+        if index + row.offset in groups:
+            return groups[index + row.offset]
+        if index + row.offset in supervised:
+            return "unaligned", None
+        return "special" if adapter.table.text[row.ids[index]] is None else "text", None
+
+    return [kind(index, start) for index, (start, _) in enumerate(row.byte_spans)]
 
 
 def _piece(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from taid_vlm.doctor.facts import Facts
 
@@ -24,21 +25,18 @@ class FactRow:
 def fact_rows(facts: Mapping[str, Facts]) -> list[FactRow]:
     """Everything in `facts`, section by section; lines that no side can fill are left out."""
     rows = []
-    for section, labels in SECTIONS.items():
-        for label, (describe, compared) in labels.items():
-            values = tuple(describe(side) for side in facts.values())
-            if any(value != MISSING for value in values):
-                rows.append(FactRow(section, label, values, compared and len(set(values)) > 1))
+    for section, label, describe, compared in ROWS:
+        values = tuple(describe(side) for side in facts.values())
+        if any(value != MISSING for value in values):
+            rows.append(FactRow(section, label, values, compared and len(set(values)) > 1))
     return rows + list(_image_rows(facts))
 
 
 def _image_rows(facts: Mapping[str, Facts]) -> Iterator[FactRow]:
-    sizes = next((side.images.tokens for side in facts.values() if side.images), {})
-    for size in sizes:
+    for size in next((side.images.tokens for side in facts.values() if side.images), {}):
         values = tuple(MISSING if side.images is None else _count(side.images.tokens[size])
                        for side in facts.values())
-        known = {value for value in values if value != MISSING}
-        yield FactRow("Images", f"tokens of {size}", values, len(known) > 1)
+        yield FactRow("Images", f"tokens of {size}", values, len({*values} - {MISSING}) > 1)
 
 
 def _count(number: int | None) -> str:
@@ -50,12 +48,20 @@ def _count(number: int | None) -> str:
 Describe = Callable[[Facts], str]
 
 
-def _of(part: str, describe: Callable[..., str]) -> Describe:
-    """A description of one part of the facts; of a part that is not known, a dash."""
-    def described(side: Facts) -> str:
-        found = getattr(side, part)
-        return MISSING if found is None else describe(found)
-    return described
+def _of(part: str, attribute: str, show: Callable[[Any], str | None] = lambda value: value,
+        empty: str = MISSING) -> Describe:
+    """One attribute of one part of the facts; of a part that is not known, a dash.
+
+    show: the attribute in words; empty: what stands where there are none.
+    """
+    def describe(side: Facts) -> str:
+        facts = getattr(side, part)
+        return MISSING if facts is None else show(getattr(facts, attribute)) or empty
+    return describe
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _quoted(text: str | None) -> str:
@@ -83,6 +89,11 @@ def _options(values: Mapping[str, float]) -> str:
     return ", ".join(f"{key} = {value:g}" for key, value in values.items()) or "none"
 
 
+def _tokens(side: Facts) -> str:
+    it = side.tokenizer
+    return MISSING if it is None else f"{it.tokens:,} ({it.special:,} special)"
+
+
 def _end(side: Facts) -> str:
     if side.end_of_turn is None:
         return MISSING if side.one_end is None and side.tokenizer is None else "no special token"
@@ -91,10 +102,8 @@ def _end(side: Facts) -> str:
 
 def _padding(side: Facts) -> str:
     """Rows of the head that no token names."""
-    if side.head is None or side.tokenizer is None:
-        return MISSING
-    spare = side.head.rows - side.tokenizer.tokens
-    return f"{spare:,}" if spare >= 0 else f"{-spare:,} too few"
+    spare = side.head.rows - side.tokenizer.tokens if side.head and side.tokenizer else None
+    return MISSING if spare is None else f"{spare:,}" if spare >= 0 else f"{-spare:,} too few"
 
 
 def _limit(side: Facts) -> str:
@@ -102,52 +111,40 @@ def _limit(side: Facts) -> str:
         "none" if side.max_length is None else f"{side.max_length:,}")
 
 
-Labels = dict[str, tuple[Describe, bool]]  # and whether a difference means something
-SECTIONS: dict[str, Labels] = {
-    "Model": {
-        "name": (lambda side: side.name, False),
-        "type": (_of("model", lambda model: model.model_type), False),
-        "class": (_of("model", lambda model: model.architecture or UNKNOWN), False),
-        "parameters": (_of("model", lambda model: _parameters(model.parameters)), False),
-    },
-    "Head": {
-        "rows": (_of("head", lambda head: f"{head.rows:,}"), True),
-        "padding rows": (_padding, True),
-        "tied to the embeddings": (_of("head", lambda head: "yes" if head.tied else "no"), False),
-        "bias": (_of("head", lambda head: "yes" if head.bias else "no"), True),
-        "softcap": (_of("head", lambda head: _options(head.softcap)), True),
-        "scale": (_of("head", lambda head: _options(head.scale)), True),
-    },
-    "Tokenizer": {
-        "class": (_of("tokenizer", lambda it: it.name), False),
-        "kind": (_of("tokenizer", lambda it: it.kind), True),
-        "tokens": (_of("tokenizer", lambda it: f"{it.tokens:,} ({it.special:,} special)"), True),
-        "changes the text": (_of("tokenizer", lambda it: it.normalizer), True),
-        "adds by itself": (_of("tokenizer", lambda it: it.adds), True),
-        "begin of text": (_of("tokenizer", lambda it: it.bos or "none"), True),
-        "end of text": (_of("tokenizer", lambda it: it.eos or "none"), True),
-        "end of turn": (_end, True),
-        "padding": (_of("tokenizer", lambda it: it.pad or "none"), False),
-    },
-    "Chat template": {
-        "from": (_of("template", lambda it: it.source), False),
-        "content as": (_of("template", lambda it: it.content or MISSING), False),
-        "default system prompt": (_of("template", lambda it: _quoted(it.system)), True),
-        "before a question": (_of("template", lambda it: _quoted(it.before_question)), True),
-        "before an answer": (_of("template", lambda it: _quoted(it.before_answer)), True),
-        "glued to an answer": (_of("template", lambda it: _quoted(it.glued)), True),
-        "after an answer": (_of("template", lambda it: _quoted(it.after_answer)), True),
-        "thought before an answer": (_of("template", lambda it: it.thought or MISSING), True),
-        "thought when asked": (_of("template", lambda it: it.asked_thought or MISSING), True),
-    },
-    "Limits": {
-        "tokens per record": (_limit, True),
-        "positions": (_of("model", lambda it: _count(it.positions)), False),
-        "padding side": (_of("tokenizer", lambda it: it.padding_side), False),
-    },
-    "Images": {
-        "processor": (_of("images", lambda it: it.processor), False),
-        "image processor": (_of("images", lambda it: it.image_processor), False),
-        "image token": (_of("images", lambda it: it.token or UNKNOWN), False),
-    },
-}
+_TOKENS, _CHAT = "Tokenizer", "Chat template"
+ROWS: tuple[tuple[str, str, Describe, bool], ...] = (  # and whether a difference means something
+    ("Model", "name", lambda side: side.name, False),
+    ("Model", "type", _of("model", "model_type"), False),
+    ("Model", "class", _of("model", "architecture", empty=UNKNOWN), False),
+    ("Model", "parameters", _of("model", "parameters", _parameters), False),
+    ("Head", "rows", _of("head", "rows", _count), True),
+    ("Head", "padding rows", _padding, True),
+    ("Head", "tied to the embeddings", _of("head", "tied", _yes), False),
+    ("Head", "bias", _of("head", "bias", _yes), True),
+    ("Head", "softcap", _of("head", "softcap", _options), True),
+    ("Head", "scale", _of("head", "scale", _options), True),
+    (_TOKENS, "class", _of("tokenizer", "name"), False),
+    (_TOKENS, "kind", _of("tokenizer", "kind"), True),
+    (_TOKENS, "tokens", _tokens, True),
+    (_TOKENS, "changes the text", _of("tokenizer", "normalizer"), True),
+    (_TOKENS, "adds by itself", _of("tokenizer", "adds"), True),
+    (_TOKENS, "begin of text", _of("tokenizer", "bos", empty="none"), True),
+    (_TOKENS, "end of text", _of("tokenizer", "eos", empty="none"), True),
+    (_TOKENS, "end of turn", _end, True),
+    (_TOKENS, "padding", _of("tokenizer", "pad", empty="none"), False),
+    (_CHAT, "from", _of("template", "source"), False),
+    (_CHAT, "content as", _of("template", "content"), False),
+    (_CHAT, "default system prompt", _of("template", "system", _quoted), True),
+    (_CHAT, "before a question", _of("template", "before_question", _quoted), True),
+    (_CHAT, "before an answer", _of("template", "before_answer", _quoted), True),
+    (_CHAT, "glued to an answer", _of("template", "glued", _quoted), True),
+    (_CHAT, "after an answer", _of("template", "after_answer", _quoted), True),
+    (_CHAT, "thought before an answer", _of("template", "thought"), True),
+    (_CHAT, "thought when asked", _of("template", "asked_thought"), True),
+    ("Limits", "tokens per record", _limit, True),
+    ("Limits", "positions", _of("model", "positions", _count), False),
+    ("Limits", "padding side", _of("tokenizer", "padding_side"), False),
+    ("Images", "processor", _of("images", "processor"), False),
+    ("Images", "image processor", _of("images", "image_processor"), False),
+    ("Images", "image token", _of("images", "token", empty=UNKNOWN), False),
+)

@@ -22,6 +22,14 @@ def write_json(value: Any, path: Path) -> Path:
     return write_text(as_json(value) + "\n", path)
 
 
+def read_json(path: Path, what: str) -> Any:
+    """What a JSON file holds; `what` it should be, for the TaidError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TaidError(f"'{path}' is not {what} ({error}).") from None
+
+
 def write_text(text: str, path: Path) -> Path:
     """Write through a temporary file in the same folder: readers see the old file or the new one.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,16 +43,39 @@ class LogitTransform:
 
 IDENTITY = LogitTransform()
 
-SCALES = ("logit_scale", "lm_head_multiplier")  # config keys of factors behind a head
-DIVISORS = ("logits_scaling",)
+# Config keys as transformers' modeling code reads them: factors of the logits, and whether they
+# multiply (1) or divide (-1), and caps. MPT has a logit_scale, too, that its model never looks at.
+SCALES = {
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "output_multiplier": 1,  # Muse
+    "logits_scaling": -1,  # Granite, MiniCPM3
+    "logits_mup_width_multiplier": -1,  # Inkling
+}
+MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)
+SOFTCAPS = (
+    "final_logit_softcapping",  # Gemma, NanoChat, Muse
+    "output_logit_soft_cap",  # xLSTM
+    "logits_soft_cap",  # RecurrentGemma
+)
+
+
+def logit_settings(config: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """The scales and the softcaps that a (text) configuration names; of no effect: left out."""
+    return _numbers(config, SCALES, idle=(0, 1)), _numbers(config, SOFTCAPS, idle=(0,))
+
+
+def _numbers(config: Any, keys: Iterable[str], idle: tuple[int, ...]) -> dict[str, float]:
+    values = {key: getattr(config, key, None) for key in keys}
+    return {key: float(value) for key, value in values.items()
+            if isinstance(value, (int, float)) and value not in idle}
 
 
 def known_logit_transforms(config: Any) -> Iterator[LogitTransform]:
     """Nothing, or what the config names."""
-    scale, softcap = 1.0, getattr(config, "final_logit_softcapping", None)
-    for name in SCALES:
-        scale *= getattr(config, name, None) or 1.0
-    for name in DIVISORS:
-        scale /= getattr(config, name, None) or 1.0
+    scales, softcaps = logit_settings(config)
+    multiplies = config.model_type in MULTIPLY_BY_LOGITS_SCALING
+    scale = math.prod((value ** (1 if multiplies else SCALES[key])
+                       for key, value in scales.items()), start=1.0)
     yield IDENTITY
-    yield LogitTransform(scale, softcap)
+    yield LogitTransform(scale, next(iter(softcaps.values()), None))

@@ -71,7 +71,7 @@ def load_config(spec: ModelSpec, role: str) -> PretrainedConfig:
         raise TaidError(
             f"{role}: '{spec.model_name_or_path}' ({config.model_type}) is an encoder-decoder. Its "
             "decoder never sees the prompt in its own token stream, so streams cannot be aligned; "
-            "choose a decoder-only model."
+            "choose a decoder-only model.", code="encoder_decoder"
         )
     _auto_class(config, spec, role)
     return config
@@ -174,7 +174,7 @@ def read_processor(config: PretrainedConfig, spec: ModelSpec, role: str) -> Proc
                         trust_remote_code=spec.trust_remote_code)
     if not getattr(processor, "tokenizer", processor)("a b", add_special_tokens=False)["input_ids"]:
         raise TaidError(f"{role}: '{name}' holds no tokenizer; save it beside the model, or set "
-                        f"{role}.processor_name_or_path.")
+                        f"{role}.processor_name_or_path.", code="no_tokenizer")
     if spec.chat_template is not None:
         processor.chat_template = read_template(spec.chat_template, role)
     return processor
@@ -205,7 +205,7 @@ def _auto_class(config: PretrainedConfig, spec: ModelSpec, role: str) -> Any:
         return AutoModelForCausalLM
     raise TaidError(
         f"{role}: '{spec.model_name_or_path}' ({config.model_type}) is neither a causal language "
-        "model nor an image-text-to-text model for transformers."
+        "model nor an image-text-to-text model for transformers.", code="no_language_model"
     )
 
 

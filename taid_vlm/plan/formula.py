@@ -16,7 +16,7 @@ from taid_vlm.batch.collator import Batch
 from taid_vlm.models.forward import head_rows, unwrap
 from taid_vlm.models.parts import TOWER, parts_of
 from taid_vlm.plan import ledger as kinds
-from taid_vlm.plan.rehearsal import Memory, parameters
+from taid_vlm.plan.rehearsal import Memory, parameters, trained
 from taid_vlm.plan.sizes import bytes_of, resident
 from taid_vlm.training.loss import FusedStep
 from taid_vlm.training.trainer import DistillationTrainer
@@ -27,14 +27,13 @@ LOSS_COPIES = 4  # logits, their gradient, what comes back from the loss, and on
 
 def training(trainer: DistillationTrainer, batch: Batch) -> Memory:
     """As `rehearsal.rehearse_training`, by formula."""
-    student, trained = trainer.model, [p for p in parameters(trainer) if p.requires_grad]
-    live = _resident(trainer)
-    live[kinds.GRADIENTS] = bytes_of(trained)
+    live = resident_models(trainer)
+    live[kinds.GRADIENTS] = bytes_of(trained(trainer))
     half = 2 if trainer.args.bf16 else 4
     if trainer.args.bf16:
-        live[kinds.CASTS] = sum(2 * p.numel() for p in trained)
-    kept = not trainer.args.gradient_checkpointing
-    live[kinds.STUDENT_LANGUAGE] = _layers(student, batch["student_inputs"], half, kept)
+        live[kinds.CASTS] = sum(2 * p.numel() for p in trained(trainer))
+    live[kinds.STUDENT_LANGUAGE] = _layers(trainer.model, batch["student_inputs"], half,
+                                           kept=not trainer.args.gradient_checkpointing)
     live[kinds.LOSS] = _logits(trainer, batch, LOSS_COPIES)
     if isinstance(trainer._step, FusedStep):
         live[kinds.LOSS] = min(live[kinds.LOSS], trainer.args.loss_memory_budget)
@@ -43,13 +42,14 @@ def training(trainer: DistillationTrainer, batch: Batch) -> Memory:
 
 def evaluation(trainer: DistillationTrainer, batch: Batch) -> Memory:
     """As `rehearsal.rehearse_evaluation`, by formula."""
-    live = _resident(trainer)
+    live = resident_models(trainer)
     live[kinds.STUDENT_LANGUAGE] = _layers(trainer.model, batch["student_inputs"], 4, kept=False)
     live[kinds.LOSS] = _logits(trainer, batch, 1)
     return Memory(live, live)
 
 
-def _resident(trainer: DistillationTrainer) -> dict[str, int]:
+def resident_models(trainer: DistillationTrainer) -> dict[str, int]:
+    """Bytes of what lies in memory all the time."""
     live = {kinds.STUDENT: bytes_of([*parameters(trainer), *trainer.model.buffers()])}
     if trainer.teacher is not None:
         live[kinds.TEACHER] = resident(trainer.teacher.model)

@@ -55,7 +55,7 @@ def look_at(trainer: DistillationTrainer, records: Any) -> Looked:
                if not (one := listener.check(row)).reason and isinstance(row, Record)]
     if not checked:
         raise TaidError(f"none of the first {len(rows)} records can be used.")
-    checked.sort(key=lambda pair: _length(pair[1]), reverse=True)
+    checked.sort(key=lambda pair: -sum(len(row.ids) for row in pair[1].rows.values()))
     more = not hasattr(records, "__len__") or len(records) > len(rows)
     return Looked(tuple(checked), len(rows), more)
 
@@ -73,9 +73,6 @@ def longest_batch(trainer: DistillationTrainer, looked: Looked, size: int) -> tu
         tuple(sorted((len(one.rows["student"].ids) for _, one in usable), reverse=True)))
 
 
-def _length(checked: Checked) -> int:
-    """Tokens of both models."""
-    return sum(len(row.ids) for row in checked.rows.values())
 
 
 def _most(usable: Sequence[tuple[Record, Checked]], role: str, count: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,21 +13,16 @@ from transformers import TrainingArguments
 from taid_vlm.batch.collator import Batch
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, at_least
 from taid_vlm.io.quiet import quiet
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
-from taid_vlm.plan.rehearsal import (
-    Memory,
-    parameters,
-    rehearse_evaluation,
-    rehearse_training,
-)
+from taid_vlm.plan.rehearsal import Memory, rehearse_evaluation, rehearse_training, trained
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
-from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes, resident
-from taid_vlm.runs.run import Ingredients, gather, lora_config
-from taid_vlm.runs.stages import expand
+from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes
+from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
+from taid_vlm.runs.stages import parts_by_name
 from taid_vlm.training.pair import with_adapter
 from taid_vlm.training.trainer import DistillationTrainer
 
@@ -95,14 +90,11 @@ def plan_recipe(recipe: Recipe, processes: int = 1, seen: Seen | None = None) ->
     Raises:
         TaidError: what a run would refuse, too.
     """
-    if processes < 1:
-        raise TaidError(f"--processes = {processes}, but it must be at least 1.")
-    names = [stage.name for stage in recipe.stages or ()] or [""]
+    at_least("--processes", processes, 1)
+    seen = {} if seen is None else seen
     # what training would log belongs to training
     with quiet("taid_vlm", "transformers", "accelerate", "torch", warn=False):
-        seen = {} if seen is None else seen
-        return [_plan(part.model_copy(update={"student": recipe.student}), name, processes, seen)
-                for name, part in zip(names, expand(recipe), strict=True)]
+        return [_plan(part, name, processes, seen) for name, part in parts_by_name(recipe)]
 
 
 def fullest(plans: Sequence[Plan]) -> Plan:
@@ -120,14 +112,14 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         shapes = Shapes()
         trainer = _trainer(recipe, found, shapes)
         looked = _looked(trainer, recipe, "train", found.train, seen)
-        batch, lengths = longest_batch(
-            trainer, looked, found.args.per_device_train_batch_size)
-        phases = {STEP: _training(trainer, batch, shapes), UPDATE: _update(trainer, recipe)}
+        batch, lengths = longest_batch(trainer, looked, found.args.per_device_train_batch_size)
+        phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes),
+                  UPDATE: _update(trainer, recipe)}
         if found.eval is not None:
             looked = _looked(trainer, recipe, "eval", found.eval, seen)
-            held_out, _ = longest_batch(
-                trainer, looked, found.args.per_device_eval_batch_size)
-            phases[EVALUATION] = _evaluation(trainer, held_out, shapes)
+            held_out, _ = longest_batch(trainer, looked, found.args.per_device_eval_batch_size)
+            phases[EVALUATION] = _rehearsed(
+                rehearse_evaluation, formula.evaluation, trainer, held_out, shapes)
         return _account(stage, processes, recipe, trainer, phases, lengths)
 
 
@@ -184,34 +176,22 @@ def _device(recipe: Recipe) -> str:
 # ----- its phases ---------------------------------------------------------------------------
 
 
-def _training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes) -> Memory:
+def _rehearsed(rehearse: Callable[..., Memory], by_formula: Callable[..., Memory],
+               trainer: DistillationTrainer, batch: Batch, shapes: Shapes) -> Memory:
     try:
-        return rehearse_training(trainer, batch, shapes)
+        return rehearse(trainer, batch, shapes)
     except TaidError:
         raise
     except Exception as error:  # a model's own code may need values, or kernels of its own
-        return replace(formula.training(trainer, batch), problem=_reason(error))
-
-
-def _evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shapes) -> Memory:
-    try:
-        return rehearse_evaluation(trainer, batch, shapes)
-    except TaidError:
-        raise
-    except Exception as error:  # as above
-        return replace(formula.evaluation(trainer, batch), problem=_reason(error))
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return replace(by_formula(trainer, batch), problem=reason)
 
 
 def _update(trainer: DistillationTrainer, recipe: Recipe) -> Memory:
     """The optimizer's step: all gradients, and nothing left of the activations."""
     _, scratch = _optimizer(trainer, recipe)
-    teacher = 0 if trainer.teacher is None else resident(trainer.teacher.model)
-    live = {kinds.STUDENT: _student(trainer), kinds.TEACHER: teacher, kinds.SCRATCH: scratch,
-            kinds.GRADIENTS: bytes_of(_trained(trainer))}
+    live = {**formula.resident_models(trainer), kinds.SCRATCH: scratch,
+            kinds.GRADIENTS: bytes_of(trained(trainer))}
     return Memory(live, live)
 
 
@@ -219,8 +199,8 @@ def _optimizer(trainer: DistillationTrainer, recipe: Recipe) -> tuple[int, int]:
     tables = {id(module.weight) for module in trainer.model.modules()
               if isinstance(module, nn.Embedding)}
     return optimizer_bytes(
-        optim_of(recipe), _trained(trainer),
-        embeddings=[p for p in _trained(trainer) if id(p) in tables],
+        optim_of(recipe), trained(trainer),
+        embeddings=[p for p in trained(trainer) if id(p) in tables],
         gpu=_device(recipe) == "gpu", momentum="momentum" in str(recipe.train.get("optim_args")))
 
 
@@ -228,14 +208,6 @@ def optim_of(recipe: Recipe) -> str:
     """The optimizer's name in transformers."""
     given = recipe.train.get("optim", TrainingArguments.default_optim)
     return str(getattr(given, "value", given))
-
-
-def _trained(trainer: DistillationTrainer) -> list[nn.Parameter]:
-    return [p for p in parameters(trainer) if p.requires_grad]
-
-
-def _student(trainer: DistillationTrainer) -> int:
-    return bytes_of([*parameters(trainer), *trainer.model.buffers()])
 
 
 # ----- the account --------------------------------------------------------------------------
@@ -247,7 +219,7 @@ def _account(
 ) -> Plan:
     state, _ = _optimizer(trainer, recipe)
     always = {kinds.OPTIMIZER: state,
-              kinds.BUCKETS: bytes_of(_trained(trainer)) if processes > 1 else 0}
+              kinds.BUCKETS: bytes_of(trained(trainer)) if processes > 1 else 0}
     whole = {name: _with_process(memory, always, _device(recipe))
              for name, memory in phases.items()}
     name, worst = max(whole.items(), key=lambda item: item[1].peak)
@@ -274,9 +246,9 @@ def _how(kind: str, phases: Mapping[str, Memory], recipe: Recipe) -> str:
     if kind in (kinds.STUDENT, kinds.TEACHER, kinds.GRADIENTS, kinds.BUCKETS) or (
             kind == kinds.OPTIMIZER and optim_of(recipe) in OPTIMIZERS):
         return COUNTED
-    exact = not any(memory.problem for memory in phases.values())
-    return REHEARSED if exact and kind not in (kinds.OVERHEAD, kinds.SCRATCH) and (
-        kind != kinds.OPTIMIZER) else ESTIMATED
+    guessed = any(memory.problem for memory in phases.values()) or kind in (
+        kinds.OVERHEAD, kinds.SCRATCH, kinds.OPTIMIZER)
+    return ESTIMATED if guessed else REHEARSED
 
 
 def _notes(recipe: Recipe, phases: Mapping[str, Memory]) -> Iterator[str]:

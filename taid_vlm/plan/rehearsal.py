@@ -70,8 +70,7 @@ def rehearse_training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes
     trainer._step = _loss_step(trainer, batch)  # what the trainer chooses by values
     trainer.add_callback(_StopBeforeUpdate())
     handles = [p.register_post_accumulate_grad_hook(
-        lambda p: ledger.relabel(p.grad, kinds.GRADIENTS))
-        for p in parameters(trainer) if p.requires_grad]
+        lambda p: ledger.relabel(p.grad, kinds.GRADIENTS)) for p in trained(trainer)]
     trainer.data_collator = lambda rows: batch
     try:
         with _watched(ledger, trainer), shapes, ledger, contextlib.suppress(_Finished):
@@ -143,15 +142,17 @@ def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shap
 def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:
     """A ledger that knows what lies there before the step begins."""
     ledger = Ledger()
-    teacher = [] if trainer.teacher is None else _tensors(trainer.teacher.model)
-    ledger.adopt(teacher, kinds.TEACHER)
-    ledger.adopt([*_tensors(trainer.model), *parameters(trainer)], kinds.STUDENT)
+    if trainer.teacher is not None:
+        teacher = trainer.teacher.model
+        ledger.adopt([*teacher.parameters(), *teacher.buffers()], kinds.TEACHER)
+    ledger.adopt([*parameters(trainer), *trainer.model.buffers()], kinds.STUDENT)
     ledger.adopt(tree_leaves(dict(batch)), kinds.BATCH)
     return ledger
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def trained(trainer: DistillationTrainer) -> list[nn.Parameter]:
+    """Those that are trained."""
+    return [p for p in parameters(trainer) if p.requires_grad]
 
 
 def parameters(trainer: DistillationTrainer) -> list[nn.Parameter]:

@@ -283,6 +283,7 @@ def _check(records: Records | StreamedRecords, source: DataSource) -> None:
             problems.append(problem)
     if problems:
         raise TaidError(
-            f"data: no image of '{source.path}' can be read; the first: {problems[0]}. Relative "
-            "paths start at the data file's folder; set data.<side>.image_root for another."
+            f"data: no image of '{source.path}' can be read; the first: {problems[0]}.",
+            mend="Relative paths start at the data file's folder; set data.<side>.image_root for "
+                 "another.", code="no_images"
         )

@@ -185,8 +185,8 @@ def _value(key: str, value: str, prefix: str) -> str:
 
 
 def _add_tooltip(element: ElementTree.Element, prefix: str, titles: Sequence[str]) -> None:
-    found = re.fullmatch(rf"{re.escape(prefix)}-series-(\d+)", element.get("id", ""))
-    if found:
+    series = re.fullmatch(rf"{re.escape(prefix)}-series-(\d+)", element.get("id", ""))
+    if series:
         tooltip = ElementTree.Element("title")
-        tooltip.text = clean(titles[int(found[1]) - 1])
+        tooltip.text = clean(titles[int(series[1]) - 1])
         element.insert(0, tooltip)

@@ -39,9 +39,9 @@ def separated(first: Figure, second: Figure) -> bool:
 def verdicts(column: Column, rows: list[Row]) -> list[Verdict]:
     """One verdict per row for one column; see ``_judge`` for the rule."""
     marks: list[Verdict] = ["" for _ in rows]
-    given = [row.values[column.key].verdict if column.key in row.values else None for row in rows]
-    if any(verdict is not None for verdict in given):
-        return [verdict or "" for verdict in given]
+    paired = [row.values[column.key].verdict if column.key in row.values else None for row in rows]
+    if any(verdict is not None for verdict in paired):
+        return [verdict or "" for verdict in paired]
     if not column.better:
         return marks
     entries = {

@@ -15,35 +15,43 @@ the adapter is merged and the folder holds all weights.
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from taid_vlm.config.model import StudentSpec
 from taid_vlm.config.recipe import Recipe, StageSpec
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, with_place
 from taid_vlm.runs import run
-from taid_vlm.runs.results import STUDENT_FOLDER
+from taid_vlm.runs.folders import RESULTS, STUDENT, find_checkpoint, is_finished, last_checkpoint
+from taid_vlm.runs.ingredients import gather
+from taid_vlm.runs.results import Results, Stage, read_results
 
 
 def expand(recipe: Recipe) -> list[Recipe]:
     """The recipe of every stage, in order; a recipe without stages is its own only one."""
-    stages, made = recipe.stages or (), list[Recipe]()
+    stages, expanded = recipe.stages or (), list[Recipe]()
     for number, stage in enumerate(stages, start=1):
         last = number == len(stages)
         folder = recipe.output_dir if last else _folder(recipe, number, stage)
-        made.append(recipe.model_copy(update={
+        expanded.append(recipe.model_copy(update={
             "stages": None, "output_dir": folder,
-            "student": _start(recipe, made[-1].output_dir) if made else recipe.student,
+            "student": _start(recipe, expanded[-1].output_dir) if expanded else recipe.student,
             "train": {**recipe.train, **stage.train},
             "data": recipe.data.model_copy(update=stage.data),
             "objective": recipe.objective if stage.objective is None else stage.objective,
         }))
-    return made or [recipe]
+    return expanded or [recipe]
+
+
+def parts_by_name(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Every stage with its name ("" without stages), each on the first student: before a run,
+    the later ones' own are not there."""
+    names = [stage.name for stage in recipe.stages or ()] or [""]
+    return [(name, part.model_copy(update={"student": recipe.student}))
+            for name, part in zip(names, expand(recipe), strict=True)]
 
 
 def _folder(recipe: Recipe, number: int, stage: StageSpec) -> str:
@@ -54,13 +62,13 @@ def _start(recipe: Recipe, folder: str) -> StudentSpec:
     """The student that lies in a stage's folder, with the processor that it was trained with."""
     spec = recipe.student
     return spec.model_copy(update={
-        "model_name_or_path": str(Path(folder) / STUDENT_FOLDER),
+        "model_name_or_path": str(Path(folder) / STUDENT),
         "processor_name_or_path": spec.processor_name_or_path or spec.model_name_or_path})
 
 
 def distill_stages(
     recipe: Recipe, resume: bool = False, report: run.WriteReport | None = None
-) -> dict[str, Any]:
+) -> Results:
     """Carry out a recipe with or without stages.
 
     Args:
@@ -74,39 +82,38 @@ def distill_stages(
         TaidError: as `run.distill`; what can be checked of any stage is checked before the first.
     """
     if not recipe.stages:
-        return run.distill(recipe, resume, report=report)
+        return run.distill(recipe, resume, report=report).results
     stages = expand(recipe)
-    _check(recipe, stages)
+    _check(recipe)
     first = _first_unfinished(recipe, stages) if resume else _fresh_start(stages)
     if first == len(stages):
-        return read_results(stages[-1])
-    resumable = resume and run.last_checkpoint(Path(stages[first].output_dir)) is not None
+        return _results(stages[-1])
+    resumable = resume and last_checkpoint(Path(stages[first].output_dir)) is not None
     PartialState().wait_for_everyone()  # until then, no process may change what another looks at
-    results: dict[str, Any] = {}
     for number, stage in enumerate(stages[first:], start=first):
         earlier = [_account(recipe, *pair) for pair in enumerate(stages[:number])]
         later = [Path(other.output_dir) for other in stages[number + 1:]]
-        results = run.distill(stage, resumable, run.Place(recipe, earlier, later), report)
+        results = run.distill(stage, resumable, run.Place(recipe, earlier, later), report).results
         resumable = False
         _free_memory()
     return results
 
 
-def _check(recipe: Recipe, stages: Sequence[Recipe]) -> None:
-    """Open what every stage needs; later ones stand on the first student until theirs is there."""
-    for spec, stage in zip(recipe.stages or (), stages, strict=True):
+def _check(recipe: Recipe) -> None:
+    """Open what every stage needs."""
+    for name, part in parts_by_name(recipe):
         try:
-            run.gather(stage.model_copy(update={"student": recipe.student}))
+            gather(part)
         except TaidError as error:
-            raise type(error)(f"stages '{spec.name}': {error}") from error
+            raise with_place(error, f"stages '{name}'") from error
 
 
 def _fresh_start(stages: Sequence[Recipe]) -> int:
     """Number of the stage to begin with, 0; never over an unfinished run."""
     for stage in stages:
-        run.find_checkpoint(Path(stage.output_dir), resume=False)
-    finished = [stage.output_dir for stage in stages if _is_finished(stage)]
-    if finished and not _is_finished(stages[-1]):
+        find_checkpoint(Path(stage.output_dir), resume=False)
+    finished = [stage.output_dir for stage in stages if is_finished(Path(stage.output_dir))]
+    if finished and finished[-1] != stages[-1].output_dir:
         raise TaidError(f"'{finished[-1]}' is a finished stage of an unfinished run: continue it "
                         "with --resume, or choose another output_dir.")
     return 0
@@ -115,12 +122,12 @@ def _fresh_start(stages: Sequence[Recipe]) -> int:
 def _first_unfinished(recipe: Recipe, stages: Sequence[Recipe]) -> int:
     """Number of the stage to go on with (all finished: how many there are)."""
     for number, stage in enumerate(stages):
-        if not _is_finished(stage):
+        if not is_finished(Path(stage.output_dir)):
             if number == 0:  # nothing is finished, so there has to be a checkpoint
-                run.find_checkpoint(Path(stage.output_dir), resume=True)
+                find_checkpoint(Path(stage.output_dir), resume=True)
             return number
         now = (recipe if stage is stages[-1] else stage).digest()
-        then = read_results(stage)["recipe_hash"]
+        then = _results(stage).recipe_hash
         if now != then:
             raise TaidError(
                 f"--resume: '{stage.output_dir}' was finished with another recipe (hash {then}, "
@@ -129,28 +136,16 @@ def _first_unfinished(recipe: Recipe, stages: Sequence[Recipe]) -> int:
     return len(stages)
 
 
-def _is_finished(stage: Recipe) -> bool:
-    return (Path(stage.output_dir) / "results.json").exists()
+def _results(stage: Recipe) -> Results:
+    return read_results(Path(stage.output_dir) / RESULTS)
 
 
-def read_results(stage: Recipe) -> dict[str, Any]:
-    path = Path(stage.output_dir) / "results.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TaidError(f"'{path}' is not a run's results: {error}") from error
-
-
-def _account(recipe: Recipe, number: int, stage: Recipe) -> dict[str, Any]:
+def _account(recipe: Recipe, number: int, stage: Recipe) -> Stage:
     """What the last stage's results tell about an earlier one."""
-    results = read_results(stage)
-    return {
-        "name": (recipe.stages or ())[number].name,
-        "folder": str(Path(stage.output_dir).relative_to(recipe.output_dir)),
-        "recipe_hash": results["recipe_hash"],
-        "steps": results["train"]["steps"],
-        "eval": results["eval"],
-    }
+    results = _results(stage)
+    return Stage(name=(recipe.stages or ())[number].name,
+                 folder=str(Path(stage.output_dir).relative_to(recipe.output_dir)),
+                 recipe_hash=results.recipe_hash, steps=results.train.steps, eval=results.eval)
 
 
 def _free_memory() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +19,11 @@ from transformers import (
 from taid_vlm.adapters import TOKENIZER_PROBES, check_reloaded
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
+from taid_vlm.models.head import logit_settings
 from taid_vlm.models.loading import guarded, load_config, load_model, load_processor, sees_images
 
 ROLE = "language_model"
 MULTIPLE = 64  # rows of the embedding
-# What some models do to logits after the head; the values that do nothing.
-AFTER_HEAD: dict[str, tuple[Any, ...]] = {
-    "final_logit_softcapping": (None,),
-    "logits_soft_cap": (None,),
-    "output_logit_soft_cap": (None,),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-}
 
 
 @dataclass(frozen=True)
@@ -91,13 +82,12 @@ def _check_carried(name: str, config: PretrainedConfig) -> tuple[bool, bool]:
         Whether the head is tied to the embedding, and whether it can stay so: LLaVA ties to
         `embed_tokens` and to nothing else.
     """
-    for key, idle in AFTER_HEAD.items():
-        if (value := getattr(config, key, None)) not in idle:
-            raise TaidError(
-                f"{ROLE} = '{name}' ({config.model_type}) changes its logits after the head ({key} "
-                f"= {value}); LLaVA, PerceptionLM and FastVLM do not, so they would change what "
-                "it says. Choose a language model without."
-            )
+    scales, softcaps = logit_settings(config)
+    for key, value in (scales | softcaps).items():
+        raise TaidError(
+            f"{ROLE} = '{name}' ({config.model_type}) changes its logits after the head ({key} = "
+            f"{value}); LLaVA, PerceptionLM and FastVLM do not, so they would change what it says.",
+            mend="Choose a language model without.")
     with torch.device("meta"):
         model = guarded(ROLE, name, AutoModelForCausalLM.from_config, config)
         backbone = guarded(ROLE, name, AutoModel.from_config, config)

@@ -82,7 +82,7 @@ def _refuse_empty(collator: DistillationCollator, probed: Sequence[Any]) -> None
     if probed:
         told = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
         raise TaidError(f"none of the first {len(probed)} records can be used: {told}. "
-                        f"{collator.reported[next(iter(reasons))]}")
+                        f"{collator.reported[next(iter(reasons))]}", reasons=reasons)
 
 
 def with_adapter(student: PreTrainedModel, config: Any, on_meta: bool = False) -> Any:

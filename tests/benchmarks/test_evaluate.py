@@ -205,7 +205,7 @@ def wordy(data: Path, **changes: Any) -> Task:
     task = quiz(data, **changes)
     asked = [replace(question, prompt=question.prompt[-1:], images=())
              for question in task.questions]
-    return replace(task, questions=asked, asked={q.id: question_hash(q) for q in asked})
+    return replace(task, questions=asked)
 
 
 # ----- what is asked again ------------------------------------------------------------------
@@ -239,8 +239,7 @@ def other_settings(models: Path, folder: Path, task: Task) -> tuple[Path, Task, 
 
 def other_question(models: Path, folder: Path, task: Task) -> tuple[Path, Task, dict[str, Any]]:
     changed = [replace(task.questions[0], prompt=("what else",)), *task.questions[1:]]
-    return models / "text", replace(
-        task, questions=changed, asked={q.id: question_hash(q) for q in changed}), {}
+    return models / "text", replace(task, questions=changed), {}
 
 
 def other_template(models: Path, folder: Path, task: Task) -> tuple[Path, Task, dict[str, Any]]:
@@ -435,8 +434,7 @@ def test_a_text_model_is_not_asked_about_images(models: Path, data: Path, tmp_pa
 def test_likelihood_needs_choices(models: Path, data: Path, tmp_path: Path) -> None:
     open_question = Question("open", ("what",), (), ("A",))
     task = wordy(data)
-    mixed = replace(task, questions=[*task.questions, open_question],
-                    asked={**task.asked, "open": "x"})
+    mixed = replace(task, questions=[*task.questions, open_question])
     with pytest.raises(TaidError, match=r"1 of 11 questions of quiz have no choices to .*'open'"):
         run(models / "text", mixed, tmp_path / "out", method="likelihood")
     never = replace(task, benchmark=replace(QUIZ, likelihood=False))

@@ -23,8 +23,8 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from taid_vlm.benchmarks.harness import lm_eval as ours
-from taid_vlm.benchmarks.harness.asked import leaves
 from taid_vlm.benchmarks.harness.lm_eval import run_lm_eval
+from taid_vlm.benchmarks.harness.suites import leaves
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 

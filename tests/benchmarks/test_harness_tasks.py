@@ -13,7 +13,6 @@ import yaml
 from zoo import make_tokenizer
 
 from taid_vlm.benchmarks.harness import lm_eval as ours
-from taid_vlm.benchmarks.harness.asked import Asked, changes_of, expand, leaves
 from taid_vlm.benchmarks.harness.converted import (
     average,
     entry_of,
@@ -29,7 +28,14 @@ from taid_vlm.benchmarks.harness.local_data import (
     split_files,
     task_yaml,
 )
-from taid_vlm.benchmarks.harness.suites import SUITES, member_of
+from taid_vlm.benchmarks.harness.suites import (
+    SUITES,
+    TaskRequest,
+    changes_of,
+    expand,
+    leaves,
+    member_of,
+)
 from taid_vlm.errors import TaidError
 
 ARC = {"task": "arc_challenge", "dataset_path": "allenai/ai2_arc", "dataset_name": "ARC-Challenge",
@@ -104,18 +110,18 @@ def test_a_group_is_all_its_tasks_each_with_its_folder(tmp_path: Path) -> None:
     assert leaves("mmlu", INDEX) == ["mmlu_anatomy", "mmlu_physics", "mmlu_law"]
     for name in ("anatomy", "physics", "law"):
         files(tmp_path / name, "test.jsonl", "dev.jsonl")
-    changes = changes_of(Asked("mmlu", tmp_path, 5), INDEX)
+    changes = changes_of(TaskRequest("mmlu", tmp_path, 5), INDEX)
     assert [c.path for c in changes] == [tmp_path / n for n in ("anatomy", "physics", "law")]
     with pytest.raises(TaidError, match="no folder 'anatomy' for mmlu_anatomy"):
-        changes_of(Asked("mmlu", files(tmp_path / "other", "test.jsonl"), 5), INDEX)
+        changes_of(TaskRequest("mmlu", files(tmp_path / "other", "test.jsonl"), 5), INDEX)
 
 
 def test_shots_for_a_task_that_writes_its_own_are_refused() -> None:
     with pytest.raises(TaidError, match="num_fewshot = 5, but truthfulqa_mc2 is defined without"):
-        changes_of(Asked("truthfulqa_mc2", None, 5), INDEX)
-    assert changes_of(Asked("truthfulqa_mc2", None, 0), INDEX)[0].shots == 0
+        changes_of(TaskRequest("truthfulqa_mc2", None, 5), INDEX)
+    assert changes_of(TaskRequest("truthfulqa_mc2", None, 0), INDEX)[0].shots == 0
     with pytest.raises(TaidError, match=r"no task 'mmlu_laws'\. Did you mean 'mmlu_law'"):
-        changes_of(Asked("mmlu_laws"), INDEX)
+        changes_of(TaskRequest("mmlu_laws"), INDEX)
 
 
 # ----- task files ---------------------------------------------------------------------------

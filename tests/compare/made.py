@@ -13,7 +13,7 @@ import numpy as np
 from taid_vlm.evaluation.answers import FILE, to_lines
 from taid_vlm.evaluation.held_out import ALL, AnswerTotals, Tally, summarise
 from taid_vlm.io.files import write_json
-from taid_vlm.runs.results import SCHEMA
+from taid_vlm.runs.results import Results
 
 VERSIONS = {"python": "3.11", "taid-vlm": "0.1.0", "torch": "2.15"}
 MACHINE = {"device": "cpu", "threads": 1}
@@ -61,13 +61,16 @@ def distillation(
     sure = [{"ece": error, "ece_stderr": 0.01, "calibration": bins}
             for error in (0.1, 0.1 - 0.05 * gain)]
     results: dict[str, Any] = {
-        "schema": SCHEMA, "objective": {"name": "taid"}, "seed": seed, "recipe_hash": "abcd",
+        "schema": 2, "kind": "distillation", "objective": {"name": "taid"}, "seed": seed,
+        "recipe_hash": "abcd", "canary": None, "alignment": None, "stages": [],
         "data": {"eval": {"path": "eval.jsonl", "split": "train", "records": records,
                           "sha256": "d" * 16}},
         "eval": {"before": tally(before) | sure[0], "after": tally(after) | sure[1]},
-        "models": {"teacher": {"name": "big", "parameters": 8_000_000},
-                   "student": {"name": "small", "parameters": 1_000_000}},
-        "train": {"steps": 100, "seconds": 60.0, "answer_tokens": 5000, "resumed_from": None},
+        "models": {"teacher": {"name": "big", "model_type": "llama", "parameters": 8_000_000},
+                   "student": {"name": "small", "model_type": "llama", "parameters": 1_000_000}},
+        "train": {"steps": 100, "seconds": 60.0, "answer_tokens": 5000, "resumed_from": None,
+                  "records_left_out": {}, "texts_cut": 0, "t": 1.0, "alpha": 0.1,
+                  "adaptive_share": 0.5, "skipped_updates": 0, "loss_implementation": None},
         "memory": {"peak_rss_bytes": 2**30}, "machine": MACHINE, "versions": VERSIONS,
         "history": [{"step": step, "loss": 1 / step, "kl": 0.5, "t": 0.4 + step / 200}
                     for step in (50, 100)],
@@ -77,7 +80,7 @@ def distillation(
     }
     folder.mkdir(parents=True)
     (folder / FILE).write_text(to_lines(before, after), encoding="utf-8")
-    write_json(changed(results, changes), folder / "results.json")
+    Results.model_validate(changed(results, changes)).write(folder / "results.json")
     return folder
 
 
@@ -98,7 +101,7 @@ def evaluation(
         "answers": f"answers/{task}.jsonl", "seconds": 1.0,
     }
     results = {
-        "schema": SCHEMA, "kind": "evaluation", "name": folder.name, "seed": 0,
+        "schema": 1, "kind": "evaluation", "name": folder.name, "seed": 0,
         "model": {"name": name or folder.name, "parameters": 10}, "tasks": {task: entry},
         "versions": VERSIONS, "machine": MACHINE, "memory": {}, "seconds": 1.0,
     }

@@ -419,13 +419,19 @@ def test_folders_that_are_no_runs(tmp_path: Path) -> None:
     (tmp_path / "unfinished" / "recipe.yaml").touch()
     (tmp_path / "empty").mkdir()
     for name, text in (("broken", "{"), ("list", "[]"), ("old", '{"schema": 0}'),
-                       ("other", '{"schema": 1, "kind": "demo"}')):
+                       ("other", '{"schema": 1, "kind": "demo"}'),
+                       ("newer", '{"schema": 3, "kind": "distillation"}'),
+                       ("torn", '{"schema": 2, "kind": "distillation", "seed": 0}'),
+                       ("empty evaluation", '{"schema": 1, "kind": "evaluation"}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(text)
     for name, told in (("abov", "is no folder. Did you mean 'above'"), ("above", "inside"),
                        ("unfinished", "the run is not finished"), ("empty", "not the output of"),
                        ("broken", "is not a run's results"), ("list", "is not a run's results"),
-                       ("old", "schema 0"), ("other", "kind = 'demo'")):
+                       ("old", "schema 0"), ("other", "kind = 'demo'"),
+                       ("newer", "schema 3, but this version reads 1 and 2"),
+                       ("torn", "objective: Field required"),
+                       ("empty evaluation", "kind = 'evaluation'")):
         with pytest.raises(TaidError) as error:
             read_method(str(tmp_path / name))
         assert told in str(error.value), name

@@ -72,3 +72,19 @@ def test_the_generator_writes_what_is_shipped(split):
 def test_the_splits_share_no_drawing():
     train, held_out = ({row["images"][0]["bytes"] for row in rows("scenes", s)} for s in SPLITS)
     assert not train & held_out
+
+
+def test_the_script_writes_data_models_or_both(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr("worlds.pretrain.train_all", trained.append)
+    module = generator()
+    monkeypatch.setattr(module, "SPLITS", {"train": (3, 11), "eval": (2, 12)})
+    module.main(["--only-models", "--output-dir", str(tmp_path / "models alone")])
+    assert not (tmp_path / "models alone").exists()
+    module.main(["--output-dir", str(tmp_path / "data")])
+    assert trained == [tmp_path / "models alone" / "models"]
+    module.main(["--models", "--output-dir", str(tmp_path / "data")])
+    assert trained[1:] == [tmp_path / "data" / "models"]
+    files = {str(p.relative_to(tmp_path / "data")) for p in (tmp_path / "data").rglob("*.*")}
+    assert files == {f"{world}/{split}.{suffix}" for split in SPLITS
+                     for world, suffix in (("scenes", "parquet"), ("words", "jsonl"))}

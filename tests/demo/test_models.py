@@ -10,8 +10,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
-
-from taid_vlm.demo import models, pretrain, scenes, words
+from worlds import models, pretrain, scenes, words
 
 ODD = "naïve 数 1 23  x\n\n it's DON'T  ?"
 CHAT = [

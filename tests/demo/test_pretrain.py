@@ -12,8 +12,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
-
-from taid_vlm.demo import models, pretrain
+from worlds import models, pretrain
 
 MODELS = Path(__file__).resolve().parents[2] / "data" / "models"
 

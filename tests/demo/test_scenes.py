@@ -7,9 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
-from taid_vlm.demo import scenes, words
-from taid_vlm.demo.scenes import Bar, Scene, Shape, Word, caption, caption_log_probability
+from worlds import scenes, words
+from worlds.scenes import Bar, Scene, Shape, Word, caption, caption_log_probability
 
 TWINS = Scene((Shape("circle", "red", "big", 0), Shape("circle", "red", "big", 0)))
 PAIR = Scene((Shape("square", "blue", "small", 4), Shape("cross", "red", "big", 8)))

@@ -2,8 +2,8 @@
 
 import random
 
-from taid_vlm.demo import scenes, words
-from taid_vlm.demo.scenes import Bar, Scene, Shape, Word
+from worlds import scenes, words
+from worlds.scenes import Bar, Scene, Shape, Word
 
 
 def test_the_telling_names_everything():

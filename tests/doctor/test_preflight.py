@@ -15,7 +15,7 @@ from taid_vlm.doctor import Inspection
 from taid_vlm.doctor.preflight import REMEDIES, spread
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import load_processor, load_skeleton
-from taid_vlm.runs.run import gather
+from taid_vlm.runs.ingredients import gather
 from taid_vlm.training.pair import pair_for_training
 
 
@@ -140,7 +140,7 @@ def test_a_malformed_row_is_left_out_as_in_training(patient: Patient, workers: i
     found = patient.inspect(path, everything=True)
     (check,) = found.preflight
     assert found.verdict.outcome == "shared"
-    assert (check.records, check.usable, check.stops) == (300, 299, "")
+    assert (check.records, check.usable, check.stops) == (300, 299, None)
     assert "data.train: 1 of 300 records will be left out (0.3%): 1 x malformed record" in (
         found.verdict.warnings)
     assert "train.parquet[290]: column 'prompt' is missing" in check.dropped[0].detail
@@ -162,7 +162,7 @@ def test_a_malformed_row_of_a_stream_is_left_out_too(patient: Patient) -> None:
     found = patient.inspect(path, everything=True)
     assert found.verdict.outcome == "shared"
     (check,) = found.preflight
-    assert (check.records, check.usable, check.stops) == (60, 59, "")
+    assert (check.records, check.usable, check.stops) == (60, 59, None)
     (dropped,) = check.dropped
     assert (dropped.reason, dropped.count) == ("malformed record", 1)
     assert "train.parquet[streamed 50]: column 'prompt' is missing" in dropped.detail
@@ -178,7 +178,7 @@ def test_a_conversation_deep_in_a_base_models_data_is_left_out(patient: Patient)
     found = patient.inspect(path, everything=True)
     assert found.verdict.outcome == "shared"
     (check,) = found.preflight
-    assert (check.records, check.usable, check.stops) == (41, 40, "")
+    assert (check.records, check.usable, check.stops) == (41, 40, None)
     (dropped,) = check.dropped
     assert dropped.reason == "conversation for a model of one question"
     assert dropped.sources == ("train.jsonl:41",)

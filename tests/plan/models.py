@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from zoo.images import noise
 from taid_vlm import DistillationTrainer
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.models.loading import sees_images
-from taid_vlm.runs.run import gather, lora_config
+from taid_vlm.runs.ingredients import gather, lora_config
 
 WORDS = ("a", "red", "green", "blue", "square", "circle", "left", "right", "above", "of", "the")
 TEXT = {"vocab_size": 640, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -132,7 +131,7 @@ def real_trainer(recipe: Recipe, folder: Path) -> DistillationTrainer:
     """The trainer of a recipe, on random weights."""
     train = {**recipe.train, "max_steps": 2, "logging_steps": 1, "save_strategy": "no",
              "disable_tqdm": True}
-    found = gather(replace(recipe, train=train, output_dir=str(folder)))
+    found = gather(recipe.model_copy(update={"train": train, "output_dir": str(folder)}))
     models = {role: _random(spec.model_name_or_path, spec.dtype)
               for role, spec in (("student", recipe.student), ("teacher", recipe.teacher))
               if spec is not None}

@@ -25,7 +25,7 @@ from taid_vlm.cli import main
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import load_model, load_processor
-from taid_vlm.runs.run import save_student
+from taid_vlm.runs.save import save_student
 from taid_vlm.students.compose import compose
 from taid_vlm.students.towers import find_tower
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_carried_is_refused_with_the_reason(
 def test_the_last_check_finds_what_no_table_names(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(language, "AFTER_HEAD", {})
+    monkeypatch.setattr(language, "logit_settings", lambda config: ({}, {}))
     with pytest.raises(TaidError, match="on text alone the composed model does not give"):
         compose(parts.tower("siglip"), parts.text("gemma2"), tmp_path / "student")
     assert not list(tmp_path.iterdir())

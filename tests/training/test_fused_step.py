@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
@@ -160,6 +161,34 @@ def test_every_family_has_a_known_head(family: str) -> None:
     cap = getattr(built.model.config.get_text_config(), "final_logit_softcapping", None)
     assert transform == (LogitTransform() if cap is None else LogitTransform(1.0, cap))
     assert torch.equal(state, torch.get_rng_state())
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1,
+         "bos_token_id": 2}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+         "mamba_n_groups": 1}
+XLSTM = {"vocab_size": 96, "hidden_size": 32, "num_heads": 4, "num_blocks": 1}
+
+
+@pytest.mark.parametrize(("name", "settings", "scale", "softcap"), [
+    ("Cohere", {**SIZES, "logit_scale": 0.25}, 0.25, None),
+    ("FalconH1", {**SIZES, **MAMBA, "lm_head_multiplier": 0.5}, 0.5, None),
+    ("Granite", {**SIZES, "logits_scaling": 4.0}, 0.25, None),
+    ("HyperCLOVAX", {**SIZES, "logits_scaling": 4.0}, 4.0, None),  # the same key, a factor
+    ("RecurrentGemma", {**SIZES, "lru_width": 32, "logits_soft_cap": 3.0}, 1.0, 3.0),
+    ("xLSTM", {**XLSTM, "output_logit_soft_cap": 3.0}, 1.0, 3.0),
+])
+def test_every_key_means_what_the_models_own_code_makes_of_it(
+    name: str, settings: dict[str, Any], scale: float, softcap: float | None
+) -> None:
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight)  # or no cap would be felt
+    tokens = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    assert find_logit_transform(model, inputs, mask) == LogitTransform(scale, softcap)
 
 
 def test_forward_stays_the_models_own() -> None:

@@ -21,19 +21,17 @@ def figures_of(entry: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
         entry: {"acc,none": 0.5, "acc_stderr,none": 0.1, ...}; the filter "none" is left out of
             names, others stay ("exact_match,strict-match").
     """
-    found: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for key, value in entry.items():
         metric, comma, name = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-            continue
-        stderr = entry.get(f"{metric}_stderr,{name}")
-        found[metric if name == "none" else key] = {
-            "value": float(value), "n": int(entry.get("sample_len", 0)),
-            "stderr": float(stderr) if isinstance(stderr, (int, float)) else math.nan,
-        }
+        if comma and isinstance(value, (int, float)) and not metric.endswith("_stderr"):
+            stderr = entry.get(f"{metric}_stderr,{name}")
+            figures[metric if name == "none" else key] = {
+                "value": float(value), "n": int(entry.get("sample_len", 0)),
+                "stderr": float(stderr) if isinstance(stderr, (int, float)) else math.nan}
     member = member_of(task)
-    first = [member.figure] if member is not None and member.figure in found else []
-    return {name: found[name] for name in (*first, *found)}
+    first = [member.figure] if member is not None and member.figure in figures else []
+    return {name: figures[name] for name in (*first, *figures)}
 
 
 def average(suite: str, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -107,9 +105,9 @@ def too_long(samples: Sequence[Mapping[str, Any]], encode: Callable[[str], Seque
     lengths: dict[str, int] = {}
     cut: set[Any] = set()
     for sample in samples:
-        for prompt, asked in sample["arguments"]:
-            text, room = (prompt + asked, max_length + 1) if isinstance(asked, str) else \
-                (prompt, max_length - int(asked.get("max_gen_toks", max_gen_toks)))
+        for prompt, more in sample["arguments"]:  # a continuation, or how to generate one
+            text, room = (prompt + more, max_length + 1) if isinstance(more, str) else \
+                (prompt, max_length - int(more.get("max_gen_toks", max_gen_toks)))
             if text not in lengths:
                 lengths[text] = len(encode(text))
             if lengths[text] > room:
@@ -131,12 +129,9 @@ def _generated(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The raw text and what the filter took out of it; likelihood tasks have no text."""
     said, read = sample["resps"][0][0], sample["filtered_resps"][0]
     if not isinstance(said, str):
-        return {"answer": "", "read": "", "likelihoods": [float(_first(said))]}
+        first = said[0] if isinstance(said, (list, tuple)) else said
+        return {"answer": "", "read": "", "likelihoods": [float(first)]}
     return {"answer": said, "read": None if read == INVALID or not str(read).strip() else read}
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, (list, tuple)) else value
 
 
 def _gold(sample: Mapping[str, Any], choices: Sequence[str] | None,

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ import datasets
 import torch
 
 from taid_vlm.adapters.template import content_form, has_chat_template
-from taid_vlm.benchmarks.harness.asked import changes_of, expand
 from taid_vlm.benchmarks.harness.converted import (
     average,
     entry_of,
@@ -28,20 +26,22 @@ from taid_vlm.benchmarks.harness.converted import (
     too_long,
 )
 from taid_vlm.benchmarks.harness.local_data import TaskChange, source_of, task_yaml
-from taid_vlm.benchmarks.harness.suites import SUITES
+from taid_vlm.benchmarks.harness.suites import SUITES, changes_of, expand
+from taid_vlm.benchmarks.scoring import summary
+from taid_vlm.benchmarks.store import FOLDER
 from taid_vlm.config.model import ModelSpec
-from taid_vlm.errors import TaidError, nearest
+from taid_vlm.errors import TaidError, at_least, one_of
 from taid_vlm.io.files import write_json, write_text
 from taid_vlm.io.folders import new_folder, whole_or_absent
 from taid_vlm.io.jsonl import dump_lines
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_config, load_model, load_processor, sees_images
-from taid_vlm.runs.results import SCHEMA, machine, peak_memory, versions
 
 logger = logging.getLogger(__name__)
 ROLE = "model"
 TASK_FOLDER = "lm_eval_tasks"  # for `lm_eval run --include_path`
-SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-eval's own
+SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+DEFAULT_SEED = 1234  # lm-eval's own, of the choice of examples
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,9 @@ class Options:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise TaidError(f"{name} = {value}, but it must be at least {least}.")
-
-    @property
-    def seeds(self) -> dict[str, int]:
-        return SEEDS if self.seed is None else dict.fromkeys(SEEDS, self.seed)
+        at_least("num_fewshot", self.num_fewshot, 0)
+        at_least("limit", self.limit, 1)
+        at_least("batch_size", self.batch_size, 1)
 
 
 def run_lm_eval(
@@ -99,37 +94,29 @@ def run_lm_eval(
     chosen, output = _options(options), new_folder(output_dir)
     spec = model if isinstance(model, ModelSpec) else ModelSpec(model_name_or_path=str(model))
     index = _packaged_tasks()
-    asked = expand(tasks, data or {}, chosen.num_fewshot)
-    changes = [change for task in asked for change in changes_of(task, index)]
+    requests = expand(tasks, data or {}, chosen.num_fewshot)
+    changes = [change for request in requests for change in changes_of(request, index)]
     files = {change.task: task_yaml(change) for change in changes if change.any}
     load_config(spec, ROLE)
-    started = time.perf_counter()
-    measured: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    started, entries, answers = time.perf_counter(), dict[str, Any](), dict[str, list[Any]]()
     # lm-eval warns of what is meant here: changed tasks, a model that is loaded already
-    with tempfile.TemporaryDirectory() as folder, quiet("lm_eval"), _no_bars():
-        own = _own_tasks(files, Path(folder))
-        loaded = _load([task.name for task in asked], {**index, **own}, changes)
+    with quiet("lm_eval"), _no_bars():
+        loaded = _load([request.name for request in requests], index, files, changes)
         lm = _language_model(spec, chosen)
         for task, item in loaded.items():
-            measured[task] = _measured(task, item, lm, changes, chosen)
-    entries = {name: entry for name, (entry, _) in measured.items()}
-    results = {
-        "schema": SCHEMA, "kind": "evaluation", "name": name or output.name,
-        "model": _described(spec, lm), "tasks": entries,
-        "suites": {name: average(name, entries) for name in tasks if name in SUITES},
-        "seed": chosen.seeds["fewshot"],
-        "versions": {**versions(), "lm-eval": version("lm-eval")},
-        "machine": machine(), "memory": peak_memory(), "seconds": time.perf_counter() - started,
-    }
-    _write(results, {name: rows for name, (_, rows) in measured.items()}, files, output)
+            entries[task], answers[task] = _measured(task, item, lm, changes, chosen)
+    results = summary(
+        name or output.name, _described(spec, lm), entries,
+        DEFAULT_SEED if chosen.seed is None else chosen.seed, started,
+        suites={suite: average(suite, entries) for suite in tasks if suite in SUITES})
+    results["versions"]["lm-eval"] = version("lm-eval")
+    _write(results, answers, files, output)
     return results
 
 
 def _options(given: Mapping[str, Any]) -> Options:
-    valid = [field.name for field in dataclasses.fields(Options)]
     for name in given:
-        if name not in valid:
-            raise TaidError(f"lm-eval: there is no option '{name}'.{nearest(name, valid)}")
+        one_of("lm-eval: option", name, [field.name for field in dataclasses.fields(Options)])
     return Options(**given)
 
 
@@ -146,46 +133,40 @@ def _packaged_tasks() -> dict[str, Any]:
     return dict(TaskManager().task_index)
 
 
-def _own_tasks(files: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    """The index of changed tasks, written to a folder that must last until they are loaded."""
+def _load(names: Sequence[str], index: Mapping[str, Any], files: Mapping[str, str],
+          changes: Sequence[TaskChange]) -> dict[str, Any]:
+    """Name -> lm-eval's task, or group where it has a figure of its own; data is read here.
+
+    Args:
+        index: of the packaged tasks; files: those that take the place of some, name -> YAML.
+    """
     from lm_eval.tasks import TaskManager
 
-    for name, text in files.items():
-        write_text(text, folder / f"{name}.yaml")
-    return dict(TaskManager(include_path=folder, include_defaults=False).task_index)
-
-
-def _load(names: Sequence[str], index: Mapping[str, Any], changes: Sequence[TaskChange]
-          ) -> dict[str, Any]:
-    """Name -> lm-eval's task, or group where it has a figure of its own; data is read here."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_defaults=False)
-    manager.task_index.update(index)
     loaded: dict[str, Any] = {}
-    for name in names:
-        try:
-            found = manager.load([name])
-        except Exception as error:  # of datasets, of templates, of the task's own code
-            raise TaidError(_unread(name, error, changes)) from error
-        group = found["groups"].get(name)
-        loaded |= {name: group} if group is not None and group.has_aggregation else found["tasks"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            write_text(text, Path(folder) / f"{name}.yaml")
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        manager.task_index.update({**index, **manager.task_index})
+        for name in names:
+            try:
+                items = manager.load([name])
+            except Exception as error:  # of datasets, of templates, of the task's own code
+                raise _unread(name, error, changes) from error
+            group = items["groups"].get(name)
+            whole = group is not None and group.has_aggregation
+            loaded |= {name: group} if whole else items["tasks"]
     return loaded
 
 
-def _inside(item: Any) -> list[Any]:
-    """The tasks of a group; of a task, itself."""
-    return item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
-
-
-def _unread(name: str, error: Exception, changes: Sequence[TaskChange]) -> str:
+def _unread(name: str, error: Exception, changes: Sequence[TaskChange]) -> TaidError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     hub = next((str(c.config.get("dataset_path")) for c in changes if c.path is None), None)
-    mend = "" if hub is None else (
-        f" Its data is on the hub ('{hub}'); without a connection, name a local copy: "
+    return TaidError(
+        f"lm-eval could not read '{name}': {type(error).__name__}: {reason}.",
+        mend="Local data must have the columns it has on the hub." if hub is None else
+        f"Its data is on the hub ('{hub}'); without a connection, name a local copy: "
         f"{name}=FOLDER.")
-    columns = "" if hub is not None else " Local data must have the columns it has on the hub."
-    return f"lm-eval could not read '{name}': {type(error).__name__}: {reason}.{mend}{columns}"
 
 
 # ----- the model ----------------------------------------------------------------------------
@@ -236,34 +217,19 @@ def check_ends(text: str, encoded: Sequence[Sequence[int]], tokenizer: Any) -> N
                             "the wrong tokens; save it with add_eos_token = false.")
 
 
-def _evaluate(lm: Any, item: Any, options: Options) -> Any:
-    """What lm_eval.simple_evaluate does, without the half minute it asks the machine's tools."""
-    import numpy as np
-    from lm_eval import evaluate
-
-    random.seed(options.seeds["random"])
-    np.random.seed(options.seeds["numpy"])
-    torch.manual_seed(options.seeds["torch"])
-    tasks = {task.task_name: task for task in _inside(item)}
-    groups = {group.name: group for group in (item, *item.get_all_groups())} \
-        if hasattr(item, "get_all_groups") else {}
-    for task in tasks.values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=options.seeds["fewshot"])
-    chat = options.apply_chat_template
-    return evaluate(lm, {"tasks": tasks, "groups": groups}, limit=options.limit,
-                    apply_chat_template=chat, fewshot_as_multiturn=chat)
-
-
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Every file read would draw one."""
-    bars = datasets.is_progress_bar_enabled()
+    """Every file read would draw one, and lm-eval asks the machine's tools for half a minute what
+    they are."""
+    from lm_eval import evaluator
+
+    bars, tools = datasets.is_progress_bar_enabled(), evaluator.add_env_info
     datasets.disable_progress_bars()
+    evaluator.add_env_info = lambda results: None
     try:
         yield
     finally:
+        evaluator.add_env_info = tools
         if bars:
             datasets.enable_progress_bars()
 
@@ -274,8 +240,15 @@ def _no_bars() -> Iterator[None]:
 def _measured(name: str, item: Any, lm: Any, changes: Sequence[TaskChange], options: Options
               ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What results.json says of a task or group, and its rows of answers."""
-    started = time.perf_counter()
-    raw, inside = _evaluate(lm, item, options), _inside(item)
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    started, chat = time.perf_counter(), options.apply_chat_template
+    seeds = {} if options.seed is None else dict.fromkeys(SEEDS, options.seed)
+    raw = simple_evaluate(lm, tasks=[item], task_manager=TaskManager(include_defaults=False),
+                          limit=options.limit, apply_chat_template=chat,
+                          fewshot_as_multiturn=chat, **seeds)
+    inside = item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
     names = [task.task_name for task in inside]
     headline = next(iter(figures_of(raw["results"][name], name)), "")
     rows = [row for task in inside for row in rows_of(
@@ -287,20 +260,18 @@ def _measured(name: str, item: Any, lm: Any, changes: Sequence[TaskChange], opti
     if cut:
         logger.warning("%s: %d of %d prompts are longer than the model's %d tokens; lm-eval cut "
                        "them at the start.", name, cut, len(rows), lm.max_length)
-    told = {"method": "generate" if inside[0].OUTPUT_TYPE == "generate_until" else "likelihood",
-            "num_fewshot": _one({raw["n-shot"].get(one) for one in names}), "limit": options.limit,
-            "batch_size": options.batch_size, "apply_chat_template": options.apply_chat_template,
-            "prompts_cut": cut, "generation": inside[0].config.generation_kwargs}
+    shots = {raw["n-shot"].get(one) for one in names}
+    answering = {
+        "method": "generate" if inside[0].OUTPUT_TYPE == "generate_until" else "likelihood",
+        "num_fewshot": shots.pop() if len(shots) == 1 else sorted(shots, key=str),
+        "limit": options.limit, "batch_size": options.batch_size, "apply_chat_template": chat,
+        "prompts_cut": cut, "generation": inside[0].config.generation_kwargs}
     by_task = {} if names == [name] else {
         "task": {one: figures_of(raw["results"][one], one) for one in names}}
     source = source_of([change for change in changes if change.task in names])
     return entry_of(name, raw, rows, rule=f"lm-eval {version('lm-eval')}", source=source,
-                    answering=told, by_tag=by_task, seconds=time.perf_counter() - started), rows
-
-
-def _one(values: set[Any]) -> Any:
-    """What all tasks of a group have in common; all of it where they differ."""
-    return values.pop() if len(values) == 1 else sorted(values, key=str)
+                    answering=answering, by_tag=by_task,
+                    seconds=time.perf_counter() - started), rows
 
 
 def _described(spec: ModelSpec, lm: Any) -> dict[str, Any]:
@@ -315,7 +286,7 @@ def _write(results: dict[str, Any], answers: Mapping[str, Sequence[Any]],
            files: Mapping[str, str], output: Path) -> None:
     with whole_or_absent(output, "the evaluation could not be written to '{}'") as folder:
         for name, rows in answers.items():
-            write_text(dump_lines(rows), folder / "answers" / f"{name}.jsonl")
+            write_text(dump_lines(rows), folder / FOLDER / f"{name}.jsonl")
         for name, text in files.items():
             write_text(text, folder / TASK_FOLDER / f"{name}.yaml")
         write_json(results, folder / "results.json")

@@ -82,23 +82,18 @@ class TaidVlm(lmms):  # type: ignore[misc]
         same: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             same[json.dumps(request.args[2], sort_keys=True, default=str)].append(index)
-        answers = [""] * len(requests)
+        texts = [""] * len(requests)
         for indices in same.values():
-            asked = [self._conversation(index, requests[index]) for index in indices]
-            for index, text in self._said(asked, requests[indices[0]].args[2]).items():
-                answers[index] = text
-        return answers
-
-    def _said(self, asked: Sequence[Conversation], settings: Mapping[str, Any]) -> dict[int, str]:
-        given = generation_settings(settings, self.max_new_tokens)
-        answerer = Generating(self.model, self.adapter, self.batch_size, **given)
-        said: dict[int, str] = {}
-        for batch in answerer.answers(asked, (), self.seed):
-            for question, answer in batch:
-                if answer.problem:
-                    logger.warning("%s has no answer: %s.", question.id, answer.problem)
-                said[question.extra["index"]] = until(answer.text, settings.get("until"))
-        return said
+            settings = requests[indices[0]].args[2]
+            answerer = Generating(self.model, self.adapter, self.batch_size,
+                                  **generation_settings(settings, self.max_new_tokens))
+            questions = [self._conversation(index, requests[index]) for index in indices]
+            for batch in answerer.answers(questions, (), self.seed):
+                for question, answer in batch:
+                    if answer.problem:
+                        logger.warning("%s has no answer: %s.", question.id, answer.problem)
+                    texts[question.extra["index"]] = until(answer.text, settings.get("until"))
+        return texts
 
     def _conversation(self, index: int, request: Any) -> Conversation:
         _, to_messages, _, doc_id, task, split = request.args
@@ -115,22 +110,21 @@ class TaidVlm(lmms):  # type: ignore[misc]
 
 def conversation(messages: Sequence[Mapping[str, Any]], source: str, index: int) -> Conversation:
     """lmms-eval's messages as a question; raises TaidError for videos, audio and given answers."""
-    said: list[Message] = []
+    turns: list[Message] = []
     images: list[ImageRef] = []
     for message in messages:
         if message["role"] == "assistant":
             raise TaidError(f"{source}: an answer stands in the prompt, which cannot be asked on.")
-        parts: list[str | None] = []
         for part in message["content"]:
             if part["type"] not in ("text", "image"):
                 raise TaidError(f"{source}: '{part['type']}' cannot be shown to an image-text "
                                 "model of this package.")
-            if part["type"] == "image":
-                images.append(ImageRef(part["url"], source))
-            parts.append(part["text"] if part["type"] == "text" else None)
-        said.append(Message(message["role"], tuple(parts)))
-    return Conversation(source, said[-1].parts, tuple(images), extra={"index": index},
-                        messages=tuple(said))
+        images += [ImageRef(part["url"], source) for part in message["content"]
+                   if part["type"] == "image"]
+        turns.append(Message(message["role"], tuple(
+            part["text"] if part["type"] == "text" else None for part in message["content"])))
+    return Conversation(source, turns[-1].parts, tuple(images), extra={"index": index},
+                        messages=tuple(turns))
 
 
 def generation_settings(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
+import itertools
 import logging
 import os
 import re
@@ -20,6 +20,7 @@ import pandas as pd
 from taid_vlm.benchmarks.choices import listed
 from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Question
+from taid_vlm.benchmarks.remote import png_base64
 from taid_vlm.benchmarks.rows import LETTERS
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.io.folders import refuse_file_in_the_way
@@ -94,13 +95,10 @@ def _without_inline(text: str, choices: Sequence[str]) -> str:
 
 def _with_places(question: Question) -> str:
     """The prompt as text; VLMEvalKit shows images first, so that others are told by number."""
-    parts = list(question.prompt)
-    first = next((i for i, part in enumerate(parts) if part is not None), len(parts))
-    number, text = first, ""
-    for part in parts[first:]:
-        number += part is None
-        text += f"<image {number}>" if part is None else str(part)
-    return text.strip()
+    numbers = itertools.count(1)
+    texts = [f"<image {next(numbers)}>" if part is None else part for part in question.prompt]
+    first = next((i for i, part in enumerate(question.prompt) if part is not None), len(texts))
+    return "".join(texts[first:]).strip()
 
 
 def _check(questions: Sequence[Question]) -> None:
@@ -113,11 +111,9 @@ def _check(questions: Sequence[Question]) -> None:
                 f"{sum(having)} of {len(questions)} questions have {what}; VLMEvalKit needs them "
                 f"in a table of their own (the first without: '"
                 f"{questions[having.index(False)].id}').")
-    for question in questions:
-        clash = next((tag for tag in question.tags if tag in _OWN), None)
-        if clash is not None:
-            raise TaidError(f"the tag '{clash}' cannot be exported: VLMEvalKit's tables have a "
-                            "column of that name.")
+    for tag in (tag for question in questions for tag in question.tags if tag in _OWN):
+        raise TaidError(f"the tag '{tag}' cannot be exported: VLMEvalKit's tables have a column of "
+                        "that name.")
 
 
 def _cells(questions: Sequence[Question]) -> list[Cells]:
@@ -128,8 +124,7 @@ def _cells(questions: Sequence[Question]) -> list[Cells]:
         text, hint = bare_question(question)
         gold = question.answers[0] if len(question.answers) == 1 else str(list(question.answers))
         row = {"index": question.id} if numbered else {"index": str(place), "id": question.id}
-        row |= {"question": text, "hint": hint, "answer": gold} if hint else {
-            "question": text, "answer": gold}
+        row |= {"question": text, **({"hint": hint} if hint else {}), "answer": gold}
         row |= dict(zip(LETTERS, question.choices, strict=False)) | dict(question.tags)
         rows.append({key: cell + " " * (cell in _NOTHING) for key, cell in row.items()})
     return rows
@@ -139,15 +134,13 @@ def _with_images(rows: Sequence[Cells], questions: Sequence[Question]) -> Iterat
     """Rows with their images; several are written as a list, alone and without sharing."""
     seen: dict[bytes, str] = {}
     for row, question in zip(rows, questions, strict=True):
-        found = [_base64(image, question.id) for image in question.images]
-        if len(found) > 1:
-            yield {**row, "image": str(found)}
-        elif found:
-            key = sha256([found[0].encode()])
-            yield {**row, "image": seen.get(key, found[0])}
+        texts = [_base64(image, question.id) for image in question.images]
+        if len(texts) == 1:
+            key = sha256([texts[0].encode()])
+            yield {**row, "image": seen.get(key, texts[0])}
             seen.setdefault(key, row["index"])
         else:
-            yield row
+            yield {**row, "image": str(texts)} if texts else row
 
 
 def _base64(image: ImageRef, name: str) -> str:
@@ -156,18 +149,11 @@ def _base64(image: ImageRef, name: str) -> str:
         stored, shown = image.stored(), image.load()
     except SampleDropped as problem:
         raise TaidError(f"question '{name}': {problem}") from None
-    if isinstance(stored, bytes):
-        data = stored
-    elif isinstance(stored, (str, Path)):
-        data = Path(stored).read_bytes()
-    else:
-        data = b""
-    text = base64.b64encode(data).decode()
-    if len(text) > SHORTEST_BASE64:  # a shorter text is taken for the index of another row
-        return text
-    buffer = io.BytesIO()
-    shown.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    if isinstance(stored, (str, Path)):
+        stored = Path(stored).read_bytes()
+    text = base64.b64encode(stored if isinstance(stored, bytes) else b"").decode()
+    # a shorter text is taken for the index of another row
+    return text if len(text) > SHORTEST_BASE64 else png_base64(shown)
 
 
 def _read_back(path: Path, rows: Sequence[Cells], columns: Sequence[str], name: str) -> None:

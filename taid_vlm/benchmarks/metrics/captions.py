@@ -13,9 +13,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, groups
-from taid_vlm.evaluation.statistics import Estimate, mean_of
+from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, accuracy
+from taid_vlm.evaluation.statistics import Estimate
 
+PROMPT = "Provide a one-sentence caption for the provided image."
 LONGEST = 4  # words of an n-gram
 SIGMA = 6.0  # of the penalty for another length, in words
 SCALE = 10.0
@@ -112,7 +113,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
     """CIDEr, in NaN for a single question; the error takes the weights of n-grams as given."""
     if len(judged) == 1:
         return {"cider": Estimate(math.nan, math.nan, 1)}
-    return {"cider": mean_of([one.verdict.score for one in judged], groups(judged))}
+    return {"cider": accuracy(judged)["accuracy"]}
 
 
 CIDER = Rule(

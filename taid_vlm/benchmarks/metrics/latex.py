@@ -70,32 +70,30 @@ class _Parser:
     def _next(self) -> str | None:
         return self._tokens[self._at] if self._at < len(self._tokens) else None
 
-    def _take(self, *wanted: str) -> bool:
-        found = self._next in wanted
-        self._at += found
-        return found
+    def _take(self, *wanted: str) -> str:
+        """The next token, if it is one of those; else nothing is taken."""
+        token = self._next
+        if token not in wanted:
+            return ""
+        self._at += 1
+        return str(token)
 
     def _sum(self) -> Number:
         value = self._product()
-        while True:
-            if self._take("+"):
-                value = value + self._product()
-            elif self._take("-"):
-                value = value - self._product()
-            else:
-                return value
+        while sign := self._take("+", "-"):
+            value = value + self._product() if sign == "+" else value - self._product()
+        return value
 
     def _product(self) -> Number:
         value = self._signed()
-        while True:
+        while self._next not in _AFTER_FACTOR:
             if self._take(*_TIMES):
                 value = value * self._signed()
             elif self._take(*_OVER):
                 value = value / self._signed()
-            elif self._next in _AFTER_FACTOR:
-                return value
             else:  # "2\\pi", "3(4)": nothing between two factors
                 value = value * self._factor()
+        return value
 
     def _factor(self) -> Number:
         if all(token.endswith(_DIGITS) for token in self._tokens[self._at - 1:self._at + 1]):
@@ -104,9 +102,8 @@ class _Parser:
 
     def _signed(self) -> Number:
         sign = 1
-        while self._next in ("+", "-"):
-            sign = -sign if self._take("-") else sign
-            self._take("+")
+        while token := self._take("+", "-"):
+            sign = -sign if token == "-" else sign
         return sign * self._power()
 
     def _power(self) -> Number:

@@ -241,7 +241,7 @@ def vlmevalkit_option(answer: str, choices: Sequence[str]) -> str | None:
     return _only_substring(answer, choices)
 
 
-_WAYS = (("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
+_WAYS = (("", ""), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
          (":", ""), (":", ","), (":", "."), (":", ")"), (":", ")."))
 
 
@@ -249,13 +249,9 @@ def lmms_mmbench_option(answer: str, choices: Sequence[str]) -> str | None:
     """lmms-eval's rule for MMBench without its judge: the only letter of A to E among the words,
     as it is or in one of twelve ways of marking it, else the only option whose text occurs."""
     words = answer.split()
-    present, letters = set(words), "ABCDE"
-    named = [letter for letter in letters if letter in present]
-    article = "A" in present and len(words) > 3
-    if len(named) == 1 and not article:
-        return named[0]
-    for before, after in _WAYS:
-        named = [letter for letter in letters if before + letter + after in present]
+    present, article = set(words), "A" in words and len(words) > 3
+    for before, after in _WAYS[article:]:
+        named = [letter for letter in "ABCDE" if before + letter + after in present]
         if len(named) == 1:
             return named[0]
     return _only_substring(answer, choices)
@@ -272,11 +268,9 @@ def mmstar_option(answer: str, choices: Sequence[str]) -> str | None:
     """MMStar's own rule: the answer's first character, or the one after "(", "option " or "the
     answer is ". It takes "Because ..." for option B."""
     text = answer.lower().strip().replace("\n", " ")
-    for before in ("", "(", "option ", "the answer is "):
-        letter = text[len(before):len(before) + 1].upper()
-        if text.startswith(before) and letter and letter in LETTERS[:len(choices)]:
-            return letter
-    return None
+    letters = (text.removeprefix(before)[:1].upper() for before in (
+        "", "(", "option ", "the answer is ") if text.startswith(before))
+    return next((x for x in letters if x and x in LETTERS[:len(choices)]), None)
 
 
 _PHRASES = (

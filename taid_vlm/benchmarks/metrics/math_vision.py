@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from taid_vlm.benchmarks.metrics.latex import LONGEST, value_of
+from taid_vlm.benchmarks.metrics.text import as_number
 from taid_vlm.benchmarks.question import Question, Rule, Verdict, one_by_one
 
 OPTIONS = "ABCDE"
@@ -30,7 +31,7 @@ def read_answer(response: str) -> str:
     """The final answer of a response, normalised; "" where nothing is left."""
     answer = _letter_at_an_end(response.strip())
     tail = answer.rsplit("is ", 1)[-1].rstrip(".")
-    if _is_number(tail):
+    if as_number(tail) is not None:
         answer = tail
     if "oxed{" not in answer:
         answer = _after_flags(answer)
@@ -71,11 +72,8 @@ def is_readable(answer: str, choices: tuple[str, ...] = ()) -> bool:
 
 
 def _letter_at_an_end(answer: str) -> str:
-    for letter in OPTIONS:
-        if (answer.endswith((f" {letter}.", f" ({letter}).")) or
-                answer.startswith((f"{letter}\n", f"({letter})\n", f"({letter}) {letter}\n"))):
-            return letter
-    return answer
+    return next((x for x in OPTIONS if answer.endswith((f" {x}.", f" ({x}).")) or
+                 answer.startswith((f"{x}\n", f"({x})\n", f"({x}) {x}\n"))), answer)
 
 
 def _after_flags(answer: str) -> str:
@@ -111,10 +109,8 @@ def _with_braces(answer: str) -> str:
 
 
 def _fraction_with_braces(part: str) -> str:
-    if part[0] == "{":
-        return part
-    below = part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}"
-    return f"{{{part[0]}}}{below}"
+    below = part[1:] if part[1:2] == "{" else f"{{{part[1:2]}}}{part[2:]}"
+    return part if part[0] == "{" else f"{{{part[0]}}}{below}"
 
 
 def _unboxed(answer: str) -> str:
@@ -123,14 +119,6 @@ def _unboxed(answer: str) -> str:
         answer = answer[start + len("oxed{"):end]
     opening, closing = answer.find("{"), answer.find("}")
     return answer[:closing] if closing >= 0 and not 0 <= opening < closing else answer
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _values(text: str) -> list[float | None]:

@@ -7,6 +7,7 @@ stands for a reading that needs no judge.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,10 +41,9 @@ def extracted_as_official(answer: str, wanted: Wanted) -> str | None:
     """What the official rules extract without a language model; None where they ask one."""
     if answer in wanted.choices:
         return answer
-    plain = {"integer": _integer, "float": _float}.get(wanted.kind)
-    number = plain(answer) if plain is not None else None
-    if number is not None:
-        return number
+    with contextlib.suppress(ValueError):
+        if wanted.kind in ("integer", "float"):
+            return str(int(answer) if wanted.kind == "integer" else float(answer))
     quoted = _QUOTED.search(answer)
     return quoted[1] if quoted else None
 
@@ -63,8 +63,7 @@ def extracted_by_rule(answer: str, wanted: Wanted) -> str | None:
     said = [found.end() for found in _SAYS.finditer(answer)]
     tails = [answer[said[-1]:]] if said else []
     for text in (*tails, *reversed(boxed), *reversed(bold)):
-        number = pattern.search(text)
-        if number is not None:
+        if number := pattern.search(text):
             return _plain(number[0])
     numbers = pattern.findall(answer)
     return _plain(numbers[-1]) if numbers else None
@@ -95,20 +94,6 @@ def _option(extraction: str, choices: Sequence[str]) -> str:
     if 0 <= index < len(choices):
         return choices[index]
     return min(choices, key=lambda choice: levenshtein(extraction, choice))
-
-
-def _integer(text: str) -> str | None:
-    try:
-        return str(int(text))
-    except ValueError:
-        return None
-
-
-def _float(text: str) -> str | None:
-    try:
-        return str(float(text))
-    except ValueError:
-        return None
 
 
 def _plain(number: str) -> str:

@@ -7,11 +7,12 @@ letters more, see `read_choice`; its reading of open answers is the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from taid_vlm.benchmarks.metrics.letters import LETTERS
+from taid_vlm.benchmarks.metrics.text import as_number
 from taid_vlm.benchmarks.question import Question, Rule, Verdict, one_by_one
+from taid_vlm.benchmarks.rows import LETTERS
 
 _STRIPPED = ",.!?;:'"
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
@@ -39,15 +40,12 @@ def read_choice(answer: str, choices: Sequence[str], lmms: bool = False) -> str 
         answer = answer.strip(mark)
     answer = f" {answer} "
     letters = LETTERS[:len(choices)]
-    forms: list[Callable[[str], str]] = [lambda x: f"({x})", lambda x: f" {x} "]
-    if lmms:
-        forms = [forms[0], lambda x: f"{x} ", lambda x: f"{x}."]
-    for number, form in enumerate(forms):
-        named = [letter for letter in letters if form(letter) in answer]
+    for form in ("({})", "{} ", "{}.") if lmms else ("({})", " {} "):
+        named = [letter for letter in letters if form.format(letter) in answer]
         if named:
             # lmms-eval orders its own forms by the place of " B ", the first where there is none
-            place = forms[0] if number == 0 else lambda x: f" {x} "
-            return max(named, key=lambda x: answer.rfind(place(x)))
+            place = form if form == "({})" else " {} "
+            return max(named, key=lambda letter: answer.rfind(place.format(letter)))
     if len(answer.split()) <= 5:
         return None
     lowered = answer.lower()
@@ -75,12 +73,10 @@ def is_open_right(readings: set[Reading], golds: Sequence[str]) -> bool:
 
 def normalised(text: str) -> list[Reading]:
     """A number to two decimals; else lower case, where a single letter must stand at a space."""
-    text = text.strip()
-    try:
-        return [round(float(text.replace(",", "")), 2)]
-    except ValueError:
-        text = text.lower()
-        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+    number, text = as_number(text.replace(",", "")), text.strip().lower()
+    if number is not None:
+        return [round(number, 2)]
+    return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
 def _key_phrases(answer: str) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from taid_vlm.benchmarks.metrics.text import of_text
+from taid_vlm.benchmarks.metrics.text import as_number, of_text
 from taid_vlm.benchmarks.question import Judged, Question, Rule, accuracy
 from taid_vlm.evaluation.statistics import Estimate
 
@@ -25,15 +26,10 @@ def relaxed(answer: str, gold: str) -> bool:
 
 def _number(text: str) -> float | None:
     """A finite number, or None."""
-    try:
-        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
-    except ValueError:
+    value = as_number(text.rstrip("%"))
+    if value is None or not math.isfinite(value):
         return None
-    return value if math.isfinite(value) else None
-
-
-def _without_separators(text: str) -> str:
-    return _SEPARATOR.sub("", text)
+    return value / 100 if text.endswith("%") else value
 
 
 def _any_gold(change: Callable[[str], str]) -> Callable[[str, Question], float]:
@@ -46,17 +42,15 @@ def _any_gold(change: Callable[[str], str]) -> Callable[[str, Question], float]:
 
 def by_origin(judged: Sequence[Judged]) -> dict[str, Estimate]:
     """Relaxed accuracy over all questions, and over those of people and of a model."""
-    found = {"overall": accuracy(judged)["accuracy"]}
-    for origin in ORIGINS:
-        part = [one for one in judged if one.question.tags.get("type") == origin]
-        if part:
-            found[origin] = accuracy(part)["accuracy"]
-    return found
+    parts = {origin: [j for j in judged if j.question.tags.get("type") == origin]
+             for origin in ORIGINS}
+    return {"overall": accuracy(judged)["accuracy"],
+            **{origin: accuracy(part)["accuracy"] for origin, part in parts.items() if part}}
 
 
 OFFICIAL = Rule(
     "official", 1, of_text(_any_gold(str)), by_origin,
     source="google-research/pix2struct, pix2struct/metrics.py, as lmms-eval and VLMEvalKit have it")
 SEPARATORS = Rule(
-    "separators", 1, of_text(_any_gold(_without_separators)), by_origin,
+    "separators", 1, of_text(_any_gold(partial(_SEPARATOR.sub, ""))), by_origin,
     source="official, after the commas of thousands are taken out")

@@ -6,9 +6,10 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 
-from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, groups
+from taid_vlm.benchmarks.metrics.text import of_text
+from taid_vlm.benchmarks.question import Judged, Question, Rule, accuracy
 from taid_vlm.errors import TaidError
-from taid_vlm.evaluation.statistics import Estimate, mean_of
+from taid_vlm.evaluation.statistics import Estimate
 
 SHORTEST_STEMMED = 4  # letters
 _WORD = re.compile(r"[a-z0-9]+")
@@ -61,21 +62,17 @@ def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     return len(short) - column.bit_count()
 
 
-def judge(questions: Sequence[Question], answers: Sequence[str]) -> list[Verdict]:
-    """The best of an answer's references."""
-    verdicts = []
-    for question, answer in zip(questions, answers, strict=True):
-        said = words(answer)
-        best = max(rouge_l(said, words(gold)) for gold in question.answers)
-        verdicts.append(Verdict(best, answer.strip() or None))
-    return verdicts
+def best(answer: str, question: Question) -> float:
+    """Of an answer's references the one that it comes nearest to."""
+    said = words(answer)
+    return max(rouge_l(said, words(gold)) for gold in question.answers)
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
     """The mean over all questions."""
-    return {"rouge_l": mean_of([one.verdict.score for one in judged], groups(judged))}
+    return {"rouge_l": accuracy(judged)["accuracy"]}
 
 
 ROUGE_L = Rule(
-    "rouge-l", 1, judge, figures,
+    "rouge-l", 1, of_text(best), figures,
     source="microsoft/LMOps, minillm/rouge_metric.py (rouge-score, stemmed, best reference)")

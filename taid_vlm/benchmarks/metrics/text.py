@@ -34,6 +34,14 @@ def equal_after(change: Callable[[str], str]) -> Judge:
     return of_text(score, change)
 
 
+def as_number(text: str) -> float | None:
+    """What Python reads as a number, "nan" and "inf" too; None where there is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def normalised(text: str) -> str:
     """Casefolded in Unicode's compatible form, without punctuation around words and articles.
 

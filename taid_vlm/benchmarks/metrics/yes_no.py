@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
-from taid_vlm.benchmarks.question import Judged, Question, Verdict, groups
+from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, groups, one_by_one
 from taid_vlm.errors import RecordError
 from taid_vlm.evaluation.statistics import Estimate, mean_of, ratio_of
 
 YES, NO = "yes", "no"
+VLMEVALKIT = "open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py"  # whence `as_word`
 _WORDS = re.compile(r"[^\W_]+")
 
 Reader = Callable[[str], str | None]
-Key = TypeVar("Key", bound=Hashable)
 
 
 def first_sentence(answer: str) -> str:
@@ -66,15 +65,6 @@ def right_answer(text: str, where: str) -> str:
     return answer
 
 
-def judged_by(reader: Reader) -> Callable[[Question, str], Verdict]:
-    """A judge of one answer: right where what was read is the one accepted answer."""
-    def judge(question: Question, answer: str) -> Verdict:
-        read = reader(answer)
-        return Verdict(float(read is not None and read in question.answers), read)
-
-    return judge
-
-
 def detection(judged: Sequence[Judged], unread_is_missed: bool = True) -> dict[str, Estimate]:
     """Accuracy, precision, recall and F1 of "yes", and the share of answers read as yes.
 
@@ -100,10 +90,16 @@ def detection(judged: Sequence[Judged], unread_is_missed: bool = True) -> dict[s
     }
 
 
-def all_right(judged: Sequence[Judged], key: Callable[[Judged], Key]) -> dict[Key, float]:
-    """For every value of `key`, 1.0 where all questions that have it are right."""
-    worst: dict[Key, float] = {}
-    for j in judged:
-        name = key(j)
-        worst[name] = min(worst.get(name, 1.0), float(j.verdict.score == 1.0))
-    return worst
+def rule(
+    name: str, reader: Reader, source: str,
+    figures: Callable[[Sequence[Judged]], dict[str, Estimate]] = detection,
+) -> Rule:
+    """A rule that is right where what was read is the one accepted answer."""
+    def judge(question: Question, answer: str) -> Verdict:
+        read = reader(answer)
+        return Verdict(float(read in question.answers), read)
+
+    return Rule(name, 1, one_by_one(judge), figures, source)
+
+
+WORD = rule("word", as_word, "own: exactly one of yes and no as a word")

@@ -18,10 +18,9 @@ HUB = "lmms-lab/GQA"
 
 def read(row: Row) -> list[Question]:
     """One question; those about one image are a group."""
-    return [Question(
-        id=row.id("id", "question_id", "index"),
-        prompt=(None, f"{row.text('question')}\n{SHORT_LINE}"), images=(_image(row),),
-        answers=(row.text("answer"),), group=row.text("imageId", ""))]
+    return [Question(row.id("id", "question_id", "index"),
+                     (None, f"{row.text('question')}\n{SHORT_LINE}"), (_image(row),),
+                     (row.text("answer"),), group=row.text("imageId", ""))]
 
 
 def _image(row: Row) -> ImageRef:
@@ -29,8 +28,8 @@ def _image(row: Row) -> ImageRef:
     if "image" in row or "imageId" not in row:
         return row.image()
     name = row.text("imageId")
-    found = _hub_images().get(name) if row.root is None else row.root / f"{name}.jpg"
-    return Row({"image": found}, row.where).image()
+    image = _hub_images().get(name) if row.root is None else row.root / f"{name}.jpg"
+    return Row({"image": image}, row.where).image()
 
 
 @functools.cache

@@ -5,14 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from taid_vlm.benchmarks.metrics.yes_no import (
-    all_right,
-    as_word,
-    judged_by,
-    right_answer,
-    yes_anywhere,
-)
-from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Rule, groups, one_by_one
+from taid_vlm.benchmarks.metrics import yes_no
+from taid_vlm.benchmarks.question import Benchmark, Judged, Question, all_right, groups
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 
@@ -24,29 +18,29 @@ def read(row: Row) -> list[Question]:
     category, subcategory = row.text("category"), row.text("subcategory")
     set_id, figure, number = (str(row.integer(x)) for x in ("set_id", "figure_id", "question_id"))
     images = () if row.text("visual_input", "1") == "0" else (row.image(),)
+    group = f"{category}_{subcategory}_{set_id}"
     return [Question(
-        id="_".join((category, subcategory, set_id, figure, number)),
-        prompt=(*(None for _ in images), f"{row.text('question')} {YES_NO}"), images=images,
-        answers=(right_answer(row.text("gt_answer"), row.where),),
+        f"{group}_{figure}_{number}", (*[None] * len(images), f"{row.text('question')} {YES_NO}"),
+        images, (yes_no.right_answer(row.text("gt_answer"), row.where),),
         tags={"category": category, "subcategory": subcategory},
         extra={"figure": figure, "question": number,
-               "without_figure": category == "VS" and figure == "0"},
-        group="_".join((category, subcategory, set_id)))]
+               "without_figure": category == "VS" and figure == "0"}, group=group)]
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
     """The mean of three accuracies, and each: of answers, of figures (all their questions right),
     of questions (right for all their figures). What is asked without a figure is no figure."""
     shown = [j for j in judged if not j.question.extra["without_figure"]]
-    by_figure = all_right(shown, lambda j: (j.question.group, j.question.extra["figure"]))
-    by_question = all_right(judged, lambda j: (j.question.group, j.question.extra["question"]))
-    units = {
-        "aAcc": ([j.verdict.score for j in judged], groups(judged)),
-        "fAcc": (list(by_figure.values()), [key[0] for key in by_figure]),
-        "qAcc": (list(by_question.values()), [key[0] for key in by_question]),
-    }
+    units = {"aAcc": ([j.verdict.score for j in judged], groups(judged)),
+             "fAcc": _all_right(shown, "figure"), "qAcc": _all_right(judged, "question")}
     means = {name: mean_of(scores, sets) for name, (scores, sets) in units.items()}
     return {"average": _average(units, means), **means}
+
+
+def _all_right(judged: Sequence[Judged], key: str) -> tuple[list[float], list[str]]:
+    """The hits of what shares a figure or a question, and the set of each."""
+    hits = all_right(judged, lambda j: (j.question.group, j.question.extra[key]))
+    return list(hits.values()), [group for group, _ in hits]
 
 
 def _average(units: dict[str, tuple[list[float], list[str]]], means: dict[str, Estimate]
@@ -55,14 +49,13 @@ def _average(units: dict[str, tuple[list[float], list[str]]], means: dict[str, E
     total = sum(mean.n for mean in means.values())
     moved = [(score - means[name].value) * total / (len(means) * means[name].n)
              for name, (scores, _) in units.items() for score in scores]
-    sets = [one for _, found in units.values() for one in found]
+    sets = [one for _, names in units.values() for one in names]
     value = math.fsum(mean.value for mean in means.values()) / len(means)
     return Estimate(value, mean_of(moved, sets).stderr, means["aAcc"].n)
 
 
 BENCHMARK = Benchmark("hallusion_bench", "HallusionBench", read, (
-    Rule("word", 1, one_by_one(judged_by(as_word)), figures,
-         "open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py"),
-    Rule("lmms", 1, one_by_one(judged_by(yes_anywhere)), figures,
-         "EvolvingLMMs-Lab/lmms-eval, tasks/hallusion_bench/evaluate_hb.py, *_intern"),
+    yes_no.rule("word", yes_no.as_word, yes_no.VLMEVALKIT, figures),
+    yes_no.rule("lmms", yes_no.yes_anywhere, "EvolvingLMMs-Lab/lmms-eval, "
+                "tasks/hallusion_bench/evaluate_hb.py, *_intern", figures),
 ), hub=("lmms-lab/HallusionBench", None, "image"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from taid_vlm.benchmarks.choices import letter_of, options_of
+from taid_vlm.benchmarks.choices import letter_of, listed, options_of
 from taid_vlm.benchmarks.metrics.math_vision import OFFICIAL, OPTIONS
+from taid_vlm.benchmarks.prompts import about_image
 from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.benchmarks.rows import Row
 
@@ -14,13 +15,12 @@ TASK = ('Please solve the problem step by step and put your answer in one "\\box
 def read(row: Row) -> list[Question]:
     """One question; options that are no more than letters in the picture are not written out."""
     choices = options_of(row, "options") if row.texts("options") else ()
-    shown = enumerate(choices) if "".join(choices) != OPTIONS else ()
-    options = "".join(f"({OPTIONS[index]}) {choice}\n" for index, choice in shown)
-    return [Question(
-        id=row.id("id"), prompt=(None, f"{TASK}{row.text('question')}\n{options}"),
-        images=(row.image("decoded_image" if "decoded_image" in row else "image"),),
-        answers=(letter_of(row, choices) if choices else row.text("answer"),), choices=choices,
-        tags={"level": str(row.integer("level")), "subject": row.text("subject")})]
+    shown = f"{listed(choices, '({}) {}')}\n" if "".join(choices) not in ("", OPTIONS) else ""
+    return about_image(
+        row, row.id("id"), f"{TASK}{row.text('question')}\n{shown}",
+        letter_of(row, choices) if choices else row.text("answer"), choices=choices,
+        image=row.first("decoded_image", "image"),
+        tags={"level": str(row.integer("level")), "subject": row.text("subject")})
 
 
 BENCHMARK = Benchmark("math_vision", "MATH-Vision", read, (OFFICIAL,),

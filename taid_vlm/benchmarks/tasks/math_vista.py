@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from taid_vlm.benchmarks.metrics.letters import LETTERS
+from taid_vlm.benchmarks.choices import listed
 from taid_vlm.benchmarks.metrics.math_vista import JUDGE_FREE, OFFICIAL
+from taid_vlm.benchmarks.prompts import about_image
 from taid_vlm.benchmarks.question import Benchmark, Question
-from taid_vlm.benchmarks.rows import Row
+from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.errors import RecordError, nearest
 
 HINTS = {  # by type of answer; of floats by decimals
@@ -27,15 +28,12 @@ SPLIT_BY = ("source", "category", "task", "context", "grade", "language")
 def read(row: Row) -> list[Question]:
     """One question; every skill it needs is a tag of its own, "skill: ..."."""
     choices = tuple(choice.strip() for choice in row.texts("choices"))
-    kind = row.text("answer_type")
-    extra = {"answer_type": kind, "precision": row.integer("precision", 0)}
-    if "extraction" in row:
-        extra["extraction"] = row.text("extraction")
-    return [Question(
-        id=row.id("pid"), prompt=(None, _prompt(row, choices)),
-        images=(row.image("decoded_image" if "decoded_image" in row else "image"),),
-        answers=(_answer(row, choices),), choices=choices, extra=extra,
-        tags={"question_type": row.text("question_type"), "answer_type": kind, **_tags(row)})]
+    kinds = {key: row.text(key) for key in ("question_type", "answer_type")}
+    return about_image(
+        row, row.id("pid"), _prompt(row, choices, kinds["answer_type"]), _answer(row, choices),
+        image=row.first("decoded_image", "image"), choices=choices, tags=kinds | _tags(row),
+        extra={"answer_type": kinds["answer_type"], "precision": row.integer("precision", 0),
+               **row.tags("extraction")})
 
 
 def _answer(row: Row, choices: tuple[str, ...]) -> str:
@@ -56,16 +54,14 @@ def _tags(row: Row) -> dict[str, str]:
     return tags | {f"skill: {skill}": "yes" for skill in metadata.get("skills") or ()}
 
 
-def _prompt(row: Row, choices: tuple[str, ...]) -> str:
-    kind = row.text("answer_type")
+def _prompt(row: Row, choices: tuple[str, ...], kind: str) -> str:
     kind += str(row.integer("precision")) if kind == "float" else ""
     if kind not in HINTS:
         raise RecordError(f"{row.where}: answer_type '{kind}' is not known.{nearest(kind, HINTS)}")
     unit = f" (Unit: {row.text('unit')})" if "unit" in row else ""
-    options = [f"({LETTERS[index]}) {choice}" for index, choice in enumerate(choices)]
-    lines = [f"Hint: Please answer the question {HINTS[kind]}",
-             f"Question: {row['question']}{unit}", *(["Choices:", *options] if choices else [])]
-    return "\n".join(lines).strip()
+    options = f"\nChoices:\n{listed(choices, '({}) {}')}" if choices else ""
+    return (f"Hint: Please answer the question {HINTS[kind]}\nQuestion: {row['question']}{unit}"
+            f"{options}").strip()
 
 
 BENCHMARK = Benchmark("math_vista", "MathVista", read, (JUDGE_FREE, OFFICIAL),

@@ -6,17 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from taid_vlm.benchmarks.choices import (
-    choice_prompt,
-    letter_of,
-    letter_rule,
-    lmms_rule,
-    options_of,
-    vlmevalkit_rule,
-)
+from taid_vlm.benchmarks.choices import choice_prompt, choice_question, choice_rules, options_of
 from taid_vlm.benchmarks.metrics.letters import lmms_mmbench_option
-from taid_vlm.benchmarks.metrics.yes_no import all_right
-from taid_vlm.benchmarks.question import Benchmark, Judged, Question
+from taid_vlm.benchmarks.question import Benchmark, Judged, Question, all_right
 from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 
@@ -30,23 +22,18 @@ def read(row: Row) -> list[Question]:
     row = row.without(_NOTHING)
     index, options = row.integer("index"), options_of(row)
     question, hint = row.text("question"), row.text("hint", "")
-    tags = {"category": row.text("category", ""),
-            "l2-category": row.text("l2-category", row.get("L2-category", ""))}
-    return [Question(
-        id=str(index), prompt=(None, choice_prompt(question, options, hint)),
-        images=(row.image(),), answers=(letter_of(row, options),), choices=options,
-        tags={tag: value for tag, value in tags.items() if value},
-        extra={"question": question, "hint": hint}, group=str(index % ROTATION))]
+    tags = {tag.lower(): text for tag, text in
+            row.tags("category", row.first("l2-category", "L2-category")).items()}
+    return choice_question(
+        row, str(index), options, hint, tags=tags,
+        extra={"question": question, "hint": hint}, group=str(index % ROTATION))
 
 
 def with_rotations(questions: list[Question]) -> list[Question]:
     """The questions with the rotations of those that the data hold only once."""
     held = Counter(question.group for question in questions)
-    asked: list[Question] = []
-    for question in questions:
-        alone = held[question.group] == 1
-        asked.extend(_rotations(question) if alone else [question])
-    return asked
+    return [rotated for question in questions for rotated in
+            (_rotations(question) if held[question.group] == 1 else [question])]
 
 
 def _rotations(question: Question) -> list[Question]:
@@ -72,6 +59,5 @@ def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
 
 BENCHMARK = Benchmark(
     "mmbench", "MMBench", read,
-    (letter_rule(figures), vlmevalkit_rule(figures),
-     lmms_rule(lmms_mmbench_option, "mmbench/mmbench_evals.py: can_infer", figures)),
+    choice_rules(figures, lmms=(lmms_mmbench_option, "mmbench/mmbench_evals.py: can_infer")),
     hub=("lmms-lab/MMBench", "en", "dev"), likelihood=True, complete=with_rotations)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from taid_vlm.benchmarks.choices import letter_of, options_of
-from taid_vlm.benchmarks.metrics.letters import LETTERS
+from taid_vlm.benchmarks.choices import letter_of, listed, options_of
 from taid_vlm.benchmarks.metrics.mmmu import LMMS, OFFICIAL
 from taid_vlm.benchmarks.prompts import LETTER_LINE, SHORT_LINE
 from taid_vlm.benchmarks.question import Benchmark, Question
@@ -30,12 +29,10 @@ _TAG = re.compile(r"<image (\d)>")
 def read(row: Row) -> list[Question]:
     """One question; "<image 2>" becomes the picture `image_2` wherever it stands."""
     choices = () if _is_open(row) else options_of(row, "options")
-    options = "".join(f"({LETTERS[index]}) {choice}\n" for index, choice in enumerate(choices))
-    asked = f"{options}\n{LETTER_LINE}" if choices else SHORT_LINE
-    prompt, images = _with_images(f"{row.text('question')}\n{asked}", row)
-    return [Question(
-        id=row.id("id"), prompt=prompt, images=images, choices=choices,
-        answers=(letter_of(row, choices),) if choices else _open_golds(row), tags=_tags(row))]
+    form = f"{listed(choices, '({}) {}')}\n\n{LETTER_LINE}" if choices else SHORT_LINE
+    prompt, images = _with_images(f"{row.text('question')}\n{form}", row)
+    answers = (letter_of(row, choices),) if choices else _open_golds(row)
+    return [Question(row.id("id"), prompt, images, answers, choices, _tags(row))]
 
 
 def _is_open(row: Row) -> bool:
@@ -53,19 +50,17 @@ def _with_images(text: str, row: Row) -> tuple[tuple[str | None, ...], tuple[Ima
     parts = _TAG.split(text)
     named = parts[1::2]
     unnamed = [number for number in "1234567" if f"image_{number}" in row and number not in named]
-    prompt: list[str | None] = [None] * len(unnamed)
-    for index, part in enumerate(parts):
-        if index % 2 or part:
-            prompt.append(None if index % 2 else part)
-    return tuple(prompt), tuple(row.image(f"image_{number}") for number in (*unnamed, *named))
+    prompt = [None if index % 2 else part for index, part in enumerate(parts) if index % 2 or part]
+    return (*[None] * len(unnamed), *prompt), tuple(
+        row.image(f"image_{number}") for number in (*unnamed, *named))
 
 
 def _tags(row: Row) -> dict[str, str]:
     """Subject and discipline out of the id ("validation_Art_Theory_12"), and what columns say."""
     subject = row.text("id", "").partition("_")[2].rpartition("_")[0]
     tags = {"discipline": DISCIPLINE_OF.get(subject, ""), "subject": subject}
-    tags |= {key: row.text(key, "") for key in ("subfield", "topic_difficulty", "question_type")}
-    return {key: value for key, value in tags.items() if value}
+    return {key: value for key, value in tags.items() if value} | row.tags(
+        "subfield", "topic_difficulty", "question_type")
 
 
 BENCHMARK = Benchmark("mmmu", "MMMU", read, (OFFICIAL, LMMS),

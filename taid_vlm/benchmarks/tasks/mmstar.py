@@ -6,14 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-from taid_vlm.benchmarks.choices import (
-    choice_prompt,
-    choice_rule,
-    letter_of,
-    letter_rule,
-    lmms_rule,
-    vlmevalkit_rule,
-)
+from taid_vlm.benchmarks.choices import LMMS, choice_question, choice_rule, choice_rules
 from taid_vlm.benchmarks.metrics.letters import lmms_option, mmstar_option
 from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, accuracy
@@ -21,7 +14,6 @@ from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of_means
 
 UNKNOWN = ("",) * 4  # the texts of options that cannot be found in the question
-_TAGS = ("category", "l2_category")
 _BEGIN = re.compile(r"\b(?:Options|Choices)\s*:", re.IGNORECASE)
 _MARKS = (r"{}:(?=\s)", r"\({}\)", r"{}\.(?=\s)", r"{}\)(?=\s)")
 
@@ -29,12 +21,10 @@ _MARKS = (r"{}:(?=\s)", r"\({}\)", r"{}\.(?=\s)", r"{}\)(?=\s)")
 def read(row: Row) -> list[Question]:
     """One question; VLMEvalKit's table has its options in the columns A to D instead."""
     question, options = row.text("question"), row.options()
-    text = choice_prompt(question, options) if options else f"{question}\n{LETTER_LINE}"
-    options = options or inline_options(question) or UNKNOWN
-    return [Question(
-        id=row.id("index"), prompt=(None, text), images=(row.image(),), choices=options,
-        answers=(letter_of(row, options),),
-        tags={tag: row.text(tag) for tag in _TAGS if tag in row})]
+    return choice_question(
+        row, row.id("index"), options or inline_options(question) or UNKNOWN,
+        text=None if options else f"{question}\n{LETTER_LINE}",
+        tags=row.tags("category", "l2_category"))
 
 
 def inline_options(question: str) -> tuple[str, ...]:
@@ -69,11 +59,12 @@ def figures(judged: Sequence[Judged], by_category: bool = False) -> dict[str, Es
     return mean | accuracy(judged) if by_category else accuracy(judged) | mean
 
 
+_BY_CATEGORY = partial(figures, by_category=True)
 BENCHMARK = Benchmark(
     "mmstar", "MMStar", read,
-    (letter_rule(figures),
-     choice_rule("official", mmstar_option, "MMStar-Benchmark/MMStar, eval: exact_match; lmms-eval "
-                 "before its `extract_mcq_answer`", partial(figures, by_category=True)),
-     lmms_rule(lmms_option, "_task_utils/mcq_extract.py", partial(figures, by_category=True)),
-     vlmevalkit_rule(figures)),
+    choice_rules(
+        figures,
+        choice_rule("official", mmstar_option, "MMStar-Benchmark/MMStar, eval: exact_match; "
+                    "lmms-eval before its `extract_mcq_answer`", _BY_CATEGORY),
+        choice_rule("lmms", lmms_option, LMMS + "_task_utils/mcq_extract.py", _BY_CATEGORY)),
     hub=("Lin-Chen/MMStar", None, "val"), likelihood=True)

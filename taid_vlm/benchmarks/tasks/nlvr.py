@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from taid_vlm.benchmarks.metrics.yes_no import (
-    NO,
-    YES,
-    as_word,
-    detection,
-    judged_by,
-    right_answer,
-)
-from taid_vlm.benchmarks.question import Benchmark, Question, Rule, one_by_one
+from taid_vlm.benchmarks.metrics import yes_no
+from taid_vlm.benchmarks.prompts import about_image
+from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.benchmarks.rows import Row
 
-_LABELS = {"true": YES, "false": NO}  # as the authors' own files write them
+_LABELS = {"true": yes_no.YES, "false": yes_no.NO}  # as the authors' own files write them
 
 
 def read(row: Row) -> list[Question]:
@@ -21,13 +15,9 @@ def read(row: Row) -> list[Question]:
     several drawings."""
     label, name = row.text("label"), row.text("identifier")
     text = f"{row.text('statement')}\nIs this statement true of the image? Please answer yes or no."
-    return [Question(
-        id=name, prompt=(None, text), images=(row.image(),),
-        answers=(right_answer(_LABELS.get(label.lower(), label), row.where),),
-        tags={"n_objects": row.text("n_objects")} if "n_objects" in row else {},
-        group=name.rpartition("-")[0])]
+    answer = yes_no.right_answer(_LABELS.get(label.lower(), label), row.where)
+    return about_image(row, name, text, answer, tags=row.tags("n_objects"),
+                       group=name.rpartition("-")[0])
 
 
-BENCHMARK = Benchmark("nlvr", "NLVR", read, (
-    Rule("word", 1, one_by_one(judged_by(as_word)), detection,
-         "own: exactly one of yes and no as a word"),))
+BENCHMARK = Benchmark("nlvr", "NLVR", read, (yes_no.WORD,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from taid_vlm.benchmarks.metrics.text import of_text
+from taid_vlm.benchmarks.prompts import about_image
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, Rule, groups
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.errors import RecordError, nearest
@@ -22,13 +23,11 @@ _HALF_WIDTH = {0x3000: " "} | {code: code - 0xFEE0 for code in range(0xFF01, 0xF
 
 def read(row: Row) -> list[Question]:
     """One question, bare. HME100k is the only dataset of its type, which VLMEvalKit goes by."""
-    kind = row.text("question_type" if "question_type" in row else "category")
+    kind = row.text(row.first("question_type", "category"))
     if kind not in _TYPES:
         raise RecordError(f"{row.where}: question_type = '{kind}'.{nearest(kind, _TYPES)}")
-    tags = {"dataset": row.text("dataset")} if "dataset" in row else {}
-    return [Question(
-        id=row.id("id", "index"), prompt=(None, row.text("question")), images=(row.image(),),
-        answers=row.golds("answer"), tags={"question_type": kind, **tags})]
+    return about_image(row, row.id("id", "index"), row.text("question"), *row.golds("answer"),
+                       tags={"question_type": kind, **row.tags("dataset")})
 
 
 def found(fold: Callable[[str], str]) -> Callable[[str, Question], float]:
@@ -47,17 +46,15 @@ def found(fold: Callable[[str], str]) -> Callable[[str, Question], float]:
 
 def points(judged: Sequence[Judged]) -> dict[str, Estimate]:
     """Hits of all questions, and of the five groups that are there."""
-    figures = {"score": _hits(judged)}
-    for name, types in GROUPS.items():
-        part = [one for one in judged if one.question.tags["question_type"] in types]
-        if part:
-            figures[name] = _hits(part)
-    return figures
+    parts = {name: [j for j in judged if j.question.tags["question_type"] in types]
+             for name, types in GROUPS.items()}
+    return {"score": _hits(judged), **{name: _hits(part) for name, part in parts.items() if part}}
 
 
 def _hits(judged: Sequence[Judged]) -> Estimate:
-    mean = mean_of([one.verdict.score for one in judged], groups(judged))
-    return Estimate(sum(one.verdict.score for one in judged), mean.stderr * mean.n, mean.n)
+    scores = [j.verdict.score for j in judged]
+    mean = mean_of(scores, groups(judged))
+    return Estimate(sum(scores), mean.stderr * mean.n, mean.n)
 
 
 BENCHMARK = Benchmark("ocrbench", "OCRBench", read, (

@@ -14,10 +14,8 @@ from taid_vlm.errors import RecordError
 def read(row: Row) -> list[Question]:
     """From `prompt`, or `instruction` and `input`, and `output` or `references`."""
     references, images = _references(row), row.images("image", "images")
-    return [Question(
-        id=row.id("id", "idx", "question_id"),
-        prompt=(*(None for _ in images), _prompt(row)), images=images, answers=references,
-        tags={"category": row.text("category")} if "category" in row else {})]
+    return [Question(row.id("id", "idx", "question_id"), (*[None] * len(images), _prompt(row)),
+                     images, references, tags=row.tags("category"))]
 
 
 def _prompt(row: Row) -> str:
@@ -34,10 +32,9 @@ def _references(row: Row) -> tuple[str, ...]:
                           "prompts alone, as those of Vicuna and MT-Bench, cannot be scored here.")
     value = row["references"] if "references" in row else row["output"]
     references = (value.strip(),) if isinstance(value, str) else row.golds("references", "output")
-    for reference in references:
-        if not words(reference):
-            raise RecordError(f"{row.where}: reference {reference!r:.60} has none of the letters "
-                              "a-z and digits that ROUGE-L sees.")
+    for reference in (reference for reference in references if not words(reference)):
+        raise RecordError(f"{row.where}: reference {reference!r:.60} has none of the letters a-z "
+                          "and digits that ROUGE-L sees.")
     return references
 
 

@@ -17,9 +17,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel
 
-from taid_vlm.demo import models, scenes, words
-from taid_vlm.demo.models import Processor
-from taid_vlm.demo.scenes import Turn
+from worlds import models, scenes, words
+from worlds.models import Processor
+from worlds.scenes import Turn
 
 IGNORED = -100  # the label that the models' loss skips
 EVAL_SEED = 10**6  # far from every training seed

@@ -36,7 +36,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from taid_vlm.demo import scenes, words
+from worlds import scenes, words
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerFast
 

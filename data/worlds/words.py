@@ -7,8 +7,8 @@ a complete telling, and scenes hold up to five shapes. A caption is now a retell
 import random
 from collections.abc import Sequence
 
-from taid_vlm.demo import scenes
-from taid_vlm.demo.scenes import (
+from worlds import scenes
+from worlds.scenes import (
     CATEGORIES,
     Scene,
     Turn,

@@ -1,4 +1,4 @@
-"""The verdict on a pair: how it is compared, what is wrong with it, and what to change."""
+"""The diagnosis of a pair: how it is compared, what is wrong with it, and what to change."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 from taid_vlm.alignment import Pairing
 from taid_vlm.doctor.facts import TYPICAL, Facts
 from taid_vlm.doctor.preflight import REMEDIES, Preflight
+from taid_vlm.errors import TaidError
 
 Outcome = Literal["exact", "shared", "chunks", "alone", "refused"]
 OUTCOMES: dict[str | None, Outcome] = {"a": "exact", "b": "shared", "c": "chunks", None: "alone"}
@@ -22,40 +23,39 @@ HEADLINES: dict[Outcome, str] = {
     "alone": "There is no teacher: the student learns from the data alone.",
     "refused": "This recipe cannot be carried out as it is.",
 }
-# what a message of a refusal holds -> what to do about it, for whom reads it for the first time
-ADVICE = (
-    ("alignment: shared, but", "Take objective.alignment out of the recipe (or set it to auto or "
-     "chunks), or choose a student that has the teacher's tokenizer: models of one family and "
-     "generation usually share it."),
-    ("alignment: exact, but", "Take objective.alignment out of the recipe, or set it to auto."),
-    ("cannot see", "Name a vision-language model in place of the text model, or train on records "
-     "without images."),
-    ("is an encoder-decoder", "Name a decoder-only model; T5, BART and Florence-2 read the prompt "
-     "apart from the answer and cannot be compared token by token."),
-    ("is neither a causal language model", "Name a model that writes text: a causal language model "
-     "or an image-text-to-text model."),
-    ("no chat template", "Save the template of the instruction-tuned model as a file, and name it: "
-     "chat_template: template.jinja under the model in the recipe."),
-    ("prints no typed parts", "Use the template that came with the processor of the model; that of "
-     "its language model alone has no place for images."),
-    ("does not print a question and an answer faithfully", "Look at the template: for messages "
-     "of user and assistant it has to print both contents, once each. Name another with "
-     "chat_template under the model in the recipe."),
-    ("resize the embeddings", "Tokens were added to the tokenizer but not to the model: call "
-     "model.resize_token_embeddings(len(tokenizer)) and save it, or name the tokenizer that "
-     "belongs to it with processor_name_or_path."),
-    ("holds no tokenizer", "Save the tokenizer or processor into the model's folder, or name "
-     "another folder with processor_name_or_path."),
-    ("cannot be spelled by both tokenizers", "A tokenizer changes the text (its normaliser is "
-     "among the facts) or lacks its characters; normalise the data the same way."),
-    ("no image of", "Compare the paths in the data with the folder they start from; "
-     "data.train.image_root sets another."),
-)
+ADVICE = {  # by `TaidError.code`: what to do, for whom reads the message for the first time
+    "alignment_shared": "Take objective.alignment out of the recipe (or set it to auto or chunks), "
+        "or choose a student that has the teacher's tokenizer: models of one family and generation "
+        "usually share it.",
+    "alignment_exact": "Take objective.alignment out of the recipe, or set it to auto.",
+    "blind": "Name a vision-language model in place of the text model, or train on records without "
+        "images.",
+    "encoder_decoder": "Name a decoder-only model; T5, BART and Florence-2 read the prompt apart "
+        "from the answer and cannot be compared token by token.",
+    "no_language_model": "Name a model that writes text: a causal language model or an "
+        "image-text-to-text model.",
+    "no_chat_template": "Save the template of the instruction-tuned model as a file, and name it: "
+        "chat_template: template.jinja under the model in the recipe.",
+    "no_typed_parts": "Use the template that came with the processor of the model; that of its "
+        "language model alone has no place for images.",
+    "unfaithful_template": "Look at the template: for messages of user and assistant it has to "
+        "print both contents, once each. Name another with chat_template under the model in the "
+        "recipe.",
+    "small_head": "Tokens were added to the tokenizer but not to the model: call "
+        "model.resize_token_embeddings(len(tokenizer)) and save it, or name the tokenizer that "
+        "belongs to it with processor_name_or_path.",
+    "no_tokenizer": "Save the tokenizer or processor into the model's folder, or name another "
+        "folder with processor_name_or_path.",
+    "unspellable": "A tokenizer changes the text (its normaliser is among the facts) or lacks its "
+        "characters; normalise the data the same way.",
+    "no_images": "Compare the paths in the data with the folder they start from; "
+        "data.train.image_root sets another.",
+}
 MANY_REST = 0.05  # share of a vocabulary without a partner that is worth a word
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """What comes of a recipe.
 
     headline: one sentence for everybody; reason: the whole truth, with counts or the message.
@@ -71,25 +71,25 @@ class Verdict:
     warnings: tuple[str, ...] = ()
 
 
-def refuse(message: str) -> Verdict:
-    """The verdict on what training would refuse."""
-    changes = [advice for words, advice in ADVICE if words in message]
-    changes += [f"{reason.capitalize()}: {remedy}" for reason, remedy in REMEDIES.items()
-                if f"x {reason}" in message]
-    return Verdict("refused", None, HEADLINES["refused"], message,
-                   tuple(changes) or ("Change what the message names, and run inspect again.",))
+def refuse(error: TaidError) -> Diagnosis:
+    """The diagnosis of what training would refuse."""
+    remedies = (f"{reason.capitalize()}: {REMEDIES[reason]}" for reason in error.reasons
+                if reason in REMEDIES)
+    changes = tuple(filter(None, (ADVICE.get(error.code, error.mend), *remedies)))
+    return Diagnosis("refused", None, HEADLINES["refused"], str(error),
+                     changes or ("Change what the message names, and run inspect again.",))
 
 
 def accept(
     pairing: Pairing | None, facts: Mapping[str, Facts], checks: Sequence[Preflight]
-) -> Verdict:
-    """The verdict on a pair that can be trained."""
+) -> Diagnosis:
+    """The diagnosis of a pair that can be trained."""
     case = None if pairing is None else pairing.case
     outcome = OUTCOMES[case]
     reason = "every supervised token counts" if pairing is None else pairing.reason
     warnings = [] if pairing is None else [*pairing.warnings, *_vocabulary(pairing)]
     warnings += [*_conversation(facts), *_lengths(facts), *_records(checks)]
-    return Verdict(outcome, case, HEADLINES[outcome], reason, (), tuple(dict.fromkeys(warnings)))
+    return Diagnosis(outcome, case, HEADLINES[outcome], reason, (), tuple(dict.fromkeys(warnings)))
 
 
 def _vocabulary(pairing: Pairing) -> Iterator[str]:
@@ -122,10 +122,9 @@ def _conversation(facts: Mapping[str, Facts]) -> Iterator[str]:
                f"student: {student.thought}), so the two models answer after different texts; a "
                "chat_template without thoughts in the recipe makes them alike")
     if teacher.system != student.system:
-        told = {role: "none" if side.system is None else repr(side.system)
-                for role, side in (("teacher", teacher), ("student", student))}
-        yield (f"the default system prompts differ (teacher: {told['teacher']}; student: "
-               f"{told['student']}); a system turn in the records makes them alike")
+        prompts = ["none" if x.system is None else repr(x.system) for x in (teacher, student)]
+        yield (f"the default system prompts differ (teacher: {prompts[0]}; student: {prompts[1]}); "
+               "a system turn in the records makes them alike")
 
 
 def _lengths(facts: Mapping[str, Facts]) -> Iterator[str]:
@@ -140,8 +139,8 @@ def _lengths(facts: Mapping[str, Facts]) -> Iterator[str]:
 def _records(checks: Sequence[Preflight]) -> Iterator[str]:
     for check in checks:
         if check.usable < check.records:
-            told = ", ".join(f"{one.count:,} x {one.reason}" for one in check.dropped)
-            yield f"{check.name}: {check.sentence}: {told}"
+            reasons = ", ".join(f"{one.count:,} x {one.reason}" for one in check.dropped)
+            yield f"{check.name}: {check.sentence}: {reasons}"
         if check.cut:
             yield (f"{check.name}: {check.cut:,} texts are longer than the maximum length and are "
                    "cut")

@@ -1,0 +1,99 @@
+"""What a recipe names, opened and checked before any weights are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from taid_vlm.adapters import Processor
+from taid_vlm.alignment import check_modalities
+from taid_vlm.config.data import DataSource
+from taid_vlm.config.recipe import Recipe
+from taid_vlm.errors import TaidError, with_place
+from taid_vlm.models.loading import load_config, load_processor, load_skeleton, sees_images
+from taid_vlm.models.lora import check_names
+from taid_vlm.models.parts import freeze_parts
+from taid_vlm.records import Record, Records, StreamedRecords, open_records
+from taid_vlm.training.config import DistillationConfig, training_arguments
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a recipe names.
+
+    configs: of the models, by role. eval: held-out records, which have a length and an order; None
+    without any.
+    """
+
+    args: DistillationConfig
+    configs: Mapping[str, PretrainedConfig]
+    train: Records | StreamedRecords
+    eval: Any
+    student_processor: Processor
+    teacher_processor: Processor | None
+
+
+def gather(recipe: Recipe) -> Ingredients:
+    """Open data and processors; every mistake that can show without weights shows here."""
+    args = training_arguments(recipe)
+    adapter = lora_config(recipe.student.peft)
+    if args.freeze or args.learning_rates or adapter is not None:
+        skeleton = load_skeleton(recipe.student, "student")
+        freeze_parts(skeleton, args.freeze, args.learning_rates)
+        if adapter is not None:
+            check_names(skeleton, adapter)
+    configs = {"student": load_config(recipe.student, "student")}
+    if recipe.teacher is not None:
+        configs["teacher"] = load_config(recipe.teacher, "teacher")
+    train = _open(recipe.data.train, recipe)
+    held_out: Any = None if recipe.data.eval is None else _open(recipe.data.eval, recipe)
+    if isinstance(train, StreamedRecords) and args.max_steps <= 0:
+        raise TaidError("data.train is streamed, so its length is not known: set train.max_steps.")
+    if held_out is None and args.eval_strategy != "no":
+        raise TaidError(f"train.eval_strategy = '{args.eval_strategy}', but there is no data.eval.")
+    if isinstance(held_out, StreamedRecords):
+        if recipe.data.eval is None or recipe.data.eval.max_records is None:
+            raise TaidError("data.eval is streamed: set data.eval.max_records.")
+        held_out = list(held_out)
+    blind = [role for role, config in configs.items() if not sees_images(config)]
+    check_modalities(blind, any(_has_images(s) for s in (train, held_out) if s is not None))
+    student = load_processor(recipe.student, "student")
+    teacher = None if recipe.teacher is None else load_processor(recipe.teacher, "teacher")
+    return Ingredients(args, configs, train, held_out, student, teacher)
+
+
+def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
+    try:
+        return open_records(source, recipe.start_of(source))
+    except TaidError as error:
+        side = "train" if source is recipe.data.train else "eval"
+        raise with_place(error, f"data.{side}", instead_of="data") from error
+
+
+def _has_images(records: Any) -> bool:
+    if isinstance(records, list):
+        return any(record.images for record in records if isinstance(record, Record))
+    return records.has_images
+
+
+def lora_config(config: Mapping[str, Any] | None) -> Any:
+    """The LoraConfig that `student.peft` stands for; raises TaidError for keys it lacks."""
+    if config is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise TaidError("student.peft needs the peft library: pip install 'taid-vlm[peft]'."
+                        ) from None
+    valid = [f.name for f in dataclasses.fields(LoraConfig)]
+    for key in config:
+        if key not in valid:
+            match = difflib.get_close_matches(key, [*valid, "rank"], n=1)
+            hint = "r" if match == ["rank"] else "".join(match)
+            raise TaidError(f"student.peft has no key '{key}'. Did you mean '{hint}'?")
+    return LoraConfig(**config)

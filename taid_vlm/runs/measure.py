@@ -1,0 +1,170 @@
+"""What a run measures before and after training, and what it tells about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taid_vlm.config.data import DataSource
+from taid_vlm.config.recipe import Recipe
+from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.evaluation.answers import to_lines
+from taid_vlm.evaluation.canary import Looks, account
+from taid_vlm.evaluation.held_out import Tally, summarise
+from taid_vlm.models.generation import Question, generate_answers
+from taid_vlm.models.parts import count_parameters
+from taid_vlm.records import ImageRef, fingerprint
+from taid_vlm.runs.machine import machine, peak_memory, versions
+from taid_vlm.runs.results import Alignment, Example, HeldOutData, Results, Stage, Train
+from taid_vlm.training.trainer import DistillationTrainer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One moment of a run: figures of all held-out records, and answers to some questions.
+
+    answers: by role; of the main process alone.
+    """
+
+    tally: Tally | None
+    looks: Looks
+    answers: Mapping[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run comes to.
+
+    images: what the questions of `results.examples` are about, None for text.
+    answers: the lines of eval_answers.jsonl; None without held-out records.
+    """
+
+    results: Results
+    images: Sequence[ImageRef | None] = ()
+    answers: str | None = None
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a run's models are measured. Moves no random state, no gradient and no schedule."""
+
+    trainer: DistillationTrainer
+    recipe: Recipe
+    records: Any
+    questions: Sequence[Question]
+
+    def __call__(self, *roles: str) -> Measured:
+        """Now; roles: which models answer the questions, "teacher" or "student"."""
+        answers = {role: self._answers(role) for role in roles}
+        if self.records is None:
+            return Measured(None, {}, answers)
+        return Measured(self.trainer.tally(self.records, keep_answers=True),
+                        self.trainer.look(self.records), answers)
+
+    def _answers(self, role: str) -> list[str]:
+        """Greedy answers, on the main process only (nothing is trained or sharded here)."""
+        trainer, model = self.trainer, model_of(self.trainer, role)
+        if not self.questions or model is None or not trainer.is_world_process_zero():
+            return []
+        plain = trainer.accelerator.unwrap_model(model).to(trainer.args.device)
+        try:
+            with torch.random.fork_rng():
+                return generate_answers(plain, getattr(trainer.collator, role), self.questions,
+                                        max_new_tokens=self.recipe.evaluate.max_new_tokens)
+        except SampleDropped as problem:
+            raise TaidError(f"evaluate.examples: the {role} cannot be asked a question of "
+                            f"data.eval: {problem}. Set evaluate.examples to 0.") from problem
+
+
+def make_measuring(trainer: DistillationTrainer, recipe: Recipe, records: Any) -> Measuring:
+    """With the first answer of the first conversations that both models can use."""
+    usable = trainer.collator.usable(records or (), lambda record: record.messages)
+    questions = [(record, 0) for record in islice(usable, recipe.evaluate.examples)]
+    return Measuring(trainer, recipe, records, questions)
+
+
+def model_of(trainer: DistillationTrainer, role: str) -> Any:
+    return trainer.teacher_model if role == "teacher" else trainer.model
+
+
+# ----- results ------------------------------------------------------------------------------
+
+
+def outcome_of(
+    measuring: Measuring, before: Measured, after: Measured, train: Train, recipe_hash: str,
+    stages: Sequence[Stage],
+) -> Outcome:
+    """All that there is to say about a run that has been trained.
+
+    Args:
+        recipe_hash, stages: as in `Results`.
+    """
+    trainer, recipe = measuring.trainer, measuring.recipe
+    answers = {"teacher": before.answers["teacher"], "before": before.answers["student"],
+               "after": after.answers["student"]}
+    results = Results.model_validate({
+        "objective": recipe.objective, "seed": trainer.args.seed, "recipe_hash": recipe_hash,
+        "data": {"eval": _data(recipe.data.eval, measuring.records)},
+        "eval": {when: moment.tally and summarise(moment.tally)
+                 for when, moment in (("before", before), ("after", after))},
+        "canary": account(before.looks, after.looks),
+        "alignment": trainer.pairing and
+        Alignment.model_validate(trainer.pairing, from_attributes=True),
+        "models": _models(trainer, recipe), "train": train, "memory": peak_memory(),
+        "machine": {**machine(), "processes": trainer.accelerator.num_processes},
+        "versions": versions(), "history": trainer.state.log_history,
+        "examples": [_example(question, index, answers)
+                     for index, question in enumerate(measuring.questions)],
+        "stages": list(stages),
+    })
+    lines = None if before.tally is None or after.tally is None else \
+        to_lines(before.tally.answers, after.tally.answers)
+    images = [record.images[0] if record.images else None for record, _ in measuring.questions]
+    return Outcome(results, images, lines)
+
+
+def train_account(trainer: DistillationTrainer, seconds: float, checkpoint: Path | None) -> Train:
+    """What training did."""
+    schedule = trainer.schedule
+    return Train.model_validate({
+        "steps": trainer.state.global_step, "seconds": seconds,
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "answer_tokens": trainer.answer_tokens, "records_left_out": trainer.all_dropped(),
+        "texts_cut": trainer.cut, "t": schedule and schedule.t,
+        "alpha": schedule and schedule.alpha,
+        "adaptive_share": schedule and schedule.active_share,
+        "skipped_updates": schedule and schedule.state.skipped,
+        "loss_implementation": trainer.loss_report, "skipped_steps": dict(trainer.guard.skipped),
+    })
+
+
+def _data(source: DataSource | None, records: Any) -> HeldOutData | None:
+    return None if source is None else HeldOutData(
+        path=source.path, split=source.split, records=len(records), sha256=fingerprint(records))
+
+
+def _example(question: Question, index: int, answers: Mapping[str, list[str]]) -> Example:
+    record, turn = question
+    return Example(
+        source=record.source, turn=turn, category=record.category(turn),
+        prompt=record.question(turn), reference=record.answers[turn],
+        answers={role: texts[index] for role, texts in answers.items() if texts})
+
+
+def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    described = {}
+    for role, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
+        model = model_of(trainer, role)
+        if spec is not None and model is not None:
+            described[role] = {
+                "name": spec.model_name_or_path, "revision": spec.revision,
+                "model_type": trainer.accelerator.unwrap_model(model).config.model_type,
+                "parameters": sum(p.numel() for p in model.parameters()),
+            }
+    described["student"]["parts"] = count_parameters(trainer.model)
+    return described
