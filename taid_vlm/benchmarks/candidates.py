@@ -21,6 +21,7 @@ from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.io.hashing import text_hash
 from taid_vlm.models import loading
+from taid_vlm.models.lora import find_adapter
 from taid_vlm.runs.folders import STUDENT
 
 
@@ -119,7 +120,10 @@ class LocalModel:
         """What its answers depend on, beside the settings of answering."""
         folder, template = Path(self.spec.model_name_or_path), self.spec.chat_template
         digest = None if template is None else text_hash(loading.read_template(template, "model"))
+        adapter = find_adapter(self.spec, "model")
+        base = None if adapter is None else Path(adapter.base.model_name_or_path)
         return {"weights_sha256": weights_hash(folder) if folder.is_dir() else None,
+                **({"base_sha256": weights_hash(base)} if base and base.is_dir() else {}),
                 "commit": getattr(self.config, "_commit_hash", None), "dtype": self.dtype,
                 "chat_template_sha256": digest}
 

@@ -13,6 +13,7 @@ COMMANDS = {  # and what each is for
     "distill": "carry out a recipe",
     "shrink": "make a student of a teacher: fewer layers, fewer image tokens",
     "compose": "make a student of a vision tower and a language model",
+    "merge": "write a LoRA student as a model of its own",
     "evaluate": "let models answer benchmarks, and judge the answers",
     "export": "write benchmarks as tables for VLMEvalKit",
     "compare": "say which of several runs is best, by how much, and how sure that is",

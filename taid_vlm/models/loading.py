@@ -28,17 +28,40 @@ from transformers.models.auto.modeling_auto import (
 from taid_vlm.adapters import Processor
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
+from taid_vlm.models.lora import (
+    LoraFolder,
+    find_adapter,
+    merge_adapter,
+    refuse_quantized,
+    untie_skeleton,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def read_config(spec: ModelSpec, role: str) -> PretrainedConfig:
-    """The configuration of a model of any kind, a vision tower's too."""
+    """The configuration of a model of any kind, a vision tower's too; an adapter's is its base's.
+    """
+    adapter = find_adapter(spec, role)
+    if adapter is not None:
+        return _base_config(adapter, role)
     _check_folder(spec.model_name_or_path, role)
     return guarded(
         role, spec.model_name_or_path, AutoConfig.from_pretrained, spec.model_name_or_path,
         revision=spec.revision, trust_remote_code=spec.trust_remote_code,
     )
+
+
+def _base_config(adapter: LoraFolder, role: str) -> PretrainedConfig:
+    try:
+        config = read_config(adapter.base, role)
+    except TaidError as error:
+        raise TaidError(f"{role}: {adapter.named}, which cannot be loaded "
+                        f"({str(error).removeprefix(f'{role}: ')}). Put the model there, or write "
+                        "the folder or hub name of the one that the adapter was trained on."
+                        ) from error
+    refuse_quantized(config, adapter, role)
+    return config
 
 
 def load_config(spec: ModelSpec, role: str) -> PretrainedConfig:
@@ -55,11 +78,16 @@ def load_config(spec: ModelSpec, role: str) -> PretrainedConfig:
 
 
 def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
-    """Load weights (safetensors only) into the right Auto class.
+    """Load weights (safetensors only) into the right Auto class; an adapter's, merged into its
+    base model's.
 
     Raises:
         TaidError: nothing there, an architecture that is not supported, unsafe weights only.
     """
+    adapter = find_adapter(spec, role)
+    if adapter is not None:
+        _base_config(adapter, role)
+        return merge_adapter(load_model(adapter.base, role), adapter, role)
     config = load_config(spec, role)
     auto = _auto_class(config, spec, role)
     options: dict[str, Any] = {"dtype": weights_dtype(spec, role, config), **spec.init_kwargs}
@@ -101,10 +129,14 @@ def _some(keys: Collection[str]) -> str:
 def load_skeleton(spec: ModelSpec, role: str) -> PreTrainedModel:
     """The model with shapes only (on torch's meta device): nothing is read but its config."""
     config = load_config(spec, role)
-    auto = _auto_class(config, spec, role)
+    auto, adapter = _auto_class(config, spec, role), find_adapter(spec, role)
     with torch.device("meta"):
-        return guarded(role, spec.model_name_or_path, auto.from_config, config,
-                       trust_remote_code=spec.trust_remote_code)
+        model: PreTrainedModel = guarded(
+            role, spec.model_name_or_path, auto.from_config, config,
+            trust_remote_code=spec.trust_remote_code)
+        if adapter is not None:
+            untie_skeleton(model, adapter)
+    return model
 
 
 def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
@@ -134,8 +166,10 @@ def load_processor(spec: ModelSpec, role: str) -> Processor:
 
 def read_processor(config: PretrainedConfig, spec: ModelSpec, role: str) -> Processor:
     """The same beside a configuration of any kind."""
-    auto = AutoProcessor if sees_images(config) else AutoTokenizer
-    name = spec.processor_name_or_path or spec.model_name_or_path
+    seeing, adapter = sees_images(config), find_adapter(spec, role)
+    auto = AutoProcessor if seeing else AutoTokenizer
+    name = spec.processor_name_or_path or (
+        spec.model_name_or_path if adapter is None else adapter.processor_name(seeing))
     processor = guarded(role, name, auto.from_pretrained, name, revision=spec.revision,
                         trust_remote_code=spec.trust_remote_code)
     if not getattr(processor, "tokenizer", processor)("a b", add_special_tokens=False)["input_ids"]:
@@ -189,10 +223,7 @@ def _check_folder(name: str, role: str) -> None:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            adapter = (path / "adapter_config.json").exists()
-            found = "a PEFT adapter; merge it into its base model first" if adapter else \
-                "no config.json, so it is no model"
-            raise TaidError(f"{role}: folder '{name}' holds {found}.")
+            raise TaidError(f"{role}: folder '{name}' holds no config.json, so it is no model.")
         if not any(path.glob("*.safetensors")) and any(path.glob("*.bin")):
             raise TaidError(f"{role}: '{name}' holds pickled weights only (*.bin), which can run "
                             "code when they are loaded; save the model as safetensors.")

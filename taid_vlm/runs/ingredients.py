@@ -16,6 +16,7 @@ from taid_vlm.config.data import DataSource
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError, with_place
 from taid_vlm.models.loading import load_config, load_processor, load_skeleton, sees_images
+from taid_vlm.models.lora import check_names
 from taid_vlm.models.parts import freeze_parts
 from taid_vlm.records import Record, Records, StreamedRecords, open_records
 from taid_vlm.training.config import DistillationConfig, training_arguments
@@ -42,8 +43,12 @@ def gather(recipe: Recipe) -> Ingredients:
     """Open data and processors; every mistake that can show without weights shows here."""
     check_files(recipe.train)
     args = training_arguments(recipe)
-    if args.freeze or args.learning_rates:
-        freeze_parts(load_skeleton(recipe.student, "student"), args.freeze, args.learning_rates)
+    adapter = lora_config(recipe.student.peft)
+    if args.freeze or args.learning_rates or adapter is not None:
+        skeleton = load_skeleton(recipe.student, "student")
+        freeze_parts(skeleton, args.freeze, args.learning_rates)
+        if adapter is not None:
+            check_names(skeleton, adapter)
     configs = {"student": load_config(recipe.student, "student")}
     refuse_early(args, recipe, lora_config(recipe.student.peft))
     if recipe.teacher is not None:

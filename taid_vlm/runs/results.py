@@ -136,7 +136,8 @@ class Model(Part):
     """A model of the run.
 
     name, revision: as in the recipe. model_type: transformers' name of its family. parameters: how
-    many. parts: of a student, {part: {"parameters": how many, "trained": of these}}.
+    many. parts: of a student, {part: {"parameters": how many, "trained": of these}}. saved: as what
+    a LoRA student was written, its adapter or its base model with the adapter merged.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Model(Part):
     model_type: str
     parameters: int
     parts: dict[str, dict[Literal["parameters", "trained"], int]] = {}
+    saved: Literal["adapter", "merged"] | None = None
 
 
 class LossImplementation(Part):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import set_seed
 
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_text
 from taid_vlm.models.loading import load_model
+from taid_vlm.models.lora import is_adapter
 from taid_vlm.runs.folders import (
     ANSWERS,
     RECIPE,
@@ -84,15 +86,34 @@ def _carry_out(
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
-    save_student(trainer, output / STUDENT)
+    base = _base_to_merge(recipe, place)
+    save_student(trainer, output / STUDENT, base)
     with _student_is_safe(output / STUDENT):
         train = train_account(trainer, seconds, checkpoint)
         outcome = outcome_of(measure, before, measure("student"), train, whole.digest(),
                              place.earlier if place else ())
+        if recipe.student.peft is not None:
+            outcome = _saved_as(outcome, "adapter" if base is None else "merged")
         if trainer.is_world_process_zero():
             _write(outcome, output, whole.to_yaml(), report)
     trainer.accelerator.wait_for_everyone()
     return outcome
+
+
+def _base_to_merge(recipe: Recipe, place: Place | None) -> ModelSpec | None:
+    """What an adapter is merged into before it is saved: a base that an adapter's folder must not
+    depend on, another adapter or the student of an earlier stage."""
+    if recipe.student.peft is None:
+        return None
+    inner = is_adapter(recipe.student.model_name_or_path) or bool(place and place.earlier)
+    return recipe.student if inner else None
+
+
+def _saved_as(outcome: Outcome, saved: str) -> Outcome:
+    models = outcome.results.models
+    student = models["student"].model_copy(update={"saved": saved})
+    return replace(outcome, results=outcome.results.model_copy(
+        update={"models": {**models, "student": student}}))
 
 
 def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrainer:

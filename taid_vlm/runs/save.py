@@ -7,16 +7,24 @@ import shutil
 from pathlib import Path
 
 from taid_vlm.adapters import check_reloaded, make_adapter
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.io.folders import whole_or_absent
-from taid_vlm.models.loading import refuse_nonfinite
+from taid_vlm.models.loading import load_model, refuse_nonfinite
+from taid_vlm.models.lora import LoraFolder, write_merged
 from taid_vlm.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def save_student(trainer: DistillationTrainer, folder: Path) -> None:
+def save_student(
+    trainer: DistillationTrainer, folder: Path, base: ModelSpec | None = None
+) -> None:
     """Write model and processor, check that they load as they were, and only then put them in
-    place."""
+    place.
+
+    Args:
+        base: an adapter is merged into this model, and written with all its weights.
+    """
     main = trainer.is_world_process_zero()
     with whole_or_absent(folder, "the student could not be saved to '{}'", main) as partial:
         trainer.accelerator.wait_for_everyone()  # the main process has emptied it
@@ -24,6 +32,10 @@ def save_student(trainer: DistillationTrainer, folder: Path) -> None:
         trainer.save_model(str(partial))
         if main:
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
+            if base is not None:
+                write_merged(load_model(base, "student"), LoraFolder(partial, base), "student")
+                logger.info("'%s' holds all weights: the adapter was trained on '%s', and is "
+                            "merged into it.", folder, base.model_name_or_path)
             _check_reload(trainer, partial)
             shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

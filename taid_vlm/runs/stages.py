@@ -6,6 +6,10 @@
 
 Each stage is a whole run that starts from the student of the one before. The last one writes into
 `output_dir` itself, the others into `output_dir/stages/1-NAME`, ...
+
+With `student.peft` every stage trains a fresh adapter on the student of the one before. The first
+stage's folder holds its adapter; from the second on, where the base is itself a stage's student,
+the adapter is merged and the folder holds all weights.
 """
 
 from __future__ import annotations
@@ -101,9 +105,6 @@ def distill_stages(
 
 def _check(recipe: Recipe) -> None:
     """Open what every stage needs."""
-    if recipe.student.peft is not None:
-        raise TaidError("stages cannot be combined with student.peft: the next stage would start "
-                        "from an adapter. Merge it, and start another run from there.")
     for name, part in parts_by_name(recipe):
         try:
             gather(part)

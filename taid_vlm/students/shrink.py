@@ -248,7 +248,7 @@ def _make(
     narrowing: Narrowing | None, folder: Path,
 ) -> Shrunk:
     """Build the student, write it and check it."""
-    probes = _probes(make_adapter(processor, "teacher"))
+    probes = probe_inputs(make_adapter(processor, "teacher"))
     student, checks, tokens = model, [], {}
     if cuts:
         student = cut_layers(model, cuts)
@@ -260,7 +260,7 @@ def _make(
         tokens[narrowing.family.per] = (narrowing.before, narrowing.after)
     student.save_pretrained(folder)
     processor.save_pretrained(folder)
-    after = _check_saved(student, processor, folder)
+    after = check_saved(student, processor, folder)
     checks.append("plain Auto classes load the same weights, token ids and logits; it answers")
     if sees_images(model.config):
         tokens[f"of a {PROBE_SIDE} x {PROBE_SIDE} image"] = (
@@ -280,7 +280,7 @@ def _questions(sees: bool) -> list[Record]:
     return [*pictures, Record("probe", (Message("user", ("What is it?",)), answer))]
 
 
-def _probes(adapter: ModelAdapter) -> list[dict[str, Tensor]]:
+def probe_inputs(adapter: ModelAdapter) -> list[dict[str, Tensor]]:
     """The questions as inputs of the model."""
     return [adapter.encode([adapter.render(record)], [[image.load() for image in record.images]]
                            ).inputs for record in _questions(adapter.sees_images)]
@@ -293,7 +293,7 @@ def _image_tokens(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> int:
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+def probe_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     moved = {key: x.to(model.device) for key, x in inputs.items()}
     return answer_logits(model, moved, moved["attention_mask"].bool()).float()
 
@@ -305,14 +305,14 @@ def _check_cut(
     """The student must compute what the teacher does without the dropped layers."""
     for inputs in probes:
         with skipping(teacher, cuts):
-            expected = [_logits(teacher, inputs) for _ in range(2)]
-        _check_equal(_logits(student, inputs), expected,
+            expected = [probe_logits(teacher, inputs) for _ in range(2)]
+        _check_equal(probe_logits(student, inputs), expected,
                      f"{teacher.config.model_type} cannot be cut to these layers: the result is "
                      "not the teacher without the others (its layers depend on their numbers or on "
                      "each other in a way its config cannot express). Choose others with keep.")
 
 
-def _check_saved(
+def check_saved(
     student: PreTrainedModel, processor: Processor, folder: Path
 ) -> list[dict[str, Tensor]]:
     """Load what was written as a user would: the same weights, ids and logits, and an answer.
@@ -330,9 +330,9 @@ def _check_saved(
         raise TaidError(f"the student's {min(changed)} is not the same after saving and loading.")
     adapter = make_adapter(processor, "student")
     check_reloaded(before, adapter.tokenizer, "saving and loading the student's tokenizer")
-    probes = _probes(adapter)
+    probes = probe_inputs(adapter)
     for inputs in probes:
-        _check_equal(_logits(again, inputs), [_logits(student, inputs) for _ in range(2)],
+        _check_equal(probe_logits(again, inputs), [probe_logits(student, inputs) for _ in range(2)],
                      "the student's logits are not the same after saving and loading.")
     question = _questions(adapter.sees_images)[0]
     generate_answers(again, adapter, [(question, 0)], max_new_tokens=4)

@@ -16,6 +16,7 @@ from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.loading import load_model, load_processor
+from taid_vlm.models.lora import check_names, name_base
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record, first_rows
 
@@ -92,10 +93,13 @@ def with_adapter(student: PreTrainedModel, config: Any, on_meta: bool = False) -
     """
     from peft import get_peft_model
 
+    check_names(student, config)
     try:
-        return get_peft_model(student, config, low_cpu_mem_usage=on_meta)
+        model = get_peft_model(student, config, low_cpu_mem_usage=on_meta)
     except ValueError as error:
         raise TaidError(f"student.peft: {error}") from error
+    name_base(model)
+    return model
 
 
 def resolve(

@@ -221,8 +221,8 @@ TEXT_CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
                            ("student", "qwen2-plain-1-spoilt")),
     "only pickled weights": (pickled_weights, ("student", "qwen2-plain-1-spoilt", "safetensors")),
     "truncated weights": (spoilt_student(truncate), ("student", "qwen2-plain-1-spoilt")),
-    "only an adapter": (only_an_adapter, ("student: folder", "only-adapter", "PEFT adapter",
-                                          "merge")),
+    "only an adapter": (only_an_adapter, ("student: '", "only-adapter/adapter_config.json",
+                                          "peft_type = null", "LORA")),
     "no tokenizer": (
         spoilt_student(lambda f: [p.unlink() for p in f.glob("tokenizer*")] and None),
         ("student", "qwen2-plain-1-spoilt", "holds no tokenizer")),

@@ -33,6 +33,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import load_recipe
 from taid_vlm.runs import run
 from taid_vlm.training.trainer import DistillationTrainer
@@ -108,9 +109,9 @@ def carry_out(folder: Path, tree: Mapping[str, Any], scenario: str = "pairs",
     kept: list[DistillationTrainer] = []
     save = run.save_student
 
-    def keep(trainer: DistillationTrainer, place: Path) -> None:
+    def keep(trainer: DistillationTrainer, place: Path, base: ModelSpec | None) -> None:
         kept.append(trainer)
-        save(trainer, place)
+        save(trainer, place, base)
 
     recipe = write_recipe(folder, tree)
     with pytest.MonkeyPatch.context() as patch:

@@ -408,14 +408,6 @@ def test_what_a_model_lacks_shows_without_its_weights(
     assert "this student has no 'tower'. It has: language_model, head." in done.err
 
 
-def test_adapters_have_no_stages(checkpoints: Checkpoints, cli: Cli, tmp_path: Path) -> None:
-    tree = tree_of(tmp_path, checkpoints)
-    tree["student"] = {"model_name_or_path": tree["student"], "peft": {"r": 2}}
-    done = cli("distill", write_recipe(tmp_path, tree))
-    assert done.status == 2
-    assert "stages cannot be combined with student.peft" in done.err
-
-
 def test_stages_are_not_passed_over(checkpoints: Checkpoints, tmp_path: Path) -> None:
     recipe = parse_recipe(tree_of(tmp_path, checkpoints))
     with pytest.raises(TaidError, match="distill_stages"):

@@ -511,7 +511,7 @@ def test_nothing_is_overwritten_and_nothing_half_done_stays(
         shrink(teachers["llama"], taken, layers=3)
     with pytest.raises(TaidError, match="is a file"):
         shrink(teachers["llama"], file / "student", layers=3)
-    monkeypatch.setattr(module, "_check_saved", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(module, "check_saved", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(TaidError, match=r"could not be saved to .*empty.*full"):
         shrink(teachers["llama"], empty, layers=3)
     monkeypatch.undo()

@@ -1,0 +1,278 @@
+"""Folders that hold a LoRA (or DoRA) adapter: its base model, and both merged in memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from taid_vlm.config.model import ModelSpec
+from taid_vlm.errors import TaidError, nearest
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_BASE = "base_model_name_or_path"
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class LoraFolder:
+    """An adapter's folder, and the model that it was trained on.
+
+    base: as the adapter's spec, with the base model's folder or hub name and revision.
+    """
+
+    folder: Path
+    base: ModelSpec
+
+    @property
+    def named(self) -> str:
+        """The key that names the base, with its value, for messages."""
+        return f"'{self.folder / CONFIG}' has {_BASE} = '{self.base.model_name_or_path}'"
+
+    def processor_name(self, sees_images: bool) -> str:
+        """Where its processor or tokenizer is: beside the adapter, or else at the base model."""
+        names = _PROCESSORS if sees_images else _TOKENIZERS
+        own = any((self.folder / name).exists() for name in names)
+        return str(self.folder) if own else self.base.model_name_or_path
+
+
+def is_adapter(name: str) -> bool:
+    """Whether it names a folder with an adapter and without a model of its own."""
+    folder = Path(name).expanduser()
+    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
+
+
+def find_adapter(spec: ModelSpec, role: str) -> LoraFolder | None:
+    """The adapter that a model's name stands for; None where it names something else.
+
+    Raises:
+        TaidError: an adapter of another kind than LoRA, pickled weights, a base that is missing.
+    """
+    if not is_adapter(spec.model_name_or_path):
+        return None
+    folder = Path(spec.model_name_or_path).expanduser()
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind, base = config.get("peft_type"), config.get(_BASE)
+    except (OSError, ValueError, AttributeError) as error:
+        raise TaidError(f"{role}: '{folder / CONFIG}' is no adapter's configuration: "
+                        f"{error}.") from error
+    if kind != "LORA":
+        raise TaidError(f"{role}: '{folder / CONFIG}' has peft_type = {json.dumps(kind)}, but only "
+                        "LORA (and DoRA) is merged here; merge it into its base model with peft.")
+    if not (folder / WEIGHTS).exists():
+        raise TaidError(f"{role}: '{folder}' holds no {WEIGHTS} (pickled weights can run code when "
+                        "they are loaded); save the adapter as safetensors.")
+    base = _base_folder(folder, base, role)
+    return LoraFolder(folder, spec.model_copy(update={
+        "model_name_or_path": base, "revision": config.get("revision") or "main"}))
+
+
+def _base_folder(folder: Path, name: Any, role: str) -> str:
+    """Folder or hub name of the base; a relative path starts at the adapter or where we are."""
+    key = f"{role}: '{folder / CONFIG}' has {_BASE} = {json.dumps(name)}"
+    mend = "write the folder or hub name of the model that the adapter was trained on there."
+    if not name or not isinstance(name, str):
+        raise TaidError(f"{key}, but it must name the base model: {mend}")
+    path = Path(name).expanduser()
+    for place in (folder / path, path):
+        if place.is_dir():
+            if is_adapter(str(place)) or place.resolve() == folder.resolve():
+                raise TaidError(f"{key}, which is itself an adapter: merge that first (taid-vlm "
+                                f"merge '{place}' --output-dir DIR), and write DIR there.")
+            return str(place.resolve())
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise TaidError(f"{key}, but there is no model: put it back, or {mend}")
+    return name
+
+
+# ----- merging ------------------------------------------------------------------------------
+
+
+def attach_adapter(base: PreTrainedModel, folder: Path, role: str) -> Any:
+    """The base model with the adapter's weights, as peft trains it; raises TaidError.
+
+    Every weight of the adapter must come from its file, and every one in the file must be used.
+    """
+    try:
+        from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+    except ImportError:
+        raise TaidError(f"{role}: '{folder}' holds an adapter, which needs the peft library: "
+                        "pip install 'taid-vlm[peft]'.") from None
+    mapping = getattr(base, "_checkpoint_conversion_mapping", None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied weights, which `merge_adapter` sees to
+            config = PeftConfig.from_pretrained(str(folder))
+            config.inference_mode = False  # what belongs to the adapter is what has a gradient
+            model = PeftModel(base, config)
+            trained = {name for name, p in model.named_parameters() if p.requires_grad}
+            weights = load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
+            report = set_peft_model_state_dict(model, weights)
+    except KeyError as error:
+        raise TaidError(f"{role}: the adapter '{folder}' lacks the weight {error}, which its "
+                        f"{CONFIG} promises.") from error
+    except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise TaidError(f"{role}: the adapter '{folder}' does not fit its base model: {reason} "
+                        f"Name the model that it was trained on as {_BASE} in its {CONFIG}."
+                        ) from error
+    for what, keys in (("lacks", trained & set(report.missing_keys)),
+                       ("holds, but the model has no use for,", report.unexpected_keys)):
+        if keys:
+            raise TaidError(f"{role}: the adapter '{folder}' {what} {len(keys)} weights "
+                            f"({_some(keys)}). Save it anew with save_pretrained, or name the "
+                            f"model that it was trained on as {_BASE} in its {CONFIG}.")
+    return model.eval()
+
+
+def _some(keys: Collection[str]) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def merge_adapter(base: PreTrainedModel, adapter: LoraFolder, role: str) -> PreTrainedModel:
+    """The base model with the adapter in its weights, in place; raises TaidError."""
+    frozen = {name for name, p in base.named_parameters() if not p.requires_grad}
+    merged = merge_attached(attach_adapter(base, adapter.folder, role), role)
+    for name, parameter in merged.named_parameters():  # peft froze them all
+        parameter.requires_grad_(name not in frozen)
+    merged.name_or_path = str(adapter.folder.resolve())
+    return merged
+
+
+def write_merged(base: PreTrainedModel, adapter: LoraFolder, role: str) -> None:
+    """Put the merged model's weights in place of the adapter's, in the adapter's folder."""
+    merged = merge_adapter(base, adapter, role)
+    for name in (CONFIG, WEIGHTS, "README.md"):  # peft's README is the adapter's card
+        (adapter.folder / name).unlink(missing_ok=True)
+    merged.save_pretrained(adapter.folder)
+
+
+def merge_attached(model: Any, role: str) -> PreTrainedModel:
+    """What `attach_adapter` gave, as one plain model with the same logits.
+
+    Where the adapter changes input embeddings or head and the two are tied, each gets a weight of
+    its own first: merged into a shared one, what one of them learnt would change the other.
+    """
+    plain = model.get_base_model()
+    head, embeddings = plain.get_output_embeddings(), plain.get_input_embeddings()
+    touched = any(_inner(module) is not module for module in (head, embeddings))
+    if touched and _tied(_inner(head), _inner(embeddings)):
+        _own_weight(_inner(head))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merged: PreTrainedModel = model.merge_and_unload()
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise TaidError(f"{role}: the adapter cannot be merged: {error}") from error
+    if touched and not _tied(merged.get_output_embeddings(), merged.get_input_embeddings()):
+        _forget_tie(merged)
+    return merged.eval()
+
+
+def untie_skeleton(model: PreTrainedModel, adapter: LoraFolder) -> None:
+    """Untie a model without weights where merging the adapter will; reads names only."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module in (head, embeddings)]
+    with safe_open(adapter.folder / WEIGHTS, "pt") as file:
+        keys = [key.removeprefix("base_model.model.") for key in file.keys()]  # noqa: SIM118
+    changed = [key for key in keys for name in names if key.startswith(f"{name}.")]
+    config = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
+    whole = all(key in {f"{name}.weight" for name in names} for key in changed)
+    if _tied(head, embeddings) and changed and not (whole and config.get("ensure_weight_tying")):
+        _own_weight(head)
+        _forget_tie(model)
+
+
+def _inner(module: Any) -> Any:
+    """The model's own module inside what peft put around it."""
+    while True:
+        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def _tied(head: Any, embeddings: Any) -> bool:
+    return head is not None and getattr(head, "weight", None) is embeddings.weight
+
+
+def _own_weight(head: Any) -> None:
+    head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+
+
+def _forget_tie(model: PreTrainedModel) -> None:
+    """Say in configuration and model that the head has a weight of its own."""
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    for module in model.modules():
+        if getattr(module, "all_tied_weights_keys", None):
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys()
+
+
+# ----- before anything is loaded ------------------------------------------------------------
+
+
+def refuse_quantized(config: PretrainedConfig, adapter: LoraFolder, role: str) -> None:
+    """Raise TaidError for a base whose weights are rounded: what is merged into them is, too."""
+    if is_quantized(config, adapter.base):
+        raise TaidError(f"{role}: the base model of '{adapter.folder}' is quantized, and an "
+                        "adapter cannot be merged into rounded weights: taid-vlm merge "
+                        f"'{adapter.folder}' --output-dir DIR --dequantize, and use DIR.")
+
+
+def is_quantized(config: PretrainedConfig, base: ModelSpec) -> bool:
+    """Whether the weights are stored rounded, or are to be loaded so."""
+    return (getattr(config, "quantization_config", None) is not None
+            or any("quantization" in key or key.startswith("load_in_") for key in base.init_kwargs))
+
+
+def check_names(model: nn.Module, config: Any) -> None:
+    """Raise TaidError for names in a LoraConfig that are no modules of the model.
+
+    Args:
+        model: may be on the meta device.
+    """
+    paths = [name for name, _ in model.named_modules() if name]
+    targets = config.target_modules
+    if isinstance(targets, str):
+        if targets != "all-linear" and not _matches(targets, paths):
+            raise TaidError(f"student.peft: target_modules = '{targets}' is no regular expression "
+                            f"of a module's whole name, such as '{max(paths, key=len)}'.")
+        targets = None
+    # as peft compares them
+    unknown = [("target_modules", name) for name in sorted(targets or ())
+               if not any(f".{path}".endswith(f".{name}") for path in paths)]
+    unknown += [("modules_to_save", name) for name in config.modules_to_save or ()
+                if not any(path.endswith(name) for path in paths)]
+    for key, name in unknown:
+        last = {path.rpartition(".")[2] for path in paths}
+        raise TaidError(f"student.peft: {key} has '{name}', which is no module of this student."
+                        f"{nearest(name, (name for name in last if not name.isdigit()))}")
+
+
+def _matches(pattern: str, paths: Iterable[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, path) for path in paths)
+    except re.error:
+        return False
+
+
+def name_base(model: Any) -> None:
+    """Let the adapter of a PeftModel name its base so that its folder works from anywhere."""
+    config = model.active_peft_config
+    name = config.base_model_name_or_path
+    if name and Path(name).expanduser().exists():
+        config.base_model_name_or_path = str(Path(name).expanduser().resolve())
+    elif config.revision is None:
+        config.revision = getattr(model.config, "_commit_hash", None)
