@@ -322,7 +322,8 @@ def test_distill_takes_a_recipe_a_path_a_name_or_a_mapping(
     calls: list[tuple[Recipe, bool, str]] = []
     monkeypatch.setattr(
         "taid_vlm.runs.stages.distill_stages",
-        lambda recipe, resume, report: calls.append((recipe, resume, report.__name__)) or {})
+        lambda recipe, resume, report, overwrite: calls.append(
+            (recipe, resume, report.__name__)) or {})
     tree = yaml.safe_load((ROOT / "recipes" / "qwen3_8b_to_0.6b.yaml").read_text())
     tree["train"]["learning_rate"], tree["train"]["bf16"] = 2e-5, False  # YAML 1.1 reads text
     path = tmp_path / "r.yaml"

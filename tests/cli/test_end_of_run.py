@@ -93,7 +93,8 @@ def test_first_the_student_then_figures_then_the_report(
     monkeypatch.setattr(os, "replace", note)
     assert cli("distill", write_recipe(tmp_path, tree)).status == 0
     assert [name for name in written if not name.startswith(("model", "token"))] == [
-        "recipe.yaml", "student", "eval_answers.jsonl", "results.json", "report.html"]
+        "recipe.yaml", "student", "eval_answers.jsonl", "results.json", "README.md",
+        "report.html"]
 
 
 def test_questions_are_of_records_that_can_be_used(
