@@ -114,6 +114,8 @@ def _measure(node: yaml.Node, sizes: dict[yaml.Node, int], above: tuple[yaml.Nod
     if len(above) > DEEPEST:
         raise RecipeError(f"values are nested more than {DEEPEST} deep (line "
                           f"{node.start_mark.line + 1}).")
+    if isinstance(node, yaml.ScalarNode) and "\0" in node.value:  # no path may hold one
+        raise RecipeError(f"a text holds a null character (line {node.start_mark.line + 1}).")
     if node not in sizes:
         inner = node.value if isinstance(node, yaml.CollectionNode) else ()
         pairs = isinstance(node, yaml.MappingNode)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -99,7 +98,19 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
         output_loading_info=True, ignore_mismatched_sizes=True, **options,
     )
     _check_loaded(report, spec, role)
+    _check_ends(model, spec, role)
     return model
+
+
+def _check_ends(model: PreTrainedModel, spec: ModelSpec, role: str) -> None:
+    """transformers takes whatever generation_config.json says, and fails when it generates."""
+    settings = getattr(model, "generation_config", None)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(settings, key, None)
+        values = value if isinstance(value, list) else [value]
+        if any(type(x) is not int for x in values if x is not None):
+            raise TaidError(f"{role}: '{spec.model_name_or_path}/generation_config.json': {key} = "
+                            f"{value!r}, but it must be a token's number or a list of them.")
 
 
 def _check_loaded(report: Mapping[str, Any], spec: ModelSpec, role: str) -> None:
@@ -242,8 +253,7 @@ def guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a loader of transformers; its many exceptions become one message."""
     try:
         return load(*args, **kwargs)
-    except (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError,
-            AssertionError, SafetensorError) as error:
+    except Exception as error:  # tokenizers, for one, raises plain ones
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__
         hint = "" if Path(name).exists() else _similar_folder(Path(name))

@@ -36,6 +36,7 @@ def test_aliases_of_aliases(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
+    (r'path: "a\0b"', "a text holds a null character (line 1)"),
     ("[" * 100_000, "nested more than"),
     ("[" * 200 + "]" * 200, "nested more than"),
     ("{a: " * (DEEPEST + 1) + "1" + "}" * (DEEPEST + 1), "nested more than"),
