@@ -52,6 +52,13 @@ def command(name: str) -> tuple[ModuleType, Any]:
     return module, getattr(module, f"{name.capitalize()}Options")
 
 
+def reference() -> str:
+    """docs/reference.md: every key of a recipe, and every option of a command."""
+    from taid_vlm.config.reference import reference_page
+
+    return reference_page({name: command(name)[1] for name in COMMANDS})
+
+
 def add_options(parser: Parser, model: Any) -> Parser:
     """The same with an argument for every field; values stay text, which the model checks."""
     from taid_vlm.commands.options import choices, flag, shown

@@ -19,9 +19,9 @@ from taid_vlm.config.training import ELSEWHERE, WITHOUT_EFFECT, TrainSpec
 HEAD = """\
 # Reference
 
-Every key of a recipe and of a benchmark's file, from the classes in `taid_vlm/config/` that check
-them: an unknown key is refused with the nearest valid one, and no value is turned into another kind
-(but 1e3 is a fine whole number).
+Every key of a recipe and of a benchmark's file, and every option of a command, from the classes
+that check them: an unknown one is refused with the nearest valid one, and no value is turned into
+another kind (but 1e3 is a fine whole number).
 """
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("A recipe", "", Recipe),
@@ -68,7 +68,10 @@ def _table(kind: type[BaseModel], prefix: str = "", keys: Iterable[str] | None =
     rows = []
     for key, field in top["properties"].items():
         if keys is None or key in keys:
-            name = f"--{key.replace('_', '-')}" if prefix == "--" else f"{prefix}{key}"
+            name = f"{prefix}{key}"
+            if prefix == "--":  # a command's option; what stands without its name has none
+                dashed = key.rstrip("_").replace("_", "-")
+                name = dashed.upper() if field.get("positional") else f"--{dashed}"
             default = "required" if key in top.get("required", ()) else _default(field)
             rows.append([f"`{name}`", _kind(field, schema.get("$defs", {})), default, _unit(field),
                          field.get("description", "")])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
+from taid_vlm.commands.parser import reference
 from taid_vlm.config.init import RATES, init_recipe
 from taid_vlm.config.objective import TERMS
 from taid_vlm.config.recipe import Recipe, load_recipe
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_reference_is_what_the_classes_say() -> None:
-    assert (ROOT / "docs/reference.md").read_text() == reference_page(), (
+    assert (ROOT / "docs/reference.md").read_text() == reference(), (
         "docs/reference.md is not up to date; docs/architecture.md says how it is written")
 
 
