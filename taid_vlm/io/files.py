@@ -42,13 +42,20 @@ def write_text(text: str, path: Path) -> Path:
         raise TaidError(f"'{path}' could not be written: {error.strerror or error}") from error
 
 
+def usual_mode() -> int:
+    """Of a new file, as the user's umask has it; temporary files are for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 def _replace_file(text: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, usual_mode())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from taid_vlm.errors import TaidError
+from taid_vlm.io.files import usual_mode
 
 
 def new_folder(output_dir: str | Path) -> Path:
@@ -35,6 +36,9 @@ def whole_or_absent(folder: Path, failed: str, main: bool = True) -> Iterator[Pa
             partial.mkdir(parents=True)
         yield partial
         if main:
+            for path in partial.rglob("*"):
+                if path.is_file():  # safetensors writes its own for their owner alone
+                    path.chmod(usual_mode() | path.stat().st_mode & 0o111)
             if folder.exists():
                 folder.rmdir()  # it is empty
             partial.replace(folder)

@@ -151,6 +151,20 @@ def test_a_lock_whose_process_is_gone_holds_nobody(
     assert not (tmp_path / "out/.lock").exists()
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_modes_of_the_umask(
+    mask: int, tree: dict[str, Any], cli: Cli, tmp_path: Path
+) -> None:
+    before = os.umask(mask)
+    try:
+        assert cli("distill", write_recipe(tmp_path, tree), "train.max_steps=1").status == 0
+    finally:
+        os.umask(before)
+    output = tmp_path / "out"
+    files = [output / "results.json", *(path for path in (output / "student").iterdir())]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+
+
 def test_checkpoints_say_what_they_are(stopped: Path, tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "out/checkpoint-2")
     assert manifest is not None
