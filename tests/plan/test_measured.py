@@ -33,6 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
     "large vocabulary, fused": {  # in chunks that are too small to be compiled
         "words": 60, "text": WIDE,
         "train": {"loss_implementation": "fused", "loss_memory_budget": 4 * 2**20}},
+    "large vocabulary, fused, mixed precision": {
+        "words": 60, "text": WIDE, "teacher": {"dtype": "bfloat16"},
+        "train": {"bf16": True, "loss_implementation": "fused",
+                  "loss_memory_budget": 4 * 2**20}},
     "images": {"words": 20, "images": 1},
     "frozen tower": {"words": 20, "images": 1, "train": {"freeze": ["tower"]}},
 }
