@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -90,7 +91,30 @@ class ModelAdapter:
             return self._render_text(record.text)
         if self.form is None:
             return self._render_question(record)
-        return self._after_template(render(self.processor, record, self.form, supervise))
+        return self._after_template(
+            self._closed(render(self.processor, record, self.form, supervise)))
+
+    def _closed(self, rendered: Rendered) -> Rendered:
+        """Some templates (GLM-4) leave the last answer open, and nobody would learn to stop: there
+        it ends as answers in the middle of a conversation do."""
+        last = rendered.spans[-1]
+        if not last.is_answer or rendered.text[last.end :].strip():
+            return rendered
+        return replace(rendered, text=rendered.text + self._closing)
+
+    @cached_property
+    def _closing(self) -> str:
+        """The special token behind an answer that is not the last, else the EOS."""
+        assert self.form is not None
+        question, answer = Message("user", PROBE_WORDS[:1]), Message("assistant", PROBE_WORDS[:1])
+        two = Record("probe", (question, answer, question, answer))
+        with contextlib.suppress(SampleDropped, AlignmentError):
+            rendered = self._after_template(render(self.processor, two, self.form))
+            row = self.encode([rendered], [[]]).rows[0]
+            end = row.answers[0].end_of_turn
+            if end is not None:
+                return row.text.encode()[slice(*row.byte_spans[end - row.offset])].decode()
+        return self.tokenizer.eos_token or ""
 
     def _after_template(self, rendered: Rendered) -> Rendered:
         """For tokenizers the template is all there is; processors may add a BOS."""
