@@ -259,7 +259,9 @@ def test_gradient_reaches_the_student(family: str) -> None:
     torch.stack(list(losses.values())).sum().backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     frozen = {name for name, p in model.named_parameters()} - moved
-    assert all("vision" in name or "visual" in name for name in frozen), frozen
+    # what picks keys for sparse attention is not reached by any loss on its output
+    apart = ("vision", "visual", "self_attn.indexer")
+    assert all(any(part in name for part in apart) for name in frozen), frozen
     if family in VLM_FAMILIES:
         assert any("vision" in name or "visual" in name for name in moved)
 

@@ -28,7 +28,8 @@ VISION: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"fullatt_block_indexes": [1, 4]},
     "qwen3_vl": {"deepstack_visual_indexes": [1, 3]},
 }
-IN_A_TUPLE = ("FalconH1DecoderLayer",)  # what they give
+# What they give is a tuple; the second entry is what the layer before has handed on.
+IN_A_TUPLE = {"FalconH1DecoderLayer": (), "HYV4VLDecoderLayer": ("prev_topk_indices",)}
 TOP: dict[str, dict[str, Any]] = {"llava": {"vision_feature_layer": -2}}
 
 
@@ -75,18 +76,18 @@ def tower_layers(model: Any, count: int) -> nn.ModuleList:
 @contextmanager
 def without(layers: nn.ModuleList, kept: tuple[int, ...]) -> Iterator[None]:
     """Layers that are not kept are never run: what they are given goes on."""
-    dropped = [layer for i, layer in enumerate(layers) if i not in kept]
+    dropped: list[Any] = [layer for i, layer in enumerate(layers) if i not in kept]
 
     def hand_on(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         return hidden_states
 
-    def hand_on_in_a_tuple(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states,)
+    def hand_on_with(names: tuple[str, ...]) -> Any:
+        return lambda hidden_states, **kwargs: (hidden_states, *(kwargs[name] for name in names))
 
     try:
         for layer in dropped:
-            in_tuple = type(layer).__name__ in IN_A_TUPLE
-            layer.forward = hand_on_in_a_tuple if in_tuple else hand_on
+            names = IN_A_TUPLE.get(type(layer).__name__)
+            layer.forward = hand_on if names is None else hand_on_with(names)
         yield
     finally:
         for layer in dropped:

@@ -250,4 +250,4 @@ DYNAMIC: dict[str, Family] = {
     "qwen3_5": _qwen3_5,
     "gemma4": _gemma4,
     "mistral3": _mistral3,
-}
+} | ({"hy_v4_vl": _hy_v4_vl} if hasattr(hf, "HYV4VLConfig") else {})  # from transformers 5.24 on
