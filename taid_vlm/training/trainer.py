@@ -46,6 +46,7 @@ from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
+from taid_vlm.training.router import ROUTER, RouterTerm
 from taid_vlm.training.visual import VisualTerms, visual_collator
 from taid_vlm.training.window import Window
 
@@ -118,11 +119,12 @@ class DistillationTrainer(Trainer):
         self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
+        self.router = RouterTerm(self.objective.router, student, self.accelerator)
         self.schedule: TaidSchedule | None = None
         self.dropped: Counter[str] = Counter()  # records left out, by reason
         self.cut = 0  # plain texts shortened to max_length
         self._step_sums: dict[str, Tensor] = {}
-        self._step_images: Tensor | int = 0  # of the optimizer step, over all processes
+        self._step_counts: list[Tensor] = []  # of the optimizer step: images, tokens it is fed
         self._empty_steps = 0
         self._said = False
         self.answer_tokens = 0  # trained on so far, over all processes
@@ -149,22 +151,23 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the mean over all answer tokens of the optimizer step, and
-        of the visual terms' mean over all of its images."""
+        """This micro-batch's share of the mean over all answer tokens of the optimizer step, of
+        the visual terms' mean over all of its images, and of the router's over all it is fed."""
         t = self.schedule.t if self.schedule else None
         step = self._loss_step(inputs)
-        with self.visual.watch():
+        with self.visual.watch(), self.router.watch():
             self.parts.keep_frozen()
             found = step(model, self.teacher, inputs, t, self._logs_this_step())
-        seen = self.visual.losses(inputs)
-        self._remember(inputs, found, seen)
-        tokens, images = (
-            (len(inputs["labels"]), inputs["images"].sum()) if num_items_in_batch is None
-            else (num_items_in_batch, self._step_images))
+        seen, routed = self.visual.losses(inputs), self.router.losses(inputs)
+        self._remember(inputs, found, seen if routed is None else seen | {ROUTER: routed})
+        tokens, images, fed = (_counts(inputs) if num_items_in_batch is None
+                               else (num_items_in_batch, *self._step_counts))
         # DDP averages gradients over processes; the sum over all tokens must not be averaged
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = found.loss * processes / max(float(tokens), 1.0)
         loss = loss + self.visual.weighted(seen) * processes / max(float(images), 1.0)
+        if routed is not None:
+            loss = loss + self.router.weight * routed.sum() * processes / max(float(fed), 1.0)
         return (loss, found.losses) if return_outputs else loss
 
     def _loss_step(self, batch: Batch) -> ReferenceStep | FusedStep:
@@ -177,12 +180,12 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """Answer tokens of the optimizer step, over all micro-batches and processes; its images
-        are noted. Both are on the CPU: no micro-batch waits for the device to know them."""
-        counts = torch.tensor([sum(len(b["labels"]) for b in batch_samples),
-                               sum(int(b["images"].sum()) for b in batch_samples)])
+        and the tokens it is fed are noted. All are on the CPU: no micro-batch waits for the device
+        to know them."""
+        counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
-        tokens, self._step_images = counts
+        tokens, *self._step_counts = counts
         return tokens
 
     @torch.no_grad()
@@ -230,6 +233,7 @@ class DistillationTrainer(Trainer):
         sums = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
         self._step_sums = {}
         self._empty_steps = 0 if sums["tokens"] else self._empty_steps + 1
+        self.router.finish_step(self.guard.applied)
         if self.guard.applied:
             self._window.add(sums)
             self.answer_tokens += int(sums["tokens"])
@@ -333,6 +337,7 @@ class DistillationTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Trainer matches parameter names literally, and so misses those of most VLMs."""
         self.visual.load(Path(resume_from_checkpoint))
+        self.router.restore(Path(resume_from_checkpoint))
         target = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded or not isinstance(target, PreTrainedModel):
@@ -356,6 +361,7 @@ class DistillationTrainer(Trainer):
             if self.is_world_process_zero():
                 (folder / MANIFEST).unlink(missing_ok=True)
                 self.visual.save(folder)
+                self.router.save(folder)
             self.args.save_total_limit = None  # older ones go when this one is whole
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes its own random state
@@ -371,6 +377,12 @@ class DistillationTrainer(Trainer):
                             f"kept: {error}") from error
         finally:
             self.args.save_total_limit = kept
+
+
+def _counts(batch: Batch) -> Tensor:
+    """Answer tokens, images, and tokens fed to the student, without padding."""
+    fed = batch["student_inputs"]["attention_mask"].sum()
+    return torch.tensor([len(batch["labels"]), int(batch["images"].sum()), int(fed)])
 
 
 class ScheduleCallback(TrainerCallback, ExportableState):

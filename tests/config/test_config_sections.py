@@ -182,7 +182,7 @@ def test_keys_of_transformers_keep_their_values() -> None:
 
 
 def test_the_terms_are_the_losses() -> None:
-    per_token = {name: kind for name, kind in TERMS.items() if not name.startswith("visual_")}
+    per_token = {name: kind for name, kind in TERMS.items() if not name.startswith(("visual_", "router"))}
     assert list(per_token) == list(LOSSES)
     for name, kind in per_token.items():
         if name == "taid":  # its parameter is not the recipe's, but the schedule's
@@ -199,10 +199,10 @@ def test_the_terms_are_the_losses() -> None:
 @pytest.mark.parametrize("name", TERMS)
 def test_a_loss_alone_and_in_a_sum(name: str) -> None:
     extra = {key: TERMS[name].model_fields[key].default for key in TERMS[name].parameters()}
-    terms = [{"name": name, **extra}, *(["taid"] if name.startswith("visual_") else [])]
+    terms = [{"name": name, **extra}, *(["taid"] if name.startswith(("visual_", "router")) else [])]
     summed = parse_objective({"terms": terms, "kd_temperature": 2})
     assert summed.kd_temperature == 2
-    if not name.startswith("visual_"):
+    if not name.startswith(("visual_", "router")):
         assert summed == parse_objective({"name": name, **extra, "kd_temperature": 2})
         assert read_objective(name).needs_teacher == LOSSES[name].needs_teacher == (name != "ce")
 
