@@ -103,6 +103,15 @@ class ModelAdapter:
         return replace(rendered, text=rendered.text + self._closing)
 
     @cached_property
+    def added_end(self) -> str:
+        """The end that an answer is given because this model's template prints none; else ""."""
+        if self.form is None:
+            return ""
+        messages = (Message("user", PROBE_WORDS[:1]), Message("assistant", PROBE_WORDS[:1]))
+        rendered = render(self.processor, Record("probe", messages), self.form)
+        return self._closed(rendered).text.removeprefix(rendered.text)
+
+    @cached_property
     def _closing(self) -> str:
         """The special token behind an answer that is not the last, else the EOS."""
         assert self.form is not None

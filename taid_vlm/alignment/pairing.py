@@ -337,11 +337,13 @@ def _counts(vocabulary: VocabularyMap) -> str:
 
 
 def _warnings(teacher: ModelAdapter, student: ModelAdapter) -> tuple[str, ...]:
-    return tuple(
-        f"{adapter.role}: no special token ends an answer, so where to stop is not distilled"
-        for adapter in (teacher, student)
-        if adapter.end_of_turn_id is None
-    )
+    adapters = (teacher, student)
+    return (
+        *(f"{adapter.role}: no special token ends an answer, so where to stop is not distilled"
+          for adapter in adapters if adapter.end_of_turn_id is None),
+        *(f"{adapter.role}: the chat template leaves the last answer open; {adapter.added_end} is "
+          "put behind it, so that where to stop is learned"
+          for adapter in adapters if adapter.added_end))
 
 
 def check_modalities(blind: Sequence[str], has_images: bool) -> None:

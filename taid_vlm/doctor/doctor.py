@@ -26,6 +26,7 @@ from taid_vlm.objectives import parse_objective
 from taid_vlm.runs.ingredients import Ingredients, gather
 from taid_vlm.runs.stages import parts_by_name
 from taid_vlm.training.pair import PROBED_RECORDS, length_limit, pair_for_training
+from taid_vlm.training.router import check_router
 from taid_vlm.training.visual import visual_collator
 
 
@@ -94,7 +95,9 @@ def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) ->
         checks = tuple(check for pair in pairs for check in _preflight(pair, everything))
         facts = _facts(recipe, skeletons, pairs[0])
         stops = next((check.stops for check in checks if check.stops), None)
-        verdict = refuse(stops) if stops else accept(pairs[0].pairing, facts, checks)
+        hint = check_router(parse_objective(pairs[0].ingredients.args.objective).router,
+                            skeletons["student"])
+        verdict = refuse(stops) if stops else accept(pairs[0].pairing, facts, checks, hint)
         traced, problem = _trace(pairs[0], record)
         return Inspection(verdict, str(stops or problem), facts, traced, checks)
 

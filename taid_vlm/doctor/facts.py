@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from taid_vlm.adapters import EncodedRow, ModelAdapter, Processor
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.doctor.conversation import TemplateFacts, template_facts
+from taid_vlm.models.experts import chosen_experts, parameters_per_token
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.head import logit_settings
 from taid_vlm.models.parts import count_parameters, is_tied
@@ -31,6 +32,8 @@ class ModelFacts:
     architecture: str
     parameters: dict[str, int]
     positions: int | None  # that the model was built for
+    experts: str | None = None  # how many a token is sent to, of how many
+    per_token: int | None = None  # parameters that a token passes, of a mixture of experts
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,14 @@ def collect_facts(
 
 def _model_facts(config: PretrainedConfig, model: PreTrainedModel | None) -> ModelFacts:
     name, counts = (getattr(config, "architectures", None) or [""])[0], {}
+    experts, per_token = chosen_experts(config), None
     if model is not None:
         name, parts = type(model).__name__, count_parameters(model)
         counts = {part: numbers["parameters"] for part, numbers in parts.items()}
+        per_token = parameters_per_token(model) if experts else None
     return ModelFacts(config.model_type, name, counts,
-                      getattr(config.get_text_config(), "max_position_embeddings", None))
+                      getattr(config.get_text_config(), "max_position_embeddings", None),
+                      None if experts is None else "{} of {} per token".format(*experts), per_token)
 
 
 def _head_facts(model: PreTrainedModel) -> HeadFacts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,8 @@ from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError, at_least
 from taid_vlm.io.quiet import quiet
+from taid_vlm.models.experts import chosen_experts, parameters_per_token
+from taid_vlm.models.forward import unwrap
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
@@ -59,10 +61,21 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: parameters in memory, and those that a token passes."""
+
+    chosen: int
+    number: int
+    parameters: int
+    per_token: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Memory of one device while a recipe (or one stage of it) is carried out.
 
     peak: bytes in its fullest moment, which is in the phase `fullest`; phases: peak of each.
+    experts: of models that have some.
     """
 
     stage: str
@@ -74,6 +87,7 @@ class Plan:
     components: tuple[Component, ...]
     batch: Longest
     notes: tuple[str, ...] = ()
+    experts: Mapping[str, Experts] = field(default_factory=dict)
 
 
 Seen = dict[str, Looked]
@@ -230,7 +244,16 @@ def _account(
         {phase: memory.peak for phase, memory in whole.items()},
         tuple(Component(kind, most[kind], worst.at_peak.get(kind, 0), _how(kind, phases, recipe))
               for kind in kinds.KINDS if most[kind]),
-        lengths, tuple(_notes(recipe, phases)))
+        lengths, tuple(_notes(recipe, phases)), _experts(trainer))
+
+
+def _experts(trainer: DistillationTrainer) -> dict[str, Experts]:
+    models = {"student": trainer.model, "teacher": trainer.teacher_model}
+    counts = {role: (model, chosen_experts(unwrap(model).config))
+              for role, model in models.items() if model is not None}
+    return {role: Experts(*chosen, sum(p.numel() for p in unwrap(model).parameters()),
+                          parameters_per_token(model))
+            for role, (model, chosen) in counts.items() if chosen is not None}
 
 
 def _with_process(memory: Memory, always: Mapping[str, int], device: str) -> Memory:

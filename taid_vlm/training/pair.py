@@ -19,6 +19,7 @@ from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.models.lora import check_names, name_base
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import Record, first_rows
+from taid_vlm.training.router import check_router
 
 if TYPE_CHECKING:
     from taid_vlm.training.config import DistillationConfig
@@ -39,6 +40,9 @@ def pair_for_training(
                         "processor beside them.")
     ours = make_adapter(processing_class, "student", length_limit(student.config, args.max_length))
     theirs, pairing = None, None
+    objective = parse_objective(args.objective)
+    if hint := check_router(objective.router, student):
+        logger.warning(hint)
     if teacher is not None:
         assert teacher_processing_class is not None
         theirs = make_adapter(
@@ -53,8 +57,7 @@ def pair_for_training(
     if teacher is not None and theirs is not None:
         answers = [text for r in probed for text in (r.answers or [r.text or ""])]
         pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),
-                              [text[:2000] for text in answers],
-                              parse_objective(args.objective).alignment)
+                              [text[:2000] for text in answers], objective.alignment)
         for warning in pairing.warnings:
             logger.warning(warning)
     collator = DistillationCollator(

@@ -22,36 +22,34 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from taid_vlm.batch.collator import Batch
 from taid_vlm.errors import TaidError
+from taid_vlm.models.experts import balance_weight, chosen_experts, routers_of
 from taid_vlm.models.forward import unwrap
 
 ROUTER, LOAD_FILE = "router", "router_load.safetensors"
 
 
-def routers_of(model: Any) -> list[tuple[nn.Module, int]]:
-    """Every router of a model in order of its layers, and where its logits stand in what it gives.
+def check_router(weight: float, student: Any) -> str:
+    """Whether the term and the student go together; a hint where the term is missing, else "".
 
-    Read off transformers' own record of what a model can hand out.
+    Raises:
+        TaidError: a student without routers, or one whose family balances its experts otherwise.
     """
-    routers: dict[nn.Module, int] = {}
-    for part in unwrap(model).modules():
-        records = getattr(part, "_can_record_outputs", None) if isinstance(
-            part, PreTrainedModel) else None
-        listed = (records or {}).get("router_logits", ())
-        for record in listed if isinstance(listed, (list, tuple)) else (listed,):
-            for name, module in part.named_modules():
-                where = getattr(record, "layer_name", None) or ""
-                if isinstance(module, getattr(record, "target_class", record)) and where in name:
-                    routers[module] = getattr(record, "index", 0)
-    return list(routers.items())
-
-
-def balanced_by_loss(config: Any) -> bool:
-    """Whether a family is trained with such a term; others (DeepSeek-V3) move biases instead."""
-    return hasattr(config.get_text_config(), "router_aux_loss_coef")
+    config = unwrap(student).config
+    usual, experts = balance_weight(config), chosen_experts(config)
+    if weight and not (experts and routers_of(student)):
+        raise TaidError(f"objective: the term {ROUTER} is for students with experts, and "
+                        f"{config.model_type} has none; take it out.")
+    if weight and usual is None:
+        raise TaidError(f"objective: the term {ROUTER} is not for {config.model_type}, which "
+                        "balances its experts by biases that pre-training moves; take it out.")
+    if weight or not experts or usual is None:
+        return ""
+    return (f"the student sends every token to {experts[0]} of {experts[1]} experts, and nothing "
+            f"in the objective keeps their load even; its family adds {{name: {ROUTER}, weight: "
+            f"{usual}}} to the terms")
 
 
 class RouterTerm:
@@ -63,7 +61,7 @@ class RouterTerm:
         accelerator: adds up what all processes have counted.
 
     Raises:
-        TaidError: a student without routers, or one whose family balances its experts otherwise.
+        TaidError: as `check_router`.
     """
 
     def __init__(self, weight: float, student: nn.Module, accelerator: Accelerator) -> None:
@@ -72,16 +70,10 @@ class RouterTerm:
         self._seen: dict[int, Tensor] = {}
         if not weight:
             return
-        config = unwrap(student).config
-        if not self.routers:
-            raise TaidError(f"objective.{ROUTER}: the student ({config.model_type}) routes no "
-                            "tokens to experts; take the term out.")
-        if not balanced_by_loss(config):
-            raise TaidError(f"objective.{ROUTER}: {config.model_type} balances its experts by "
-                            "biases that pre-training moves, not by a loss; take the term out.")
-        text = config.get_text_config()
-        self.top_k: int = text.num_experts_per_tok
-        experts = next(p.shape[0] for p in self.routers[0][0].parameters() if p.ndim == 2)
+        check_router(weight, student)
+        chosen = chosen_experts(unwrap(student).config)
+        assert chosen is not None
+        self.top_k, experts = chosen
         even = torch.full((len(self.routers), experts), self.top_k / experts)
         self.load = even.to(accelerator.device)
         self._counts = torch.zeros_like(self.load, dtype=torch.float64)

@@ -174,10 +174,27 @@ def test_qwens_inputs_say_where_images_are(family: str) -> None:
 
 # ----- prompts --------------------------------------------------------------------------------
 
+def test_a_template_that_leaves_answers_open_is_closed() -> None:
+    """GLM-4 prints no end; in a conversation the next role's token stands there, and that is what
+    its models are trained to say."""
+    model = adapter("glm4")
+    assert model.added_end == "<|user|>"
+    rendered = model.render(talk("Is it?", "Yes", "And?", "It is"))
+    assert rendered.text.endswith("It is<|user|>") and rendered.text.count("<|user|>") == 3
+    (row,) = encode(model, [talk("Is it?", "Yes")]).rows
+    assert row.ids[row.answers[0].end_of_turn - row.offset] == model.end_of_turn_id
+    assert model.tokenizer.convert_ids_to_tokens(model.end_of_turn_id) == "<|user|>"
+    assert adapter("llama").added_end == ""
+
+
 OPENINGS = {
     "qwen3": ("", "<think>\n\n</think>\n\n"),
     "qwen3_5": ("", "\n</think>\n\n"),
+    "qwen3_moe": ("", "<think>\n\n</think>\n\n"),
+    "smollm3": ("", "<think>\n\n</think>\n\n"),
     "gemma4": ("<|channel>thought\n<channel|>", ""),
+    "gemma4_text": ("<|channel>thought\n<channel|>", ""),
+    "gpt_oss": ("", "<|channel|>final<|message|>"),
     "llava_onevision": ("\n", " \n"),
 }
 

@@ -182,7 +182,8 @@ def test_keys_of_transformers_keep_their_values() -> None:
 
 
 def test_the_terms_are_the_losses() -> None:
-    per_token = {name: kind for name, kind in TERMS.items() if not name.startswith(("visual_", "router"))}
+    per_token = {name: kind for name, kind in TERMS.items()
+                 if not name.startswith(("visual_", "router"))}
     assert list(per_token) == list(LOSSES)
     for name, kind in per_token.items():
         if name == "taid":  # its parameter is not the recipe's, but the schedule's

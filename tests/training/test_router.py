@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from training.test_invariance import in_processes, relative
 from zoo import build
 
 from taid_vlm.errors import TaidError
-from taid_vlm.training.router import LOAD_FILE, routers_of
+from taid_vlm.models.experts import chosen_experts, parameters_per_token, routers_of
+from taid_vlm.training.router import LOAD_FILE, check_router
 
 TERMS = {"terms": [{"name": "taid"}, {"name": "router", "weight": 0.5}]}
 # Two steps, for the first has even shares and so no gradient; plain descent, so that what is left
@@ -139,9 +141,32 @@ def test_resuming_is_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("student", "message"), [
-    ("qwen2", r"\(qwen2\) routes no tokens"), ("deepseek_v3", "deepseek_v3 balances its experts")])
+    ("qwen2", "qwen2 has none"), ("deepseek_v3", "not for deepseek_v3, which balances")])
 def test_a_student_without_such_routers_is_refused(
     student: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(TaidError, match=message):
         make_trainer(tmp_path, **{**RUN, "student": student})
+
+
+@pytest.mark.parametrize(("family", "hint"), [
+    ("qwen3_moe", "2 of 4 experts.*weight: 0.001"), ("mixtral", "weight: 0.001"),
+    ("qwen3_vl_moe", "2 of 4 experts"), ("deepseek_v3", ""), ("qwen2", "")])
+def test_a_missing_term_is_named(family: str, hint: str) -> None:
+    said = check_router(0.0, build(family).model)
+    assert re.search(hint, said) if hint else said == ""
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3", "llama"])
+def test_parameters_that_a_token_passes(family: str) -> None:
+    """Counted by hand: those whose gradient one token moves."""
+    model = build(family).model
+    model(input_ids=torch.tensor([[30]])).logits.sum().backward()
+    per_token, experts = 0, chosen_experts(model.config)
+    for name, p in model.named_parameters():
+        if ".experts." in name and experts and p.shape[0] == experts[1]:
+            per_token += int(p.grad.flatten(1).any(-1).sum()) * p[0].numel()
+        else:
+            per_token += p.numel()
+    assert parameters_per_token(model) == per_token
+    assert (per_token < sum(p.numel() for p in model.parameters())) == (family != "llama")
