@@ -249,7 +249,7 @@ def test_batch_of_bad_rows_has_no_loss_but_a_gradient(
 def test_empty_list_is_a_placeholder_too() -> None:
     assert collator()([])["counts"] == {
         "dropped": {}, "cut": 0, "supervised_tokens": 0, "aligned_tokens": 0,
-        "chunk_tokens": 0, "rows": 0, "notes": {}}
+        "chunk_tokens": 0, "rows": 0}
 
 
 # ----- too long ----------------------------------------------------------------------------------

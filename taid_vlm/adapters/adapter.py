@@ -43,6 +43,7 @@ from taid_vlm.adapters.turns import (
     Supervise,
     check_kwargs,
     has_thought,
+    places_in,
 )
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Message, Record
@@ -141,11 +142,10 @@ class ModelAdapter:
     def _join(self, record: Record) -> Rendered:
         """A base model: question and answer one behind the other, as they are."""
         prompt, message = record.messages[0].text, record.messages[1]
-        answer, (core,) = message.text, record.answers
-        start = len(prompt) + answer.index(core)
-        span = TextSpan(len(prompt), len(prompt) + len(answer), 0, True, message.weight,
-                        (("text", start, start + len(core)),))
-        return self._with_special(Rendered(prompt + answer, (span,)), ends=True)
+        answer = message.text
+        span = TextSpan(0, len(answer), 0, True, message.weight, tuple(places_in(answer, message)))
+        spans = (span.shifted(len(prompt)),)
+        return self._with_special(Rendered(prompt + answer, spans), ends=True)
 
     def cut(self, rendered: Rendered, row: EncodedRow) -> Rendered:
         """A plain text shortened to `max_length` tokens (without the end that it now lacks)."""

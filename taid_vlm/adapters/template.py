@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from reprlib import repr as shown
@@ -42,6 +41,7 @@ NOT_PRINTED = "not printed by the chat template"
 PRINTED_DIFFERENTLY = "printed differently by the two chat templates"
 PARTLY = "answers that the two chat templates print differently: what both print is compared"
 WHOLE = "whole"
+BESIDE_CALL = "text beside a tool call that the {}'s chat template does not print"
 THOUGHT_GONE = "a thought that the {}'s chat template takes out of an earlier turn"
 _OPENS_THOUGHT = re.compile(r"(<\|?think(ing)?\|?>|<thought>|<reasoning>|\[THINK\]"
                             r"|<\|channel>thought|<\|channel\|>analysis<\|message\|>)\s*\Z")
@@ -203,9 +203,11 @@ class _Rendering:
                     for each in marked_texts(index, message)]
         places = self._matched(marks, text, expected)
         self._check_printed(text)
-        gone = len(places) < len(expected)
-        notes = (THOUGHT_GONE.format(self.role),) if gone else ()
-        return Rendered(text, tuple(self._spans(text, places)), notes=notes)
+        gone = [marked for marked in expected if marked not in {each.marked for each in places}]
+        notes = dict.fromkeys(
+            (BESIDE_CALL if self.record.messages[marked.message].calls else THOUGHT_GONE
+             ).format(self.role) for marked in gone)
+        return Rendered(text, tuple(self._spans(text, places)), notes=tuple(notes))
 
     def _is_marked(self, message: Message) -> bool:
         """Whether a message is learned. What tools say is context, whatever is supervised."""
@@ -224,22 +226,22 @@ class _Rendering:
     def _matched(
         self, marks: Sequence[tuple[str, int, int]], text: str, expected: Sequence[Marked]
     ) -> list[_Place]:
-        """Every mark's text; thoughts of earlier turns may be left out, and nothing else."""
-        places, waiting = list[_Place](), deque(expected)
-        for kind, start, end in marks:
-            while waiting and (waiting[0].kind, waiting[0].text) != (kind, text[start:end]):
-                self._left_out(waiting.popleft())
-            if not waiting:
-                raise self._unfaithful()
-            places.append(_Place(waiting.popleft(), start, end))
-        for marked in waiting:
-            self._left_out(marked)
-        return places
-
-    def _left_out(self, marked: Marked) -> None:
-        later = self.record.messages[marked.message + 1 :]
-        if marked.kind != "thought" or not any(message.role == "user" for message in later):
+        """Every mark's text; what may be left out are thoughts of earlier turns, and what stands
+        beside a call."""
+        printed = [(kind, text[start:end]) for kind, start, end in marks]
+        wanted = [(marked.kind, marked.text) for marked in expected]
+        kept: list[int] | None = list(range(len(wanted)))
+        if printed != wanted:
+            kept = _subsequence(printed, wanted, [not self._may_lack(each) for each in expected])
+        if kept is None:
             raise self._unfaithful()
+        return [_Place(expected[index], start, end)
+                for index, (_, start, end) in zip(kept, marks, strict=True)]
+
+    def _may_lack(self, marked: Marked) -> bool:
+        message, *later = self.record.messages[marked.message :]
+        earlier = any(each.role == "user" for each in later)
+        return bool(message.calls) or (marked.kind == "thought" and earlier)
 
     def _unfaithful(self) -> AlignmentError:
         return AlignmentError(
@@ -326,6 +328,28 @@ class _Rendering:
         if not (text.startswith(before) and text.startswith(whole) and start < end):
             raise self._unfaithful()
         return start, end
+
+
+def _subsequence(
+    printed: Sequence[object], wanted: Sequence[object], needed: Sequence[bool]
+) -> list[int] | None:
+    """Which of `wanted` are printed, all that are `needed` among them; None if they are not.
+
+    Where several ways are open, the later ones of what is equal count as printed.
+    """
+    open_, rows = {0}, []  # how many are printed so far, after each of the wanted
+    for item, need in zip(wanted, needed, strict=True):
+        rows.append(open_)
+        taken = {n + 1 for n in open_ if n < len(printed) and printed[n] == item}
+        open_ = taken if need else open_ | taken
+    kept, number = list[int](), len(printed)
+    if number not in open_:
+        return None
+    for index in range(len(wanted) - 1, -1, -1):
+        if number and number - 1 in rows[index] and printed[number - 1] == wanted[index]:
+            kept.append(index)
+            number -= 1
+    return kept[::-1]
 
 
 def _around(raw: str) -> Iterator[str]:

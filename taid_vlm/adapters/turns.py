@@ -148,6 +148,16 @@ def marked_texts(index: int, message: Message) -> Iterator[Marked]:
         yield Marked(index, "text", text.strip())
 
 
+def places_in(text: str, message: Message) -> Iterator[tuple[str, int, int]]:
+    """(kind, start, end) of the marked texts of an answer that stands there as it is."""
+    end = 0
+    for marked in marked_texts(0, message):
+        front = text.index("<think>") + len("<think>") if marked.kind == "thought" else end
+        start = text.index(marked.text, front)
+        end = start + len(marked.text)
+        yield marked.kind, start, end
+
+
 def _split(message: Message) -> tuple[str | None, str]:
     """An answer's thought (None: it has none) and the rest of its text."""
     if message.thought is not None:
@@ -168,8 +178,9 @@ def _answer(
         text = _around(text) if text.strip() else text
     if thought is None:
         return text, None
-    marks = (marked or stand_in) and thought.strip()
-    shown = OPEN_THOUGHT + thought.strip() + CLOSE_THOUGHT if marks else thought
+    shown = thought
+    if (marked or stand_in) and thought.strip():
+        shown = _around(thought, OPEN_THOUGHT, CLOSE_THOUGHT)
     by_key = style.thoughts and (match is None or not style.splits)
     if by_key:
         return text, shown
@@ -179,10 +190,10 @@ def _answer(
     return front + shown + match["after"] + text, None
 
 
-def _around(text: str) -> str:
+def _around(text: str, opens: str = OPEN, closes: str = CLOSE) -> str:
     core = text.strip()
     before, after = text.split(core, 1)
-    return before + OPEN + core + CLOSE + after
+    return before + opens + core + closes + after
 
 
 def _content(parts: list[str | None], form: ContentForm) -> Any:

@@ -39,6 +39,7 @@ from taid_vlm.alignment import (
 )
 from taid_vlm.errors import AlignmentError, Problem, RecordError, SampleDropped, TaidError
 from taid_vlm.records import Malformed, Record, first_rows, parse_record
+from taid_vlm.records.record import problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ class DistillationCollator:
         teacher_degraded: with `degrade`, those of the teacher's inputs in which degraded images
             differ; {} where no row has an image.
         student_views, teacher_views: with `views`, a View per image, in the same order.
-        counts: `dropped` {reason: rows}, `cut` texts, `notes` {what has no effect: rows}, and
-            tokens supervised and aligned.
+        counts: `dropped` {reason: rows}, `cut` texts, and tokens supervised and aligned.
+        notes: {what of the rows has no effect: rows}.
     Where texts are split differently (`Pairing.has_chunks`) the two models' tokens differ in
     number, N counts the student's, map_index has one entry per pair of tokens, and there are also:
         pair_student, pair_teacher: [P] which tokens are compared entry by entry.
@@ -116,7 +117,8 @@ class DistillationCollator:
     def _attempt(self, row: Row, counts: Counter[str]) -> _Sample | None:
         try:
             if isinstance(row, Malformed):
-                raise RecordError(row.problem)
+                self._leave_out(problem_of(row), counts)
+                return None
             return self._prepare(row if isinstance(row, Record) else parse_record(row, "a row"))
         except (SampleDropped, RecordError, AlignmentError) as problem:
             self._leave_out(problem, counts)
@@ -282,8 +284,8 @@ class DistillationCollator:
             "chunk_tokens": sum(len(pair.student) for _, pair in flat
                                 if isinstance(pair, AlignedChunk)),
             "rows": len(samples) if flat else 0,
-            "notes": dict(self._notes(samples)),
         }
+        batch["notes"] = dict(self._notes(samples))
         return batch | token_weights(encoded["student"].rows, tokens["student"])
 
     def _degraded(

@@ -19,7 +19,7 @@ from taid_vlm.alignment.pairing import ONE_SIDED
 from taid_vlm.batch.collator import TOO_LONG, UNALIGNED, DistillationCollator
 from taid_vlm.doctor.checkup import Listener
 from taid_vlm.doctor.facts import image_tokens
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import HalfCharacterError, TaidError
 from taid_vlm.records import Malformed, Record, StreamedRecords, first_rows
 from taid_vlm.records.images import TOO_LARGE, UNREADABLE
 from taid_vlm.training.config import DistillationConfig
@@ -42,6 +42,7 @@ REMEDIES = {
                   "one (chat_template: template.jinja under the model in the recipe), or split the "
                   "conversations.",
     NO_VISION: "A text model cannot see; take these records out, or choose a model with vision.",
+    HalfCharacterError.reason: "Write the text anew with whole characters.",
     "malformed record": "Mend the row; its columns and values must be as the message says.",
     "cannot be aligned": "The tokens do not spell the text or the template changes an answer; "
                          "normalise the data, or set another chat_template.",
@@ -205,7 +206,7 @@ def _measured(listener: Listener, row: Record | Malformed) -> _Measured:
         checked.source, reason, checked.detail, checked.stops, counts,
         {role: len(whole.ids) for role, whole in checked.whole.items()},
         {role: image_tokens(whole) for role, whole in checked.whole.items() if whole.images},
-        checked.counts.get("notes", {}))
+        checked.notes)
 
 
 def _collate(listener: Listener, rows: Sequence[Record | Malformed]) -> list[_Measured]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
 
-from taid_vlm.errors import RecordError, nearest
+from taid_vlm.errors import HalfCharacterError, RecordError, nearest
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
     "function": "tool", "ipython": "tool", "observation": "tool"}
@@ -242,7 +242,7 @@ def expect_text(value: Any, place: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RecordError(f"{place} holds half a character: {error}.") from None
+        raise HalfCharacterError(f"{place} holds half a character: {error}.") from None
     return value
 
 

@@ -40,9 +40,11 @@ CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
 
 @dataclass(frozen=True)
 class Malformed:
-    """Stands for a row that is no record; `problem` names file and line."""
+    """Stands for a row that is no record; `problem` names file and line, `reason` is what it is
+    counted under."""
 
     problem: str
+    reason: str = RecordError.reason
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,19 @@ def parse_record(
     return Record(source, messages, tuple(images), None, categories, tools, unread)
 
 
+def problem_of(row: Malformed) -> RecordError:
+    """The error that it stands for."""
+    problem = RecordError(row.problem)
+    problem.reason = row.reason
+    return problem
+
+
 def attempt(read: Callable[..., Record], *args: Any) -> Record | Malformed:
     """What `read` gives, or what takes the place of a row that is no record."""
     try:
         return read(*args)
     except RecordError as problem:
-        return Malformed(str(problem))
+        return Malformed(str(problem), problem.reason)
 
 
 def first_rows(data: Any, number: int | None = None) -> Iterator[Record | Malformed]:

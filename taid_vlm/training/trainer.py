@@ -218,7 +218,7 @@ class DistillationTrainer(Trainer):
         self.guard.note(batch, found.losses)
         counts = batch["counts"]
         self.dropped.update(counts["dropped"])
-        self.notes.update(counts["notes"])
+        self.notes.update(batch["notes"])
         self.cut += counts["cut"]
 
     def _logs_this_step(self) -> bool:

@@ -84,6 +84,14 @@ def test_calls_are_learned_as_the_template_prints_them(
     assert all(answer.end_of_turn is not None for answer in row.answers)
 
 
+def test_text_beside_a_call_may_not_be_printed() -> None:
+    """Llama 3.1's template prints the call alone; that is counted, and the call is learned."""
+    rendered = model(templates.llama31(), "llama").render(chat(AGENT, tools=[WEATHER]))
+    assert spans(rendered) == [LLAMA, "It is 21 degrees."]
+    assert rendered.notes == (
+        "text beside a tool call that the student's chat template does not print",)
+
+
 def test_a_call_may_end_its_turn_with_a_token_of_its_own() -> None:
     one = model(templates.llama31(ends="<|eom_id|>"), "llama")
     one.tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>"]})
@@ -161,7 +169,7 @@ def test_calls_that_two_templates_print_alike_are_compared_whole() -> None:
     teacher = model(templates.hermes(), role="teacher")
     student = model(templates.hermes(thoughts=False))
     batch, _ = collate(teacher, student, chat(SILENT, tools=[WEATHER]))
-    assert batch["counts"]["notes"] == {}
+    assert batch["notes"] == {}
     assert labels(batch, student) == f"{HERMES}<|im_end|>It is 21 degrees.<|im_end|>"
 
 
@@ -169,8 +177,8 @@ def test_of_calls_that_are_printed_differently_the_common_pieces_are_compared() 
     teacher = model(templates.llama31(), "llama", "teacher")
     student = model(templates.hermes(), "qwen3")
     batch, _ = collate(teacher, student, chat(SILENT, tools=[WEATHER]))
-    assert list(batch["counts"]["notes"].values()) == [1]
-    assert "print differently" in next(iter(batch["counts"]["notes"]))
+    assert list(batch["notes"].values()) == [1]
+    assert "print differently" in next(iter(batch["notes"]))
     for call in ('weather', '{"town": "Köln"}', "It is 21 degrees."):
         assert call in labels(batch, student)
     assert "tool_call" not in labels(batch, student)
@@ -222,7 +230,7 @@ def test_thoughts_of_earlier_turns_are_counted_and_not_refused() -> None:
     batch, collator = collate(teacher, student, chat(talk))
     assert labels(batch, student) == "No.<|im_end|><think>\nA cat!\n</think>\n\nYes.<|im_end|>"
     assert batch["counts"]["dropped"] == {}
-    assert batch["counts"]["notes"] == {
+    assert batch["notes"] == {
         f"a thought that the {role}'s chat template takes out of an earlier turn": 1
         for role in ("teacher", "student")}
     assert any("talk.jsonl:1" in text for text in collator.reported.values())
@@ -233,6 +241,38 @@ def test_where_one_template_takes_a_thought_out_the_answer_is_compared() -> None
     plain = model(templates.chatml(), "qwen3")
     batch, _ = collate(adapter("qwen3", "teacher"), plain, chat(talk))
     assert labels(batch, plain) == "No.<|im_end|>Yes.<|im_end|>"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_thoughts_beside_a_model_that_prints_them_as_text(family: str) -> None:
+    student = adapter(family)
+    for answer in ("<think>b</think>c", "<think>b</think>\n\n  c\n"):
+        batch, _ = collate(adapter("qwen3", "teacher"), student, chat(turns("Is it?", answer)))
+        assert batch["counts"]["dropped"] == {}
+        assert {"b", "c"} <= set(labels(batch, student))
+
+
+def test_of_equal_thoughts_the_earlier_one_is_gone() -> None:
+    messages = [SILENT[0], {**SILENT[1], "reasoning_content": "I look."}, SILENT[2],
+                {**SILENT[3], "reasoning_content": "I look."}]
+    rendered = model(templates.llama31(), "llama").render(chat(messages, tools=[WEATHER]))
+    assert spans(rendered) == [LLAMA, "<think>\nI look.\n</think>\n\nIt is 21 degrees."]
+
+
+def test_of_equal_texts_the_one_beside_a_call_is_gone() -> None:
+    first, *call = AGENT
+    talk = [first, {"role": "assistant", "content": "I look."}, *AGENT]
+    rendered = model(templates.llama31(), "llama").render(chat(talk, tools=[WEATHER]))
+    assert spans(rendered) == ["I look.", LLAMA, "It is 21 degrees."]
+    assert len(rendered.notes) == len(call[:1])
+
+
+def test_space_in_a_thought_changes_nothing() -> None:
+    messages = turns("Is it?", "No.")
+    messages[1]["reasoning_content"] = "  A hat?\n"
+    rendered = model(templates.hermes()).render(chat(messages))
+    assert rendered.text == printed(model(templates.hermes()), messages)
+    assert spans(rendered) == ["<think>\n  A hat?\n</think>\n\nNo."]
 
 
 def test_a_thought_that_is_lost_names_the_model_and_the_mend() -> None:
@@ -330,7 +370,7 @@ def test_keys_that_nothing_reads_are_named_with_a_count() -> None:
     talk = turns("a", "It is")
     talk[0]["lang"], talk[1]["score"] = "en", 3
     batch = DistillationCollator(adapter("qwen2"))([chat(talk), chat(turns("a", "b")), chat(talk)])
-    assert batch["counts"]["notes"] == {"messages[].lang: nothing reads it": 2,
+    assert batch["notes"] == {"messages[].lang: nothing reads it": 2,
                                         "messages[].score: nothing reads it": 2}
 
 
