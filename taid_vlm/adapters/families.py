@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from taid_vlm.adapters.adapter import ImageTextAdapter, ModelAdapter, Side, TextAdapter
-from taid_vlm.adapters.template import Processor, Rendered, TextSpan, has_chat_template
+from taid_vlm.adapters.template import Rendered, TextSpan, has_chat_template
+from taid_vlm.adapters.turns import Processor
 from taid_vlm.errors import TaidError
 from taid_vlm.records import Record
 
@@ -44,12 +45,15 @@ class PrefixAdapter(ImageTextAdapter):
     one_question = ("is PaliGemma, which answers one question; give records of one user's and one "
                     "assistant's turn, or choose another model.")
 
-    def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
+    def __init__(
+        self, processor: Processor, role: str, max_length: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         if has_chat_template(processor):
             raise TaidError(f"{role}: PaliGemma takes a question and gives an answer, in a text of "
                             "its own; it cannot use a chat template.",
                             mend=f"Remove {role}.chat_template.")
-        ModelAdapter.__init__(self, processor, role, max_length)
+        ModelAdapter.__init__(self, processor, role, max_length, chat_template_kwargs)
 
     @property
     def _added_bos(self) -> str:
@@ -59,12 +63,13 @@ class PrefixAdapter(ImageTextAdapter):
         return self._with_answer(self._added_bos, text)
 
     def _join(self, record: Record) -> Rendered:
-        return self._with_answer(self._prefix(record), record.answers[0])
+        return self._with_answer(self._prefix(record), record.answers[0],
+                                 record.messages[1].weight)
 
-    def _with_answer(self, prefix: str, answer: str) -> Rendered:
-        end = len(prefix) + len(answer)
+    def _with_answer(self, prefix: str, answer: str, weight: float = 1.0) -> Rendered:
+        start, end = len(prefix), len(prefix) + len(answer)
         return Rendered(prefix + answer + self.tokenizer.eos_token,
-                        (TextSpan(len(prefix), end, 0, True),))
+                        (TextSpan(start, end, 0, True, weight, (("text", start, end),)),))
 
     def _prefix(self, record: Record) -> str:
         images = self.processor.image_token * len(record.images)
@@ -108,13 +113,17 @@ EXCEPTIONS: dict[str, type[ImageTextAdapter]] = {
 }
 
 
-def make_adapter(processor: Processor, role: str, max_length: int | None = None) -> ModelAdapter:
+def make_adapter(
+    processor: Processor, role: str, max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> ModelAdapter:
     """TextAdapter for a tokenizer, ImageTextAdapter (or an exception) for a processor."""
+    kind: type[ModelAdapter]
     if isinstance(processor, PreTrainedTokenizerBase):
-        return TextAdapter(processor, role, max_length)
-    if isinstance(processor, ProcessorMixin) and hasattr(processor, "tokenizer"):
-        adapter = EXCEPTIONS.get(type(processor).__name__, ImageTextAdapter)
-        return adapter(processor, role, max_length)
-    raise TaidError(
-        f"{role}: {type(processor).__name__} is neither a tokenizer nor a processor with one."
-    )
+        kind = TextAdapter
+    elif isinstance(processor, ProcessorMixin) and hasattr(processor, "tokenizer"):
+        kind = EXCEPTIONS.get(type(processor).__name__, ImageTextAdapter)
+    else:
+        raise TaidError(
+            f"{role}: {type(processor).__name__} is neither a tokenizer nor a processor with one.")
+    return kind(processor, role, max_length, chat_template_kwargs)

@@ -24,6 +24,8 @@ from taid_vlm.adapters import TokenTable
 from taid_vlm.errors import AlignmentError
 from taid_vlm.objectives.divergences import row_chunks, upcast
 
+# an added token may be special in one model and not in the other
+_SAME_NAME = {"special": ("added",), "added": ("special",)}
 SCRATCH = 8  # tensors as large as some columns that summing them up has in use at a time, about
 
 
@@ -260,10 +262,12 @@ def pair_tokens(
     used_t: set[int] = set()
     used_s: set[int] = set()
     alike = [(index, student[key]) for key, index in teacher.items() if key in student]
+    named = [(index, student[other, name]) for (kind, name), index in teacher.items()
+             for other in _SAME_NAME.get(kind, ()) if (other, name) in student]
     spelled = {text: index for (kind, text), index in student.items() if kind != "special"}
     by_bytes = [(index, spelled[text]) for (kind, text), index in teacher.items()
                 if kind != "special" and text in spelled]
-    for t, s in (*roles, *alike, *by_bytes):
+    for t, s in (*roles, *alike, *named, *by_bytes):
         if t not in used_t and s not in used_s:
             pairs.append((t, s))
             used_t.add(t)

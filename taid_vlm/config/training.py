@@ -42,6 +42,8 @@ WITHOUT_EFFECT = frozenset({
 ELSEWHERE = {
     "output_dir": "output_dir", "objective": "objective", "canary_records": "evaluate.canary",
     "model_init_kwargs": "student.init_kwargs", "teacher_model_init_kwargs": "teacher.init_kwargs",
+    "chat_template_kwargs": "student.chat_template_kwargs",
+    "teacher_chat_template_kwargs": "teacher.chat_template_kwargs",
 }
 
 

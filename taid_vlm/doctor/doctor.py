@@ -150,7 +150,7 @@ def _found(recipe: Recipe, role: str, spec: ModelSpec) -> tuple[Any, Any, Any]:
         config = read_config(spec, role)
         processor = read_processor(config, spec, role)
         limit = length_limit(config, recipe.train.get("max_length"))
-        adapter = make_adapter(processor, role, limit)
+        adapter = make_adapter(processor, role, limit, spec.chat_template_kwargs)
     return config, processor, adapter
 
 

@@ -87,6 +87,7 @@ class FusedDivergence:
         t: float | None = None,
         map_index: Tensor | None = None,
         token_weights: Tensor | None = None,
+        weights: Tensor | None = None,
         measure: Measure | None = None,
     ) -> FusedLoss:
         """The weighted sum over N tokens; gradients reach hidden states and head.
@@ -103,6 +104,7 @@ class FusedDivergence:
             map_index: [N] which of `maps` holds for a token; needed with more than one.
             token_weights: [N] factors of the terms that compare with the teacher; no gradient
                 reaches them.
+            weights: [N] factors of all terms; no gradient reaches them.
             measure: looks at every chunk's logits while they are there, for figures; it must not
                 change them.
 
@@ -111,7 +113,7 @@ class FusedDivergence:
         """
         between, on_data = self.terms(t)
         work = _Work(self, between, on_data, student_head, teacher_head, measure)
-        work.take(student_hidden, teacher_hidden, labels, map_index, token_weights)
+        work.take(student_hidden, teacher_hidden, labels, map_index, token_weights, weights)
         if torch.is_grad_enabled():
             loss = _Fused.apply(work, student_hidden, *student_head.parameters())
         else:
@@ -183,7 +185,7 @@ class _Work:
 
     def take(
         self, hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor | None,
-        map_index: Tensor | None, token_weights: Tensor | None,
+        map_index: Tensor | None, token_weights: Tensor | None, weights: Tensor | None,
     ) -> None:
         """Tensors of N rows each; whether they are all there is checked before any work."""
         measured = self.measure is not None and teacher_hidden is not None
@@ -192,6 +194,7 @@ class _Work:
         for name, tensor, needed in (
             ("teacher_hidden", teacher_hidden, self.compares), ("labels", labels, self.on_data),
             ("map_index", map_index, several), ("token_weights", token_weights, False),
+            ("weights", weights, False),
         ):
             if needed and tensor is None:
                 raise RecipeError(f"the objective needs {name}, and there is none.")
@@ -202,6 +205,7 @@ class _Work:
             self._check_heads()
         self.teacher_hidden, self.labels, self.map_index = teacher_hidden, labels, map_index
         self.token_weights = None if token_weights is None else token_weights.detach()
+        self.weights = None if weights is None else weights.detach()
 
     def _check_heads(self) -> None:
         if self.teacher_head is None:
@@ -239,6 +243,8 @@ class _Work:
             x = hidden[rows]
             s = head.logits(x)
             g = self._differentiate(s, index, rows, head.product)
+            if self.weights is not None:
+                g.mul_(self.weights[rows, None])
             g_x = head.backward(x, g, s, gradient is not None) if any(needs) else None
             if gradient is not None and g_x is not None:
                 gradient[rows] = g_x
@@ -358,5 +364,7 @@ class _Work:
             values = self.per_token[term.name]
             if self.token_weights is not None and term in self.between:
                 values = values * self.token_weights
+            if self.weights is not None:
+                values = values * self.weights
             total = total + term.weight * values.sum()
         return total

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from taid_vlm.adapters import Processor
+from taid_vlm.adapters import Processor, check_kwargs
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.lora import (
@@ -188,6 +188,7 @@ def read_processor(config: PretrainedConfig, spec: ModelSpec, role: str) -> Proc
                         f"{role}.processor_name_or_path.", code="no_tokenizer")
     if spec.chat_template is not None:
         processor.chat_template = read_template(spec.chat_template, role)
+    check_kwargs(processor, spec.chat_template_kwargs, role)
     return processor
 
 

@@ -2,7 +2,8 @@
 
 from taid_vlm.records.fingerprint import fingerprint
 from taid_vlm.records.images import ImageRef
-from taid_vlm.records.record import Malformed, Message, Record, first_rows, parse_record
+from taid_vlm.records.messages import Message
+from taid_vlm.records.record import Malformed, Record, first_rows, parse_record
 from taid_vlm.records.sources import Records, StreamedRecords, open_records, open_rows
 
 __all__ = [

@@ -302,7 +302,9 @@ def _check(records: Records | StreamedRecords, source: DataSource) -> None:
     row, images, problems = None, list[ImageRef](), list[SampleDropped]()
     for row in first_rows(records, number):
         if isinstance(row, Malformed):
-            raise RecordError(row.problem)
+            if row.reason == RecordError.reason:
+                raise RecordError(row.problem)
+            continue
         images += row.images[:1] if len(images) < PROBED_IMAGES else ()
     if row is None:
         raise TaidError(f"data: '{source.path}' holds no records.")

@@ -85,7 +85,7 @@ class Measuring:
 def make_measuring(trainer: DistillationTrainer, recipe: Recipe, records: Any) -> Measuring:
     """With the first answer of the first conversations that both models can use."""
     usable = trainer.collator.usable(records or (), lambda record: record.messages)
-    questions = [(record, 0) for record in islice(usable, recipe.evaluate.examples)]
+    questions = [(record, record.learned[0]) for record in islice(usable, recipe.evaluate.examples)]
     return Measuring(trainer, recipe, records, questions)
 
 
@@ -137,6 +137,7 @@ def train_account(trainer: DistillationTrainer, seconds: float, checkpoint: Path
         "steps": trainer.state.global_step, "seconds": seconds,
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "answer_tokens": trainer.answer_tokens, "records_left_out": trainer.all_dropped(),
+        "without_effect": trainer.all_notes(),
         "texts_cut": trainer.cut, "t": schedule and schedule.t,
         "alpha": schedule and schedule.alpha,
         "adaptive_share": schedule and schedule.active_share,

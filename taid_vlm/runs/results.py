@@ -171,6 +171,7 @@ class Train(Part):
     without a finite loss, in which it did not move.
     loss_implementation: None where no step was trained, or nothing is known.
     skipped_steps: optimizer steps that were not applied, by reason.
+    without_effect: what of the records was not read or not shown to a model, and how often.
     """
 
     steps: int
@@ -185,6 +186,7 @@ class Train(Part):
     skipped_updates: int | None
     loss_implementation: LossImplementation | None
     skipped_steps: dict[str, int] = {}
+    without_effect: dict[str, int] = {}
 
 
 class Example(Part):

@@ -39,6 +39,8 @@ class DistillationConfig(TrainingArguments):
         learning_rates: {part: learning rate}; the others take `learning_rate`.
         model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
             given by name.
+        chat_template_kwargs, teacher_chat_template_kwargs: variables of the student's and the
+            teacher's chat templates.
     """
 
     objective: str | dict[str, Any] = field(default="taid")
@@ -53,6 +55,8 @@ class DistillationConfig(TrainingArguments):
     learning_rates: dict[str, float] | None = field(default=None)
     model_init_kwargs: dict[str, Any] | None = field(default=None)
     teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
+    chat_template_kwargs: dict[str, Any] | None = field(default=None)
+    teacher_chat_template_kwargs: dict[str, Any] | None = field(default=None)
     remove_unused_columns: bool = field(default=False)
     logging_nan_inf_filter: bool = field(default=False)  # what is no number is logged as that
 
@@ -101,7 +105,10 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
     if steps:
         defaults["logging_steps"] = max(1, steps // 100)
     own = {"output_dir": recipe.output_dir, "objective": recipe.objective,
-           "canary_records": recipe.evaluate.canary}
+           "canary_records": recipe.evaluate.canary,
+           "chat_template_kwargs": recipe.student.chat_template_kwargs,
+           "teacher_chat_template_kwargs": (
+               recipe.teacher.chat_template_kwargs if recipe.teacher else {})}
     try:
         return DistillationConfig(**{**defaults, **recipe.train, **own})
     except TaidError:

@@ -38,7 +38,8 @@ def pair_for_training(
         role = "processing_class" if processing_class is None else "teacher_processing_class"
         raise TaidError(f"{role} is missing: models given as objects need their tokenizer or "
                         "processor beside them.")
-    ours = make_adapter(processing_class, "student", length_limit(student.config, args.max_length))
+    ours = make_adapter(processing_class, "student", length_limit(student.config, args.max_length),
+                        args.chat_template_kwargs)
     theirs, pairing = None, None
     objective = parse_objective(args.objective)
     if hint := check_router(objective.router, student):
@@ -46,7 +47,8 @@ def pair_for_training(
     if teacher is not None:
         assert teacher_processing_class is not None
         theirs = make_adapter(
-            teacher_processing_class, "teacher", length_limit(teacher.config, args.max_length))
+            teacher_processing_class, "teacher", length_limit(teacher.config, args.max_length),
+            args.teacher_chat_template_kwargs)
     parts = [part for dataset in datasets
              for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
     firsts = [list(first_rows(part, PROBED_RECORDS)) for part in parts]

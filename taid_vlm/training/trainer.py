@@ -1,7 +1,8 @@
 """DistillationTrainer: transformers' Trainer with an exact distillation step, and little more.
 
 What is exact: the loss is the sum over the answer tokens of the whole optimizer step (all
-micro-batches, all processes) divided once by their number; t moves once per optimizer step, from
+micro-batches, all processes) divided once by their number (by the sum of what they count, where
+answers have weights); t moves once per optimizer step, from
 the mean over those same tokens; evaluation moves nothing; a resumed run goes on bit for bit.
 """
 
@@ -32,7 +33,7 @@ from taid_vlm.adapters import Processor
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator
 from taid_vlm.batch.figures import Measured
-from taid_vlm.batch.losses import compared_tokens
+from taid_vlm.batch.losses import by_weight, compared_tokens, weight_sum
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import Canary, Looks
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
@@ -122,6 +123,7 @@ class DistillationTrainer(Trainer):
         self.router = RouterTerm(self.objective.router, student, self.accelerator)
         self.schedule: TaidSchedule | None = None
         self.dropped: Counter[str] = Counter()  # records left out, by reason
+        self.notes: Counter[str] = Counter()  # what of the records has no effect
         self.cut = 0  # plain texts shortened to max_length
         self._step_sums: dict[str, Tensor] = {}
         self._step_counts: list[Tensor] = []  # of the optimizer step: images, tokens it is fed
@@ -164,7 +166,7 @@ class DistillationTrainer(Trainer):
                                else (num_items_in_batch, *self._step_counts))
         # DDP averages gradients over processes; the sum over all tokens must not be averaged
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss = found.loss * processes / max(float(tokens), 1.0)
+        loss = found.loss * processes / (float(tokens) or 1.0)
         loss = loss + self.visual.weighted(seen) * processes / max(float(images), 1.0)
         if routed is not None:
             loss = loss + self.router.weight * routed.sum() * processes / max(float(fed), 1.0)
@@ -179,9 +181,9 @@ class DistillationTrainer(Trainer):
         return self._step or ReferenceStep(self.objective, self.pairing)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        """Answer tokens of the optimizer step, over all micro-batches and processes; its images
-        and the tokens it is fed are noted. All are on the CPU: no micro-batch waits for the device
-        to know them."""
+        """What the answer tokens of the optimizer step count, over all micro-batches and
+        processes; its images and the tokens it is fed are noted. All are on the CPU: no
+        micro-batch waits for the device to know them."""
         counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
@@ -191,25 +193,34 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def _remember(self, batch: Batch, found: StepLoss, seen: Mapping[str, Tensor]) -> None:
         """Add up this micro-batch for the schedule and the log."""
-        sums = {f"loss/{name}": x.sum() for name, x in found.losses.items()}
+        sums = {f"loss/{name}": by_weight(batch, x).sum() for name, x in found.losses.items()}
 
         def count(values: Tensor) -> Tensor:  # made on the device, which nothing waits for
             return torch.full((), len(values), dtype=torch.float64, device=found.loss.device)
 
         sums["tokens"] = count(batch["labels"])
+        sums["tokens/loss"] = batch["weights"].double().sum() if "weights" in batch else \
+            sums["tokens"].clone()
         figures = {f"loss/{name}": Measured(values) for name, values in seen.items()}
         if found.weight is not None:
             tokens, weight = compared_tokens(batch), found.weight
             figures["visual_weight"] = Measured(weight if tokens is None else weight[tokens])
-        figures |= found.figures
         for name, figure in figures.items():
             sums[name] = figure.values.sum()
             sums[f"tokens/{name}"] = count(figure.values)
+        for name, figure in found.figures.items():
+            values, amount = figure.values, count(figure.values)
+            if "weights" in batch:
+                weight = batch["weights"] if figure.tokens is None else \
+                    batch["weights"][figure.tokens]
+                values, amount = values * weight, weight.double().sum()
+            sums[name], sums[f"tokens/{name}"] = values.sum(), amount
         for name, value in sums.items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.double()
         self.guard.note(batch, found.losses)
         counts = batch["counts"]
         self.dropped.update(counts["dropped"])
+        self.notes.update(batch["notes"])
         self.cut += counts["cut"]
 
     def _logs_this_step(self) -> bool:
@@ -242,7 +253,7 @@ class DistillationTrainer(Trainer):
             raise TaidError(f"{EMPTY_STEPS} optimizer steps in a row had no usable record: {told}.")
         if self.schedule is not None:
             counts = sums["tokens"] and self.guard.applied
-            mean = sums["loss/taid"] / sums["tokens"] if counts else float("nan")
+            mean = sums["loss/taid"] / sums["tokens/loss"] if counts else float("nan")
             self.schedule.update(mean, self.state.global_step - 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -332,6 +343,10 @@ class DistillationTrainer(Trainer):
         """Training records left out so far, by reason, over all processes."""
         return dict(sum(gather_object([self.dropped]), Counter()))
 
+    def all_notes(self) -> dict[str, int]:
+        """What of the training records had no effect so far, over all processes."""
+        return dict(sum(gather_object([self.notes]), Counter()))
+
     # ----- checkpoints ----------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -380,9 +395,10 @@ class DistillationTrainer(Trainer):
 
 
 def _counts(batch: Batch) -> Tensor:
-    """Answer tokens, images, and tokens fed to the student, without padding."""
+    """What the answer tokens count, images, and tokens fed to the student, without padding."""
     fed = batch["student_inputs"]["attention_mask"].sum()
-    return torch.tensor([len(batch["labels"]), int(batch["images"].sum()), int(fed)])
+    return torch.tensor([weight_sum(batch), int(batch["images"].sum()), int(fed)],
+                        dtype=torch.float64)
 
 
 class ScheduleCallback(TrainerCallback, ExportableState):

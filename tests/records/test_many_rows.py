@@ -246,8 +246,11 @@ def test_rows_of_anything_are_records_or_malformed():
     atoms = [None, True, 0, -1.5, float("nan"), "", "a", "<image>", "\ud83d", b"a", [], {}, "http://a"]
     keys = ["messages", "conversations", "prompt", "completion", "text", "image", "images",
             "category", "categories", "role", "content", "from", "value", "type", "image_url",
-            "url", "path", "bytes"]
-    words = ["user", "assistant", "system", "human", "gpt", "image", "text"]
+            "url", "path", "bytes", "system", "tools", "tool_calls", "function_call", "function",
+            "name", "arguments", "parameters", "properties", "weight", "train", "masked",
+            "reasoning_content", "tool_call_id", "id"]
+    words = ["user", "assistant", "system", "human", "gpt", "image", "text", "tool", "developer",
+             "function_call", '{"name": "a"}', "[1]", "{}"]
 
     def value(depth):
         kind = rng.random()
