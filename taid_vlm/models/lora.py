@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, nearest
+from taid_vlm.models.published import save_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE = "base_model_name_or_path"
@@ -155,7 +156,7 @@ def write_merged(base: PreTrainedModel, adapter: LoraFolder, role: str) -> None:
     merged = merge_adapter(base, adapter, role)
     for name in (CONFIG, WEIGHTS, "README.md"):  # peft's README is the adapter's card
         (adapter.folder / name).unlink(missing_ok=True)
-    merged.save_pretrained(adapter.folder)
+    save_weights(merged, adapter.folder)
 
 
 def merge_attached(model: Any, role: str) -> PreTrainedModel:
