@@ -25,7 +25,8 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "llava_onevision": ("image_newline", *LLAVA),  # llava-hf/llava-onevision-qwen2-0.5b-ov-hf
     "gemma3": LLAVA,  # google/gemma-3-4b-it
     "paligemma": LLAVA,  # google/paligemma2-3b-pt-224
-    "internvl": (*LLAVA[:3], "vision_tower.embeddings.", "vision_tower.encoder."),  # InternVL3-1B-hf
+    "internvl": (*LLAVA[:3], "vision_tower.embeddings.",
+                 "vision_tower.encoder."),  # OpenGVLab/InternVL3-1B-hf
     "mistral3": (*LLAVA[:3], "vision_tower.ln_pre.", "vision_tower.patch_conv.",
                  "vision_tower.transformer."),  # mistralai/Mistral-Small-3.1-24B-Instruct-2503
     "smolvlm": IDEFICS,  # HuggingFaceTB/SmolVLM2-500M-Video-Instruct

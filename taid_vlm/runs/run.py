@@ -29,6 +29,7 @@ from taid_vlm.runs.folders import (
 )
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.measure import Outcome, make_measuring, outcome_of, train_account
+from taid_vlm.runs.publish import Push, prepare_push, push_student
 from taid_vlm.runs.results import Stage
 from taid_vlm.runs.save import save_student
 from taid_vlm.training.trainer import DistillationTrainer
@@ -43,6 +44,7 @@ class Place:
     whole: Recipe
     earlier: Sequence[Stage]  # accounts of the stages before
     later: Sequence[Path]  # folders of the stages after, whose results no longer hold
+    push: Push | None = None  # where the last one's student goes
 
 
 def distill(
@@ -59,7 +61,8 @@ def distill(
 
     Returns:
         What the run comes to. On disk, in this order: `recipe.yaml`, `student/` (loads with plain
-        Auto classes), `eval_answers.jsonl`, `results.json`, report.html.
+        Auto classes), `eval_answers.jsonl`, `results.json`, report.html; then `student/` on the
+        hub, with `train.push_to_hub`.
 
     Raises:
         TaidError: anything a user can mend, with nothing half-written left behind. Once the student
@@ -69,8 +72,12 @@ def distill(
         raise TaidError("a recipe with stages is carried out by `distill_stages`.")
     output, whole = Path(recipe.output_dir), place.whole if place and not place.later else recipe
     checkpoint, ingredients = find_checkpoint(recipe, resume, overwrite), gather(recipe)
+    push = place.push if place else prepare_push(recipe, recipe.student.peft is not None)
     with locked(output, PartialState().is_main_process):
-        return _carry_out(recipe, ingredients, checkpoint, whole, place, report)
+        outcome = _carry_out(recipe, ingredients, checkpoint, whole, place, report)
+        if push is not None:
+            push_student(push, output / STUDENT)
+    return outcome
 
 
 def _carry_out(

@@ -13,7 +13,7 @@ from taid_vlm.config.kinds import Count
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.config.secrets import redact
 from taid_vlm.config.section import check
-from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec
+from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec, of_hub
 from taid_vlm.errors import RecipeError, TaidError
 from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.objectives import parse_objective
@@ -102,8 +102,9 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
         defaults["logging_steps"] = max(1, steps // 100)
     own = {"output_dir": recipe.output_dir, "objective": recipe.objective,
            "canary_records": recipe.evaluate.canary}
+    train = {key: value for key, value in recipe.train.items() if not of_hub(key)}
     try:
-        return DistillationConfig(**{**defaults, **recipe.train, **own})
+        return DistillationConfig(**{**defaults, **train, **own})
     except TaidError:
         raise
     except Exception as error:  # transformers checks values and combinations its own way
