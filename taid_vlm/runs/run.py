@@ -16,7 +16,7 @@ from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_text
 from taid_vlm.models.loading import load_model
-from taid_vlm.models.lora import is_adapter
+from taid_vlm.models.lora import find_adapter
 from taid_vlm.runs.folders import (
     ANSWERS,
     RECIPE,
@@ -72,7 +72,7 @@ def distill(
         raise TaidError("a recipe with stages is carried out by `distill_stages`.")
     output, whole = Path(recipe.output_dir), place.whole if place and not place.later else recipe
     checkpoint, ingredients = find_checkpoint(recipe, resume, overwrite), gather(recipe)
-    push = place.push if place else prepare_push(recipe, recipe.student.peft is not None)
+    push = place.push if place else prepare_push(recipe, saves_adapter(recipe))
     with locked(output, PartialState().is_main_process):
         outcome = _carry_out(recipe, ingredients, checkpoint, whole, place, report)
         if push is not None:
@@ -107,13 +107,18 @@ def _carry_out(
     return outcome
 
 
+def saves_adapter(recipe: Recipe, stage: int = 0) -> bool:
+    """Whether `student/` holds an adapter alone. Its folder must not depend on another adapter or
+    on the student of an earlier stage: on those it is merged."""
+    return (recipe.student.peft is not None and not stage
+            and find_adapter(recipe.student, "student") is None)
+
+
 def _base_to_merge(recipe: Recipe, place: Place | None) -> ModelSpec | None:
-    """What an adapter is merged into before it is saved: a base that an adapter's folder must not
-    depend on, another adapter or the student of an earlier stage."""
-    if recipe.student.peft is None:
+    """What an adapter is merged into before it is saved."""
+    if recipe.student.peft is None or saves_adapter(recipe, len(place.earlier) if place else 0):
         return None
-    inner = is_adapter(recipe.student.model_name_or_path) or bool(place and place.earlier)
-    return recipe.student if inner else None
+    return recipe.student
 
 
 def _saved_as(outcome: Outcome, saved: str) -> Outcome:

@@ -93,7 +93,7 @@ def distill_stages(
              else _fresh_start(stages, overwrite))
     if first == len(stages):
         return _results(stages[-1])
-    push = prepare_push(stages[-1], recipe.student.peft is not None and len(stages) == 1)
+    push = prepare_push(stages[-1], run.saves_adapter(recipe, len(stages) - 1))
     resumable = resume and bool(checkpoints(Path(stages[first].output_dir)))
     PartialState().wait_for_everyone()  # until then, no process may change what another looks at
     for number, stage in enumerate(stages[first:], start=first):

@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 TOKEN = "a-token-of-no-known-shape"
+COMMIT = "0123456789" * 4
+REVISION = {"X-Repo-Commit": COMMIT}
 
 
 @dataclass
@@ -57,15 +59,17 @@ class _Handler(BaseHTTPRequestHandler):
     ROUTES = (
         ("GET", r"/api/whoami-v2", "whoami"), ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/models/(.+)/preupload/main", "preupload"),
-        ("GET", r"/api/models/(.+)/tree/main", "tree"), ("POST", r"/api/validate-yaml", "validate"),
+        ("GET", r"/api/models/(.+)/tree/\w+", "tree"), ("POST", r"/api/validate-yaml", "validate"),
         ("POST", r"/(.+)\.git/info/lfs/objects/batch", "batch"), ("PUT", r"/lfs/(\w+)", "lfs"),
         ("POST", r"/api/models/(.+)/commit/main", "commit"),
-        ("GET", r"/api/models/([^/]+/[^/]+)", "info"),
+        ("GET", r"/api/models/([^/]+/[^/]+?)(?:/revision/\w+)?", "info"),
     )
 
     def do_GET(self) -> None:
         body = self._body()
         path = self.path.partition("?")[0]
+        if file := re.fullmatch(r"/(.+)/resolve/\w+/(.+)", path):
+            return self._resolve(*file.groups())
         for method, pattern, step in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if match and method == self.command:
@@ -96,8 +100,21 @@ class _Handler(BaseHTTPRequestHandler):
         return {"url": f"{self.hub.url}/{name}"}, 200
 
     def _info(self, body: bytes, name: str) -> tuple[Any, int]:
-        there = name in self.hub.files
-        return ({"id": name, "sha": "0" * 40}, 200) if there else ({"error": "not found"}, 404)
+        if name not in self.hub.files:
+            return {"error": "not found"}, 404
+        files = [{"rfilename": path} for path in self.hub.files[name]]
+        return {"id": name, "sha": COMMIT, "siblings": files}, 200
+
+    def _resolve(self, name: str, path: str) -> None:
+        """A file of a repository, for who may read it."""
+        data = self.hub.files.get(name, {}).get(path)
+        self.hub.steps.append(f"{self.command} {name} {path}")
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._answer({"error": "Invalid username or password."}, 401)
+        if data is None:
+            code = "EntryNotFound" if name in self.hub.files else "RepoNotFound"
+            return self._answer({"error": code}, 404, {"X-Error-Code": code, **REVISION})
+        return self._send(data, 200, {"ETag": hashlib.sha256(data).hexdigest(), **REVISION})
 
     def _preupload(self, body: bytes, name: str) -> tuple[Any, int]:
         return {"files": [
@@ -106,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
             for file in json.loads(body)["files"]]}, 200
 
     def _tree(self, body: bytes, name: str) -> tuple[Any, int]:
-        return [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40}
+        return [{"type": "file", "path": path, "size": len(data), "oid": COMMIT}
                 for path, data in self.hub.files[name].items()], 200
 
     def _validate(self, body: bytes) -> tuple[Any, int]:
@@ -140,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 return {"error": key}, 400
-        return {"commitUrl": f"{self.hub.url}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40}, 200
+        return {"commitUrl": f"{self.hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT}, 200
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -152,13 +169,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def _answer(self, answer: Any, status: int) -> None:
-        data = json.dumps(answer).encode()
+    def _answer(self, answer: Any, status: int, headers: dict[str, str] | None = None) -> None:
+        self._send(json.dumps(answer).encode(), status,
+                   {"Content-Type": "application/json", **(headers or {})})
+
+    def _send(self, data: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
+        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_message(self, *args: Any) -> None:
         pass

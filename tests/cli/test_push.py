@@ -7,14 +7,14 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import yaml
-from cli.hub import TOKEN, Hub, serve
+from cli.hub import TOKEN, Hub
 from cli.recipes import Checkpoints, Outcome, pairs, picture_rows, write_jsonl, write_recipe
 from huggingface_hub import constants
 
@@ -24,18 +24,6 @@ from taid_vlm.runs import run
 Cli = Callable[..., Outcome]
 NAME = "me/student"
 PUSH = ["train.push_to_hub=true", f"train.hub_model_id={NAME}"]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with serve() as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield hub
 
 
 @pytest.fixture
