@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText, PreTrainedModel
-from zoo import VLM_FAMILIES, build
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from zoo import VLM_FAMILIES, build, save
 
 from taid_vlm.models.published import save_weights, use_published_names
+from taid_vlm.students.compose import compose
+from taid_vlm.students.merge import merge
+from taid_vlm.students.shrink import shrink
 
 LLAVA = ("language_model.lm_head.", "language_model.model.", "multi_modal_projector.",
          "vision_tower.vision_model.")
@@ -99,3 +109,30 @@ def test_a_text_model_and_a_wrapped_one_stay_as_they_are() -> None:
         before = dict(vars(model))
         use_published_names(model)
         assert vars(model) == before
+
+
+def vision_names(folder: Path) -> list[str]:
+    saved = names(folder)
+    assert all(name.startswith(LLAVA) for name in saved), saved
+    load(folder)
+    return [name for name in saved if name.startswith("vision_tower.vision_model.encoder.")]
+
+
+def test_composed_shrunk_and_merged_models_have_them_too(tmp_path: Path) -> None:
+    """One after the other, from a tower in a folder of its own."""
+    torch.manual_seed(0)
+    square = {"height": 32, "width": 32}
+    SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        image_size=32, patch_size=8)).save_pretrained(tmp_path / "tower")
+    SiglipImageProcessor(size=square).save_pretrained(tmp_path / "tower")
+    save(build("qwen2"), tmp_path / "text")
+    compose(str(tmp_path / "tower"), str(tmp_path / "text"), tmp_path / "composed")
+    assert vision_names(tmp_path / "composed")
+    shrink(str(tmp_path / "composed"), tmp_path / "shrunk", tower_layers=2)
+    assert vision_names(tmp_path / "shrunk")
+    model = get_peft_model(load(tmp_path / "shrunk"), LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    for dtype in ("auto", "bfloat16"):
+        merge(tmp_path / "adapter", tmp_path / dtype, dtype=dtype)
+        assert vision_names(tmp_path / dtype) == vision_names(tmp_path / "shrunk")
