@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -197,6 +198,20 @@ def test_only_the_last_stage_is_pushed(
     hub.files[NAME].pop(".gitattributes")
     assert hub.files[NAME] == on_disk(tmp_path / "out/student") and len(hub.commits) == 1
     assert hub.steps.count("whoami") == 1
+
+
+def test_a_run_that_goes_on_may_be_pushed(
+    hub: Hub, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, checkpoints)
+    assert cli("distill", path, "train.save_total_limit=null").status == 0
+    for whole in ("student", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "out" / whole)
+    (tmp_path / "out/results.json").unlink()
+    done = cli("distill", path, "--resume", *PUSH)
+    assert done.status == 0, done.err
+    hub.files[NAME].pop(".gitattributes")
+    assert hub.files[NAME] == on_disk(tmp_path / "out/student")
 
 
 def test_the_card_is_valid_for_the_hub(
