@@ -135,9 +135,9 @@ class LocalModel:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, beside the settings of answering."""
-        folder, template = Path(self.spec.model_name_or_path), self.spec.chat_template
+        adapter, template = find_adapter(self.spec, "model"), self.spec.chat_template
+        folder = Path(self.spec.model_name_or_path) if adapter is None else adapter.folder
         digest = None if template is None else text_hash(loading.read_template(template, "model"))
-        adapter = find_adapter(self.spec, "model")
         kwargs = self.spec.chat_template_kwargs
         base = None if adapter is None else Path(adapter.base.model_name_or_path)
         return {"weights_sha256": weights_hash(folder) if folder.is_dir() else None,

@@ -14,8 +14,8 @@ class ModelSpec(Section):
     """A model, its processor or tokenizer, and how both are loaded.
 
     Args:
-        model_name_or_path: Folder or hub name. The folder of a LoRA adapter stands for its base
-            model with the adapter merged.
+        model_name_or_path: Folder or hub name. A LoRA adapter stands for its base model with the
+            adapter merged.
         processor_name_or_path: Where processor or tokenizer come from, if not from the model.
         revision: Hub revision.
         dtype: What weights are loaded as. Left out: float32 for the student (its master weights),

@@ -47,6 +47,12 @@ ELSEWHERE = {
 }
 
 
+def of_hub(key: str) -> bool:
+    """Whether a key of `train:` is about the hub: it is for the run, not for transformers'
+    Trainer, which would push checkpoints and pickles."""
+    return key == "push_to_hub" or key.startswith("hub_")
+
+
 def _of_parts(kind: type) -> BeforeValidator:
     def check(value: Any) -> Any:
         names: Any = value if isinstance(value, kind) else ()

@@ -36,7 +36,7 @@ def model_card(results: Mapping[str, Any], recipe_yaml: str) -> str:
     title = f"{public_name(student)}, distilled from {public_name(teacher)}" if teacher else \
         f"{public_name(student)}, fine-tuned"
     return "\n".join([
-        "---", dump_yaml(_metadata(recipe, student, sees)) + "---", "", f"# {title}", "",
+        "---", dump_yaml(_metadata(results, student, sees)) + "---", "", f"# {title}", "",
         *_facts(results, recipe, student, teacher), "", *_table(results["eval"]), "## Loading", "",
         LOADING.format(auto=auto, processor=processor)])
 
@@ -54,8 +54,8 @@ def _model(spec: Any) -> str:
     return "" if spec is None else str(spec["model_name_or_path"])
 
 
-def _metadata(recipe: Mapping[str, Any], student: str, sees: bool) -> dict[str, Any]:
-    adapter = recipe["student"].get("peft") is not None
+def _metadata(results: Mapping[str, Any], student: str, sees: bool) -> dict[str, Any]:
+    adapter = results["models"]["student"].get("saved") == "adapter"  # and not merged
     return {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "image-text-to-text" if sees else "text-generation",

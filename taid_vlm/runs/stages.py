@@ -23,10 +23,12 @@ from accelerate import PartialState
 
 from taid_vlm.config.model import StudentSpec
 from taid_vlm.config.recipe import Recipe, StageSpec
-from taid_vlm.errors import TaidError, with_place
+from taid_vlm.config.training import of_hub
+from taid_vlm.errors import RecipeError, TaidError, with_place
 from taid_vlm.runs import run
 from taid_vlm.runs.folders import RESULTS, STUDENT, checkpoints, find_checkpoint, is_finished
 from taid_vlm.runs.ingredients import gather
+from taid_vlm.runs.publish import prepare_push
 from taid_vlm.runs.results import Results, Stage, read_results
 
 
@@ -91,12 +93,13 @@ def distill_stages(
              else _fresh_start(stages, overwrite))
     if first == len(stages):
         return _results(stages[-1])
+    push = prepare_push(stages[-1], run.saves_adapter(recipe, len(stages) - 1))
     resumable = resume and bool(checkpoints(Path(stages[first].output_dir)))
     PartialState().wait_for_everyone()  # until then, no process may change what another looks at
     for number, stage in enumerate(stages[first:], start=first):
         earlier = [_account(recipe, *pair) for pair in enumerate(stages[:number])]
         later = [Path(other.output_dir) for other in stages[number + 1:]]
-        place = run.Place(recipe, earlier, later)
+        place = run.Place(recipe, earlier, later, None if later else push)
         results = run.distill(stage, resumable, place, report, overwrite or resume).results
         resumable = False
         _free_memory()
@@ -105,6 +108,10 @@ def distill_stages(
 
 def _check(recipe: Recipe) -> None:
     """Open what every stage needs."""
+    for stage in (recipe.stages or ())[:-1]:
+        for key in filter(of_hub, stage.train):
+            raise RecipeError(f"stages '{stage.name}': train.{key}: only the last stage's student "
+                              "is pushed. Write it under train.")
     for name, part in parts_by_name(recipe):
         try:
             gather(part)

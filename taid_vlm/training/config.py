@@ -13,7 +13,7 @@ from taid_vlm.config.kinds import Count
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.config.secrets import redact
 from taid_vlm.config.section import check
-from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec
+from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec, of_hub
 from taid_vlm.errors import RecipeError, TaidError
 from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.objectives import parse_objective
@@ -109,8 +109,9 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
            "chat_template_kwargs": recipe.student.chat_template_kwargs,
            "teacher_chat_template_kwargs": (
                recipe.teacher.chat_template_kwargs if recipe.teacher else {})}
+    train = {key: value for key, value in recipe.train.items() if not of_hub(key)}
     try:
-        return DistillationConfig(**{**defaults, **recipe.train, **own})
+        return DistillationConfig(**{**defaults, **train, **own})
     except TaidError:
         raise
     except Exception as error:  # transformers checks values and combinations its own way

@@ -41,6 +41,7 @@ from taid_vlm.io.manifest import NAME as MANIFEST
 from taid_vlm.io.manifest import seal
 from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
+from taid_vlm.models.published import use_published_names
 from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.config import DistillationConfig
@@ -113,6 +114,7 @@ class DistillationTrainer(Trainer):
             data_collator=visual_collator(collator, self.objective, student, teacher),
             processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
         )
+        use_published_names(self.model)
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
