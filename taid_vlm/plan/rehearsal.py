@@ -68,7 +68,7 @@ def rehearse_training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes
     """
     ledger, collate = _ledger(trainer, batch), trainer.data_collator
     trainer._step = _loss_step(trainer, batch)  # what the trainer chooses by values
-    trainer.guard.judge = lambda *_: True  # type: ignore[method-assign]  # it looks at values
+    trainer.guard.judge = lambda *_: None  # type: ignore[method-assign]  # it looks at values
     trainer.add_callback(_StopBeforeUpdate())
     handles = [p.register_post_accumulate_grad_hook(
         lambda p: ledger.relabel(p.grad, kinds.GRADIENTS)) for p in trained(trainer)]
