@@ -119,6 +119,11 @@ class FusedDivergence:
             loss, _ = work.run(student_hidden, ())
         return FusedLoss(loss, work.per_token, work.figures)
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """What lies in memory between two calls."""
+        return [*self.student_scratch.kept, *self.teacher_scratch.kept]
+
     def terms(self, t: float | None) -> tuple[list[BodyTerm], list[BodyTerm]]:
         """Terms against the teacher, and on the data, with all their numbers."""
         sides: tuple[list[BodyTerm], list[BodyTerm]] = ([], [])

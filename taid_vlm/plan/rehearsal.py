@@ -148,7 +148,14 @@ def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:
         ledger.adopt([*teacher.parameters(), *teacher.buffers()], kinds.TEACHER)
     ledger.adopt([*parameters(trainer), *trainer.model.buffers()], kinds.STUDENT)
     ledger.adopt(tree_leaves(dict(batch)), kinds.BATCH)
+    ledger.adopt(kept(trainer), kinds.LOSS)
     return ledger
+
+
+def kept(trainer: DistillationTrainer) -> list[Tensor]:
+    """The room for logits that a step leaves to the next one, on a CPU."""
+    step = trainer._step
+    return [*step.fused.kept, *step.likelihood.kept] if isinstance(step, FusedStep) else []
 
 
 def trained(trainer: DistillationTrainer) -> list[nn.Parameter]:

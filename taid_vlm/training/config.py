@@ -107,7 +107,8 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
     own = {"output_dir": recipe.output_dir, "objective": recipe.objective,
            "canary_records": recipe.evaluate.canary}
     try:
-        return DistillationConfig(**{**defaults, **recipe.train, **own})
+        # transformers writes its own defaults into mappings like fsdp_config
+        return DistillationConfig(**copy.deepcopy({**defaults, **recipe.train, **own}))
     except TaidError:
         raise
     except Exception as error:  # transformers checks values and combinations its own way
