@@ -57,6 +57,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), WrapValidator(_
                         wanted("a number of at least 0")]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), WrapValidator(_as_written),
                  wanted("a number above 0")]
+AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False), WrapValidator(_as_written),
+                     wanted("a number above 1")]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), wanted(">= 0")]
 Finite = Annotated[float, Field(allow_inf_nan=False), wanted("a finite number")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), wanted("in [0, 1]")]

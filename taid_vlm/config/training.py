@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from taid_vlm.config.arguments import Argument, trainer_arguments
 from taid_vlm.config.kinds import (
+    AboveOne,
     AtLeastTwo,
     Count,
     NotNegative,
@@ -76,7 +77,11 @@ class OwnArguments(Section):
             same as reference, which is checked at the first batch.
         loss_memory_budget (bytes): What the fused loss may take for logits and their gradient.
         max_nonfinite_steps (steps): A step whose loss or gradient is no number is not applied and
-            counted; so many in a row end the run.
+            counted; so many in a row end the run, those of spike_factor among them.
+        spike_factor: A step whose loss is above so many times the median of the last applied ones
+            is not applied and counted; left out, it is. TAID's loss is compared over t squared, as
+            it grows with t.
+        spike_window (steps): How many these are; before, no step is compared.
         freeze: Parts of the student that stay as they are.
         learning_rates: {part: learning rate}; the others take learning_rate.
     """
@@ -87,6 +92,8 @@ class OwnArguments(Section):
     loss_implementation: Literal["auto", "fused", "reference"] = "auto"
     loss_memory_budget: Positive = MEMORY_BUDGET
     max_nonfinite_steps: Positive = 10
+    spike_factor: AboveOne | None = None
+    spike_window: Positive = 100
     freeze: Annotated[list[Part] | None, _of_parts(list)] = None
     learning_rates: Annotated[dict[Part, Rate] | None, _of_parts(dict)] = None
 

@@ -23,6 +23,7 @@ from taid_vlm.fused.bodies import choose_body
 from taid_vlm.fused.heads import Head, HeadPass, ModuleHead
 from taid_vlm.fused.scratch import Scratch
 from taid_vlm.fused.terms import BodyTerm
+from taid_vlm.models.head import keeps_type
 from taid_vlm.objectives import LOSSES, Objective
 from taid_vlm.objectives.divergences import check_parameters, upcast
 
@@ -120,6 +121,11 @@ class FusedDivergence:
             loss, _ = work.run(student_hidden, ())
         return FusedLoss(loss, work.per_token, work.figures)
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """What lies in memory between two calls."""
+        return [*self.student_scratch.kept, *self.teacher_scratch.kept]
+
     def terms(self, t: float | None) -> tuple[list[BodyTerm], list[BodyTerm]]:
         """Terms against the teacher, and on the data, with all their numbers."""
         sides: tuple[list[BodyTerm], list[BodyTerm]] = ([], [])
@@ -152,11 +158,6 @@ class _Fused(torch.autograd.Function):
                             "differentiated once; add losses up before backward, or call it again.")
         gradients, ctx.gradients = ctx.gradients, None
         return None, *(None if g is None else _scale(g, upstream) for g in gradients)
-
-
-def _is_half(head: Head | ModuleHead) -> bool:
-    """Whether a teacher's head is of half precision, and so computes in its own type."""
-    return isinstance(head, Head) and head.weight.dtype.itemsize < 4
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -235,9 +236,9 @@ class _Work:
         chunks = list(self._chunks(hidden))
         head = self.student_head.open(needs, len(chunks), dtype, self.fused.student_scratch)
         if self.compares and self.teacher_head is not None:
+            own = isinstance(self.teacher_head, Head) and keeps_type(self.teacher_head.weight.dtype)
             self.teacher: HeadPass = self.teacher_head.open(
-                dtype=None if _is_half(self.teacher_head) else dtype,
-                scratch=self.fused.teacher_scratch)
+                dtype=None if own else dtype, scratch=self.fused.teacher_scratch)
         gradient = torch.zeros_like(hidden) if any(needs[:1]) else None
         for index, rows in chunks:
             x = hidden[rows]

@@ -20,7 +20,13 @@ from taid_vlm.models.forward import unwrap
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
-from taid_vlm.plan.rehearsal import Memory, rehearse_evaluation, rehearse_training, trained
+from taid_vlm.plan.rehearsal import (
+    Memory,
+    kept,
+    rehearse_evaluation,
+    rehearse_training,
+    trained,
+)
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
 from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
@@ -127,8 +133,10 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         trainer = _trainer(recipe, found, shapes)
         looked = _looked(trainer, recipe, "train", found.train, seen)
         batch, lengths = longest_batch(trainer, looked, found.args.per_device_train_batch_size)
-        phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes),
-                  UPDATE: _update(trainer, recipe)}
+        phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes)}
+        if _device(recipe) == "gpu":
+            trainer._step = None  # CUDA's allocator gives what the loss had to anything else
+        phases[UPDATE] = _update(trainer, recipe)
         if found.eval is not None:
             looked = _looked(trainer, recipe, "eval", found.eval, seen)
             held_out, _ = longest_batch(trainer, looked, found.args.per_device_eval_batch_size)
@@ -203,10 +211,11 @@ def _rehearsed(rehearse: Callable[..., Memory], by_formula: Callable[..., Memory
 
 
 def _update(trainer: DistillationTrainer, recipe: Recipe) -> Memory:
-    """The optimizer's step: all gradients, and nothing left of the activations."""
+    """The optimizer's step: all gradients, and nothing left of the activations but, on a CPU, the
+    loss's room for logits."""
     _, scratch = _optimizer(trainer, recipe)
     live = {**formula.resident_models(trainer), kinds.SCRATCH: scratch,
-            kinds.GRADIENTS: bytes_of(trained(trainer))}
+            kinds.GRADIENTS: bytes_of(trained(trainer)), kinds.LOSS: bytes_of(kept(trainer))}
     return Memory(live, live)
 
 

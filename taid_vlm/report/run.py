@@ -179,6 +179,9 @@ def _account(results: Results) -> list[str]:
     left_out = ", ".join(f"{n} x {reason}" for reason, n in train.records_left_out.items())
     text.append(f"Training records left out: {left_out or 'none'}.")
     text.extend(f"In {n} training records: {note}." for note, n in train.without_effect.items())
+    if train.skipped_steps:
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in train.skipped_steps.items())
+        text.append(f"Steps not applied: {reasons}.")
     if train.adaptive_share is not None:
         acted = f"acted in {train.adaptive_share:.0%} of the steps" \
             if train.adaptive_share else "never acted: t followed its linear floor"

@@ -11,9 +11,12 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
@@ -22,6 +25,7 @@ from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.io.manifest import damage, read_manifest
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 STUDENT = "student"  # the model that a run has trained
 RESULTS = "results.json"
@@ -89,20 +93,25 @@ def clear_results(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(output: Path, main: bool) -> Iterator[None]:
+def locked(output: Path) -> Iterator[None]:
     """Hold a run's folder; the lock goes with the process, so that none is ever stale.
 
     Raises:
-        TaidError: another process holds it.
+        TaidError: another run holds it, or nothing can be written there.
     """
-    if not main:
+    with contextlib.ExitStack() as held:
+        on_main(lambda: held.enter_context(_lock(output)), output)
         yield
-        return
+
+
+@contextlib.contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    refuse_file_in_the_way(output)
     output.mkdir(parents=True, exist_ok=True)
     with (output / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise TaidError(f"'{output}' is in use by another run (process {file.read().strip()}); "
                             "wait for it, or choose another output_dir.") from None
@@ -115,6 +124,29 @@ def locked(output: Path, main: bool) -> Iterator[None]:
             (output / LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 output.rmdir()  # a run that was refused leaves no empty folder
+
+
+def on_main(look: Callable[[], Result], output: Path) -> Result:
+    """What the main process finds in a run's folder, or the error that it finds, in all processes:
+    a checkpoint is hashed once, and nobody looks while another one writes.
+
+    Raises:
+        TaidError: that of `look`, or of a folder that cannot be read or written.
+    """
+    state, outcome = PartialState(), list[Any]([None, None])
+    if state.is_main_process:
+        try:
+            outcome[0] = look()
+        except TaidError as error:
+            outcome[1] = error
+        except OSError as error:  # permissions, a full disk, a name that is too long
+            outcome[1] = TaidError(f"output_dir = '{output}' cannot be used: {error}. Choose "
+                                   "another folder.")
+    broadcast_object_list(outcome)
+    result, problem = outcome
+    if problem is not None:
+        raise problem
+    return result  # type: ignore[no-any-return]
 
 
 # ----- what is refused ----------------------------------------------------------------------

@@ -15,12 +15,14 @@ from taid_vlm.alignment import check_modalities
 from taid_vlm.config.data import DataSource
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError, with_place
+from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_config, load_processor, load_skeleton, sees_images
 from taid_vlm.models.lora import check_names
 from taid_vlm.models.parts import freeze_parts
 from taid_vlm.records import Record, Records, StreamedRecords, open_records
 from taid_vlm.training.config import DistillationConfig, training_arguments
 from taid_vlm.training.early import check_files, refuse_early
+from taid_vlm.training.pair import of_chunks, pair_for_training
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ def gather(recipe: Recipe) -> Ingredients:
     check_modalities(blind, any(_has_images(s) for s in (train, held_out) if s is not None))
     student = load_processor(recipe.student, "student")
     teacher = None if recipe.teacher is None else load_processor(recipe.teacher, "teacher")
+    if recipe.teacher is not None and of_chunks(args.metric_for_best_model):
+        skeletons = (load_skeleton(recipe.student, "student"),
+                     load_skeleton(recipe.teacher, "teacher"))
+        with quiet("taid_vlm", warn=False):  # the run itself says what there is to say
+            pair_for_training(*skeletons, student, teacher, args, [train, held_out or []])
     return Ingredients(args, configs, train, held_out, student, teacher)
 
 

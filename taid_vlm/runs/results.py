@@ -168,7 +168,7 @@ class Train(Part):
     often records were, by reason. texts_cut: plain texts shortened to max_length.
     Of TAID, None without: t: where it ended. alpha: how fast it may move. adaptive_share: the share
     of steps in which the adaptive term and not the linear floor moved it. skipped_updates: steps
-    without a finite loss, in which it did not move.
+    that were not applied or had no finite loss, in which it did not move.
     loss_implementation: None where no step was trained, or nothing is known.
     skipped_steps: optimizer steps that were not applied, by reason.
     without_effect: what of the records was not read or not shown to a model, and how often.

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from taid_vlm.config.model import ModelSpec
@@ -26,6 +25,7 @@ from taid_vlm.runs.folders import (
     clear_results,
     find_checkpoint,
     locked,
+    on_main,
 )
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.measure import Outcome, make_measuring, outcome_of, train_account
@@ -71,9 +71,10 @@ def distill(
     if recipe.stages:
         raise TaidError("a recipe with stages is carried out by `distill_stages`.")
     output, whole = Path(recipe.output_dir), place.whole if place and not place.later else recipe
-    checkpoint, ingredients = find_checkpoint(recipe, resume, overwrite), gather(recipe)
-    push = place.push if place else prepare_push(recipe, saves_adapter(recipe))
-    with locked(output, PartialState().is_main_process):
+    ingredients = gather(recipe)
+    with locked(output):
+        checkpoint = on_main(lambda: find_checkpoint(recipe, resume, overwrite), output)
+        push = place.push if place else prepare_push(recipe, saves_adapter(recipe))
         outcome = _carry_out(recipe, ingredients, checkpoint, whole, place, report)
         if push is not None:
             push_student(push, output / STUDENT)

@@ -35,6 +35,8 @@ class DistillationConfig(TrainingArguments):
         loss_memory_budget: bytes that the fused loss may take for logits and their gradient.
         max_nonfinite_steps: steps in a row with a loss or gradient that is no number, after which
             the run ends; such a step is not applied.
+        spike_factor, spike_window: a step whose loss is above `spike_factor` times the median of
+            the last `spike_window` applied ones is not applied (`taid_vlm.training.guard`).
         freeze: parts of the student that stay as they are (`taid_vlm.models.parts`).
         learning_rates: {part: learning rate}; the others take `learning_rate`.
         model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
@@ -51,6 +53,8 @@ class DistillationConfig(TrainingArguments):
     loss_implementation: str = field(default="auto")
     loss_memory_budget: int = field(default=MEMORY_BUDGET)
     max_nonfinite_steps: int = field(default=10)
+    spike_factor: float | None = field(default=None)
+    spike_window: int = field(default=100)
     freeze: list[str] | None = field(default=None)
     learning_rates: dict[str, float] | None = field(default=None)
     model_init_kwargs: dict[str, Any] | None = field(default=None)
@@ -111,7 +115,8 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
                recipe.teacher.chat_template_kwargs if recipe.teacher else {})}
     train = {key: value for key, value in recipe.train.items() if not of_hub(key)}
     try:
-        return DistillationConfig(**{**defaults, **train, **own})
+        # transformers writes its own defaults into mappings like fsdp_config
+        return DistillationConfig(**copy.deepcopy({**defaults, **train, **own}))
     except TaidError:
         raise
     except Exception as error:  # transformers checks values and combinations its own way

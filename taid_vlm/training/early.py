@@ -28,6 +28,7 @@ STEPS = 1000  # of a schedule that is tried, where a run's own are not known yet
 WITHOUT_EFFECT_ALONE = {  # key: the one that it needs
     "activation_checkpointing_kwargs": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "gradient_checkpointing", "fsdp_config": "fsdp",
+    "spike_window": "spike_factor",
 }
 
 
@@ -89,6 +90,9 @@ def _refuse_without_effect(
     if train.get("eval_steps") and args.eval_strategy != "steps":
         raise _refusal("eval_steps", train["eval_steps"],
                        "has no effect without train.eval_strategy: steps.")
+    if args.deepspeed and args.spike_factor is not None:
+        raise _refusal("spike_factor", args.spike_factor, "cannot work with train.deepspeed, which "
+                       "has applied a step before its loss is known in all processes.")
     if args.auto_find_batch_size:
         raise _refusal("auto_find_batch_size", True, "would change the batch in the middle of a "
                        "run; `taid-vlm plan` says which size fits.")

@@ -13,7 +13,8 @@ from taid_vlm.adapters import Processor, make_adapter
 from taid_vlm.alignment import Pairing, check_modalities, pair_models
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.model import ModelSpec
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import RecipeError, TaidError, nearest
+from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.models.lora import check_names, name_base
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROBED_RECORDS = 32
+CHUNK = "chunk_"  # before the names of figures of chunks
 
 
 def pair_for_training(
@@ -60,6 +62,7 @@ def pair_for_training(
         answers = [text for r in probed for text in (r.answers or [r.text or ""])]
         pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),
                               [text[:2000] for text in answers], objective.alignment)
+        _refuse_metric(args.metric_for_best_model, pairing)
         for warning in pairing.warnings:
             logger.warning(warning)
     collator = DistillationCollator(
@@ -67,6 +70,19 @@ def pair_for_training(
     for first in firsts:
         _refuse_empty(collator, first)
     return pairing, collator
+
+
+def of_chunks(metric: str | None) -> bool:
+    """Whether `metric_for_best_model` is a figure that only pairs with chunks have."""
+    return str(metric).removeprefix("eval_").startswith(CHUNK)
+
+
+def _refuse_metric(metric: str | None, pairing: Pairing) -> None:
+    if of_chunks(metric) and not pairing.has_chunks:
+        plain = str(metric).removeprefix("eval_").removeprefix(CHUNK)
+        valid = [name for name in DIRECTIONS if not name.startswith(CHUNK)]
+        raise RecipeError(f"train.metric_for_best_model = '{metric}' is no figure of this pair: "
+                          f"its models split texts alike, without chunks.{nearest(plain, valid)}")
 
 
 def length_limit(config: Any, max_length: int | None) -> int | None:

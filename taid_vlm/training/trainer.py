@@ -134,7 +134,8 @@ class DistillationTrainer(Trainer):
         self.answer_tokens = 0  # trained on so far, over all processes
         self._window = Window()
         self.recipe: Mapping[str, Any] | None = None  # what checkpoints say they were written with
-        self.guard = StepGuard(self.accelerator, args.max_nonfinite_steps)
+        self.guard = StepGuard(self.accelerator, args.max_nonfinite_steps, args.spike_factor,
+                               args.spike_window)
         self._step: ReferenceStep | FusedStep | None = None
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
@@ -231,20 +232,19 @@ class DistillationTrainer(Trainer):
         return first or (self.state.logging_steps > 0 and step % self.state.logging_steps == 0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """What stands between the gradient and its step: one that is no number is not applied."""
+        """What stands between the gradient and its step, which may not be applied."""
         norm = super()._get_grad_norm(model, grad_norm)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.guard.judge(norm, trained, self.state.global_step + 1)
+        sums, self._step_sums = self._step_sums, {}
+        self.guard.judge(sums, norm, trained, self.state.global_step + 1, self.objective,
+                         self.schedule.t if self.schedule else None)
         return norm
 
     def finish_step(self) -> None:
         """After an optimizer step: one global mean, one move of t. A step that was not applied
         leaves no trace in either."""
         self.visual.zero_grad()
-        names = sorted(self._step_sums)
-        values = torch.stack([self._step_sums[name] for name in names])
-        sums = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
-        self._step_sums = {}
+        sums = self.guard.sums
         self._empty_steps = 0 if sums["tokens"] else self._empty_steps + 1
         self.router.finish_step(self.guard.applied)
         if self.guard.applied:
@@ -418,7 +418,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get("ScheduleCallback")
         if state.global_step > 0 and saved:
             trainer.answer_tokens = saved["attributes"].get("answer_tokens", 0)
-            trainer.guard.load_state_dict(saved["attributes"].get("skipped_steps", {}))
+            trainer.guard.load_state_dict(saved["attributes"].get("guard", {}))
             if trainer.schedule is not None:
                 trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
 
@@ -442,12 +442,12 @@ class ScheduleCallback(TrainerCallback, ExportableState):
                 "TAID's adaptive term never acted in this run: with alpha = %g the linear floor "
                 "was always higher. %s", schedule.alpha, mend)
         if schedule.state.skipped:
-            logger.warning("t did not move after %d steps without a finite loss.",
-                           schedule.state.skipped)
+            logger.warning("t did not move after %d steps that were not applied or had no finite "
+                           "loss.", schedule.state.skipped)
 
     def state(self) -> dict[str, Any]:
         schedule = self.trainer.schedule
         saved = None if schedule is None else schedule.state_dict()
         return {"args": {}, "attributes": {"answer_tokens": self.trainer.answer_tokens,
-                                           "skipped_steps": self.trainer.guard.state_dict(),
+                                           "guard": self.trainer.guard.state_dict(),
                                            **({"schedule": saved} if saved else {})}}

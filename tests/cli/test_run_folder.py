@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,75 @@ def test_two_runs_do_not_share_a_folder(tree: dict[str, Any], cli: Cli, tmp_path
     assert done.status == 2
     assert f"in use by another run (process {os.getpid()})" in done.err
     assert not (output / "recipe.yaml").exists()
+
+
+def test_nobody_looks_at_checkpoints_of_a_run_that_writes_them(
+    stopped: Path, cli: Cli, tmp_path: Path
+) -> None:
+    newest = max((tmp_path / "out").glob("checkpoint-*"))
+    (newest / NAME).unlink()  # as while it is written
+    with (tmp_path / "out/.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = cli("distill", stopped, "--resume")
+    assert done.status == 2
+    assert "in use by another run" in done.err
+    assert "not whole" not in done.err
+
+
+@pytest.mark.parametrize("stages", [False, True])
+@pytest.mark.parametrize("folder", ["/proc/taid/out", "x" * 300])
+def test_a_folder_that_cannot_be_made(
+    folder: str, stages: bool, tree: dict[str, Any], cli: Cli, tmp_path: Path
+) -> None:
+    more = {"stages": [{"name": "one"}, {"name": "two"}]} if stages else {}
+    output = folder if folder.startswith("/") else str(tmp_path / folder)
+    done = cli("distill", write_recipe(tmp_path, {**tree, "output_dir": output, **more}))
+    assert done.status == 2, done.err
+    assert f"output_dir = '{output}" in done.err
+    assert "cannot be used" in done.err
+    assert "Traceback" not in done.err
+
+
+LOOKS = """
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from taid_vlm.errors import TaidError
+from taid_vlm.runs.folders import on_main
+
+state, folder, told = PartialState(cpu=True), Path(sys.argv[1]), []
+
+def look(problem):
+    (folder / f"looked-{state.process_index}").touch()
+    if problem:
+        raise problem
+    return folder / "checkpoint-2"
+
+for problem in (None, TaidError("no whole checkpoint", code="c"), OSError(13, "no permission")):
+    try:
+        told.append(str(on_main(lambda: look(problem), folder)))
+    except TaidError as error:
+        told.append(f"{error.code}|{error}")
+(folder / f"told-{state.process_index}").write_text(f"{state.num_processes} {told}")
+state.wait_for_everyone()
+state.destroy_process_group()
+"""
+
+
+def test_one_process_looks_for_all(tmp_path: Path) -> None:
+    (tmp_path / "looks.py").write_text(LOOKS)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(tmp_path / "looks.py"), str(tmp_path)],
+        check=True, timeout=300, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    first, second = ((tmp_path / f"told-{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith("2 ")
+    assert "checkpoint-2" in first
+    assert "c|no whole checkpoint" in first
+    assert "cannot be used: [Errno 13] no permission" in first
+    assert (tmp_path / "looked-0").exists()
+    assert not (tmp_path / "looked-1").exists()
 
 
 def test_a_lock_whose_process_is_gone_holds_nobody(

@@ -20,7 +20,14 @@ from taid_vlm.config.recipe import Recipe, load_recipe, parse_recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.advice import EIGHT_BIT, advise
-from taid_vlm.plan.plan import ESTIMATED, GPU_PROCESS, Plan, plan_recipe
+from taid_vlm.plan.plan import (
+    ESTIMATED,
+    EVALUATION,
+    GPU_PROCESS,
+    UPDATE,
+    Plan,
+    plan_recipe,
+)
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
 from taid_vlm.plan.text import as_text, human
 from taid_vlm.training.loss import FusedStep
@@ -108,6 +115,21 @@ def test_evaluation_has_a_peak_of_its_own(tmp_path: Path, checkpoints: Checkpoin
         peaks.append(plan_recipe(parse_recipe(tree))[0].phases)
     assert peaks[0]["evaluation"] < peaks[1]["evaluation"]
     assert peaks[0]["training step"] == peaks[1]["training step"]
+
+
+def test_room_for_logits_is_kept_on_a_cpu(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    """It lies there while an optimizer steps and while a model is evaluated, too."""
+    def phases(implementation: str, **train: Any) -> Any:
+        tree = small(tmp_path, checkpoints, loss_implementation=implementation, **train)
+        tree["data"]["eval"] = tree["data"]["train"]
+        return plan_recipe(parse_recipe(tree))[0].phases
+
+    fused, reference = (phases(name, use_cpu=True) for name in ("fused", "reference"))
+    for phase in (UPDATE, EVALUATION):
+        assert fused[phase] > reference[phase] + 10_000
+    fused, reference = (phases(name) for name in ("fused", "reference"))
+    assert fused[UPDATE] == reference[UPDATE]
+    assert fused[EVALUATION] == reference[EVALUATION]
 
 
 def test_every_stage_has_a_plan(tmp_path: Path, checkpoints: Checkpoints) -> None:
