@@ -47,6 +47,7 @@ def find_checkpoint(recipe: Recipe, resume: bool, overwrite: bool = False) -> Pa
     """
     output = Path(recipe.output_dir)
     refuse_file_in_the_way(output)
+    _refuse_in_the_way(output)
     _refuse_inputs(recipe, output)
     _refuse_foreign(output)
     if resume:
@@ -111,12 +112,24 @@ def locked(output: Path, main: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            (output / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # no error of its own hides what ended the run
+                (output / LOCK).unlink(missing_ok=True)
                 output.rmdir()  # a run that was refused leaves no empty folder
 
 
 # ----- what is refused ----------------------------------------------------------------------
+
+
+def _refuse_in_the_way(output: Path) -> None:
+    """Where a file is to be stands no folder, and nothing but a folder where one is to be."""
+    for name in (RECIPE, RESULTS, ANSWERS, REPORT, LOCK):
+        if (output / name).is_dir():
+            raise TaidError(f"'{output / name}' is a folder where a run writes a file: move it "
+                            "away, or choose another output_dir.")
+    for folder in (output / STUDENT, *output.glob("checkpoint-*")):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise TaidError(f"'{folder}' is no folder, but a run writes one there: move it away, "
+                            "or choose another output_dir.")
 
 
 def _refuse_inputs(recipe: Recipe, output: Path) -> None:

@@ -36,7 +36,6 @@ from taid_vlm.batch.losses import compared_tokens
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import Canary, Looks
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
-from taid_vlm.io.manifest import NAME as MANIFEST
 from taid_vlm.io.manifest import seal
 from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
@@ -350,12 +349,13 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint is whole or absent; a full disk must not leave half of one."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        existed, kept = folder.exists(), self.args.save_total_limit
+        kept = self.args.save_total_limit
         refuse_nonfinite(model, f"the checkpoint '{folder}'")
         try:
             if self.is_world_process_zero():
-                (folder / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)  # what an interruption left of one
                 self.visual.save(folder)
+            self.accelerator.wait_for_everyone()
             self.args.save_total_limit = None  # older ones go when this one is whole
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes its own random state
@@ -365,7 +365,7 @@ class DistillationTrainer(Trainer):
                     self.args.output_dir, save_total_limit=kept, use_mtime=False,
                     best_model_checkpoint=self.state.best_model_checkpoint)
         except Exception as error:
-            if self.is_world_process_zero() and not existed:
+            if self.is_world_process_zero():
                 shutil.rmtree(folder, ignore_errors=True)
             raise TaidError(f"the checkpoint '{folder}' could not be written, nothing of it was "
                             f"kept: {error}") from error
