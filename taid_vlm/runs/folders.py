@@ -72,8 +72,12 @@ def is_finished(output: Path) -> bool:
 def checkpoints(output: Path) -> list[Path]:
     """Folders named as checkpoints are, newest first."""
     named = [folder for folder in output.glob("checkpoint-*")
-             if folder.is_dir() and folder.name.removeprefix("checkpoint-").isdigit()]
+             if folder.is_dir() and _is_checkpoint_name(folder)]
     return sorted(named, key=lambda folder: -int(folder.name.rsplit("-", 1)[1]))
+
+
+def _is_checkpoint_name(path: Path) -> bool:
+    return path.name.removeprefix("checkpoint-").isdecimal()
 
 
 def clear_results(output: Path) -> None:
@@ -126,7 +130,8 @@ def _refuse_in_the_way(output: Path) -> None:
         if (output / name).is_dir():
             raise TaidError(f"'{output / name}' is a folder where a run writes a file: move it "
                             "away, or choose another output_dir.")
-    for folder in (output / STUDENT, *output.glob("checkpoint-*")):
+    named = [path for path in output.glob("checkpoint-*") if _is_checkpoint_name(path)]
+    for folder in (output / STUDENT, *named):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise TaidError(f"'{folder}' is no folder, but a run writes one there: move it away, "
                             "or choose another output_dir.")

@@ -55,6 +55,24 @@ def test_what_no_run_has_written_is_left(
     assert contents(tmp_path / "out") == {f"{name}/mine.txt": b"precious"}
 
 
+@pytest.mark.parametrize(("name", "is_folder"), [
+    ("report.html", True), ("results.json", True), ("eval_answers.jsonl", True),
+    ("recipe.yaml", True), (".lock", True), ("student", False), ("checkpoint-2", False)])
+@pytest.mark.parametrize("word", ["--overwrite", "--resume"])
+def test_what_stands_in_the_way_is_named_before_training(
+    name: str, is_folder: bool, word: str, tree: dict[str, Any], cli: Cli, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("taid_vlm.runs.run.gather", None)  # nothing is opened
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.mkdir() if is_folder else path.write_text("mine")
+    done = cli("distill", write_recipe(tmp_path, tree), word)
+    assert done.status == 2
+    assert f"'{path}' is" in done.err and "move it away" in done.err
+    assert path.exists()
+
+
 def test_other_peoples_files_survive_a_whole_run(
     tree: dict[str, Any], cli: Cli, tmp_path: Path
 ) -> None:
