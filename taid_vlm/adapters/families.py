@@ -156,5 +156,4 @@ def check_image_token(adapter: ModelAdapter, config: PretrainedConfig) -> None:
             f"{adapter.role}: '{adapter.tokenizer.name_or_path}': config.json's image_token_id is "
             f"{number}, which is {names[0]!r} in tokenizer.json, but an image becomes {names[1]!r} "
             f"({most}): the image token is missing there, or has another number. Put the model's "
-            f"own tokenizer beside it, or set {adapter.role}.processor_name_or_path.",
-            code="image_token")
+            f"own tokenizer beside it, or set {adapter.role}.processor_name_or_path.")
