@@ -7,10 +7,11 @@ the mean over those same tokens; evaluation moves nothing; a resumed run goes on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -331,6 +333,11 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Trainer matches parameter names literally, and so misses those of most VLMs."""
+        with _gone_on_from(resume_from_checkpoint):
+            self._load_weights(resume_from_checkpoint, model)
+
+    def _load_weights(self, resume_from_checkpoint: str, model: Any) -> None:
+        TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.visual.load(Path(resume_from_checkpoint))
         target = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -338,6 +345,14 @@ class DistillationTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             restore_weights(target, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _gone_on_from(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _gone_on_from(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """As above, for `load_best_model_at_end`."""
@@ -371,6 +386,20 @@ class DistillationTrainer(Trainer):
                             f"kept: {error}") from error
         finally:
             self.args.save_total_limit = kept
+
+
+@contextlib.contextmanager
+def _gone_on_from(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a checkpoint's files raise becomes one message."""
+    try:
+        yield
+    except TaidError:
+        raise
+    except Exception as error:
+        problem = (str(error).splitlines() or [""])[0]
+        raise TaidError(f"the checkpoint '{checkpoint}' cannot be gone on from "
+                        f"({type(error).__name__}: {problem:.200}).",
+                        mend="Remove it, to go on from the one before.") from error
 
 
 class ScheduleCallback(TrainerCallback, ExportableState):
