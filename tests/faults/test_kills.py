@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -68,13 +69,13 @@ def some_moment(rng: random.Random, counts: Counter[str]) -> Harm:
 
 
 def kill_and_resume(
-    rng: random.Random, recipe: Path, output: Path, counts: Sequence[Counter[str]], kills: int,
-    log: Path,
+    rng: random.Random, recipe: Path, output: Path, whole: Path, counts: Sequence[Counter[str]],
+    kills: int, log: Path,
 ) -> Counter[str]:
-    """Kill a run so often, going on each time, then let it end; a run that ends before it is
-    killed is begun anew. Which moments it was killed in."""
+    """Kill a run so often, going on each time, then let it end; one that ends before it is killed
+    is compared with the whole one and begun anew. Which moments it was killed in."""
     moments = Counter[str]()
-    for kill in range(kills):
+    while (kill := moments.total() - moments["ended first"]) < kills:
         harms = [some_moment(rng, each) for each in counts]
         if len(harms) > 1 and rng.random() < 0.5:  # one of them alone
             harms[rng.randrange(len(harms))] = Harm()
@@ -86,6 +87,9 @@ def kill_and_resume(
         moments["ended first" if not any(codes) else next(
             harm.at for harm, code in zip(harms, codes, strict=True) if code == KILLED)] += 1
         assert_whole_or_absent(output, note)
+        if not any(codes):
+            ends_alike(output, whole, note)
+            shutil.rmtree(output)
     if not (output / "results.json").exists():
         last = Victim(["distill", recipe, *how_to_go_on(output)], output,
                       [Harm() for _ in counts], log)
@@ -103,8 +107,8 @@ def test_killed_runs_end_where_the_whole_one_ends(tmp_path: Path, checkpoints: A
     assert victim.wait() == [0], victim.error()
     counts = victim.counts()
     print(f"TAID_VLM_FAULTS_SEED={SEED}; moments of the whole run: {dict(counts)}")
-    moments = kill_and_resume(rng, write_recipe(tmp_path, tree), tmp_path / "out", [counts], KILLS,
-                              tmp_path / "log")
+    moments = kill_and_resume(rng, write_recipe(tmp_path, tree), tmp_path / "out", whole, [counts],
+                              KILLS, tmp_path / "log")
     print(f"killed in: {dict(moments)}")
     ends_alike(tmp_path / "out", whole, SEED)
 
@@ -128,6 +132,7 @@ def test_runs_on_two_processes_do_too(tmp_path: Path, checkpoints: Any) -> None:
     print(f"TAID_VLM_FAULTS_SEED={SEED}; moments by process: {list(map(dict, counts))}")
     assert json.loads((output / "results.json").read_text())["machine"]["processes"] == 2
     ends_alike(output, whole, SEED)
-    moments = kill_and_resume(rng, recipe, output, counts, max(KILLS // 2, 2), tmp_path / "log")
+    moments = kill_and_resume(rng, recipe, output, whole, counts, max(KILLS // 2, 2),
+                              tmp_path / "log")
     print(f"killed in: {dict(moments)}")
     ends_alike(output, whole, SEED)
