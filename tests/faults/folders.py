@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -216,7 +215,3 @@ def half_written(folder: Path, before: dict[Path, tuple[int, int]]) -> Iterator[
                 yield f"torn: {name}: {error}"
         if path.name == MANIFEST and damage(path.parent):
             yield f"not as it says: {name}: {damage(path.parent)}"
-
-
-def is_root() -> bool:
-    return os.geteuid() == 0

@@ -135,6 +135,7 @@ def test_broken_inputs_end_in_success_or_one_message(
         kinds[kind.partition(":")[0]] += 1
         if problem:
             failures.append((number, kind, *map(str, words[:1]), *words[2:3], problem))
+            print(failures[-1], flush=True)
     print(f"ended in success: {outcomes[0]}, in one message: {outcomes[2]}; {dict(kinds)}")
     assert ONLY is not None or (outcomes[0] and outcomes[2])
     assert not failures, f"seed {SEED}:\n" + "\n".join(map(str, failures))

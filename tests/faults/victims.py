@@ -15,7 +15,6 @@ import logging
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import socket
 import sys
@@ -43,7 +42,7 @@ FAILURES = {"full": errno.ENOSPC, "read-only": errno.EROFS, "broken": errno.EIO,
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.utime",
               "shutil.rmtree", "os.truncate", "write")
 REMOVING = ("os.remove", "os.rmdir", "shutil.rmtree")
-LIBC_NO_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+PR_SET_PDEATHSIG = 1  # of prctl
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def _evaluating(measure: Any, watch: _Watch) -> Any:
 
 def _live(words: Sequence[str], folder: str, harm: Mapping[str, Any], log: str,
           environment: Mapping[str, str]) -> None:
-    ctypes.CDLL(None).prctl(LIBC_NO_SIGNAL, signal.SIGKILL)  # no orphans
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphans
     os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
@@ -207,34 +206,3 @@ def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
-
-
-def half_written(output: Path) -> list[str]:
-    """What a run's folder holds that is neither whole nor absent."""
-    from taid_vlm.io.manifest import damage, read_manifest
-
-    problems = [f"left behind: {path.relative_to(output)}" for path in output.rglob(".*")
-                if path.name != ".lock"]
-    for path in output.rglob("*.json"):
-        try:
-            if not path.parent.name.startswith("checkpoint-"):
-                json.loads(path.read_text())
-        except ValueError:
-            problems.append(f"torn: {path.relative_to(output)}")
-    for folder in output.glob("checkpoint-*"):
-        if read_manifest(folder) is not None and damage(folder):
-            problems.append(f"{folder.name}: {damage(folder)}")
-    student = output / "student"
-    if student.exists():
-        try:
-            safetensors.torch.load_file(student / "model.safetensors")
-            assert (student / "config.json").exists()
-        except Exception as error:
-            problems.append(f"student: {error!r}")
-    return problems
-
-
-def fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
