@@ -3,8 +3,8 @@ of a run: it ends in one message, nothing is half-written, and the run that foll
 bit where the whole one does. A disk that is full in the midst of a file is a limit on the size of
 files; where a file system can be mounted, one of a few hundred KB is.
 
-The seed is printed; TAID_VLM_FAULTS_SEED chooses another, TAID_VLM_FAULTS_KILLS more (the default
-takes about half a minute of CPU, 20 about a minute).
+The seed is printed; TAID_VLM_FAULTS_SEED chooses another, TAID_VLM_FAULTS_KILLS more; the default
+is small enough for every change.
 """
 
 from __future__ import annotations

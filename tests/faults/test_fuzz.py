@@ -1,8 +1,8 @@
 """Inputs broken at random: every command ends in success or in one message, soon, and leaves
 nothing half-written; never in a traceback.
 
-The seed is printed; TAID_VLM_FAULTS_SEED chooses another, TAID_VLM_FAULTS_INPUTS more inputs (the
-default takes about a minute of CPU, 300 about five).
+The seed is printed; TAID_VLM_FAULTS_SEED chooses another, TAID_VLM_FAULTS_INPUTS more inputs (300
+take about a minute and a half of CPU, the default much less).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 in steps, while a checkpoint or the student is written, while they evaluate; on one process and on
 two, one of them killed or both.
 
-The seed is printed; TAID_VLM_FAULTS_SEED chooses another, TAID_VLM_FAULTS_KILLS more kills (the
-default takes about a minute of CPU, 20 about two).
+The seed is printed; TAID_VLM_FAULTS_SEED chooses another, TAID_VLM_FAULTS_KILLS more kills; the
+default is small enough for every change.
 """
 
 from __future__ import annotations
