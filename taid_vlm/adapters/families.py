@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from taid_vlm.adapters.adapter import ImageTextAdapter, ModelAdapter, Side, TextAdapter
+from taid_vlm.adapters.encoded import EncodedRow
 from taid_vlm.adapters.template import Rendered, TextSpan, has_chat_template
 from taid_vlm.adapters.turns import Processor
 from taid_vlm.errors import TaidError
-from taid_vlm.records import Record
+from taid_vlm.records import ImageRef, Message, Record
+from taid_vlm.records.images import GREY
+
+# a token that stands for features is not that much rarer in an image than any other; one that only
+# marks where a row or an image ends is
+MARKERS = 4
 
 
 class TileListAdapter(ImageTextAdapter):
@@ -127,3 +135,34 @@ def make_adapter(
         raise TaidError(
             f"{role}: {type(processor).__name__} is neither a tokenizer nor a processor with one.")
     return kind(processor, role, max_length, chat_template_kwargs)
+
+
+def probe_image(adapter: ModelAdapter, width: int, height: int) -> EncodedRow | None:
+    """A question about a blank image of this size (in pixels) and its answer; None where it is
+    refused."""
+    blank = Image.new("RGB", (width, height), GREY)
+    question, answer = Message("user", (None, "what")), Message("assistant", ("yes",))
+    record = Record("probe", (question, answer), (ImageRef(blank, "probe"),))
+    with contextlib.suppress(Exception):  # processors raise anything
+        return adapter.encode([adapter.render(record)], [[blank]]).rows[0]
+    return None
+
+
+def check_image_token(adapter: ModelAdapter, config: PretrainedConfig) -> None:
+    """Raise TaidError where an image becomes other tokens than the model puts its features for:
+    a tokenizer that has lost that token, or has it under another number."""
+    number = getattr(config, "image_token_id", None)
+    own = type(config).__module__.startswith("transformers.")  # others may mean something else
+    row = probe_image(adapter, 224, 224) if own and adapter.sees_images else None
+    if row is None or not row.images or type(number) is not int:
+        return
+    counts = Counter(token for token, (a, _) in zip(row.ids, row.byte_spans, strict=True)
+                     if any(start <= a < end for start, end in row.images))
+    most, times = max(counts.items(), key=lambda item: item[1], default=(number, 0))
+    if counts[number] * MARKERS < times:
+        names = adapter.tokenizer.convert_ids_to_tokens([number, most])
+        raise TaidError(
+            f"{adapter.role}: '{adapter.tokenizer.name_or_path}': config.json's image_token_id is "
+            f"{number}, which is {names[0]!r} in tokenizer.json, but an image becomes {names[1]!r} "
+            f"({most}): the image token is missing there, or has another number. Put the model's "
+            f"own tokenizer beside it, or set {adapter.role}.processor_name_or_path.")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from taid_vlm.adapters import ModelAdapter, make_adapter
+from taid_vlm.adapters import ModelAdapter, check_image_token, make_adapter
 from taid_vlm.benchmarks.remote import Endpoint
 from taid_vlm.benchmarks.store import weights_hash
 from taid_vlm.config.model import ModelSpec
@@ -128,6 +128,7 @@ class LocalModel:
         self.adapter: ModelAdapter = make_adapter(
             loading.load_processor(spec, "model"), "model",
             chat_template_kwargs=spec.chat_template_kwargs)
+        check_image_token(self.adapter, self.config)
         folder = Path(spec.model_name_or_path)
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             raise TaidError(f"model: '{folder}' holds no weights (*.safetensors).")

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import RecordError, TaidError
 from taid_vlm.evaluation.held_out import AnswerTotals
-from taid_vlm.io.jsonl import dump_lines, read_lines
+from taid_vlm.io.jsonl import dump_lines, need, read_lines
 
 FILE = "eval_answers.jsonl"
 DIGITS = 8  # float32 has 7
 TEACHER = "teacher_"
-COLUMNS = ("source", "turn", "category", "tokens", "teacher", "before", "after")
+KINDS = {"source": str, "turn": int, "category": str, "tokens": int, "teacher": dict,
+         "before": dict, "after": dict}
 KEPT = ("nll", "token_accuracy", "kl", "reverse_kl", "jsd", "agreement", "student_entropy",
         "head_mass", "tail_mass", "chunk_kl", "chunk_reverse_kl", "chunk_jsd", "teacher_nll",
         "teacher_entropy", "teacher_head_mass", "teacher_tail_mass")
@@ -117,7 +118,11 @@ def _pair(key: Key, row: Mapping[str, Any]) -> AnswerPair:
 
 
 def _row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    missing = [name for name in COLUMNS if name not in row]
-    if missing:
-        raise TaidError(f"{where}: no line of {FILE} ('{missing[0]}' is missing).")
+    try:
+        need(row, where, KINDS)
+        for name in ("teacher", "before", "after"):
+            need(row[name], f"{where}: {name}", dict.fromkeys(row[name], float | int | None))
+    except RecordError as error:
+        problem = str(error).removeprefix(f"{where}: ").rstrip(".")
+        raise TaidError(f"{where}: no line of {FILE} ({problem}).") from None
     return row

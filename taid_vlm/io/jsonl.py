@@ -34,6 +34,16 @@ def parse_line(line: str | bytes, where: str) -> dict[str, Any]:
     return row
 
 
+def need(row: dict[str, Any], where: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The row, whose columns are there and of these types; raises RecordError."""
+    for name, kind in kinds.items():
+        if name not in row:
+            raise RecordError(f"{where}: '{name}' is missing.")
+        if not isinstance(row[name], kind):
+            raise RecordError(f"{where}: {name} = {row[name]!r:.60} is of another kind.")
+    return row
+
+
 def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """("FILE:NUMBER", object) of every line that is not blank, one at a time.
 

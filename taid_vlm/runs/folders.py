@@ -52,6 +52,7 @@ def find_checkpoint(recipe: Recipe, resume: bool, overwrite: bool = False) -> Pa
     """
     output = Path(recipe.output_dir)
     refuse_file_in_the_way(output)
+    _refuse_in_the_way(output)
     _refuse_inputs(recipe, output)
     _refuse_foreign(output)
     if resume:
@@ -76,8 +77,12 @@ def is_finished(output: Path) -> bool:
 def checkpoints(output: Path) -> list[Path]:
     """Folders named as checkpoints are, newest first."""
     named = [folder for folder in output.glob("checkpoint-*")
-             if folder.is_dir() and folder.name.removeprefix("checkpoint-").isdigit()]
+             if folder.is_dir() and _is_checkpoint_name(folder)]
     return sorted(named, key=lambda folder: -int(folder.name.rsplit("-", 1)[1]))
+
+
+def _is_checkpoint_name(path: Path) -> bool:
+    return path.name.removeprefix("checkpoint-").isdecimal()
 
 
 def clear_results(output: Path) -> None:
@@ -121,8 +126,8 @@ def _lock(output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (output / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # no error of its own hides what ended the run
+                (output / LOCK).unlink(missing_ok=True)
                 output.rmdir()  # a run that was refused leaves no empty folder
 
 
@@ -150,6 +155,19 @@ def on_main(look: Callable[[], Result], output: Path) -> Result:
 
 
 # ----- what is refused ----------------------------------------------------------------------
+
+
+def _refuse_in_the_way(output: Path) -> None:
+    """Where a file is to be stands no folder, and nothing but a folder where one is to be."""
+    for name in (RECIPE, RESULTS, ANSWERS, REPORT, LOCK):
+        if (output / name).is_dir():
+            raise TaidError(f"'{output / name}' is a folder where a run writes a file: move it "
+                            "away, or choose another output_dir.")
+    named = [path for path in output.glob("checkpoint-*") if _is_checkpoint_name(path)]
+    for folder in (output / STUDENT, *named):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise TaidError(f"'{folder}' is no folder, but a run writes one there: move it away, "
+                            "or choose another output_dir.")
 
 
 def _refuse_inputs(recipe: Recipe, output: Path) -> None:

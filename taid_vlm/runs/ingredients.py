@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from taid_vlm.adapters import Processor
+from taid_vlm.adapters import Processor, check_image_token, make_adapter
 from taid_vlm.alignment import check_modalities
 from taid_vlm.config.data import DataSource
 from taid_vlm.config.recipe import Recipe
@@ -69,6 +69,9 @@ def gather(recipe: Recipe) -> Ingredients:
     check_modalities(blind, any(_has_images(s) for s in (train, held_out) if s is not None))
     student = load_processor(recipe.student, "student")
     teacher = None if recipe.teacher is None else load_processor(recipe.teacher, "teacher")
+    for role, processor in (("student", student), ("teacher", teacher)):
+        if processor is not None and role not in blind:
+            check_image_token(make_adapter(processor, role), configs[role])
     if recipe.teacher is not None and of_chunks(args.metric_for_best_model):
         skeletons = (load_skeleton(recipe.student, "student"),
                      load_skeleton(recipe.teacher, "teacher"))

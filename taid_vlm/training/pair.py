@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from taid_vlm.adapters import Processor, make_adapter
+from taid_vlm.adapters import Processor, check_image_token, make_adapter
 from taid_vlm.alignment import Pairing, check_modalities, pair_models
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.model import ModelSpec
@@ -51,6 +51,8 @@ def pair_for_training(
         theirs = make_adapter(
             teacher_processing_class, "teacher", length_limit(teacher.config, args.max_length),
             args.teacher_chat_template_kwargs)
+        check_image_token(theirs, teacher.config)
+    check_image_token(ours, student.config)
     parts = [part for dataset in datasets
              for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
     firsts = [list(first_rows(part, PROBED_RECORDS)) for part in parts]

@@ -8,10 +8,11 @@ the mean over those same tokens; evaluation moves nothing; a resumed run goes on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -37,7 +39,6 @@ from taid_vlm.batch.losses import by_weight, compared_tokens, weight_sum
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import Canary, Looks
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
-from taid_vlm.io.manifest import NAME as MANIFEST
 from taid_vlm.io.manifest import seal
 from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
@@ -353,6 +354,11 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Trainer matches parameter names literally, and so misses those of most VLMs."""
+        with _gone_on_from(resume_from_checkpoint):
+            self._load_weights(resume_from_checkpoint, model)
+
+    def _load_weights(self, resume_from_checkpoint: str, model: Any) -> None:
+        TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.visual.load(Path(resume_from_checkpoint))
         self.router.restore(Path(resume_from_checkpoint))
         target = self.model if model is None else model
@@ -361,6 +367,14 @@ class DistillationTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             restore_weights(target, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _gone_on_from(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _gone_on_from(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """As above, for `load_best_model_at_end`."""
@@ -372,13 +386,14 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint is whole or absent; a full disk must not leave half of one."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        existed, kept = folder.exists(), self.args.save_total_limit
+        kept = self.args.save_total_limit
         refuse_nonfinite(model, f"the checkpoint '{folder}'")
         try:
             if self.is_world_process_zero():
-                (folder / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)  # what an interruption left of one
                 self.visual.save(folder)
                 self.router.save(folder)
+            self.accelerator.wait_for_everyone()
             self.args.save_total_limit = None  # older ones go when this one is whole
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes its own random state
@@ -388,7 +403,7 @@ class DistillationTrainer(Trainer):
                     self.args.output_dir, save_total_limit=kept, use_mtime=False,
                     best_model_checkpoint=self.state.best_model_checkpoint)
         except Exception as error:
-            if self.is_world_process_zero() and not existed:
+            if self.is_world_process_zero():
                 shutil.rmtree(folder, ignore_errors=True)
             raise TaidError(f"the checkpoint '{folder}' could not be written, nothing of it was "
                             f"kept: {error}") from error
@@ -401,6 +416,20 @@ def _counts(batch: Batch) -> Tensor:
     fed = batch["student_inputs"]["attention_mask"].sum()
     return torch.tensor([weight_sum(batch), int(batch["images"].sum()), int(fed)],
                         dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def _gone_on_from(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a checkpoint's files raise becomes one message."""
+    try:
+        yield
+    except TaidError:
+        raise
+    except Exception as error:
+        problem = (str(error).splitlines() or [""])[0]
+        raise TaidError(f"the checkpoint '{checkpoint}' cannot be gone on from "
+                        f"({type(error).__name__}: {problem:.200}).",
+                        mend="Remove it, to go on from the one before.") from error
 
 
 class ScheduleCallback(TrainerCallback, ExportableState):

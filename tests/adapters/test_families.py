@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapters.samples import adapter, answers, built, encode, pictures, record, talk
-from transformers import BartConfig, Florence2Config, PreTrainedConfig, T5Config
-from zoo import build
+from transformers import (
+    AutoProcessor,
+    BartConfig,
+    Florence2Config,
+    PreTrainedConfig,
+    T5Config,
+)
+from zoo import VLM_FAMILIES, build, save
 from zoo.images import image, noise
 from zoo.specs import SPECS
 
-from taid_vlm.adapters import EncodedBatch, make_adapter
+from taid_vlm.adapters import EncodedBatch, check_image_token, make_adapter
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import SampleDropped, TaidError
@@ -260,3 +267,27 @@ def test_encoder_decoders_are_refused(config: PreTrainedConfig, tmp_path: Path) 
     config.save_pretrained(tmp_path)
     with pytest.raises(TaidError, match=rf"student: .*{config.model_type}.* encoder-decoder"):
         load_config(ModelSpec(str(tmp_path)), "student")
+
+
+# ----- a tokenizer that has lost its image token -----------------------------------------------
+
+LAST = ("llava", "fast_vlm", "gemma3", "llava_next")  # it comes back with the same number
+
+
+@pytest.mark.parametrize("family", VLM_FAMILIES)
+def test_the_image_token_must_be_where_the_model_looks(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    folder, config = save(model, tmp_path / family), model.model.config
+    check_image_token(make_adapter(AutoProcessor.from_pretrained(folder), "student"), config)
+    token = model.processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
+    file = folder / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree["added_tokens"] = [x for x in tree["added_tokens"] if x["content"] != token]
+    file.write_text(json.dumps(tree))
+    moved = make_adapter(AutoProcessor.from_pretrained(folder), "student")
+    if family in LAST:
+        check_image_token(moved, config)
+        return
+    with pytest.raises(TaidError, match=f"image_token_id is {config.image_token_id}") as error:
+        check_image_token(moved, config)
+    assert "tokenizer.json" in str(error.value) and str(folder) in str(error.value)

@@ -16,7 +16,7 @@ import pytest
 from cli.recipes import Outcome, write_recipe
 from cli.test_distill import minimal
 
-from taid_vlm.io.manifest import NAME, damage, read_manifest
+from taid_vlm.io.manifest import NAME, damage, read_manifest, seal
 
 Cli = Callable[..., Outcome]
 STEPS = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
@@ -55,6 +55,24 @@ def test_what_no_run_has_written_is_left(
     assert done.status == 2
     assert f"out/{name}'" in done.err
     assert contents(tmp_path / "out") == {f"{name}/mine.txt": b"precious"}
+
+
+@pytest.mark.parametrize(("name", "is_folder"), [
+    ("report.html", True), ("results.json", True), ("eval_answers.jsonl", True),
+    ("recipe.yaml", True), (".lock", True), ("student", False), ("checkpoint-2", False)])
+@pytest.mark.parametrize("word", ["--overwrite", "--resume"])
+def test_what_stands_in_the_way_is_named_before_training(
+    name: str, is_folder: bool, word: str, tree: dict[str, Any], cli: Cli, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("taid_vlm.runs.run.gather", None)  # nothing is opened
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.mkdir() if is_folder else path.write_text("mine")
+    done = cli("distill", write_recipe(tmp_path, tree), word)
+    assert done.status == 2
+    assert f"'{path}' is" in done.err and "move it away" in done.err
+    assert path.exists()
 
 
 def test_other_peoples_files_survive_a_whole_run(
@@ -118,6 +136,28 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert done.status == 0, done.err
     train = json.loads((tmp_path / "out/results.json").read_text())["train"]
     assert train["resumed_from"] == "checkpoint-2"
+
+
+@pytest.mark.parametrize("files", [[], None, "x"])
+def test_a_manifest_of_another_kind_is_none(files: Any, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text(json.dumps({"files": files}))
+    assert read_manifest(tmp_path) is None
+    assert damage(tmp_path) is not None
+
+
+@pytest.mark.parametrize(("name", "data"), [
+    ("optimizer.pt", b"none"), ("scheduler.pt", b""), ("rng_state.pth", b"none"),
+    ("model.safetensors", b"none"), ("trainer_state.json", b"{")])
+def test_files_that_do_not_load_are_named_with_their_checkpoint(
+    name: str, data: bytes, stopped: Path, cli: Cli, tmp_path: Path
+) -> None:
+    newest = tmp_path / "out/checkpoint-4"
+    facts = {key: x for key, x in (read_manifest(newest) or {}).items() if key != "files"}
+    (newest / name).write_bytes(data)
+    seal(newest, facts)  # as if it had been written so
+    done = cli("distill", stopped, "train.max_steps=6", "--resume")
+    assert done.status == 2
+    assert len(done.errors) == 1 and f"'{newest}' cannot be gone on from" in done.err
 
 
 def test_weights_alone_are_no_checkpoint_to_go_on_from(
