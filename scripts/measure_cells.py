@@ -30,8 +30,8 @@ TEXTS = {
     "作出反应的智能机器。",
     "English": "The capital of France is Paris. It lies on the river Seine and has about two "
     "million inhabitants. Machine learning is the study of algorithms that improve through "
-    "experience; it is widely used for images and language. Once upon a time there was an old man who "
-    "lived near the sea.",
+    "experience; it is widely used for images and language. Once upon a time there was an old man "
+    "who lived near the sea.",
     "code": "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n    a, b = 0, "
     "1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n\nclass Stack:\n"
     "    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
