@@ -24,6 +24,7 @@ from taid_vlm.adapters import (
     ModelAdapter,
     check_spelled,
 )
+from taid_vlm.alignment.cell_store import CellStore
 from taid_vlm.alignment.cells import build_cell_map
 from taid_vlm.alignment.segments import common_segments, same_glue
 from taid_vlm.alignment.vocabulary import VocabularyMap, build_vocabulary_map
@@ -258,8 +259,9 @@ def pair_models(
     roles = _roles(teacher, student)
     glue = _first_token_glue(teacher, student)
     chunks = difference is not None or alignment == "chunks"
-    build: Any = partial(build_cell_map, teacher, student) if chunks else partial(
-        build_vocabulary_map, teacher.table, student.table)
+    build: Any = partial(
+        build_cell_map, teacher, student, find=CellStore(teacher, student).find
+    ) if chunks else partial(build_vocabulary_map, teacher.table, student.table)
     maps = [build(teacher_rows, student_rows, roles, around)
             for around in ((b"", b""), glue) if around is not None]
     case: Case = "c" if chunks else "a" if maps[0].identity else "b"
