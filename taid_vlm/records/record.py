@@ -4,7 +4,8 @@ Columns understood, with `image` or `images` (path, bytes, {"bytes", "path"} or 
 - `messages`: [{"role", "content"}], content a string with `<image>` tags or typed parts;
 - `prompt` and `completion`: strings, or lists of messages;
 - `conversations`: LLaVA's [{"from": "human" | "gpt", "value"}];
-- `text`: plain text for pre-training, or a caption where an image stands beside it.
+- `text`: plain text for pre-training, or a caption where an image stands beside it;
+and the forms of `columns.py`.
 Optional: `category` (a string) or `categories` (one per assistant turn), for evaluation.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -20,10 +21,10 @@ from typing import Any
 from PIL import Image
 
 from taid_vlm.errors import RecordError, nearest
+from taid_vlm.records.columns import CHAT_COLUMNS, chat_keys, proposal, read_columns
 from taid_vlm.records.images import MAX_PIXELS, ImageRef, stored_image
 
 IMAGE_TAG = "<image>"
-CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
 ROLES = {role: role for role in ("system", "user", "assistant")}
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
 
@@ -33,6 +34,7 @@ class Malformed:
     """Stands for a row that is no record; `problem` names file and line."""
 
     problem: str
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,18 @@ class Message:
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation with its images in order of appearance, or (without messages) a text."""
+    """A conversation with its images in order of appearance, or (without messages) a text.
+
+    unread: columns of its row that nothing reads. origin: which of several sources it is of.
+    """
 
     source: str
     messages: tuple[Message, ...] = ()
     images: tuple[ImageRef, ...] = ()
     text: str | None = None
     categories: tuple[str, ...] = ()
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    origin: str = field(default="", compare=False)
 
     @property
     def answers(self) -> list[str]:
@@ -85,7 +92,7 @@ def parse_record(
     """Read one row.
 
     Args:
-        row: column -> value; columns that are None count as absent.
+        row: column -> value; columns that are None or NaN count as absent.
         source: what error messages call the row, for example "train.jsonl:12".
         root: folder that relative image paths start from.
         max_pixels: of an image; larger ones are not decoded.
@@ -93,15 +100,15 @@ def parse_record(
     Raises:
         RecordError: columns or values that cannot be understood.
     """
-    row = {key: value for key, value in row.items() if value is not None}
+    row = columns = read_columns(row, source)
     images = _image_column(row, source, root)
     categories = _categories(row, source)
     if "text" in row and not images and not any(column in row for column in CHAT_COLUMNS):
         text = _expect_str(row["text"], "text", source)
-        return Record(source, text=text, categories=categories)
+        return Record(source, text=text, categories=categories, unread=columns.unread)
     messages, images = _resolve_images(_read_messages(row, source), images, source, root)
     images = [replace(image, max_pixels=max_pixels) for image in images]
-    return Record(source, messages, tuple(images), categories=categories)
+    return Record(source, messages, tuple(images), categories=categories, unread=columns.unread)
 
 
 def attempt(read: Callable[..., Record], *args: Any) -> Record | Malformed:
@@ -127,10 +134,11 @@ RawMessage = tuple[str, Any]  # role, content as it came
 
 
 def _read_messages(row: Mapping[str, Any], source: str) -> list[RawMessage]:
-    if "messages" in row:
-        return _chat(row["messages"], "messages", source)
-    if "conversations" in row:
-        return _chat(row["conversations"], "conversations", source, ("from", "value"), _LLAVA_ROLES)
+    for column, usual in (("messages", ("role", "content")), ("conversations", ("from", "value"))):
+        if column in row:
+            keys = chat_keys(row[column], usual)
+            roles = ROLES if (column, keys[0]) == ("messages", "role") else _LLAVA_ROLES
+            return _chat(row[column], column, source, keys, roles)
     if "prompt" in row or "completion" in row:
         for column in ("prompt", "completion"):
             if column not in row:
@@ -144,9 +152,10 @@ def _read_messages(row: Mapping[str, Any], source: str) -> list[RawMessage]:
 
 def _missing(column: str, row: Mapping[str, Any], source: str) -> RecordError:
     found = ", ".join(sorted(row)) or "none"
+    line = proposal(row) or "data.train.columns: {prompt: ..., completion: ...}"
     return RecordError(
         f"{source}: column '{column}' is missing (found: {found}). A record needs 'messages', "
-        "'prompt' and 'completion', 'conversations' or 'text'; rename columns with data.columns."
+        f"'prompt' and 'completion', 'conversations' or 'text'; rename columns with {line}."
     )
 
 
