@@ -79,6 +79,7 @@ class DistillationCollator:
             differ; {} where no row has an image.
         student_views, teacher_views: with `views`, a View per image, in the same order.
         counts: `dropped` {reason: rows}, `cut` texts, and tokens supervised and aligned.
+        intake: `sources` {origin: (rows read, used)}, `unread` {column that nothing reads: rows}.
     Where texts are split differently (`Pairing.has_chunks`) the two models' tokens differ in
     number, N counts the student's, map_index has one entry per pair of tokens, and there are also:
         pair_student, pair_teacher: [P] which tokens are compared entry by entry.
@@ -99,10 +100,16 @@ class DistillationCollator:
         counts: Counter[str] = Counter()
         samples = [s for s in (self._attempt(row, counts) for row in rows) if s is not None]
         encoded, aligned = self._encode(samples, counts)
+        read = Counter(getattr(row, "origin", "") for row in rows)
+        used = Counter(sample.record.origin for sample in samples)
+        unread = Counter(name for sample in samples for name in sample.record.unread)
         if not samples:  # every process must still take part in the step
             samples = [self._prepare(Record("placeholder", text="."))]
             encoded, aligned = {a.role: self._run(a, samples) for a in self.adapters}, [[]]
-        return self._assemble(samples, encoded, aligned, counts)
+        batch = self._assemble(samples, encoded, aligned, counts)
+        batch["intake"] = {"sources": {name: (n, used[name]) for name, n in read.items() if name},
+                           "unread": dict(unread)}
+        return batch
 
     @property
     def adapters(self) -> list[ModelAdapter]:

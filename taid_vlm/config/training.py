@@ -20,6 +20,7 @@ from taid_vlm.config.kinds import (
     Number,
     Positive,
     Rate,
+    Share,
     Steps,
     Whole,
     wanted,
@@ -69,6 +70,8 @@ class OwnArguments(Section):
         loss_memory_budget (bytes): What the fused loss may take for logits and their gradient.
         max_nonfinite_steps (steps): A step whose loss or gradient is no number is not applied and
             counted; so many in a row end the run.
+        max_left_out: Share of the training records that may be left out (too long, malformed, ...);
+            more of any source's first, or of all in training, end the run. 1 never does.
         freeze: Parts of the student that stay as they are.
         learning_rates: {part: learning rate}; the others take learning_rate.
     """
@@ -79,6 +82,7 @@ class OwnArguments(Section):
     loss_implementation: Literal["auto", "fused", "reference"] = "auto"
     loss_memory_budget: Positive = MEMORY_BUDGET
     max_nonfinite_steps: Positive = 10
+    max_left_out: Share = 0.25
     freeze: Annotated[list[Part] | None, _of_parts(list)] = None
     learning_rates: Annotated[dict[Part, Rate] | None, _of_parts(dict)] = None
 

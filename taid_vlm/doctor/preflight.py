@@ -83,6 +83,7 @@ class Preflight:
     lengths: tokens per record before anything is cut, by role.
     images: tokens of the images per record that has any, by role.
     stops: the error that training would end with, None if there is none.
+    sources: {name: (rows read, used)} where there are several.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Preflight:
     lengths: dict[str, Spread]
     images: dict[str, Spread]
     stops: TaidError | None = None
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
@@ -127,6 +129,7 @@ class _Measured:
     counts: dict[str, int]
     lengths: dict[str, int]
     images: dict[str, int]
+    origin: str
 
 
 @dataclass
@@ -137,9 +140,13 @@ class _Sums:
     lengths: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     images: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     stops: TaidError | None = None
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, one: _Measured) -> None:
         self.counts.update(one.counts)
+        if one.origin:
+            read, used = self.sources.get(one.origin, (0, 0))
+            self.sources[one.origin] = (read + 1, used + one.counts["usable"])
         self.stops = self.stops or one.stops
         if one.reason:
             self.reasons[one.reason] += 1
@@ -172,9 +179,9 @@ def preflight(
     return _account(name, whole, sums)
 
 
-def check_sized(name: str, records: Any, limit: int | None) -> None:
+def check_sized(name: str, records: Any) -> None:
     """Raise TaidError for a stream that has no known end."""
-    if isinstance(records, StreamedRecords) and limit is None:
+    if isinstance(records, StreamedRecords) and records.limit is None:
         raise TaidError(f"--all goes over every record, but {name} is streamed and its end is not "
                         f"known: set {name}.max_records, or look at it without --all.")
 
@@ -188,7 +195,8 @@ def _measured(listener: Listener, row: Record | Malformed) -> _Measured:
     return _Measured(
         checked.source, reason, checked.detail, checked.stops, counts,
         {role: len(whole.ids) for role, whole in checked.whole.items()},
-        {role: image_tokens(whole) for role, whole in checked.whole.items() if whole.images})
+        {role: image_tokens(whole) for role, whole in checked.whole.items() if whole.images},
+        row.origin)
 
 
 def _collate(listener: Listener, rows: Sequence[Record | Malformed]) -> list[_Measured]:
@@ -220,7 +228,7 @@ def _account(name: str, whole: bool, sums: _Sums) -> Preflight:
         name, whole, sums.counts["records"], sums.counts["usable"], tuple(dropped), cut,
         supervised, aligned, chunk,
         {role: spread(values) for role, values in sums.lengths.items()},
-        {role: spread(values) for role, values in sums.images.items()}, sums.stops)
+        {role: spread(values) for role, values in sums.images.items()}, sums.stops, sums.sources)
 
 
 def spread(values: Sequence[int]) -> Spread:

@@ -188,8 +188,11 @@ def _sample(columns: Mapping[str, Any]) -> dict[str, Any]:
     if "txt" in row:
         row["text"] = row.pop("txt")
     row |= inner if isinstance(inner, Mapping) else {}
-    return row if not pictures or row.get("image") or row.get("images") else \
-        {**row, "images": pictures}
+    named = row.pop("images", row.pop("image", None))
+    paths = named if isinstance(named, list) else [named]
+    if pictures and (not named or len(paths) == len(pictures)):  # by name or not, these are they
+        named = pictures
+    return row if named is None else {**row, "images": named}
 
 
 # ----- what to paste ------------------------------------------------------------------------

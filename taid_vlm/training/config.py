@@ -35,6 +35,8 @@ class DistillationConfig(TrainingArguments):
         loss_memory_budget: bytes that the fused loss may take for logits and their gradient.
         max_nonfinite_steps: steps in a row with a loss or gradient that is no number, after which
             the run ends; such a step is not applied.
+        max_left_out: share of the training records that may be left out; more end the run, before
+            training (of the first records of a source) or in it.
         freeze: parts of the student that stay as they are (`taid_vlm.models.parts`).
         learning_rates: {part: learning rate}; the others take `learning_rate`.
         model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
@@ -49,6 +51,7 @@ class DistillationConfig(TrainingArguments):
     loss_implementation: str = field(default="auto")
     loss_memory_budget: int = field(default=MEMORY_BUDGET)
     max_nonfinite_steps: int = field(default=10)
+    max_left_out: float = field(default=0.25)
     freeze: list[str] | None = field(default=None)
     learning_rates: dict[str, float] | None = field(default=None)
     model_init_kwargs: dict[str, Any] | None = field(default=None)

@@ -44,6 +44,7 @@ from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
+from taid_vlm.training.intake import Intake, prepared
 from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
 from taid_vlm.training.visual import VisualTerms, visual_collator
@@ -94,6 +95,7 @@ class DistillationTrainer(Trainer):
         teacher, teacher_processing_class = resolve(
             teacher_model, teacher_processing_class, "teacher", args.teacher_model_init_kwargs)
         args = args.without_secrets()
+        train_dataset, eval_dataset = (prepared(d, args) for d in (train_dataset, eval_dataset))
         if self.objective.needs_teacher and teacher is None:
             raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
         pairing, collator = pair_for_training(
@@ -120,6 +122,7 @@ class DistillationTrainer(Trainer):
             self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.schedule: TaidSchedule | None = None
         self.dropped: Counter[str] = Counter()  # records left out, by reason
+        self.intake = Intake(train_dataset, args.max_left_out)
         self.cut = 0  # plain texts shortened to max_length
         self._step_sums: dict[str, Tensor] = {}
         self._step_images: Tensor | int = 0  # of the optimizer step, over all processes
@@ -202,6 +205,8 @@ class DistillationTrainer(Trainer):
         for name, figure in figures.items():
             sums[name] = figure.values.sum()
             sums[f"tokens/{name}"] = count(figure.values)
+        sums |= {name: torch.full((), rows, dtype=torch.float64, device=found.loss.device)
+                 for name, rows in self.intake.sums(batch).items()}
         for name, value in sums.items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.double()
         self.guard.note(batch, found.losses)
@@ -229,6 +234,7 @@ class DistillationTrainer(Trainer):
         values = torch.stack([self._step_sums[name] for name in names])
         sums = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
         self._step_sums = {}
+        self.intake.take(sums, self.dropped)
         self._empty_steps = 0 if sums["tokens"] else self._empty_steps + 1
         if self.guard.applied:
             self._window.add(sums)
@@ -247,7 +253,7 @@ class DistillationTrainer(Trainer):
             self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)  # Trainer subtracts, which keeps a NaN
             figures = self._window.take()
             lead = {key: figures[key] for key in ("kl",) if key in figures}
-            logs = {**lead, **logs, **figures, **self.parts.rates}
+            logs = {**lead, **logs, **figures, **self.parts.rates, **self.intake.logs()}
             if self.schedule is not None:
                 logs["t"] = self.schedule.t
                 logs["adaptive_share"] = self.schedule.active_share
@@ -328,6 +334,10 @@ class DistillationTrainer(Trainer):
         """Training records left out so far, by reason, over all processes."""
         return dict(sum(gather_object([self.dropped]), Counter()))
 
+    def all_unread(self) -> dict[str, int]:
+        """Records used so far that have a column which nothing reads, over all processes."""
+        return dict(sum(gather_object([self.intake.unread]), Counter()))
+
     # ----- checkpoints ----------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -389,6 +399,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         if state.global_step > 0 and saved:
             trainer.answer_tokens = saved["attributes"].get("answer_tokens", 0)
             trainer.guard.load_state_dict(saved["attributes"].get("skipped_steps", {}))
+            trainer.intake.rows = Counter(saved["attributes"].get("rows", {}))
             if trainer.schedule is not None:
                 trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
 
@@ -420,4 +431,5 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         saved = None if schedule is None else schedule.state_dict()
         return {"args": {}, "attributes": {"answer_tokens": self.trainer.answer_tokens,
                                            "skipped_steps": self.trainer.guard.state_dict(),
+                                           "rows": dict(self.trainer.intake.rows),
                                            **({"schedule": saved} if saved else {})}}

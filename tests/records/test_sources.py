@@ -470,7 +470,8 @@ def test_a_malformed_row_deep_in_a_table_is_counted_and_not_fatal(tmp_path):
 # ----- what has no effect -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [{"split": "test"}, {"name": "b"}, {"streaming": True}])
+@pytest.mark.parametrize("key", [{"split": "test"}, {"name": "b"}, {"revision": "main"},
+                                 {"data_files": "b.csv"}])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_file_has_no_splits(key, kind, tmp_path):
     path = tmp_path / f"a.{kind}"
