@@ -74,6 +74,10 @@ class DataSource(Section):
         return (self.path,) if isinstance(self.path, str) else self.path
 
     @property
+    def files(self) -> tuple[str, ...]:
+        return (self.data_files,) if isinstance(self.data_files, str) else self.data_files or ()
+
+    @property
     def shown(self) -> str:
         """The path as messages and results have it."""
         return ", ".join(self.paths)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch.utils.data
 
-from taid_vlm.config.data import COMPRESSED, FILE_TYPES, DataSource, matches
+from taid_vlm.config.data import COMPRESSED, FILE_TYPES, DataSource, exists, matches
 from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest, nearest_sibling
 from taid_vlm.io.jsonl import JsonLines
 from taid_vlm.records.columns import absent_column
@@ -40,7 +40,7 @@ class _Source:
     def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
         self.rows, self.label, self.root = rows, label, root
         self.columns, self.max_pixels = dict(source.columns), source.max_pixels or MAX_PIXELS
-        self._named = dict(source.columns)
+        self._named, self._absent = dict(source.columns), set(source.columns.values())
         self.has_images, self.origin = False, ""
         self.unread, self.probed = Counter[str](), 0
 
@@ -48,6 +48,8 @@ class _Source:
         """A row as a record; raises RecordError."""
         if not isinstance(row, Mapping):
             raise RecordError(f"{where}: a row must be an object {{...}}.")
+        if self._absent:
+            self._absent -= row.keys()
         try:
             record = parse_record(
                 _with_columns(row, self.columns), where, root, self.max_pixels)
@@ -250,9 +252,10 @@ def _open_files(
     if kinds == {".parquet"} and len({path.parent for path in paths}) == 1:
         parts = [_part(_table(paths, label, source), label, root or paths[0].parent)]
     else:
-        parts = [_part(_table([path], path.name, source) if kind_of(path) == ".parquet"
-                       else file_rows(path), _label([path]), root or path.parent)
-                 for path in paths]
+        names = [path.name for path in paths]
+        parts = [_part(_table([path], path.name, source) if kind_of(path) == ".parquet" else
+                       file_rows(path), _label([path], names.count(path.name) > 1),
+                       root or path.parent) for path in paths]
     if len(parts) == 1 and "[" not in source.split:
         return Records(parts[0].rows, source, label, parts[0].root)
     rows = Joined(parts)
@@ -263,9 +266,10 @@ def _part(rows: Any, label: str, root: Path | None) -> Part:
     return Part(rows, label, root, range(len(rows)))
 
 
-def _label(paths: Sequence[Path]) -> str:
+def _label(paths: Sequence[Path], with_folder: bool = False) -> str:
     first = paths[0]
-    name = f"{first.parent.name}/{first.name}" if first.name == "metadata.jsonl" else first.name
+    with_folder |= first.name == "metadata.jsonl"
+    name = f"{first.parent.name}/{first.name}" if with_folder else first.name
     return name if len(paths) == 1 else f"{name} and {len(paths) - 1} more"
 
 
@@ -303,6 +307,10 @@ def _open_folder(path: Path, source: DataSource, root: Path) -> Records | Stream
         rows = _split(_guarded(path.name, datasets.load_from_disk, str(path)), source)
         rows = rows.to_iterable_dataset() if source.streaming else rows
     elif source.data_files or _holds_data(path):
+        for name in source.files:
+            if not exists(path / name):
+                raise TaidError(f"data: '{source.shown}' has no file '{name}' (data_files)."
+                                f"{nearest_sibling(path / name)}")
         rows = _load(str(path), path.name, source)
     else:
         raise TaidError(f"{path}: a folder needs metadata.jsonl (one line per image, with "
@@ -352,9 +360,9 @@ def _open_hub(path: Path, source: DataSource) -> Records | StreamedRecords:
 def _load(name: str, label: str, source: DataSource) -> Any:
     import datasets
 
-    files = list(source.data_files) if isinstance(source.data_files, tuple) else source.data_files
-    return _guarded(label, datasets.load_dataset, name, source.name, data_files=files,
-                    revision=source.revision, split=source.split, streaming=source.streaming)
+    return _guarded(label, datasets.load_dataset, name, source.name,
+                    data_files=list(source.files) or None, revision=source.revision,
+                    split=source.split, streaming=source.streaming)
 
 
 def _wrap(rows: Any, source: DataSource, label: str, root: Path | None) -> Any:
@@ -390,7 +398,7 @@ def _guarded(label: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         return load(*args, **kwargs)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise TaidError(f"data: '{label}' cannot be loaded: {reason[0]}") from error
+        raise TaidError(f"data: '{label}' cannot be loaded: {reason[0]:.400}") from error
 
 
 def _said(label: str, rows: Iterator[T]) -> Iterator[T]:
@@ -401,7 +409,7 @@ def _said(label: str, rows: Iterator[T]) -> Iterator[T]:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise TaidError(f"data: '{label}' cannot be loaded: {reason[0]}") from error
+        raise TaidError(f"data: '{label}' cannot be loaded: {reason[0]:.400}") from error
 
 
 def _with_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -430,6 +438,9 @@ def _check(records: Records | StreamedRecords, source: DataSource) -> None:
         images += row.images[:1] if len(images) < PROBED_IMAGES else ()
     if row is None:
         raise TaidError(f"data: '{source.shown}' holds no records.")
+    for name in sorted(records._absent):
+        logger.warning("data: '%s': columns names '%s', which none of the first %d rows has.",
+                       source.shown, name, records.probed)
     records.has_images = bool(images)
     for image in images:  # one that is broken is skipped and counted, but all: the paths are wrong
         try:

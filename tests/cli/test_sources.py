@@ -19,7 +19,7 @@ FAST = {"learning_rate": 1e-3, "disable_tqdm": True, "use_cpu": True, "save_step
 
 
 def rows(name: str, number: int) -> list[dict[str, Any]]:
-    return [{"prompt": f"what is {name} {n}", "completion": f"{name} is {n}"} for n in range(number)]
+    return [{"prompt": f"what is {name} {n}", "completion": f"{name} {n}"} for n in range(number)]
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """Data as they grow and break: opening does not grow with them, and a bad row costs one record."""
 
 import builtins
+import gzip
 import json
 import pickle
 import random
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -63,6 +66,56 @@ def test_opening_is_one_pass_over_the_bytes(many):
     started = time.process_time()
     open_records(str(many))
     assert time.process_time() - started < 1.5
+
+
+@pytest.fixture(scope="module")
+def million(tmp_path_factory):
+    """1,000,000 rows as one file, as four, and behind gzip."""
+    folder = tmp_path_factory.mktemp("million")
+    text = ("\n".join(map(line, range(250_000))) + "\n").encode()
+    for number in range(4):
+        (folder / f"part-{number}.jsonl").write_bytes(text)
+    (folder / "whole.jsonl").write_bytes(text * 4)
+    (folder / "whole.jsonl.gz").write_bytes(gzip.compress(text, 1) * 4)
+    return folder
+
+
+START = """
+import resource, sys, time
+from pathlib import Path
+import datasets
+from taid_vlm.config.data import DataSource
+from taid_vlm.records import open_sources
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before, started = peak(), time.process_time()
+sources = [DataSource(**source) for source in eval(sys.argv[1])]
+records = open_sources(sources, lambda source: None, "data.train")
+print(time.process_time() - started, peak() - before,
+      len(records) if hasattr(records, "__len__") else 0)
+"""
+
+
+@pytest.mark.parametrize(("sources", "length"), [
+    ([{"path": "whole.jsonl"}], 1_000_000),
+    ([{"path": "part-*.jsonl"}], 1_000_000),
+    ([{"path": "whole.jsonl.gz", "streaming": True}], 0),
+    ([{"path": "part-*.jsonl", "streaming": True}], 0),
+    ([{"path": "whole.jsonl"}, {"path": "part-0.jsonl", "weight": 0.5}], 1_125_000),
+    ([{"path": "whole.jsonl", "weight": 1}, {"path": "part-0.jsonl", "weight": 2,
+                                             "streaming": True}], 0),
+], ids=["file", "pattern", "gzip streamed", "pattern streamed", "mix", "mix with a stream"])
+def test_a_million_rows_start_at_once(million, sources, length):
+    """In a process of their own: 2 s of CPU, 200 MB."""
+    sources = [{**source, "path": str(million / source["path"])} for source in sources]
+    done = subprocess.run([sys.executable, "-c", START, repr(sources)], capture_output=True,
+                          text=True, check=True)
+    seconds, bytes_, rows = map(float, done.stdout.split())
+    assert rows == length
+    assert seconds < 2
+    assert bytes_ < 200_000_000
 
 
 def test_only_the_first_rows_are_parsed_before_training(many, monkeypatch):
