@@ -282,7 +282,7 @@ class DistillationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Held-out figures against the teacher, logged under `metric_key_prefix`."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else prepared(eval_dataset, self.args)
         if isinstance(dataset, dict):
             metrics: dict[str, float] = {}
             for name, part in dataset.items():
