@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from taid_vlm.config.arguments import Argument, trainer_arguments
 from taid_vlm.config.kinds import (
+    AtLeast16,
     AtLeastTwo,
     Count,
     NotNegative,
@@ -72,6 +73,12 @@ class OwnArguments(Section):
             counted; so many in a row end the run.
         max_left_out: Share of the training records that may be left out (too long, malformed, ...);
             more of any source's first, or of all in training, end the run. 1 never does.
+        window (tokens): Plain texts are learned in windows of so many tokens, instead of being cut
+            at max_length: a long text is several rows, one behind the other, and all of it is
+            learned, once. The data are read as a stream then, which needs max_steps.
+        stride (tokens): Of a window, how many repeat the end of the one before, as context that is
+            not learned: at most so many for either model, or to the nearest boundary of both;
+            left out, an eighth of the window.
         freeze: Parts of the student that stay as they are.
         learning_rates: {part: learning rate}; the others take learning_rate.
     """
@@ -83,8 +90,17 @@ class OwnArguments(Section):
     loss_memory_budget: Positive = MEMORY_BUDGET
     max_nonfinite_steps: Positive = 10
     max_left_out: Share = 0.25
+    window: AtLeast16 | None = None
+    stride: Positive | None = None
     freeze: Annotated[list[Part] | None, _of_parts(list)] = None
     learning_rates: Annotated[dict[Part, Rate] | None, _of_parts(dict)] = None
+
+    @model_validator(mode="after")
+    def _stride_of_a_window(self) -> Self:
+        if self.stride is not None and self.stride >= (self.window or 0):
+            of = "without a window" if self.window is None else f"of a window of {self.window}"
+            raise ValueError(f".stride = {self.stride} tokens {of} leave nothing to learn.")
+        return self
 
     @model_validator(mode="after")
     def _no_rate_for_frozen(self) -> Self:

@@ -27,7 +27,7 @@ from taid_vlm.objectives import parse_objective
 from taid_vlm.records import parts_of
 from taid_vlm.runs.ingredients import Ingredients, gather
 from taid_vlm.runs.stages import parts_by_name
-from taid_vlm.training.intake import PROBED_RECORDS, check_usable, named_unread
+from taid_vlm.training.intake import PROBED_RECORDS, check_usable, named_unread, windowed
 from taid_vlm.training.pair import length_limit, pair_for_training
 from taid_vlm.training.visual import visual_collator
 
@@ -179,6 +179,8 @@ def _preflight(pair: _Pair, everything: bool) -> Iterator[Preflight]:
             name = f"{pair.stage}: data.{side}" if pair.stage else f"data.{side}"
             if everything:
                 check_sized(f"data.{side}", records)
+            if side == "train":
+                records = windowed(records, pair.plain, pair.ingredients.args, passes=1)
             yield preflight(name, records, collator, pair.ingredients.args,
                             None if everything else PROBED_RECORDS)
 

@@ -100,10 +100,10 @@ class MixedStream(StreamedRecords):
         """Passes are counted within the stream, which has no epochs."""
 
     def __iter__(self) -> Iterator[Record | Malformed]:
-        for read in share_of_worker(self._draws(), self.block):
+        for read in share_of_worker(self.draws(), self.block):
             yield read()
 
-    def _draws(self) -> Iterator[Callable[[], Record | Malformed]]:
+    def draws(self) -> Iterator[Callable[[], Record | Malformed]]:
         """What reads the rows, in order: always of the source that is furthest behind its share."""
         passes = [self._passes(number) for number in range(len(self.parts))]
         shares = [weight / sum(self.weights) for weight in self.weights]

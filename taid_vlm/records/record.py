@@ -54,6 +54,8 @@ class Record:
     """A conversation with its images in order of appearance, or (without messages) a text.
 
     unread: columns of its row that nothing reads. origin: which of several sources it is of.
+    context, goes_on: of a window of a longer text, how many of its characters are not learned, and
+    whether the text goes on behind it.
     """
 
     source: str
@@ -63,6 +65,8 @@ class Record:
     categories: tuple[str, ...] = ()
     unread: tuple[str, ...] = field(default=(), compare=False)
     origin: str = field(default="", compare=False)
+    context: int = 0
+    goes_on: bool = False
 
     @property
     def answers(self) -> list[str]:

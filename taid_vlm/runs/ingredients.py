@@ -65,6 +65,9 @@ def gather(recipe: Recipe) -> Ingredients:
         listed(recipe.data.eval), recipe.start_of, "data.eval", weighted=False)
     if isinstance(train, StreamedRecords) and args.max_steps <= 0:
         raise TaidError("data.train is streamed, so its length is not known: set train.max_steps.")
+    if args.window is not None and args.max_steps <= 0:
+        raise TaidError("train.window makes a stream of the data, so the length of an epoch is not "
+                        "known: set train.max_steps.")
     if held_out is None and args.eval_strategy != "no":
         raise TaidError(f"train.eval_strategy = '{args.eval_strategy}', but there is no data.eval.")
     if isinstance(held_out, StreamedRecords):

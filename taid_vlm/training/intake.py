@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.batch.windows import Windows
 from taid_vlm.errors import TaidError
 from taid_vlm.records import StreamedRecords, first_rows, parts_of
+
+if TYPE_CHECKING:
+    from taid_vlm.training.config import DistillationConfig
 
 PROBED_RECORDS = 32  # of every source
 CHECKED_RECORDS = 256  # where many of those are left out, and at the least during training
@@ -120,6 +124,27 @@ def _share(lost: int, read: int, bound: float) -> str:
 
 def _listed(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
+
+
+def windowed(
+    data: Any, collator: DistillationCollator, args: DistillationConfig, passes: int | None = None
+) -> Any:
+    """Training data with long texts in windows, where `args` has any.
+
+    Raises:
+        TaidError: a window that a model cannot take.
+    """
+    if args.window is None or data is None:
+        return data
+    for adapter in collator.adapters:
+        if adapter.max_length and args.window > adapter.max_length:
+            raise TaidError(f"train.window = {args.window}, but the {adapter.role} takes at most "
+                            f"{adapter.max_length} tokens (train.max_length, or its own limit).")
+    seed = args.seed if args.data_seed is None else args.data_seed
+    windows = Windows(data, collator.adapters, args.window, args.stride or args.window // 8, seed,
+                      passes)
+    windows.block = args.train_batch_size * args.world_size
+    return windows
 
 
 def prepared(data: Any, args: TrainingArguments) -> Any:

@@ -44,7 +44,7 @@ from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
-from taid_vlm.training.intake import Intake, prepared
+from taid_vlm.training.intake import Intake, prepared, windowed
 from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
 from taid_vlm.training.visual import VisualTerms, visual_collator
@@ -100,8 +100,7 @@ class DistillationTrainer(Trainer):
             raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
         pairing, collator = pair_for_training(
             student, teacher, processing_class, teacher_processing_class, args,
-            [d for d in (train_dataset, eval_dataset) if d is not None],
-        )
+            [d for d in (train_dataset, eval_dataset) if d is not None])
         if peft_config is not None:
             student = with_adapter(student, peft_config)
         self.parts = TrainedParts(student, args)
@@ -109,7 +108,8 @@ class DistillationTrainer(Trainer):
             logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
             args._n_gpu = 1
         super().__init__(
-            model=student, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            model=student, args=args, eval_dataset=eval_dataset,
+            train_dataset=windowed(train_dataset, collator, args),
             data_collator=visual_collator(collator, self.objective, student, teacher),
             processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
         )

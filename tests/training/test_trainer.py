@@ -114,9 +114,6 @@ def test_data_sets_of_the_datasets_library(
     assert math.isfinite(streamed.train().training_loss)
 
 
-@pytest.mark.parametrize(("ours", "theirs", "named"), [
-    (False, True, "processing_class"), (True, False, "teacher_processing_class"),
-])
 def test_rows_of_a_data_frame(teacher: Built, student: Built, tmp_path: Path) -> None:
     """Also to evaluate on; the same as a list of its rows."""
     listed = [{"messages": [{"role": "user", "content": "hello"},
@@ -133,6 +130,9 @@ def test_rows_of_a_data_frame(teacher: Built, student: Built, tmp_path: Path) ->
     assert all(torch.equal(x, trained[1][0][name]) for name, x in trained[0][0].items())
 
 
+@pytest.mark.parametrize(("ours", "theirs", "named"), [
+    (False, True, "processing_class"), (True, False, "teacher_processing_class"),
+])
 def test_objects_need_their_processors(
     ours: bool, theirs: bool, named: str, teacher: Built, student: Built, tmp_path: Path
 ) -> None:
@@ -283,7 +283,7 @@ def test_a_batch_without_a_usable_row_changes_nothing(tmp_path: Path) -> None:
     good = rows(4, text_only=True)
     trainer = make_trainer(
         tmp_path, data=[*good, EMPTY, EMPTY, EMPTY, EMPTY], per_device_train_batch_size=1,
-        max_steps=8, logging_steps=1, optim="sgd", lr_scheduler_type="constant")
+        max_steps=8, logging_steps=1, optim="sgd", lr_scheduler_type="constant", max_left_out=1)
     trainer.add_callback(Steps())
     trainer.train()
     losses = [row["loss"] for row in logs(trainer)]
