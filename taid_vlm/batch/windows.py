@@ -20,7 +20,7 @@ from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.records import Malformed, MixedStream, Record, StreamedRecords, first_rows
 from taid_vlm.records.sources import share_of_worker
 
-CHARACTERS = 8  # of a token, at the most in ordinary text: what is tokenized to find a window
+CHARACTERS = 4  # of a token: what is tokenized to find the first window
 TRIED = 8  # beginnings of a window's context, of each kind
 
 
@@ -101,6 +101,9 @@ class _One:
         return self.data[self.index]
 
 
+Boundaries = dict[int, tuple[int, ...]]  # character -> tokens of each model up to there
+
+
 def cut(
     text: str, adapters: Sequence[ModelAdapter], window: int, stride: int
 ) -> Iterator[tuple[int, int, int]]:
@@ -109,40 +112,31 @@ def cut(
     Raises:
         TaidError, SampleDropped: a text that cannot be tokenized or has no common boundary.
     """
-    starts, learned = [0], 0
+    starts, learned, length = [0], 0, CHARACTERS * window
     while learned < len(text):
         for start in starts:
-            end = _end(text, start, learned, adapters, window)
-            if end is not None:
+            ended = _end(text, start, learned, length, adapters, window)
+            if ended is not None:
                 break
         else:
             raise SampleDropped("no window", f"no common boundary behind character {learned}")
+        end, shared = ended
         yield start, learned, end
-        starts, learned = _starts(text, start, end, adapters, stride), end
-
-
-def _starts(
-    text: str, start: int, end: int, adapters: Sequence[ModelAdapter], stride: int
-) -> list[int]:
-    """Where the context of the window behind `end` may begin, the best place first: before a space,
-    with as many of the `stride` tokens as there are; more than these only where nothing else is."""
-    shared = _boundaries(text[start:end], False, adapters)
-    total, near, far = shared.pop(end - start), list[int](), list[int]()
-    for place, counts in sorted(shared.items()):
-        within = all(n - count <= stride for n, count in zip(total, counts, strict=True))
-        if place:
-            (near if within else far).append(start + place)
-    good = _at_spaces(text, near)
-    return [*good[:TRIED], *[place for place in near if place not in good][:TRIED],
-            *_at_spaces(text, far)[: -TRIED : -1], *far[: -TRIED : -1]]
+        starts, learned, length = _starts(text, start, end, shared, stride), end, end - start
 
 
 def _end(
-    text: str, start: int, learned: int, adapters: Sequence[ModelAdapter], window: int
-) -> int | None:
-    """The furthest place where a window may end, None if the learned part begins in a token."""
-    length = learned - start + CHARACTERS * window
-    shared = _boundaries(text[start : start + length], start + length >= len(text), adapters)
+    text: str, start: int, learned: int, length: int, adapters: Sequence[ModelAdapter], window: int
+) -> tuple[int, Boundaries] | None:
+    """The furthest place where a window may end, and the window's boundaries; None if its learned
+    part begins in a token.
+
+    length: of the window before, in characters: about so many more have to be tokenized.
+    """
+    shared, stop = Boundaries(), start
+    while stop < len(text) and max(map(max, shared.values()), default=0) <= window:
+        stop = min(max(stop, learned) + length * 5 // 4 + 1, len(text))
+        shared = _boundaries(text[start:stop], stop == len(text), adapters)
     if learned > start and learned - start not in shared:
         return None
     places = [start + place for place, counts in shared.items()
@@ -152,8 +146,22 @@ def _end(
         exact = _boundaries(text[start:end], end == len(text), adapters)  # as it will be seen
         fits = end - start in exact and max(exact[end - start]) <= window
         if fits and (learned == start or learned - start in exact):
-            return end
+            return end, exact
     return None
+
+
+def _starts(text: str, start: int, end: int, shared: Boundaries, stride: int) -> list[int]:
+    """Where the context of the window behind `end` may begin, the best place first: before a space,
+    with as many of the `stride` tokens as there are; more than these only where nothing else is."""
+    near, far = list[int](), list[int]()
+    for place, counts in sorted(shared.items()):
+        within = all(n - count <= stride
+                     for n, count in zip(shared[end - start], counts, strict=True))
+        if 0 < place < end - start:
+            (near if within else far).append(start + place)
+    good = _at_spaces(text, near)
+    return [*good[:TRIED], *[place for place in near if place not in good][:TRIED],
+            *_at_spaces(text, far)[: -TRIED : -1], *far[: -TRIED : -1]]
 
 
 def _at_spaces(text: str, places: Sequence[int]) -> list[int]:
@@ -169,7 +177,7 @@ def _at_spaces(text: str, places: Sequence[int]) -> list[int]:
 
 def _boundaries(
     text: str, ends: bool, adapters: Sequence[ModelAdapter]
-) -> dict[int, tuple[int, ...]]:
+) -> Boundaries:
     """Characters behind which every model has a boundary -> how many tokens each has up to there.
 
     ends: the document ends here, which takes a token more.
