@@ -102,6 +102,8 @@ class ModelAdapter:
         if record.text is not None:
             if not record.text.strip():
                 raise SampleDropped("empty text", record.source)
+            if record.context or record.goes_on:
+                return self._render_window(record.text, record.context, record.goes_on)
             return self._render_text(record.text)
         if self.form is None:
             return self._render_question(record)
@@ -154,6 +156,12 @@ class ModelAdapter:
     def _render_text(self, text: str) -> Rendered:
         """A plain document: everything is learned, and then that it ends."""
         return self._with_special(Rendered(text, (TextSpan(0, len(text), 0, True),)), ends=True)
+
+    def _render_window(self, text: str, context: int, goes_on: bool) -> Rendered:
+        """A part of a document: what stands before it is seen, and it ends where that ends."""
+        bos, eos = self._added_bos, "" if goes_on else self.tokenizer.eos_token or ""
+        span = TextSpan(len(bos) + context, len(bos) + len(text), 0, True)
+        return Rendered(bos + text + eos, (span,))
 
     def _render_question(self, record: Record) -> Rendered:
         """A model without a template takes one question and its answer."""

@@ -83,6 +83,7 @@ class DistillationCollator:
         student_views, teacher_views: with `views`, a View per image, in the same order.
         counts: `dropped` {reason: rows}, `cut` texts, and tokens supervised and aligned.
         notes: {what of the rows has no effect: rows}.
+        intake: `sources` {origin: (rows read, used)}, `unread` {column that nothing reads: rows}.
     Where texts are split differently (`Pairing.has_chunks`) the two models' tokens differ in
     number, N counts the student's, map_index has one entry per pair of tokens, and there are also:
         pair_student, pair_teacher: [P] which tokens are compared entry by entry.
@@ -103,10 +104,16 @@ class DistillationCollator:
         counts: Counter[str] = Counter()
         samples = [s for s in (self._attempt(row, counts) for row in rows) if s is not None]
         encoded, aligned = self._encode(samples, counts)
+        read = Counter(getattr(row, "origin", "") for row in rows)
+        used = Counter(sample.record.origin for sample in samples)
+        unread = Counter(name for sample in samples for name in sample.record.unread)
         if not samples:  # every process must still take part in the step
             samples = [self._prepare(Record("placeholder", text="."))]
             encoded, aligned = {a.role: self._run(a, samples) for a in self.adapters}, [[]]
-        return self._assemble(samples, encoded, aligned, counts)
+        batch = self._assemble(samples, encoded, aligned, counts)
+        batch["intake"] = {"sources": {name: (n, used[name]) for name, n in read.items() if name},
+                           "unread": dict(unread)}
+        return batch
 
     @property
     def adapters(self) -> list[ModelAdapter]:
@@ -147,7 +154,7 @@ class DistillationCollator:
         notes = Counter[str]()
         for sample in samples:
             seen = {note for each in sample.rendered.values() for note in each.notes}
-            for note in (*sample.record.unread, *sorted(seen)):
+            for note in (*sample.record.without_effect, *sorted(seen)):
                 notes[note] += 1
                 if note not in self.reported:
                     self.reported[note] = f"{sample.record.source}: {note}"

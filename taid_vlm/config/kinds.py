@@ -51,6 +51,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 AtLeastTwo = Annotated[int, Field(ge=2), BeforeValidator(_whole)]
+AtLeast16 = Annotated[int, Field(ge=16), BeforeValidator(_whole)]
 Steps = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_steps)]
 Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_written)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), WrapValidator(_as_written),

@@ -96,6 +96,7 @@ class Preflight:
     images: tokens of the images per record that has any, by role.
     stops: the error that training would end with, None if there is none.
     notes: what of the usable records has no effect, with how many hold it.
+    sources: {name: (rows read, used)} where there are several.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Preflight:
     images: dict[str, Spread]
     stops: TaidError | None = None
     notes: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
@@ -141,6 +143,7 @@ class _Measured:
     counts: dict[str, int]
     lengths: dict[str, int]
     images: dict[str, int]
+    origin: str = ""
     notes: dict[str, int] = field(default_factory=dict)
 
 
@@ -153,10 +156,14 @@ class _Sums:
     images: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     stops: TaidError | None = None
     notes: Counter[str] = field(default_factory=Counter)
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, one: _Measured) -> None:
         self.counts.update(one.counts)
         self.notes.update(one.notes)
+        if one.origin:
+            read, used = self.sources.get(one.origin, (0, 0))
+            self.sources[one.origin] = (read + 1, used + one.counts["usable"])
         self.stops = self.stops or one.stops
         if one.reason:
             self.reasons[one.reason] += 1
@@ -189,9 +196,9 @@ def preflight(
     return _account(name, whole, sums)
 
 
-def check_sized(name: str, records: Any, limit: int | None) -> None:
+def check_sized(name: str, records: Any) -> None:
     """Raise TaidError for a stream that has no known end."""
-    if isinstance(records, StreamedRecords) and limit is None:
+    if isinstance(records, StreamedRecords) and records.limit is None:
         raise TaidError(f"--all goes over every record, but {name} is streamed and its end is not "
                         f"known: set {name}.max_records, or look at it without --all.")
 
@@ -206,7 +213,7 @@ def _measured(listener: Listener, row: Record | Malformed) -> _Measured:
         checked.source, reason, checked.detail, checked.stops, counts,
         {role: len(whole.ids) for role, whole in checked.whole.items()},
         {role: image_tokens(whole) for role, whole in checked.whole.items() if whole.images},
-        checked.notes)
+        row.origin, checked.notes)
 
 
 def _collate(listener: Listener, rows: Sequence[Record | Malformed]) -> list[_Measured]:
@@ -239,7 +246,7 @@ def _account(name: str, whole: bool, sums: _Sums) -> Preflight:
         supervised, aligned, chunk,
         {role: spread(values) for role, values in sums.lengths.items()},
         {role: spread(values) for role, values in sums.images.items()}, sums.stops,
-        dict(sums.notes.most_common()))
+        dict(sums.notes.most_common()), sums.sources)
 
 
 def spread(values: Sequence[int]) -> Spread:

@@ -65,7 +65,7 @@ class JsonLines:
     is parsed when it is read."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.name = path, path.name  # what messages call it
         self._starts, self._numbers = array("q"), array("q")  # of lines that are not blank
         start = 0
         with path.open("rb") as file:
@@ -86,7 +86,7 @@ class JsonLines:
         start = self._starts[index]
         end = self._bytes.find(b"\n", start)
         line = self._bytes[start : end if end >= 0 else len(self._bytes)]
-        return parse_line(line, f"{self.path.name}:{self.line(index)}")
+        return parse_line(line, f"{self.name}:{self.line(index)}")
 
     @cached_property
     def _bytes(self) -> mmap.mmap:

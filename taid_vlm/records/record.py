@@ -5,7 +5,8 @@ Columns understood, with `image` or `images` (path, bytes, {"bytes", "path"} or 
   a message may hold: `messages.py`;
 - `prompt` and `completion`: strings, or lists of messages, of which only the completion is learned;
 - `conversations`: LLaVA's [{"from": "human" | "gpt", "value"}];
-- `text`: plain text for pre-training, or a caption where an image stands beside it.
+- `text`: plain text for pre-training, or a caption where an image stands beside it;
+and the forms of `columns.py`.
 Optional: `system` (the first turn), `tools` (JSON schemas of what can be called); for evaluation
 `category` (a string) or `categories` (one per assistant turn).
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -22,9 +23,11 @@ from typing import Any
 from PIL import Image
 
 from taid_vlm.errors import RecordError
+from taid_vlm.records.columns import CHAT_COLUMNS, chat_keys, proposal, read_columns
 from taid_vlm.records.images import MAX_PIXELS, ImageRef, stored_image
 from taid_vlm.records.messages import (
     LLAVA_ROLES,
+    ROLES,
     Message,
     Turn,
     expect_text,
@@ -35,7 +38,6 @@ from taid_vlm.records.messages import (
 
 IMAGE_TAG = "<image>"
 TAG_AS_TEXT = f"{IMAGE_TAG}: text, for the row has no image"
-CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Malformed:
 
     problem: str
     reason: str = RecordError.reason
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class Record:
     """A conversation with its images in order of appearance, or (without messages) a text.
 
     tools: JSON schemas of what the assistant can call.
-    unread: what stands in it and has no effect, in words: keys of messages, and tags.
+    without_effect: what stands in it and has none, in words: keys of messages, and tags.
+    unread: columns of its row that nothing reads. origin: which of several sources it is of.
+    context, goes_on: of a window of a longer text, how many of its characters are not learned, and
+    whether the text goes on behind it.
     """
 
     source: str
@@ -61,7 +67,11 @@ class Record:
     text: str | None = None
     categories: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
-    unread: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = field(default=(), compare=False)
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    origin: str = field(default="", compare=False)
+    context: int = 0
+    goes_on: bool = False
 
     @property
     def answers(self) -> list[str]:
@@ -97,7 +107,7 @@ def parse_record(
     """Read one row.
 
     Args:
-        row: column -> value; columns that are None count as absent.
+        row: column -> value; columns that are None or NaN count as absent.
         source: what error messages call the row, for example "train.jsonl:12".
         root: folder that relative image paths start from.
         max_pixels: of an image; larger ones are not decoded.
@@ -105,22 +115,23 @@ def parse_record(
     Raises:
         RecordError: columns or values that cannot be understood.
     """
-    row = {key: value for key, value in row.items() if value is not None}
+    row = columns = read_columns(row, source)
     images = _image_column(row, source, root)
     categories = _categories(row, source)
     if "text" in row and not images and not any(column in row for column in CHAT_COLUMNS):
         text = expect_text(row["text"], f"{source}: text")
-        return Record(source, text=text, categories=categories)
+        return Record(source, text=text, categories=categories, unread=columns.unread)
     turns = _with_system(_read_messages(row, source), row, source)
     tools = read_tools(row.get("tools"), source)
     messages, images = _resolve_images([(t.role, t.content) for t in turns], images, source, root)
     images = [replace(image, max_pixels=max_pixels) for image in images]
     messages = tuple(replace(m, **{**t.extra, "calls": without_filled(t.calls, tools)})
                      for m, t in zip(messages, turns, strict=True))
-    unread = tuple(dict.fromkeys(key for turn in turns for key in turn.unread))
+    without_effect = tuple(dict.fromkeys(key for turn in turns for key in turn.unread))
     if not images and any(IMAGE_TAG in message.text for message in messages):
-        unread += (TAG_AS_TEXT,)
-    return Record(source, messages, tuple(images), None, categories, tools, unread)
+        without_effect += (TAG_AS_TEXT,)
+    return Record(source, messages, tuple(images), None, categories, tools, without_effect,
+                  columns.unread)
 
 
 def problem_of(row: Malformed) -> RecordError:
@@ -153,11 +164,11 @@ RawMessage = tuple[str, Any]  # role, content as it came
 
 
 def _read_messages(row: Mapping[str, Any], source: str) -> list[Turn]:
-    if "messages" in row:
-        return read_turns(row["messages"], "messages", source)
-    if "conversations" in row:
-        return read_turns(row["conversations"], "conversations", source, ("from", "value"),
-                          LLAVA_ROLES)
+    for column, usual in (("messages", ("role", "content")), ("conversations", ("from", "value"))):
+        if column in row:
+            keys = chat_keys(row[column], usual)
+            roles = ROLES if (column, keys[0]) == ("messages", "role") else LLAVA_ROLES
+            return read_turns(row[column], column, source, keys, roles)
     if "prompt" in row or "completion" in row:
         for column in ("prompt", "completion"):
             if column not in row:
@@ -187,9 +198,10 @@ def _with_system(turns: list[Turn], row: Mapping[str, Any], source: str) -> list
 
 def _missing(column: str, row: Mapping[str, Any], source: str) -> RecordError:
     found = ", ".join(sorted(row)) or "none"
+    line = proposal(row) or "data.train.columns: {prompt: ..., completion: ...}"
     return RecordError(
         f"{source}: column '{column}' is missing (found: {found}). A record needs 'messages', "
-        "'prompt' and 'completion', 'conversations' or 'text'; rename columns with data.columns."
+        f"'prompt' and 'completion', 'conversations' or 'text'; rename columns with {line}."
     )
 
 

@@ -41,6 +41,12 @@ def model_card(results: Mapping[str, Any], recipe_yaml: str) -> str:
         LOADING.format(auto=auto, processor=processor)])
 
 
+def _paths(side: Any) -> Iterator[str]:
+    """Of one source, or of a list of them; each may be a list of files."""
+    for source in side if isinstance(side, list) else [side]:
+        yield from [source["path"]] if isinstance(source["path"], str) else source["path"]
+
+
 def public_name(name: str) -> str:
     """A name on the hub as it is; of a path only the last part."""
     return name if _on_hub(name) else Path(name).name
@@ -75,7 +81,8 @@ def _facts(
         yield f"- Teacher: {public_name(teacher)} ({results['models']['teacher']['model_type']})"
     yield f"- Objective: `{results['objective']}`"
     sides = [recipe["data"], *(stage.get("data", {}) for stage in recipe.get("stages", ()))]
-    paths = dict.fromkeys(public_name(side["train"]["path"]) for side in sides if "train" in side)
+    paths = dict.fromkeys(public_name(path) for side in sides if "train" in side
+                          for path in _paths(side["train"]))
     yield f"- Training data: {', '.join(paths)}"
     if held_out:
         yield f"- Held-out data: {public_name(held_out['path'])} ({held_out['records']:,} records)"

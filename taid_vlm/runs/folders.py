@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from taid_vlm.config.data import listed
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.answers import FILE as ANSWERS
@@ -38,7 +39,7 @@ MAY_CHANGE = ("output_dir", "evaluate", "train.max_steps", "train.num_train_epoc
               "train.disable_tqdm", "train.dataloader_", "train.load_best_model_at_end",
               "train.metric_for_best_model", "train.greater_is_better",
               "train.per_device_eval_batch_size", "train.max_nonfinite_steps",
-              "train.push_to_hub", "train.hub_")
+              "train.push_to_hub", "train.hub_", "train.max_left_out")
 
 
 def find_checkpoint(recipe: Recipe, resume: bool, overwrite: bool = False) -> Path | None:
@@ -175,9 +176,10 @@ def _refuse_inputs(recipe: Recipe, output: Path) -> None:
     specs = {"student": recipe.student, "teacher": recipe.teacher}
     inputs = {f"{role}.{key}": getattr(spec, key) for role, spec in specs.items() if spec
               for key in ("model_name_or_path", "processor_name_or_path") if getattr(spec, key)}
-    inputs |= {f"data.{side}": source.path for side, source in recipe.data if source is not None}
+    data = [(f"data.{side}", path) for side, sources in recipe.data for source in listed(sources)
+            for path in source.paths]
     written = [folder.resolve() for folder in (output / STUDENT, *checkpoints(output))]
-    for key, value in inputs.items():
+    for key, value in [*inputs.items(), *data]:
         path = Path(value).expanduser().resolve()
         if path.exists() and any(folder in (path, *path.parents) for folder in written):
             raise TaidError(f"{key} = '{value}' lies in '{output}' where this run writes its "
@@ -233,7 +235,9 @@ def _refuse_other_recipe(checkpoint: Path, recipe: Recipe) -> None:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree's leaves by their path, {"train.learning_rate": 1e-3}."""
+    """A tree's leaves by their path, {"train.learning_rate": 1e-3, "data.train.0.path": ...}."""
+    if isinstance(tree, (list, tuple)) and any(isinstance(item, Mapping) for item in tree):
+        tree = dict(enumerate(tree))
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     leaves: dict[str, Any] = {}

@@ -165,7 +165,8 @@ class Train(Part):
 
     steps: optimizer steps. resumed_from: the checkpoint that this process went on from. seconds:
     since then. answer_tokens: trained on, over all processes and resumptions. records_left_out: how
-    often records were, by reason. texts_cut: plain texts shortened to max_length.
+    often records were, by reason. texts_cut: plain texts shortened to max_length. unread_columns:
+    that nothing reads, with how many records had them. sources: of several, the rows of each.
     Of TAID, None without: t: where it ended. alpha: how fast it may move. adaptive_share: the share
     of steps in which the adaptive term and not the linear floor moved it. skipped_updates: steps
     that were not applied or had no finite loss, in which it did not move.
@@ -180,6 +181,8 @@ class Train(Part):
     answer_tokens: int | None
     records_left_out: dict[str, int]
     texts_cut: int
+    unread_columns: dict[str, int] = {}
+    sources: dict[str, dict[Literal["read", "used", "left_out"], int]] = {}
     t: float | None
     alpha: float | None
     adaptive_share: float | None

@@ -37,6 +37,10 @@ class DistillationConfig(TrainingArguments):
             the run ends; such a step is not applied.
         spike_factor, spike_window: a step whose loss is above `spike_factor` times the median of
             the last `spike_window` applied ones is not applied (`taid_vlm.training.guard`).
+        max_left_out: share of the training records that may be left out; more end the run, before
+            training (of the first records of a source) or in it.
+        window, stride: tokens of the windows that plain texts are learned in, and of the context in
+            them (an eighth if None).
         freeze: parts of the student that stay as they are (`taid_vlm.models.parts`).
         learning_rates: {part: learning rate}; the others take `learning_rate`.
         model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
@@ -55,6 +59,9 @@ class DistillationConfig(TrainingArguments):
     max_nonfinite_steps: int = field(default=10)
     spike_factor: float | None = field(default=None)
     spike_window: int = field(default=100)
+    max_left_out: float = field(default=0.25)
+    window: int | None = field(default=None)
+    stride: int | None = field(default=None)
     freeze: list[str] | None = field(default=None)
     learning_rates: dict[str, float] | None = field(default=None)
     model_init_kwargs: dict[str, Any] | None = field(default=None)

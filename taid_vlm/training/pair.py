@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ from taid_vlm.models.forward import head_rows
 from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.models.lora import check_names, name_base
 from taid_vlm.objectives import parse_objective
-from taid_vlm.records import Record, first_rows
+from taid_vlm.records import Record, first_rows, parts_of
+from taid_vlm.training.intake import PROBED_RECORDS, check_usable
 from taid_vlm.training.router import check_router
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROBED_RECORDS = 32
 CHUNK = "chunk_"  # before the names of figures of chunks
 
 
@@ -55,8 +54,8 @@ def pair_for_training(
     check_image_token(ours, student.config)
     parts = [part for dataset in datasets
              for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
-    firsts = [list(first_rows(part, PROBED_RECORDS)) for part in parts]
-    probed = [row for first in firsts for row in first if isinstance(row, Record)]
+    probed = [row for part in parts for source in parts_of(part)
+              for row in first_rows(source, PROBED_RECORDS) if isinstance(row, Record)]
     adapters = [a for a in (theirs, ours) if a is not None]
     check_modalities([a.role for a in adapters if not a.sees_images],
                      any(record.images for record in probed))
@@ -69,8 +68,8 @@ def pair_for_training(
             logger.warning(warning)
     collator = DistillationCollator(
         ours, theirs, pairing, args.supervise, args.padding_side)  # type: ignore[arg-type]
-    for first in firsts:
-        _refuse_empty(collator, first)
+    for number, part in enumerate(parts):
+        check_usable(collator, part, 1.0 if number else args.max_left_out)
     return pairing, collator
 
 
@@ -92,20 +91,6 @@ def length_limit(config: Any, max_length: int | None) -> int | None:
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [x for x in (max_length, own) if x]
     return min(limits) if limits else None
-
-
-def _refuse_empty(collator: DistillationCollator, probed: Sequence[Any]) -> None:
-    """Training on nothing must not start: some of the first records have to be usable."""
-    reasons: Counter[str] = Counter()
-    for record in probed:
-        batch = collator([record])
-        if len(batch["labels"]):
-            return
-        reasons.update(batch["counts"]["dropped"])
-    if probed:
-        told = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
-        raise TaidError(f"none of the first {len(probed)} records can be used: {told}. "
-                        f"{collator.reported[next(iter(reasons))]}", reasons=reasons)
 
 
 def with_adapter(student: PreTrainedModel, config: Any, on_meta: bool = False) -> Any:

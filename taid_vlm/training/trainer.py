@@ -47,6 +47,7 @@ from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
+from taid_vlm.training.intake import Intake, prepared, windowed
 from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
@@ -98,12 +99,12 @@ class DistillationTrainer(Trainer):
         teacher, teacher_processing_class = resolve(
             teacher_model, teacher_processing_class, "teacher", args.teacher_model_init_kwargs)
         args = args.without_secrets()
+        train_dataset, eval_dataset = (prepared(d, args) for d in (train_dataset, eval_dataset))
         if self.objective.needs_teacher and teacher is None:
             raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
         pairing, collator = pair_for_training(
             student, teacher, processing_class, teacher_processing_class, args,
-            [d for d in (train_dataset, eval_dataset) if d is not None],
-        )
+            [d for d in (train_dataset, eval_dataset) if d is not None])
         if peft_config is not None:
             student = with_adapter(student, peft_config)
         self.parts = TrainedParts(student, args)
@@ -111,7 +112,8 @@ class DistillationTrainer(Trainer):
             logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
             args._n_gpu = 1
         super().__init__(
-            model=student, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            model=student, args=args, eval_dataset=eval_dataset,
+            train_dataset=windowed(train_dataset, collator, args),
             data_collator=visual_collator(collator, self.objective, student, teacher),
             processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
         )
@@ -127,6 +129,7 @@ class DistillationTrainer(Trainer):
         self.schedule: TaidSchedule | None = None
         self.dropped: Counter[str] = Counter()  # records left out, by reason
         self.notes: Counter[str] = Counter()  # what of the records has no effect
+        self.intake = Intake(train_dataset, args.max_left_out)
         self.cut = 0  # plain texts shortened to max_length
         self._step_sums: dict[str, Tensor] = {}
         self._step_counts: list[Tensor] = []  # of the optimizer step: images, tokens it is fed
@@ -219,6 +222,8 @@ class DistillationTrainer(Trainer):
                     batch["weights"][figure.tokens]
                 values, amount = values * weight, weight.double().sum()
             sums[name], sums[f"tokens/{name}"] = values.sum(), amount
+        sums |= {name: torch.full((), rows, dtype=torch.float64, device=found.loss.device)
+                 for name, rows in self.intake.sums(batch).items()}
         for name, value in sums.items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.double()
         self.guard.note(batch, found.losses)
@@ -246,6 +251,7 @@ class DistillationTrainer(Trainer):
         leaves no trace in either."""
         self.visual.zero_grad()
         sums = self.guard.sums
+        self.intake.take(sums, self.dropped)
         self._empty_steps = 0 if sums["tokens"] else self._empty_steps + 1
         self.router.finish_step(self.guard.applied)
         if self.guard.applied:
@@ -265,7 +271,7 @@ class DistillationTrainer(Trainer):
             self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)  # Trainer subtracts, which keeps a NaN
             figures = self._window.take()
             lead = {key: figures[key] for key in ("kl",) if key in figures}
-            logs = {**lead, **logs, **figures, **self.parts.rates}
+            logs = {**lead, **logs, **figures, **self.parts.rates, **self.intake.logs()}
             if self.schedule is not None:
                 logs["t"] = self.schedule.t
                 logs["adaptive_share"] = self.schedule.active_share
@@ -294,7 +300,7 @@ class DistillationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Held-out figures against the teacher, logged under `metric_key_prefix`."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else prepared(eval_dataset, self.args)
         if isinstance(dataset, dict):
             metrics: dict[str, float] = {}
             for name, part in dataset.items():
@@ -349,6 +355,10 @@ class DistillationTrainer(Trainer):
     def all_notes(self) -> dict[str, int]:
         """What of the training records had no effect so far, over all processes."""
         return dict(sum(gather_object([self.notes]), Counter()))
+
+    def all_unread(self) -> dict[str, int]:
+        """Records used so far that have a column which nothing reads, over all processes."""
+        return dict(sum(gather_object([self.intake.unread]), Counter()))
 
     # ----- checkpoints ----------------------------------------------------------------------
 
@@ -448,6 +458,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         if state.global_step > 0 and saved:
             trainer.answer_tokens = saved["attributes"].get("answer_tokens", 0)
             trainer.guard.load_state_dict(saved["attributes"].get("guard", {}))
+            trainer.intake.rows = Counter(saved["attributes"].get("rows", {}))
             if trainer.schedule is not None:
                 trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
 
@@ -479,4 +490,5 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         saved = None if schedule is None else schedule.state_dict()
         return {"args": {}, "attributes": {"answer_tokens": self.trainer.answer_tokens,
                                            "guard": self.trainer.guard.state_dict(),
+                                           "rows": dict(self.trainer.intake.rows),
                                            **({"schedule": saved} if saved else {})}}

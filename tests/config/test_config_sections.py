@@ -80,7 +80,7 @@ def test_every_key_is_described(kind: type[Section]) -> None:
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: DataSource(), "DataSource: 'path' is missing."),
-    (lambda: DataSource(path=3), "path = 3, but it must be text."),
+    (lambda: DataSource(path=3), "path = 3, but it must be text, or a list"),
     (lambda: DataSource("x", max_records=0), "max_records = 0, but it must be at least 1."),
     (lambda: DataSource("x", colums={}), "DataSource has no key 'colums'. Did you mean 'columns'?"),
     (lambda: ModelSpec("x", dtype="half"), "dtype = 'half'."),

@@ -235,8 +235,8 @@ def test_text_keeps_its_category():
 
 
 @pytest.mark.parametrize(("row", "message"), [
-    ({"question": "a", "answer": "b"}, r"'messages' is missing \(found: answer, question\).*"
-                                       r"'prompt'.*data.columns"),
+    ({"statement": "a", "reply": "b"}, r"'messages' is missing \(found: reply, statement\).*"
+     r"'prompt'.*data\.train\.columns: \{prompt: statement, completion: reply\}"),
     ({}, r"'messages' is missing \(found: none\)"),
     ({"messages": None, "text": None}, r"'messages' is missing \(found: none\)"),
     ({"prompt": "a"}, r"'completion' is missing \(found: prompt\)"),
