@@ -422,7 +422,7 @@ def test_tokens_that_steer_a_conversation_stay_refused(token: str) -> None:
 def test_image_tags_are_text_where_there_is_no_image() -> None:
     talk = turns("What is <image> in HTML?", "Write <image> as <img>.")
     assert spans(adapter("qwen2").render(chat(talk))) == ["Write <image> as <img>."]
-    assert chat(talk).unread == ("<image>: text, for the row has no image",)
+    assert chat(talk).without_effect == ("<image>: text, for the row has no image",)
     with pytest.raises(SampleDropped, match="stands for an image in the student") as caught:
         adapter("llava").render(chat(talk))
     assert caught.value.reason == "image token in a text"
