@@ -299,6 +299,18 @@ def test_a_thought_that_is_lost_names_the_model_and_the_mend() -> None:
         one.render(chat(turns("Is it?", "<think>A hat?</think>No.")))
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "llama", "qwen2"])
+def test_every_turn_is_asked_as_it_is_learned(family: str) -> None:
+    one = adapter(family)
+    for talk in (turns("a", "It is", "b", "Yes"), turns("a", "<think>x</think>y", "b", "Yes"),
+                 turns("a", "It is", "b", "<think>x</think>y")):
+        rendered = one.render(chat(talk))
+        for span in rendered.spans:
+            assert one._prompt(chat(talk), span.turn).text == rendered.text[: span.start]
+        alone = chat(talk[:3])  # an answer that is not there yet
+        assert one._prompt(alone, 1).text.startswith(one.render_prompt(alone, 1)[:-20])
+
+
 # ----- variables of the template --------------------------------------------------------------
 
 
