@@ -277,9 +277,7 @@ class ModelAdapter:
 
     def _prompt(self, record: Record, turn: int) -> Rendered:
         if self.form is not None:
-            spoken = [m for m in record.messages if m.role == "assistant"]
-            thinks = any(map(has_thought, spoken[turn : turn + 1]))
-            text = self._as_learned(self.render_prompt(record, turn), thinks)
+            text = self._asked(record, turn)
             prompt = self._after_template(Rendered(text, ()))
         else:
             text = record.messages[0].text if record.messages else ""
@@ -287,6 +285,20 @@ class ModelAdapter:
         if not (prompt.add_special and self._adds_eos):
             return prompt
         return Rendered(self._added_bos + text, ())  # an EOS would end what is to be continued
+
+    def _asked(self, record: Record, turn: int) -> str:
+        """What is printed before an answer: where the record has it, what it is learned after (a
+        template may print earlier answers otherwise than the last)."""
+        asked, learned = self.render_prompt(record, turn), None
+        with contextlib.suppress(AlignmentError, SampleDropped):
+            assert self.form is not None
+            whole = render(self.processor, record, self.form, "answers", self.kwargs, self.role)
+            learned = next((whole.text[: s.start] for s in whole.spans if s.turn == turn), None)
+        if learned is None:
+            spoken = [message for message in record.messages if message.role == "assistant"]
+            return self._as_learned(asked, any(map(has_thought, spoken[turn : turn + 1])))
+        head_only = learned.startswith(asked) and not learned[len(asked) :].strip()
+        return asked if head_only else learned  # the space is part of the answer's first token
 
     def _as_learned(self, prompt: str, thinks: bool) -> str:
         """The prompt ending as the text does that answers are learned after."""
