@@ -81,14 +81,15 @@ def refuse(error: TaidError) -> Diagnosis:
 
 
 def accept(
-    pairing: Pairing | None, facts: Mapping[str, Facts], checks: Sequence[Preflight]
+    pairing: Pairing | None, facts: Mapping[str, Facts], checks: Sequence[Preflight],
+    seams: Sequence[str] = (),
 ) -> Diagnosis:
-    """The diagnosis of a pair that can be trained."""
+    """The diagnosis of a pair that can be trained; `seams` as `training.pair.seams` names them."""
     case = None if pairing is None else pairing.case
     outcome = OUTCOMES[case]
     reason = "every supervised token counts" if pairing is None else pairing.reason
     warnings = [] if pairing is None else [*pairing.warnings, *_vocabulary(pairing)]
-    warnings += [*_conversation(facts), *_lengths(facts), *_records(checks)]
+    warnings += [*seams, *_conversation(facts), *_lengths(facts), *_records(checks)]
     return Diagnosis(outcome, case, HEADLINES[outcome], reason, (), tuple(dict.fromkeys(warnings)))
 
 

@@ -23,9 +23,10 @@ from taid_vlm.errors import TaidError, with_place
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
+from taid_vlm.records import Record, first_rows
 from taid_vlm.runs.ingredients import Ingredients, gather
 from taid_vlm.runs.stages import parts_by_name
-from taid_vlm.training.pair import PROBED_RECORDS, length_limit, pair_for_training
+from taid_vlm.training.pair import PROBED_RECORDS, length_limit, pair_for_training, seams
 from taid_vlm.training.visual import visual_collator
 
 
@@ -94,7 +95,8 @@ def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) ->
         checks = tuple(check for pair in pairs for check in _preflight(pair, everything))
         facts = _facts(recipe, skeletons, pairs[0])
         stops = next((check.stops for check in checks if check.stops), None)
-        verdict = refuse(stops) if stops else accept(pairs[0].pairing, facts, checks)
+        verdict = refuse(stops) if stops else accept(
+            pairs[0].pairing, facts, checks, tuple(_seams(pairs[0])))
         traced, problem = _trace(pairs[0], record)
         return Inspection(verdict, str(stops or problem), facts, traced, checks)
 
@@ -117,6 +119,12 @@ def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
             raise
         raise with_place(error, f"stages '{stage}'") from error
     return _Pair(stage, part, found, collator, plain, pairing)
+
+
+def _seams(pair: _Pair) -> Iterator[str]:
+    firsts = (row for row in first_rows(pair.ingredients.train, PROBED_RECORDS)
+              if isinstance(row, Record))
+    return seams(pair.collator.adapters, list(firsts))
 
 
 # ----- the two sides ------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from taid_vlm.adapters import Processor, make_adapter
+from taid_vlm.adapters import ModelAdapter, Processor, make_adapter
 from taid_vlm.alignment import Pairing, check_modalities, pair_models
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.model import ModelSpec
@@ -55,13 +55,24 @@ def pair_for_training(
         pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),
                               [text[:2000] for text in answers],
                               parse_objective(args.objective).alignment)
-        for warning in pairing.warnings:
-            logger.warning(warning)
+    for warning in (*(pairing.warnings if pairing else ()), *seams(adapters, probed)):
+        logger.warning(warning)
     collator = DistillationCollator(
         ours, theirs, pairing, args.supervise, args.padding_side)  # type: ignore[arg-type]
     for first in firsts:
         _refuse_empty(collator, first)
     return pairing, collator
+
+
+def seams(adapters: Sequence[ModelAdapter], records: Sequence[Record]) -> Iterator[str]:
+    """A warning for each model that reads questions and answers with nothing between."""
+    for adapter in adapters:
+        places = [place for place in map(adapter.seam, records) if place]
+        if places:
+            yield (f"{adapter.role}: no chat template, so a question and its answer are joined as "
+                   f"they are: with no space between in {len(places)} of the first {len(records)} "
+                   f"records ({places[0]!r}). End the questions in the data with a space or a new "
+                   f"line, or set {adapter.role}.chat_template")
 
 
 def length_limit(config: Any, max_length: int | None) -> int | None:
