@@ -9,7 +9,7 @@ from taid_vlm.batch.collator import DistillationCollator
 TEXTS = {
     "english": "The quick brown fox doesn't jump over 12 lazy dogs; it's asleep, isn't it? YES!",
     "prose": "“I wouldn’t,” said she — half-asleep —\n\n“have come … had I known.”  He laughed.",
-    "japanese": "吾輩は猫である。名前はまだ無い。どこで生れたか、とんと見当がつかぬ。カタカナ、ｶﾅ。",
+    "japanese": "吾輩は猫である。名前はまだ無い。どこで生れたか、見当がつかぬ。カタカナ、ｶﾅ。",
     "chinese": "图片里有3只红色的猫，和两个蓝色的圆。請描述這張圖片：左邊是紅色、右邊是藍色。",
     "arabic": "السَّلامُ عليكم! كيف حالك؟ عندي ٣ كتب و 12 قلمًا، والثمن ٤٥٫٥ ريالًا.",
     "code": "def f(xs):\n    for i, x in enumerate(xs):\n        if x  and not i % 2:\n"
@@ -17,10 +17,10 @@ TEXTS = {
     "emoji": "Great 👍🏽👍🏽! 👩‍🚀🚀 👨‍👩‍👧‍👦 ❤️ 🇯🇵🇫🇷 :-) 😂😂😂",
     "digits": "0 12 345 6789 1234567890 3.14159 1,000,000 2024-11-29 10:59:07 +49-30-1234 1e-10",
     "table": "| name   |  price |\n|:-------|-------:|\n| apple  |   1.20 |\n| pear\t|  10.00 |",
-    "mathematics": "$$\\int_0^\\infty e^{-x^2}\\,dx = \\frac{\\sqrt{\\pi}}{2}$$, ∀ε>0 ∃δ: |x−a|<δ ⇒ "
-                   "x² ≤ √ε·10⁻³",
+    "mathematics": "$$\\int_0^\\infty e^{-x^2}\\,dx = \\frac{\\sqrt{\\pi}}{2}$$, ∀ε>0 ∃δ: "
+                   "|x−a|<δ ⇒ x² ≤ √ε·10⁻³",
     "white space": "a  b   c    d\n\n\n\ne \n  \n f\t\tg        h",
-    "european": "Straße, Übergrößenträger; déjà-vu, naïve façade, señor ñandú; Привет, Ελλάδα, Łódź",
+    "european": "Straße, Übergrößen; déjà-vu, naïve façade, señor ñandú; Привет, Ελλάδα, Łódź",
     "korean, hindi, thai": "안녕하세요, 그림이 두 개 있어요. नमस्ते दुनिया। สวัสดีชาวโลก",
     "names of tokens": "<html><b>x</b></html> <|im_sta [INST <0x41> ## Ġthe <think> </s",
 }
