@@ -14,8 +14,8 @@ class ModelSpec(Section):
     """A model, its processor or tokenizer, and how both are loaded.
 
     Args:
-        model_name_or_path: Folder or hub name. The folder of a LoRA adapter stands for its base
-            model with the adapter merged.
+        model_name_or_path: Folder or hub name. A LoRA adapter stands for its base model with the
+            adapter merged.
         processor_name_or_path: Where processor or tokenizer come from, if not from the model.
         revision: Hub revision.
         dtype: What weights are loaded as. Left out: float32 for the student (its master weights),
@@ -23,6 +23,8 @@ class ModelSpec(Section):
         attn_implementation: As in transformers, for example sdpa or flash_attention_2.
         trust_remote_code: Run code that came with the checkpoint.
         chat_template: A jinja file, or the template itself.
+        chat_template_kwargs: Variables of the chat template, for training, inspection and
+            answering alike: {enable_thinking: false}.
         init_kwargs: Anything else that from_pretrained takes.
     """
 
@@ -35,6 +37,7 @@ class ModelSpec(Section):
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
     init_kwargs: dict[str, Any] = {}
 
 
