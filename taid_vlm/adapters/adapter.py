@@ -189,6 +189,19 @@ class ModelAdapter:
         spans = (span.shifted(len(prompt)),)
         return self._with_special(Rendered(prompt + answer, spans), ends=True)
 
+    def seam(self, record: Record) -> str:
+        """Where a model without a template reads question and answer as one word; "" elsewhere."""
+        if self.form is not None or record.text is not None:
+            return ""
+        try:
+            rendered = self.render(record)
+        except SampleDropped:
+            return ""
+        start = rendered.spans[0].start
+        before, after = rendered.text[:start], rendered.text[start:]
+        joined = before and not before[-1].isspace() and not after[:1].isspace()
+        return before[-20:] + after[:20] if joined else ""
+
     def cut(self, rendered: Rendered, row: EncodedRow) -> Rendered:
         """A plain text shortened to `max_length` tokens (without the end that it now lacks)."""
         assert self.max_length is not None
@@ -444,9 +457,11 @@ class ModelAdapter:
     def probe(self, answer: str) -> EncodedRow | None:
         """A small conversation in this model's tokens, to read its conventions off.
 
-        None if the tokenizer cannot spell it.
+        None if the tokenizer cannot spell it. Without a template nothing but the data stands
+        before an answer, so nothing may be glued to it here.
         """
-        messages = (Message("user", (answer,)), Message("assistant", (answer,)))
+        question = answer if self.form is not None else ""
+        messages = (Message("user", (question,)), Message("assistant", (answer,)))
         record = Record("probe", messages)
         try:
             return self.encode([self.render(record)], [[]]).rows[0]
