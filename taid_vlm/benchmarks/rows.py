@@ -15,7 +15,7 @@ from typing import Any
 
 from taid_vlm.errors import RecordError, nearest
 from taid_vlm.records import ImageRef, Records
-from taid_vlm.records.images import MAX_PIXELS, stored_image
+from taid_vlm.records.images import MAX_PIXELS, no_image, stored_image
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,8 @@ class Row(Mapping[str, Any]):
     def images(self, *columns: str) -> tuple[ImageRef, ...]:
         """The images of those columns that are there; a column may hold a list, also as text."""
         return tuple(self._image(value, column, place) for column in columns or ("image",)
-                     for place, value in enumerate(self._list(self.values_.get(column, []))))
+                     for place, value in enumerate(self._list(self.values_.get(column, [])))
+                     if not no_image(value))
 
     @staticmethod
     def _list(value: Any) -> Sequence[Any]:

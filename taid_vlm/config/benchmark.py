@@ -68,7 +68,8 @@ class BenchmarkSpec(Section):
             image is shown where <image> stands, otherwise first. Left out, the type's.
         columns: Our columns and what the data call them: {question: query}.
         tags: Columns that figures are split by.
-        images: false for questions of text alone; otherwise every question must have an image.
+        images: false for questions of text alone. Otherwise rows without an image are asked
+            without, but some row must have one.
         max_new_tokens (tokens): Longest answer; left out, the type's.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import io
 import math
@@ -20,6 +21,7 @@ from taid_vlm.errors import SampleDropped
 MAX_PIXELS = 2**26  # Pillow itself stops at 179 million
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 UNREADABLE, TOO_LARGE = "unreadable image", "image larger than max_pixels"
+LONGEST_NAME = 1024  # characters of a path
 SHORTEST_BASE64 = 64  # characters; a shorter text is a path, or names another row
 GREY = (128, 128, 128)  # says nothing: about 0 once a processor has normalised it
 _URL_SAFE = str.maketrans("-_", "+/", "\r\n")
@@ -75,19 +77,35 @@ def stored_image(value: Any, root: Path | None) -> Any:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        value = _from_text(value)
+        value = _from_text(value, root)
     if isinstance(value, (str, Path)) and not _is_url(value):
         value = Path(value) if root is None else root / value
     return value
 
 
-def _from_text(text: str) -> bytes | str:
+def no_image(value: Any) -> bool:
+    """What tables write where a row has no image: nothing, blank text, NaN."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _from_text(text: str, root: Path | None) -> bytes | str:
     if text.startswith("data:"):
         head, _, data = text.partition(",")
         return (_from_base64(data) if head.endswith(";base64") else None) or b""
     if text.startswith("file://"):
-        return unquote(text.removeprefix("file://"))
-    return (_from_base64(text) if len(text) >= SHORTEST_BASE64 else None) or text
+        return unquote(text.removeprefix("file://").removeprefix("localhost"))
+    decoded = _from_base64(text) if len(text) >= SHORTEST_BASE64 else None
+    if decoded is None or (len(text) <= LONGEST_NAME and _is_file(text, root)):
+        return text  # a file named after its hash looks like base64, too
+    return decoded
+
+
+def _is_file(text: str, root: Path | None) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return (Path(text) if root is None else root / text).is_file()
+    return False
 
 
 def _from_base64(text: str) -> bytes | None:

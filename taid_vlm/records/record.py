@@ -11,8 +11,9 @@ Optional: `category` (a string) or `categories` (one per assistant turn), for ev
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -20,10 +21,11 @@ from typing import Any
 from PIL import Image
 
 from taid_vlm.errors import RecordError, nearest
-from taid_vlm.records.images import MAX_PIXELS, ImageRef, stored_image
+from taid_vlm.records.images import MAX_PIXELS, ImageRef, no_image, stored_image
 
 IMAGE_TAG = "<image>"
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
+_TAG = re.compile(r"<image>|<img>(?P<path>.*?)</img>", re.DOTALL)
 ROLES = {role: role for role in ("system", "user", "assistant")}
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
 
@@ -99,7 +101,9 @@ def parse_record(
     if "text" in row and not images and not any(column in row for column in CHAT_COLUMNS):
         text = _expect_str(row["text"], "text", source)
         return Record(source, text=text, categories=categories)
-    messages, images = _resolve_images(_read_messages(row, source), images, source, root)
+    raw = _read_messages(row, source)
+    _refuse_videos(row, raw, source)
+    messages, images = _resolve_images(raw, images, source, root)
     images = [replace(image, max_pixels=max_pixels) for image in images]
     return Record(source, messages, tuple(images), categories=categories)
 
@@ -204,11 +208,8 @@ def _expect_list(value: Any, where: str, source: str) -> Sequence[Any]:
 
 def _image_column(row: Mapping[str, Any], source: str, root: Path | None) -> list[ImageRef]:
     value = row.get("images", row.get("image"))
-    if value is None:
-        return []
     listed = value if isinstance(value, (list, tuple)) else [value]
-    return [_image_ref(item, source, root) for item in listed
-            if item is not None and not (isinstance(item, str) and not item)]
+    return [_image_ref(item, source, root) for item in listed if not no_image(item)]
 
 
 def _image_ref(value: Any, source: str, root: Path | None) -> ImageRef:
@@ -219,31 +220,77 @@ def _image_ref(value: Any, source: str, root: Path | None) -> ImageRef:
     return ImageRef(value, source)
 
 
+@dataclass
+class _Shelf:
+    """A row's images, and those that the marks in its text have taken, in order of appearance."""
+
+    column: Sequence[ImageRef]
+    source: str
+    root: Path | None
+    taken: list[ImageRef] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)
+    by_index: set[bool] = field(default_factory=set)
+
+    def take(self, index: Any = None) -> None:
+        """The column's image at `index`, or the next one."""
+        self.by_index.add(index is not None)
+        if len(self.by_index) > 1:
+            raise RecordError(f"{self.source}: some image parts have an 'index' and some have "
+                              "none; give all of them one, or none.")
+        place = len(self.used) if index is None else index
+        if isinstance(place, bool) or place not in range(len(self.column)):
+            raise RecordError(
+                f"{self.source}: more image marks in the text than images." if index is None else
+                f"{self.source}: an image part's index = {shown(index)}, but the row has "
+                f"{len(self.column)} images, counted from 0.")
+        self.used.add(int(place))
+        self.taken.append(self.column[int(place)])
+
+    def take_part(self, part: Mapping[str, Any]) -> None:
+        inline = _inline_image(part)
+        if no_image(inline):
+            self.take(part.get("index"))
+        else:
+            self.take_inline(inline)
+
+    def take_inline(self, value: Any) -> None:
+        self.taken.append(_image_ref(value, self.source, self.root))
+
+
 def _resolve_images(
     raw: list[RawMessage], column: list[ImageRef], source: str, root: Path | None
 ) -> tuple[tuple[Message, ...], list[ImageRef]]:
     """Split content into parts and bring the images into the order in which they appear."""
-    waiting, images, messages = list(column), [], []
+    shelf, messages = _Shelf(column, source, root), []
     typed = any(_is_image_part(part) for _, content in raw for part in _as_parts(content))
     for role, content in raw:
         parts: list[str | None] = []
         for part in _as_parts(content):
             if _is_image_part(part):
-                images.append(_next_image(_inline_image(part), waiting, source, root))
+                shelf.take_part(part)
                 parts.append(None)
             else:
-                texts = _split_tags(_part_text(part, role, source), split=not typed)
-                for piece in texts:
-                    if piece is None:
-                        images.append(_next_image(None, waiting, source, root))
-                    parts.append(piece)
+                text = _part_text(part, role, source)
+                parts += [text] if typed else _split_tags(text, shelf)
+        if role == "assistant" and None in parts:
+            raise RecordError(f"{source}: an image stands in an assistant's message, but models "
+                              "answer with text; move it into the user's.")
         messages.append(Message(role, tuple(part for part in parts if part != "")))
-    if waiting and not images:  # images without a mark in the text open the first question
-        images, messages = list(waiting), _open_with_images(messages, len(waiting), source)
-    elif waiting:
+    images = shelf.taken
+    if column and not images:  # images without a mark in the text open the first question
+        images, messages = list(column), _open_with_images(messages, len(column), source)
+    elif len(shelf.used) < len(column):
         raise RecordError(f"{source}: {len(images)} image marks in the text, but "
                           f"{len(column)} images.")
     return tuple(messages), images
+
+
+def _refuse_videos(row: Mapping[str, Any], raw: list[RawMessage], source: str) -> None:
+    """Their frames would be left out, and the letters `<video>` learned from."""
+    texts = [part for _, content in raw for part in _as_parts(content) if isinstance(part, str)]
+    if row.get("videos") or row.get("video") or any("<video>" in text for text in texts):
+        raise RecordError(f"{source}: holds a video ('videos', 'video' or <video> in a text), "
+                          "which is not read; give its frames as images.")
 
 
 def _as_parts(content: Any) -> Sequence[Any]:
@@ -272,24 +319,21 @@ def _part_text(part: Any, role: str, source: str) -> str:
     return _expect_str(part, f"the {role} message", source)
 
 
-def _split_tags(text: str, split: bool) -> list[str | None]:
-    """Texts and None for every `<image>` tag, without the newlines LLaVA writes around a tag."""
-    if not split or IMAGE_TAG not in text:
+def _split_tags(text: str, shelf: _Shelf) -> list[str | None]:
+    """Texts, and None for every `<image>` and Qwen-VL's `<img>path</img>`, whose images are taken;
+    without the newlines LLaVA writes around a tag."""
+    if "<im" not in text:
         return [text]
     parts: list[str | None] = []
-    for index, piece in enumerate(text.split(IMAGE_TAG)):
-        parts.extend([None, piece.strip("\n")] if index else [piece.strip("\n")])
-    return parts
-
-
-def _next_image(
-    inline: Any, waiting: list[ImageRef], source: str, root: Path | None
-) -> ImageRef:
-    if inline is not None:
-        return _image_ref(inline, source, root)
-    if not waiting:
-        raise RecordError(f"{source}: more image marks in the text than images.")
-    return waiting.pop(0)
+    start = 0
+    for tag in _TAG.finditer(text):
+        parts += [text[start : tag.start()].strip("\n"), None]
+        start = tag.end()
+        if tag["path"] is None:
+            shelf.take()
+        else:
+            shelf.take_inline(tag["path"].strip())
+    return [*parts, text[start:].strip("\n") if parts else text]
 
 
 def _open_with_images(messages: list[Message], count: int, source: str) -> list[Message]:
