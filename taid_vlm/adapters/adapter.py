@@ -26,6 +26,7 @@ from taid_vlm.adapters.encoded import (
     byte_index,
     expand,
 )
+from taid_vlm.adapters.pictures import NO_SIZES, sized, takes_sizes
 from taid_vlm.adapters.template import (
     THOUGHT,
     ContentForm,
@@ -84,6 +85,11 @@ class ModelAdapter:
             raise SampleDropped(
                 NO_VISION, f"{record.source} holds an image, but the {self.role} is a text model "
                 f"and cannot see it; choose a {self.role} with vision, or text records.")
+        if any(image.sizes for image in record.images) and not takes_sizes(self.processor):
+            raise SampleDropped(
+                NO_SIZES, f"{record.source}: an image part says how many pixels it is shown with, "
+                f"which the {self.role}'s processor ({type(self.processor).__name__}) does not "
+                "take; leave that out, or set processor_kwargs for all pictures.")
         if record.text is not None:
             if not record.text.strip():
                 raise SampleDropped("empty text", record.source)
@@ -396,7 +402,8 @@ class ImageTextAdapter(ModelAdapter):
         return rendered if bos and rendered.text.startswith(bos) else self._with_special(rendered)
 
     def _process(self, rendered, images, padding_side, add_special):  # type: ignore[no-untyped-def]
-        pictures = [list(row) for row in images] if any(images) else None
+        pictures = [[sized(image, self.processor) for image in row]
+                    for row in images] if any(images) else None
         with _recorded_expansions(self.processor) as expansions:
             encoded = self.processor(
                 text=[item.text for item in rendered], images=pictures, padding=True,

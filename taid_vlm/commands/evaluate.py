@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "; the same command goes on with the next question"
 _ASKING = ("method", "choose_by", "normalise", "max_new_tokens", "temperature", "top_p", "seeds")
-_LOCAL = ("dtype", "chat_template")
+_LOCAL = ("dtype", "chat_template", "processor_kwargs")
 _SERVED = ("api_key_env", "timeout")
 _OF_HARNESS = ("num_fewshot", "apply_chat_template")
 TIMEOUT = 120.0  # seconds
@@ -54,6 +55,8 @@ class EvaluateOptions(Options):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option()
     chat_template: str | None = option("jinja file, for all models", "FILE")
+    processor_kwargs: str | None = option(
+        'how pictures are shown, for all models, as in a recipe: {"max_pixels": 501760}', "JSON")
     base_url: str | None = option(
         "of OpenAI-compatible chat completions, as http://localhost:8000/v1", "URL")
     api_key_env: str | None = option("environment variable that holds the server's key", "NAME")
@@ -129,7 +132,19 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
         timeout = TIMEOUT if options.timeout is None else options.timeout
         return parse_served(options.model, options.base_url, options.api_key_env, timeout)
     return parse_candidates(options.model, ModelSpec(
-        model_name_or_path="", dtype=options.dtype, chat_template=options.chat_template))
+        model_name_or_path="", dtype=options.dtype, chat_template=options.chat_template,
+        processor_kwargs=_mapping(options.processor_kwargs)))
+
+
+def _mapping(text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise TaidError(f"--processor-kwargs = {text!r:.80}, but it must be a JSON object, as "
+                        '{"max_pixels": 501760}.')
+    return value
 
 
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:

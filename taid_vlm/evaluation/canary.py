@@ -29,7 +29,7 @@ from taid_vlm.evaluation.held_out import ALL, Tally
 from taid_vlm.models.forward import answer_logits, evaluation_mode
 from taid_vlm.objectives import diagnose, divergence
 from taid_vlm.records import Record
-from taid_vlm.records.images import GREY
+from taid_vlm.records.images import GREY, shown_as
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def blank(image: Image.Image) -> Image.Image:
     One colour for all records says nothing about any of them; an image's own mean colour would
     still answer what is asked about colours.
     """
-    return Image.new("RGB", image.size, GREY)
+    return shown_as(Image.new("RGB", image.size, GREY), image)
 
 
 def shuffled(records: Sequence[Record]) -> list[Record | None]:
@@ -167,7 +167,7 @@ def _sample(adapter: ModelAdapter, record: Record, partner: Record | None) -> _S
     images = {
         REAL: real,
         BLANK: [blank(image) for image in real],
-        SHUFFLED: [other.resize(image.size) for other, image in zip(others, real, strict=True)],
+        SHUFFLED: [shown_as(other, image) for other, image in zip(others, real, strict=True)],
     }
     turns = _answers_after_images(record)
     return _Sample(adapter.render(record), turns, images, partner is not None)

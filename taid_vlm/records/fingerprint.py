@@ -29,10 +29,11 @@ def image_hash(image: ImageRef, of_file: Callable[[Path], bytes]) -> bytes:
     """Of what is stored, which need not be decoded; `of_file` says it where that is a path."""
     value = image.stored()
     if isinstance(value, (str, Path)):
-        return of_file(Path(value))
+        value = of_file(Path(value))
+        return value if not image.sizes else sha256([value, repr(image.sizes).encode()])
     if not isinstance(value, bytes):
         value = repr((value.mode, value.size)).encode() + value.tobytes()
-    return sha256([value])
+    return sha256([value, *([repr(image.sizes).encode()] if image.sizes else [])])
 
 
 def _of_file(path: Path) -> bytes:

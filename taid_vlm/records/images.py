@@ -24,6 +24,8 @@ UNREADABLE, TOO_LARGE = "unreadable image", "image larger than max_pixels"
 LONGEST_NAME = 1024  # characters of a path
 SHORTEST_BASE64 = 64  # characters; a shorter text is a path, or names another row
 GREY = (128, 128, 128)  # says nothing: about 0 once a processor has normalised it
+SIZES = "sizes"  # in `Image.info`: how large a picture asks to be shown
+SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _URL_SAFE = str.maketrans("-_", "+/", "\r\n")
 
 
@@ -33,11 +35,13 @@ class ImageRef:
 
     value: path, bytes, PIL image or a URL, or what gives one of them when it is called.
     max_pixels: an image of more, as its header says, is not decoded.
+    sizes: how large it asks to be shown, by SIZE_KEYS; for families that have limits per picture.
     """
 
     value: Any
     source: str
     max_pixels: int = MAX_PIXELS
+    sizes: tuple[tuple[str, int], ...] = ()
 
     def stored(self) -> Any:
         """The path, bytes, PIL image or URL."""
@@ -55,7 +59,9 @@ class ImageRef:
                 raise Image.DecompressionBombError(
                     f"{image.width:,} x {image.height:,} pixels; at most {self.max_pixels:,} are "
                     "decoded")
-            return _in_rgb(ImageOps.exif_transpose(image))
+            image = _in_rgb(ImageOps.exif_transpose(image))
+            image.info[SIZES] = dict(self.sizes)
+            return image
         except Exception as error:  # decoders raise anything
             large = isinstance(error, Image.DecompressionBombError)
             message = str(error) if large else f"{type(error).__name__}: {error}"
@@ -65,6 +71,13 @@ class ImageRef:
                 message = "its bytes are no image"
             raise SampleDropped(TOO_LARGE if large else UNREADABLE,
                                 f"{self.source}: {message:.400}") from None
+
+
+def shown_as(other: Image.Image, image: Image.Image) -> Image.Image:
+    """`other` in the size of `image`, and shown as large."""
+    other = other if other.size == image.size else other.resize(image.size)
+    other.info[SIZES] = image.info.get(SIZES)
+    return other
 
 
 def stored_image(value: Any, root: Path | None) -> Any:

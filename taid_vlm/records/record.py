@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from taid_vlm.errors import RecordError, nearest
-from taid_vlm.records.images import MAX_PIXELS, ImageRef, no_image, stored_image
+from taid_vlm.records.images import MAX_PIXELS, SIZE_KEYS, ImageRef, no_image, stored_image
 
 IMAGE_TAG = "<image>"
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
@@ -252,6 +252,12 @@ class _Shelf:
             self.take(part.get("index"))
         else:
             self.take_inline(inline)
+        sizes = tuple((key, part[key]) for key in SIZE_KEYS if part.get(key) is not None)
+        for key, value in sizes:
+            if type(value) is not int or value < 1:
+                raise RecordError(f"{self.source}: an image part's {key} = {shown(value)}, but it "
+                                  "must be a whole number of pixels.")
+        self.taken[-1] = replace(self.taken[-1], sizes=sizes)
 
     def take_inline(self, value: Any) -> None:
         self.taken.append(_image_ref(value, self.source, self.root))
