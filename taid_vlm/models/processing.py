@@ -19,8 +19,8 @@ from taid_vlm.records.images import GREY
 VIDEOS = "videos_kwargs"
 PROBE_SIZE = (448, 336)
 # what a call decides (or this package), and no property of how pictures are shown
-CALL = frozenset(("data_format", "device", "disable_grouping", "input_data_format", "return_tensors",
-                  "return_row_col_info", "return_metadata", "video_metadata"))
+CALL = frozenset(("data_format", "device", "disable_grouping", "input_data_format",
+                  "return_metadata", "return_row_col_info", "return_tensors", "video_metadata"))
 # what the weights of a model were made for
 WEIGHTS = frozenset(("downsample_factor", "encoder_patch_size", "image_seq_length", "merge_size",
                      "patch_size", "pooling_kernel_size", "temporal_patch_size"))
@@ -41,8 +41,8 @@ def set_processor(processor: Processor, settings: Mapping[str, Any], role: str) 
         return
     key = f"{role}.processor_kwargs"
     if isinstance(processor, PreTrainedTokenizerBase):
-        raise TaidError(f"{key} has no effect on a text model, which has a tokenizer alone; take it "
-                        "out.")
+        raise TaidError(f"{key} has no effect on a text model, which has a tokenizer alone; take "
+                        "it out.")
     own = dict(settings)
     videos = own.pop(VIDEOS, None)
     _set(processor, "image_processor", own, key)
@@ -92,4 +92,4 @@ def _probe(processor: Any, key: str) -> None:
             processor.video_processor([frames], do_sample_frames=False, return_tensors="pt")
     except Exception as error:
         raise TaidError(f"{key}: {type(processor).__name__} cannot show a picture with them: "
-                        f"{str(error):.300}") from error
+                        f"{error!s:.300}") from error
