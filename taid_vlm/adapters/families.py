@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from taid_vlm.adapters.adapter import ImageTextAdapter, ModelAdapter, Side, TextAdapter
 from taid_vlm.adapters.template import Processor, Rendered, TextSpan, has_chat_template
+from taid_vlm.adapters.video import FramesAdapter, TilesAdapter
 from taid_vlm.errors import TaidError
 from taid_vlm.records import Record
+from taid_vlm.records.videos import Picture
 
 
 class TileListAdapter(ImageTextAdapter):
@@ -23,6 +24,7 @@ class TileListAdapter(ImageTextAdapter):
     """
 
     return_tensors = None
+    takes_videos = False  # type: ignore[assignment]
 
     def _tensors(self, encoded: Mapping[str, Any]) -> dict[str, Tensor]:
         inputs = {key: torch.as_tensor(value) for key, value in encoded.items()
@@ -43,6 +45,8 @@ class PrefixAdapter(ImageTextAdapter):
 
     one_question = ("is PaliGemma, which answers one question; give records of one user's and one "
                     "assistant's turn, or choose another model.")
+
+    takes_videos = False  # type: ignore[assignment]
 
     def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
         if has_chat_template(processor):
@@ -74,7 +78,7 @@ class PrefixAdapter(ImageTextAdapter):
         return Rendered(self._prefix(record), ())
 
     def _process(  # type: ignore[no-untyped-def]
-        self, rendered: Sequence[Rendered], images: Sequence[Sequence[Image.Image]],
+        self, rendered: Sequence[Rendered], images: Sequence[Sequence[Picture]],
         padding_side: Side, add_special: bool,
     ):
         prefixes, answers = [], []
@@ -103,8 +107,10 @@ class PrefixAdapter(ImageTextAdapter):
 
 
 EXCEPTIONS: dict[str, type[ImageTextAdapter]] = {
+    "Gemma3Processor": FramesAdapter,
     "PaliGemmaProcessor": PrefixAdapter,
     "PerceptionLMProcessor": TileListAdapter,
+    "SmolVLMProcessor": TilesAdapter,
 }
 
 

@@ -1,16 +1,62 @@
-"""Pictures that say themselves how large they are shown, as Qwen-VL's records do."""
+"""A record's pictures as a processor takes them: images, videos, and how large they are shown."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from taid_vlm.errors import SampleDropped
+from taid_vlm.records import Record
 from taid_vlm.records.images import SIZES
+from taid_vlm.records.videos import Clip, Picture, VideoRef
 
-NO_SIZES = "pixel limits of one picture"
+NO_SIZES, NO_VIDEO = "pixel limits of one picture", "video for a model that takes none"
+VARYING = "videos of different numbers of frames"
+# families whose model has the frames of a batch's videos in one tensor
+STACKING = ("LlavaOnevisionProcessor", "InternVLProcessor", "SmolVLMProcessor")
+
+
+def check_pictures(record: Record, processor: Any, role: str, takes_videos: bool) -> None:
+    """Raise SampleDropped for what this model's processor does not take, by name."""
+    name = type(processor).__name__
+    videos = [image for image in record.images if isinstance(image, VideoRef)]
+    if videos and not takes_videos:
+        raise SampleDropped(
+            NO_VIDEO, f"{record.source} holds a video, which the {role}'s processor ({name}, with "
+            "its chat template) does not take; choose a model that does, or give its frames as "
+            "images.")
+    if name in STACKING and any(video.sampling and video.sampling.fps for video in videos):
+        raise SampleDropped(
+            VARYING, f"{record.source}: {role} ({name}) takes the same number of frames of every "
+            "video; set data.video: {frames: 8} in place of fps.")
+    if any(image.sizes for image in record.images) and not takes_sizes(processor):
+        raise SampleDropped(
+            NO_SIZES, f"{record.source}: an image part says how many pixels it is shown with, "
+            f"which the {role}'s processor ({name}) does not take; leave that out, or set "
+            "processor_kwargs for all pictures.")
+
+
+def arguments(rows: Sequence[Sequence[Picture]], processor: Any) -> dict[str, Any]:
+    """A batch's pictures as arguments of a processor's call; frames are not sampled again."""
+    images = [[sized(image, processor) for image in row if not isinstance(image, Clip)]
+              for row in rows]
+    clips = [clip for row in rows for clip in row if isinstance(clip, Clip)]
+    named: dict[str, Any] = {"images": images if any(images) else None}
+    if clips:
+        named["videos"] = [clip.array() for clip in clips]
+        named["videos_kwargs"] = video_arguments(clips)
+    return named
+
+
+def video_arguments(clips: Sequence[Clip]) -> dict[str, Any]:
+    return {"video_metadata": [clip.metadata() for clip in clips], "do_sample_frames": False,
+            "input_data_format": "channels_last", "return_metadata": True}
+
+
+# ----- sizes --------------------------------------------------------------------------------
 
 
 def takes_sizes(processor: Any) -> bool:

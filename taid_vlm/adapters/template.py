@@ -8,7 +8,9 @@ and gives an all-zero mask without a word otherwise.)
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -77,6 +79,16 @@ def content_form(processor: Processor, prefer: ContentForm, role: str) -> Conten
     )
 
 
+def video_token_printed(processor: Processor, token: str) -> bool:
+    """Whether the chat template prints a video's placeholder, once."""
+    try:
+        text = apply_template(processor, [
+            _message("user", [None, "probe"], "parts", iter(["video"]))], "probe")
+    except SampleDropped:
+        return False
+    return text.count(token) == 1 and "'type'" not in text
+
+
 def render(
     processor: Processor, record: Record, form: ContentForm, supervise: Supervise = "answers"
 ) -> Rendered:
@@ -92,7 +104,8 @@ def render(
     if not record.answers or not all(record.answers):
         raise SampleDropped("empty answer" if record.answers else "no answer", record.source)
     marked = [_marked(message, supervise) for message in record.messages]
-    messages = [_message(m.role, parts, form)
+    kinds = iter([image.kind for image in record.images])
+    messages = [_message(m.role, parts, form, kinds)
                 for m, parts in zip(record.messages, marked, strict=True)]
     raw = apply_template(processor, messages, record.source)
     owners = [_owner(message.role == "assistant", part)
@@ -105,11 +118,11 @@ def render_prompt(
     processor: Processor, record: Record, turn: int, form: ContentForm
 ) -> str:
     """The conversation up to the assistant's `turn`-th answer, ready to be continued."""
-    messages = []
+    messages, kinds = [], iter([image.kind for image in record.images])
     for message in record.before(turn):
         answer = message.role == "assistant"
         parts: list[str | None] = [message.text.strip()] if answer else list(message.parts)
-        messages.append(_message(message.role, parts, form))
+        messages.append(_message(message.role, parts, form, kinds))
     return apply_template(processor, messages, record.source, add_generation_prompt=True)
 
 
@@ -146,10 +159,14 @@ def _around(part: str) -> str:
     return before + OPEN + core + CLOSE + after
 
 
-def _message(role: str, parts: list[str | None], form: ContentForm) -> dict[str, Any]:
+def _message(
+    role: str, parts: list[str | None], form: ContentForm, kinds: Iterator[str] | None = None
+) -> dict[str, Any]:
+    """`kinds`: of the pictures that stand where a part is None, "image" or "video"."""
     if form == "string":
         return {"role": role, "content": "".join(part for part in parts if part is not None)}
-    content = [{"type": "image"} if part is None else {"type": "text", "text": part}
+    kinds = kinds or itertools.repeat("image")
+    content = [{"type": next(kinds)} if part is None else {"type": "text", "text": part}
                for part in parts]
     return {"role": role, "content": content}
 

@@ -131,7 +131,7 @@ class Recipe(Section):
 
     def resolved(self) -> Recipe:
         """The recipe with data paths that hold from anywhere, to be written with the run."""
-        sides = {name: self._resolved_source(side) for name, side in self.data}
+        sides = {name: self._resolved_source(side) for name, side in self.data.sources.items()}
         stages = self.stages and tuple(stage.model_copy(update={"data": {
             name: self._resolved_source(side) for name, side in stage.data.items()
         }}) for stage in self.stages)

@@ -13,12 +13,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from taid_vlm.adapters.adapter import NO_VISION, ONE_QUESTION
+from taid_vlm.adapters.pictures import NO_VIDEO, VARYING
 from taid_vlm.batch.collator import TOO_LONG, UNALIGNED, DistillationCollator
 from taid_vlm.doctor.checkup import Listener
 from taid_vlm.doctor.facts import image_tokens
 from taid_vlm.errors import TaidError
 from taid_vlm.records import Malformed, Record, StreamedRecords, first_rows
 from taid_vlm.records.images import TOO_LARGE, UNREADABLE
+from taid_vlm.records.videos import UNREADABLE_VIDEO
 from taid_vlm.training.config import DistillationConfig
 
 EXAMPLES = 3  # sources named per reason
@@ -34,6 +36,10 @@ REMEDIES = {
     UNREADABLE: "Check that the files exist and are images; relative paths start at the "
                 "data file's folder, or at data.<side>.image_root.",
     TOO_LARGE: "Make the images smaller, or raise data.<side>.max_pixels.",
+    UNREADABLE_VIDEO: "Check that the files exist and are videos; relative paths start where those "
+                      "of images do.",
+    NO_VIDEO: "Choose a model that takes videos, or give their frames as images.",
+    VARYING: "Set data.video: {frames: 8} in place of fps.",
     ONE_QUESTION: "A model without a chat template takes one question and its answer; name "
                   "one (chat_template: template.jinja under the model in the recipe), or split the "
                   "conversations.",

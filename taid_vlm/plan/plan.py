@@ -131,7 +131,8 @@ def _looked(
                spec.chat_template, spec.processor_kwargs)
               for spec in (recipe.student, recipe.teacher) if spec]
     shown = [recipe.train.get(key) for key in ("max_length", "supervise")]
-    key = repr((side, getattr(recipe.data, side), models, shown, recipe.objective))
+    key = repr((side, getattr(recipe.data, side), recipe.data.video, models, shown,
+                recipe.objective))
     if key not in seen:
         seen[key] = look_at(trainer, records)
     return seen[key]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -43,6 +43,8 @@ class ImageRef:
     max_pixels: int = MAX_PIXELS
     sizes: tuple[tuple[str, int], ...] = ()
 
+    kind: ClassVar[str] = "image"  # as typed parts call it
+
     def stored(self) -> Any:
         """The path, bytes, PIL image or URL."""
         return self.value() if callable(self.value) else self.value
@@ -72,12 +74,9 @@ class ImageRef:
             raise SampleDropped(TOO_LARGE if large else UNREADABLE,
                                 f"{self.source}: {message:.400}") from None
 
-
-def shown_as(other: Image.Image, image: Image.Image) -> Image.Image:
-    """`other` in the size of `image`, and shown as large."""
-    other = other if other.size == image.size else other.resize(image.size)
-    other.info[SIZES] = image.info.get(SIZES)
-    return other
+    def still(self) -> Image.Image:
+        """What a page shows of it; raises as `load`."""
+        return self.load()
 
 
 def stored_image(value: Any, root: Path | None) -> Any:
@@ -91,7 +90,7 @@ def stored_image(value: Any, root: Path | None) -> Any:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
         value = _from_text(value, root)
-    if isinstance(value, (str, Path)) and not _is_url(value):
+    if isinstance(value, (str, Path)) and not is_url(value):
         value = Path(value) if root is None else root / value
     return value
 
@@ -136,14 +135,15 @@ def _opened(value: Any) -> Image.Image:
         return value
     if isinstance(value, bytes):
         return Image.open(io.BytesIO(value), formats=_formats())
-    if _is_url(value):
+    if is_url(value):
         raise ValueError("an image is not fetched from a URL; save it as a file")
     if not Path(value).is_file():
         raise FileNotFoundError("there is no such file")
     return Image.open(value, formats=_formats())
 
 
-def _is_url(value: Any) -> bool:
+def is_url(value: Any) -> bool:
+    """Also of a kind that nobody fetches."""
     return isinstance(value, str) and "://" in value[:16]
 
 

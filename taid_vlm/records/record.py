@@ -1,7 +1,9 @@
 """One record: a conversation (with images) or a plain text, whatever columns it came in.
 
-Columns understood, with `image` or `images` (path, bytes, {"bytes", "path"} or PIL image) beside:
-- `messages`: [{"role", "content"}], content a string with `<image>` tags or typed parts;
+Columns understood, with `image` or `images` (path, bytes, {"bytes", "path"} or PIL image) and
+`video` or `videos` (file, bytes or list of frames) beside:
+- `messages`: [{"role", "content"}], content a string with `<image>` and `<video>` tags or typed
+  parts;
 - `prompt` and `completion`: strings, or lists of messages;
 - `conversations`: LLaVA's [{"from": "human" | "gpt", "value"}];
 - `text`: plain text for pre-training, or a caption where an image stands beside it.
@@ -11,21 +13,26 @@ Optional: `category` (a string) or `categories` (one per assistant turn), for ev
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from PIL import Image
-
+from taid_vlm.config.data import VideoSpec
 from taid_vlm.errors import RecordError, nearest
-from taid_vlm.records.images import MAX_PIXELS, SIZE_KEYS, ImageRef, no_image, stored_image
+from taid_vlm.records.images import MAX_PIXELS, ImageRef
+from taid_vlm.records.pictures import (
+    Pictures,
+    image_column,
+    kind_of,
+    settled,
+    split_tags,
+    video_column,
+)
 
 IMAGE_TAG = "<image>"
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
-_TAG = re.compile(r"<image>|<img>(?P<path>.*?)</img>", re.DOTALL)
 ROLES = {role: role for role in ("system", "user", "assistant")}
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
 
@@ -39,7 +46,7 @@ class Malformed:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `parts` are texts, and None where an image stands."""
+    """One turn; `parts` are texts, and None where an image or a video stands."""
 
     role: str
     parts: tuple[str | None, ...]
@@ -51,7 +58,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation with its images in order of appearance, or (without messages) a text."""
+    """A conversation with its images and videos in order of appearance, or (without messages) a
+    text."""
 
     source: str
     messages: tuple[Message, ...] = ()
@@ -82,7 +90,8 @@ class Record:
 
 
 def parse_record(
-    row: Mapping[str, Any], source: str, root: Path | None = None, max_pixels: int = MAX_PIXELS
+    row: Mapping[str, Any], source: str, root: Path | None = None, max_pixels: int = MAX_PIXELS,
+    video: VideoSpec | None = None,
 ) -> Record:
     """Read one row.
 
@@ -91,20 +100,20 @@ def parse_record(
         source: what error messages call the row, for example "train.jsonl:12".
         root: folder that relative image paths start from.
         max_pixels: of an image; larger ones are not decoded.
+        video: which frames of videos are shown, where they do not say it themselves.
 
     Raises:
         RecordError: columns or values that cannot be understood.
     """
     row = {key: value for key, value in row.items() if value is not None}
-    images = _image_column(row, source, root)
+    images, videos = image_column(row, source, root), video_column(row, source, root)
     categories = _categories(row, source)
-    if "text" in row and not images and not any(column in row for column in CHAT_COLUMNS):
+    if "text" in row and not images + videos and not any(column in row for column in CHAT_COLUMNS):
         text = _expect_str(row["text"], "text", source)
         return Record(source, text=text, categories=categories)
-    raw = _read_messages(row, source)
-    _refuse_videos(row, raw, source)
-    messages, images = _resolve_images(raw, images, source, root)
-    images = [replace(image, max_pixels=max_pixels) for image in images]
+    messages, images = _resolve_images(
+        _read_messages(row, source), images, videos, source, root)
+    images = [settled(image, max_pixels, video) for image in images]
     return Record(source, messages, tuple(images), categories=categories)
 
 
@@ -206,112 +215,35 @@ def _expect_list(value: Any, where: str, source: str) -> Sequence[Any]:
 # ----- images -------------------------------------------------------------------------------
 
 
-def _image_column(row: Mapping[str, Any], source: str, root: Path | None) -> list[ImageRef]:
-    value = row.get("images", row.get("image"))
-    listed = value if isinstance(value, (list, tuple)) else [value]
-    return [_image_ref(item, source, root) for item in listed if not no_image(item)]
-
-
-def _image_ref(value: Any, source: str, root: Path | None) -> ImageRef:
-    value = stored_image(value, root)
-    if not isinstance(value, (str, Path, bytes, Image.Image)):
-        raise RecordError(f"{source}: an image must be a path, bytes or a PIL image, got "
-                          f"{type(value).__name__}.")
-    return ImageRef(value, source)
-
-
-@dataclass
-class _Shelf:
-    """A row's images, and those that the marks in its text have taken, in order of appearance."""
-
-    column: Sequence[ImageRef]
-    source: str
-    root: Path | None
-    taken: list[ImageRef] = field(default_factory=list)
-    used: set[int] = field(default_factory=set)
-    by_index: set[bool] = field(default_factory=set)
-
-    def take(self, index: Any = None) -> None:
-        """The column's image at `index`, or the next one."""
-        self.by_index.add(index is not None)
-        if len(self.by_index) > 1:
-            raise RecordError(f"{self.source}: some image parts have an 'index' and some have "
-                              "none; give all of them one, or none.")
-        place = len(self.used) if index is None else index
-        if isinstance(place, bool) or place not in range(len(self.column)):
-            raise RecordError(
-                f"{self.source}: more image marks in the text than images." if index is None else
-                f"{self.source}: an image part's index = {shown(index)}, but the row has "
-                f"{len(self.column)} images, counted from 0.")
-        self.used.add(int(place))
-        self.taken.append(self.column[int(place)])
-
-    def take_part(self, part: Mapping[str, Any]) -> None:
-        inline = _inline_image(part)
-        if no_image(inline):
-            self.take(part.get("index"))
-        else:
-            self.take_inline(inline)
-        sizes = tuple((key, part[key]) for key in SIZE_KEYS if part.get(key) is not None)
-        for key, value in sizes:
-            if type(value) is not int or value < 1:
-                raise RecordError(f"{self.source}: an image part's {key} = {shown(value)}, but it "
-                                  "must be a whole number of pixels.")
-        self.taken[-1] = replace(self.taken[-1], sizes=sizes)
-
-    def take_inline(self, value: Any) -> None:
-        self.taken.append(_image_ref(value, self.source, self.root))
-
-
 def _resolve_images(
-    raw: list[RawMessage], column: list[ImageRef], source: str, root: Path | None
+    raw: list[RawMessage], images: list[ImageRef], videos: list[ImageRef], source: str,
+    root: Path | None,
 ) -> tuple[tuple[Message, ...], list[ImageRef]]:
     """Split content into parts and bring the images into the order in which they appear."""
-    shelf, messages = _Shelf(column, source, root), []
-    typed = any(_is_image_part(part) for _, content in raw for part in _as_parts(content))
+    pictures = Pictures.of(images, videos, source, root)
+    messages: list[Message] = []
+    typed = any(kind_of(part) for _, content in raw for part in _as_parts(content))
     for role, content in raw:
         parts: list[str | None] = []
         for part in _as_parts(content):
-            if _is_image_part(part):
-                shelf.take_part(part)
+            if kind_of(part):
+                pictures.take_part(part, role)
                 parts.append(None)
             else:
                 text = _part_text(part, role, source)
-                parts += [text] if typed else _split_tags(text, shelf)
+                parts += [text] if typed else split_tags(text, pictures)
         if role == "assistant" and None in parts:
             raise RecordError(f"{source}: an image stands in an assistant's message, but models "
                               "answer with text; move it into the user's.")
         messages.append(Message(role, tuple(part for part in parts if part != "")))
-    images = shelf.taken
-    if column and not images:  # images without a mark in the text open the first question
-        images, messages = list(column), _open_with_images(messages, len(column), source)
-    elif len(shelf.used) < len(column):
-        raise RecordError(f"{source}: {len(images)} image marks in the text, but "
-                          f"{len(column)} images.")
-    return tuple(messages), images
-
-
-def _refuse_videos(row: Mapping[str, Any], raw: list[RawMessage], source: str) -> None:
-    """Their frames would be left out, and the letters `<video>` learned from."""
-    texts = [part for _, content in raw for part in _as_parts(content) if isinstance(part, str)]
-    if row.get("videos") or row.get("video") or any("<video>" in text for text in texts):
-        raise RecordError(f"{source}: holds a video ('videos', 'video' or <video> in a text), "
-                          "which is not read; give its frames as images.")
+    unmarked = pictures.unmarked()
+    if not unmarked:
+        return tuple(messages), pictures.taken
+    return _open_with_images(messages, pictures.taken, unmarked, source)
 
 
 def _as_parts(content: Any) -> Sequence[Any]:
     return content if isinstance(content, (list, tuple)) else [content]
-
-
-def _is_image_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
-
-
-def _inline_image(part: Mapping[str, Any]) -> Any:
-    """The image a typed part carries itself, or None; `image_url` as chat APIs write it."""
-    url = part.get("image_url")
-    inline = url.get("url") if isinstance(url, Mapping) else url
-    return part.get("image") or part.get("path") or part.get("url") or inline
 
 
 def _part_text(part: Any, role: str, source: str) -> str:
@@ -320,31 +252,20 @@ def _part_text(part: Any, role: str, source: str) -> str:
     if isinstance(part, Mapping):
         if part.get("type") != "text":
             raise RecordError(f"{source}: content part of type '{part.get('type')}' in a {role} "
-                              "message; only 'text' and 'image' are supported.")
+                              "message; only 'text', 'image' and 'video' are supported.")
         part = part.get("text")
     return _expect_str(part, f"the {role} message", source)
 
 
-def _split_tags(text: str, shelf: _Shelf) -> list[str | None]:
-    """Texts, and None for every `<image>` and Qwen-VL's `<img>path</img>`, whose images are taken;
-    without the newlines LLaVA writes around a tag."""
-    if "<im" not in text:
-        return [text]
-    parts: list[str | None] = []
-    start = 0
-    for tag in _TAG.finditer(text):
-        parts += [text[start : tag.start()].strip("\n"), None]
-        start = tag.end()
-        if tag["path"] is None:
-            shelf.take()
-        else:
-            shelf.take_inline(tag["path"].strip())
-    return [*parts, text[start:].strip("\n") if parts else text]
-
-
-def _open_with_images(messages: list[Message], count: int, source: str) -> list[Message]:
+def _open_with_images(
+    messages: list[Message], taken: list[ImageRef], unmarked: list[ImageRef], source: str
+) -> tuple[tuple[Message, ...], list[ImageRef]]:
+    """Images without a mark in the text open the first question."""
+    before = 0
     for index, message in enumerate(messages):
         if message.role == "user":
-            opened = Message("user", (*(None for _ in range(count)), *message.parts))
-            return [*messages[:index], opened, *messages[index + 1 :]]
+            opened = Message("user", (*(None for _ in unmarked), *message.parts))
+            return ((*messages[:index], opened, *messages[index + 1 :]),
+                    [*taken[:before], *unmarked, *taken[before:]])
+        before += message.parts.count(None)
     raise RecordError(f"{source}: images, but no user message they could stand in.")

@@ -29,6 +29,7 @@ class Records(torch.utils.data.Dataset[Record]):
     def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
         self.rows, self.label, self.root = rows, label, root
         self.columns, self.max_pixels = dict(source.columns), _max_pixels(source)
+        self.video = source.video
         limit = source.max_records
         self._length = len(rows) if limit is None else min(limit, len(rows))
         self.has_images = False  # known once the rows have been checked
@@ -38,7 +39,8 @@ class Records(torch.utils.data.Dataset[Record]):
 
     def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]  # IndexError past max_records ends iteration
-        return parse_record(self.columns_of(index), self.where(index), self.root, self.max_pixels)
+        return parse_record(self.columns_of(index), self.where(index), self.root, self.max_pixels,
+                            self.video)
 
     def columns_of(self, index: int) -> dict[str, Any]:
         """A row as it came, but for columns that the source renames."""
@@ -61,6 +63,7 @@ class StreamedRecords(torch.utils.data.IterableDataset[Record | Malformed]):
         self.rows = rows if source.max_records is None else rows.take(source.max_records)
         self.label, self.root = label, root
         self.columns, self.max_pixels = dict(source.columns), _max_pixels(source)
+        self.video = source.video
         self.has_images = False  # known once the first rows have been checked
 
     def set_epoch(self, epoch: int) -> None:
@@ -72,7 +75,7 @@ class StreamedRecords(torch.utils.data.IterableDataset[Record | Malformed]):
         for index, row in enumerate(iter(following, None)):
             where = f"{self.label}[streamed {index}]"
             yield attempt(parse_record, _renamed(row, self.columns), where, self.root,
-                          self.max_pixels)
+                          self.max_pixels, self.video)
 
 
 def _max_pixels(source: DataSource) -> int:
@@ -262,8 +265,8 @@ def _without_decoding(rows: Any) -> Any:
     import datasets
 
     def undecoded(feature: Any) -> Any:
-        if isinstance(feature, datasets.Image):
-            return datasets.Image(decode=False)
+        if isinstance(feature, (datasets.Image, datasets.Video)):
+            return type(feature)(decode=False)
         if isinstance(feature, datasets.List):
             return datasets.List(undecoded(feature.feature))
         if isinstance(feature, dict):

@@ -124,7 +124,7 @@ def _refuse_inputs(recipe: Recipe, output: Path) -> None:
     specs = {"student": recipe.student, "teacher": recipe.teacher}
     inputs = {f"{role}.{key}": getattr(spec, key) for role, spec in specs.items() if spec
               for key in ("model_name_or_path", "processor_name_or_path") if getattr(spec, key)}
-    inputs |= {f"data.{side}": source.path for side, source in recipe.data if source is not None}
+    inputs |= {f"data.{side}": source.path for side, source in recipe.data.sources.items()}
     written = [folder.resolve() for folder in (output / STUDENT, *checkpoints(output))]
     for key, value in inputs.items():
         path = Path(value).expanduser().resolve()

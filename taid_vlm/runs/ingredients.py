@@ -72,7 +72,10 @@ def gather(recipe: Recipe) -> Ingredients:
 
 def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
     try:
-        return open_records(source, recipe.start_of(source))
+        start = recipe.start_of(source)
+        if source.video is None:
+            source = source.model_copy(update={"video": recipe.data.video})
+        return open_records(source, start)
     except TaidError as error:
         side = "train" if source is recipe.data.train else "eval"
         raise with_place(error, f"data.{side}", instead_of="data") from error

@@ -413,9 +413,3 @@ def test_some_parts_with_an_index_and_some_without():
     with pytest.raises(RecordError, match="give all of them one, or none"):
         conversation([{"type": "image", "index": 1}, {"type": "image"}], "No.",
                      images=["a.png", "b.png"])
-
-
-@pytest.mark.parametrize("row", [{"videos": ["a.mp4"]}, {"video": "a.mp4"}, {}])
-def test_a_video_is_no_text(row):
-    with pytest.raises(RecordError, match=r"data.jsonl:3: .*video"):
-        conversation("<video>What?" if not row else "What?", "A dog.", **row)

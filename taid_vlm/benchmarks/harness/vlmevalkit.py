@@ -148,6 +148,8 @@ def _with_images(rows: Sequence[Cells], questions: Sequence[Question]) -> Iterat
 def _base64(image: ImageRef, name: str) -> str:
     """The file's own bytes where whoever decodes them sees the same, and otherwise (transparency,
     16 bits, EXIF's directions) a PNG of what models are shown."""
+    if image.kind == "video":
+        raise TaidError(f"question '{name}' holds a video, which VLMEvalKit's tables do not.")
     try:
         stored, shown = image.stored(), image.load()
     except SampleDropped as problem:
