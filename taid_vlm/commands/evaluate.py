@@ -37,6 +37,7 @@ class EvaluateOptions(Options):
     output_dir: Path = option(default=...)
     batch_size: int = option("rows, or requests to a server, at once", "N", 8)
     max_records: int | None = option("the first rows only", "N")
+    video_frames: int | None = option("shown of every video (default 8)", "N")
     json_: bool = option("print JSON instead of a table", default=False)
 
     rule: Many | None = option(
@@ -115,7 +116,8 @@ def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
 
     asking = Asking(**options.given(_ASKING), batch_size=options.batch_size)
     candidates = _candidates(options)
-    tasks = open_tasks(options.tasks, options.rule or (), options.max_records)
+    tasks = open_tasks(options.tasks, options.rule or (), options.max_records,
+                       options.video_frames)
     return evaluate(candidates, tasks, options.output_dir, asking)
 
 
@@ -149,8 +151,8 @@ def _mapping(text: str | None) -> dict[str, Any]:
 
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """lm-eval's own tasks, by lm-eval."""
-    options.refuse(("rule", *_ASKING, "base_url"), "is for this package's own benchmarks; leave it "
-                                                   "out with --harness")
+    options.refuse(("rule", *_ASKING, "base_url", "video_frames"),
+                   "is for this package's own benchmarks; leave it out with --harness")
     from taid_vlm.benchmarks.harness.lm_eval import run_lm_eval
     from taid_vlm.config.model import ModelSpec
 
