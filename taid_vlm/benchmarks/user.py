@@ -6,8 +6,8 @@
     prompt: "{question}\\n{options}\\nAnswer with the option's letter."
     tags: [category]                 # columns that figures are split by
 
-Columns: `question`, `answer`, `image` (or `images`), `id`, `group` (questions about one item) and
-`options` (a list, or the columns A, B, C ...). An answer is an option's letter, its place from 0 or
+Columns: `question`, `answer`, `image` (or `images`), `video`, `id`, `group` (questions about one
+item) and `options` (a list, or the columns A, B, C ...). An answer is an option's letter, its place from 0 or
 its text; yes or no; or one accepted text or a list of them. A prompt may name any column; where
 `<image>` stands in it (or in a question) an image is shown, otherwise the images come first.
 """
@@ -71,11 +71,13 @@ def _question(spec: BenchmarkSpec, row: Row, missing: list[RecordError]) -> Ques
     images = _images(row, spec, missing)
     text = "".join(literal + ("" if name is None else _filled(name, row, spec, choices))
                    for literal, name in prompt_pieces(spec.prompt or KINDS[spec.type].prompt))
-    places = [image.source for image in images]  # only where they stand is asked for
-    record = parse_record({"messages": [{"role": "user", "content": text}], "images": places},
-                          row.where)
+    places = {kind: [str(i) for i, image in enumerate(images) if image.kind == kind]
+              for kind in ("image", "video")}  # only where they stand is asked for
+    record = parse_record({"messages": [{"role": "user", "content": text}],
+                           "images": places["image"], "videos": places["video"]}, row.where)
     return Question(
-        id=row.id(spec.column("id")), prompt=record.messages[0].parts, images=images,
+        id=row.id(spec.column("id")), prompt=record.messages[0].parts,
+        images=tuple(images[int(str(place.value))] for place in record.images),
         answers=answers, choices=choices, tags={tag: row.text(tag) for tag in spec.tags},
         group=row.text(spec.column("group"), ""))
 
@@ -88,6 +90,9 @@ def _images(row: Row, spec: BenchmarkSpec, missing: list[RecordError]) -> tuple[
     """A row's images; a row without any is asked without, and why goes to `missing`."""
     if not spec.images:
         return ()
+    video = spec.column("video")
+    if video in row:
+        return (*row.images(spec.column("image")), row.video(row[video]))
     column = spec.column("image") if "image" in spec.columns else row.first("image", "images")
     try:
         row.need(column)

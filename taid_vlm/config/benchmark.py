@@ -21,6 +21,7 @@ class Columns(Section):
         answer: An option's letter, place from 0 or text; yes or no; one accepted text or a list.
         options: A list of options; otherwise they are in the columns A, B, C, ...
         image: The image, or a list in `images`.
+        video: A video in place of it.
         id: What results call a question.
         group: Questions about one item share it.
     """
@@ -29,6 +30,7 @@ class Columns(Section):
     answer: Column = "answer"
     options: Column = "options"
     image: Column = "image"
+    video: Column = "video"
     id: Column = "id"
     group: Column = "group"
 

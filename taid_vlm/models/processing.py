@@ -22,8 +22,9 @@ PROBE_SIZE = (448, 336)
 CALL = frozenset(("data_format", "device", "disable_grouping", "input_data_format",
                   "return_metadata", "return_row_col_info", "return_tensors", "video_metadata"))
 # what the weights of a model were made for
-WEIGHTS = frozenset(("downsample_factor", "encoder_patch_size", "image_seq_length", "merge_size",
-                     "patch_size", "pooling_kernel_size", "temporal_patch_size"))
+WEIGHTS = frozenset(("crop_size", "downsample_factor", "encoder_patch_size", "image_grid_pinpoints",
+                     "image_seq_length", "max_image_size", "merge_size", "patch_size",
+                     "pooling_kernel_size", "temporal_patch_size", "tile_size"))
 SAMPLING = frozenset(("do_sample_frames", "fps", "max_frames", "min_frames", "num_frames",
                       "video_sampling"))
 
@@ -72,7 +73,7 @@ def _check_name(name: str, part: Any, fixed: Mapping[str, Any], key: str) -> Non
     if name not in names - CALL:
         raise TaidError(f"{key}: {kind} has no '{name}'."
                         f"{nearest(name, names - CALL - WEIGHTS - SAMPLING - set(fixed))}")
-    if name in WEIGHTS:
+    if name in WEIGHTS or (name == "size" and _is_fixed(part)):
         raise TaidError(f"{key}.{name} cannot be set: the model's weights are made for its own, "
                         f"{getattr(part, name, None)}.")
     if name in SAMPLING:
@@ -81,6 +82,12 @@ def _check_name(name: str, part: Any, fixed: Mapping[str, Any], key: str) -> Non
     if name in fixed:
         raise TaidError(f"{key}.{name} cannot be set: the processor itself always says "
                         f"{name} = {fixed[name]!r}, and a saved one would go back to it.")
+
+
+def _is_fixed(part: Any) -> bool:
+    """Whether a vision tower sees pictures of one size, and no limits between which they vary."""
+    size = getattr(part, "size", None) or {}
+    return all(key in dict(size) and dict(size)[key] for key in ("height", "width"))
 
 
 def _probe(processor: Any, key: str) -> None:

@@ -16,6 +16,7 @@ from taid_vlm.errors import RecipeError, RecordError
 from taid_vlm.records.images import SIZE_KEYS, ImageRef, no_image, stored_image
 from taid_vlm.records.videos import VideoRef, own_sampling, stored_video
 
+_NOT_OF_VIDEOS = (*SIZE_KEYS, "total_pixels", "video_start", "video_end")
 _TAG = re.compile(r"<image>|<video>|<img>(?P<path>.*?)</img>", re.DOTALL)
 
 
@@ -121,6 +122,11 @@ class Pictures:
         self.taken.append(replace(image, sizes=sizes))
 
     def _video_part(self, part: Mapping[str, Any], role: str) -> ImageRef:
+        for key in _NOT_OF_VIDEOS:
+            if part.get(key) is not None:
+                raise RecordError(
+                    f"{self.source}: a video part's {key} = {shown(part[key])} is not read; "
+                    "processor_kwargs: {videos_kwargs: ...} holds for all.")
         inline = _inline(part, "video")
         if not no_image(inline):
             return _video_ref(inline, part, self.source, self.root)

@@ -58,6 +58,8 @@ def test_settings_change_what_is_seen_and_are_saved(
                                      "'max_pixels'"),
     ("llava", {"max_pixels": 1024}, "SiglipImageProcessor has no 'max_pixels'"),
     ("qwen2_5_vl", {"patch_size": 16}, r"patch_size cannot be set: .* made for its own, 8"),
+    ("internvl", {"size": {"height": 64, "width": 64}}, "size cannot be set: .* made for its own"),
+    ("llava_next", {"image_grid_pinpoints": [[32, 32]]}, "image_grid_pinpoints cannot be set"),
     ("internvl", {"crop_to_patches": False}, "the processor itself always says"),
     ("qwen3_vl", {"videos_kwargs": {"fps": 2}}, "data.video says which frames"),
     ("qwen3_vl", {"videos_kwargs": {"sise": {}}}, "videos_kwargs: .* Did you mean 'size'"),
@@ -116,3 +118,17 @@ def test_families_without_limits_per_picture_say_so(family: str) -> None:
 def test_limits_are_numbers_of_pixels(value: Any) -> None:
     with pytest.raises(RecordError, match=r"data.jsonl:3: an image part's max_pixels = "):
         record(image(), max_pixels=value)
+
+
+def test_videos_have_settings_of_their_own(tmp_path: Path) -> None:
+    built = build("qwen3_vl")
+    item = parse_record({"prompt": "<video>What?", "completion": "A square.",
+                         "videos": [[image("square", seed=i) for i in range(4)]]}, "x")
+    numbers = [tokens(built.processor, item)]
+    for most in (2**16, 2**13):
+        size = {"shortest_edge": 1024, "longest_edge": most}
+        set_processor(built.processor, {"videos_kwargs": {"size": size}}, "student")
+        numbers.append(tokens(built.processor, item))
+    assert numbers[0] > numbers[1] > numbers[2]
+    save(built, tmp_path)
+    assert tokens(AutoProcessor.from_pretrained(tmp_path), item) == numbers[-1]

@@ -188,6 +188,17 @@ def test_rows_without_an_image_are_asked_without(own: Own) -> None:
         asked(own(rows[1:], **CHOICE))
 
 
+def test_questions_about_videos(own: Own) -> None:
+    rows = [{**ROWS[0], "clip": ["0.png", "1.png"], "query": "Is <image> in <video>?"},
+            {**ROWS[1], "clip": {"frames": ["1.png", "0.png", "1.png"]}}]
+    columns = {**CHOICE["columns"], "video": "clip"}
+    first, second = asked(own(rows, **{**CHOICE, "columns": columns}))
+    assert [image.kind for image in first.images] == ["image", "video"]
+    assert first.prompt[:4] == ("Is ", None, " in ", None)
+    assert [image.kind for image in second.images] == ["image", "video"]
+    assert second.images[1].load().total == 3
+
+
 def test_questions_of_text_alone(own: Own) -> None:
     rows = [{key: value for key, value in ROWS[0].items() if key != "image"}]
     with pytest.raises(RecordError, match=r"rows.jsonl:1: column 'image' is missing"):

@@ -270,6 +270,8 @@ def test_images_and_videos_keep_their_order():
     ("What?", {"video": 3}, "a video must be a path, bytes or a list of frames, got 3"),
     ("What?", {"videos": [[3]]}, "a video must be a path, bytes or a list of frames"),
     ("What?", {"videos": [[]]}, "a video must be a path, bytes or a list of frames"),
+    ([{"type": "video", "video": "a.mp4", "max_pixels": 99}], {}, "max_pixels = 99 is not read"),
+    ([{"type": "video", "video": "a.mp4", "video_end": 3.0}], {}, "video_end = 3.0 is not read"),
     ([{"type": "video", "video": "a.mp4", "nframes": -1}], {}, "a video's frames: .*-1"),
     ([{"type": "video", "video": "a.mp4", "nframes": 4, "fps": 1.0}], {}, "cannot both be set"),
 ])
