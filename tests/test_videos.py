@@ -21,8 +21,8 @@ from taid_vlm.config.data import VideoSpec
 from taid_vlm.errors import SampleDropped
 from taid_vlm.evaluation.canary import canary
 from taid_vlm.models.generation import generate_answers
-from taid_vlm.records import Record, parse_record
-from taid_vlm.records.videos import Clip
+from taid_vlm.records import ImageRef, Record, parse_record
+from taid_vlm.records.videos import Clip, VideoRef
 
 torch.set_num_threads(1)
 
@@ -181,3 +181,20 @@ def test_a_broken_video_costs_one_record() -> None:
                                            "videos": [[b"no frame"]]}, "x:2")]
     counts = collate(rows)["counts"]
     assert (counts["rows"], counts["dropped"]) == (1, {"unreadable video": 1})
+
+
+def test_every_picture_is_decoded_once_for_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    for kind in (ImageRef, VideoRef):
+        load = kind.load
+        monkeypatch.setattr(kind, "load", lambda ref, load=load: decoded.append(ref.kind)
+                            or load(ref))
+    pairing = paired("qwen3_vl", "internvl")
+    collate = DistillationCollator(adapter("internvl", "student"), adapter("qwen3_vl", "teacher"),
+                                   pairing)
+    files = parse_record({"prompt": "<image><image>What?", "completion": "It is",
+                          "images": [image("odd", 1), image("odd", 2)]}, "x")
+    assert collate([files])["counts"]["rows"] == 1
+    assert decoded == ["image", "image"]
+    collate([record("video")])
+    assert decoded[2:] == ["video", *["image"] * 4]  # the frames that are shown, one by one

@@ -7,9 +7,9 @@
     tags: [category]                 # columns that figures are split by
 
 Columns: `question`, `answer`, `image` (or `images`), `video`, `id`, `group` (questions about one
-item) and `options` (a list, or the columns A, B, C ...). An answer is an option's letter, its place from 0 or
-its text; yes or no; or one accepted text or a list of them. A prompt may name any column; where
-`<image>` stands in it (or in a question) an image is shown, otherwise the images come first.
+item) and `options` (a list, or the columns A, B, C ...). An answer is an option's letter, its place
+from 0 or its text; yes or no; or one accepted text or a list of them. A prompt may name any column;
+where `<image>` stands in it (or in a question) an image is shown, otherwise the images come first.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +165,8 @@ class VideoRef(ImageRef):
             self._check_size(stream.codec_context)
             times, keys = _timetable(container, stream)
             rate = float(stream.average_rate or stream.guessed_rate or LIST_RATE)
+            if not keys:  # a file that says no times
+                times, keys = list(range(_count(container, stream))), {}
             indices = self.sampling_of(len(times), rate)
             decoded = _decoded(container, stream, sorted({times[i] for i in indices}), keys)
             return Clip(tuple(decoded[times[i]] for i in indices), indices, rate, len(times))
@@ -181,45 +184,68 @@ def _spread(total: int, number: int) -> tuple[int, ...]:
     return tuple(np.linspace(0, total - 1, number).round().astype(int).tolist())
 
 
-def _timetable(container: Any, stream: Any) -> tuple[list[int], list[int]]:
-    """When frames are shown, in order, and which of them decoding can start at; nothing is decoded.
+def _timetable(container: Any, stream: Any) -> tuple[list[int], dict[int, int]]:
+    """When frames are shown, in order, and at which of them decoding can start, with the place to
+    seek; nothing is decoded.
 
-    Headers are often wrong about the number of frames, and rates vary within a file.
+    Headers are often wrong about the number of frames, and rates vary within a file. Both are empty
+    for a file that does not say when its frames are shown.
     """
-    packets = [packet for packet in container.demux(stream) if packet.pts is not None]
-    container.seek(0, backward=True, any_frame=False)
-    return (sorted({packet.pts for packet in packets}),
-            sorted({packet.pts for packet in packets if packet.is_keyframe}))
+    packets = [packet for packet in container.demux(stream) if packet.size]
+    if any(packet.pts is None for packet in packets):
+        return [], {}
+    keys = {packet.pts: packet.pts if packet.dts is None else packet.dts
+            for packet in packets if packet.is_keyframe}
+    first = min(keys, default=0)  # what was cut out of a longer file may begin with a rest
+    return sorted({packet.pts for packet in packets if packet.pts >= first}), keys
+
+
+def _count(container: Any, stream: Any) -> int:
+    container.seek(0)
+    return sum(1 for _ in container.decode(stream))
 
 
 def _decoded(
-    container: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int]
+    container: Any, stream: Any, wanted: Sequence[int], keys: Mapping[int, int]
 ) -> dict[int, Image.Image]:
-    """Frames by the time they are shown at; what lies between is jumped over where it can be."""
-    found: dict[int, Image.Image] = {}
-    for time, frame in _frames(container, stream, wanted, keys):
-        found[time] = _upright(frame)
+    """Frames by the time they are shown at (without `keys`, by their number); what lies between is
+    jumped over where it can be."""
+    frames = _frames(container, stream, wanted, keys) if keys else _numbered(container, stream)
+    found = {time: _upright(frame) for time, frame in frames if time in set(wanted)}
     missing = [time for time in wanted if time not in found]
     if missing:
         raise ValueError(f"{len(missing)} of {len(wanted)} frames cannot be decoded")
     return found
 
 
+def _numbered(container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+    container.seek(0)
+    return enumerate(container.decode(stream))
+
+
 def _frames(
-    container: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int]
+    container: Any, stream: Any, wanted: Sequence[int], keys: Mapping[int, int]
 ) -> Iterator[tuple[int, Any]]:
-    frames, last = container.decode(stream), None
+    frames, last, jumps = _from(container, stream, keys[min(keys)]), None, True
     for time in wanted:
-        start = max((key for key in keys if key <= time), default=None)
-        if start is not None and (start > last if last is not None else start > keys[0]):
-            container.seek(start, stream=stream)
-            frames = container.decode(stream)
+        key = max((key for key in keys if key <= time), default=min(keys))
+        if jumps and (min(keys) if last is None else last) < key:
+            frames = _from(container, stream, keys[key])
+            first = next(frames, None)
+            jumps = first is not None and first.pts is not None and first.pts <= time
+            # some containers (MPEG-TS) find no place exactly, and are read from the beginning then
+            frames = itertools.chain([first], frames) if jumps else _from(
+                container, stream, keys[min(keys)])
         for frame in frames:
             last = frame.pts
-            if frame.pts is not None and frame.pts >= time:
-                if frame.pts == time:
-                    yield time, frame
+            if last is not None and last >= time:
+                yield last, frame
                 break
+
+
+def _from(container: Any, stream: Any, place: int) -> Iterator[Any]:
+    container.seek(place, stream=stream)
+    return iter(container.decode(stream))
 
 
 def _upright(frame: Any) -> Image.Image:

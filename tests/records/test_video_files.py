@@ -125,6 +125,9 @@ def test_frames_of_several_sizes_become_those_of_the_first():
 @pytest.mark.parametrize(("codec", "container", "options"), [
     ("mpeg4", "mp4", {}), ("mpeg4", "avi", {}), ("mpeg4", "matroska", {"g": "5"}),
     ("libx264", "mp4", {"g": "10", "bf": "3"}), ("libvpx-vp9", "webm", {}),
+    ("libx264", "mpegts", {"g": "10", "bf": "2"}), ("flv1", "flv", {"g": "7"}),
+    ("mpeg4", "avi", {"bf": "2", "g": "12"}), ("libx264", "matroska", {"g": "250", "bf": "3"}),
+    ("mpeg2video", "mpeg", {"g": "9"}),
 ])
 def test_the_frames_of_a_file_are_those_at_their_places(codec, container, options, tmp_path):
     data = encoded(50, codec=codec, container=container, **options)
@@ -134,6 +137,20 @@ def test_the_frames_of_a_file_are_those_at_their_places(codec, container, option
         assert (clip.total, clip.rate, clip.indices) == (50, 10.0, (0, 10, 20, 29, 39, 49))
         expected = [level(i, 50) for i in clip.indices]
         assert max(abs(a - b) for a, b in zip(levels(clip), expected, strict=True)) <= 3
+
+
+def test_a_piece_cut_out_of_a_longer_file():
+    data = encoded(50, codec="libx264", container="mpegts", g="10")
+    clip = loaded(data[len(data) // 3 // 188 * 188 :], VideoSpec(frames=4))
+    assert 10 < clip.total < 50
+    assert levels(clip) == sorted(levels(clip)) and abs(levels(clip)[-1] - level(49, 50)) <= 3
+
+
+def test_a_file_that_says_no_times(monkeypatch):
+    monkeypatch.setattr("taid_vlm.records.videos._timetable", lambda container, stream: ([], {}))
+    clip = loaded(encoded(20), VideoSpec(frames=3))
+    assert (clip.total, clip.indices) == (20, (0, 10, 19))
+    assert max(abs(a - level(i, 20)) for a, i in zip(levels(clip), clip.indices, strict=True)) <= 3
 
 
 def test_a_rate_is_of_the_file():
