@@ -29,7 +29,9 @@ from taid_vlm.records.images import (
 UNREADABLE_VIDEO = "unreadable video"
 LIST_RATE = 2.0  # frames a second of a list that does not say, as qwen_vl_utils takes it
 # playlists, and formats that name other files or devices, are not opened
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpeg,mpegts,ogg,asf,gif"
+# (of the container alone: `options` for streams crash PyAV where a header does not name them)
+_CONTAINER = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpeg,mpegts,ogg,asf,gif"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class VideoRef(ImageRef):
         if not isinstance(value, bytes) and not Path(value).is_file():
             raise FileNotFoundError("there is no such file")
         with io.BytesIO(value) if isinstance(value, bytes) else open(value, "rb") as file, \
-                _av().open(file, options={"format_whitelist": CONTAINERS}) as container:
+                _av().open(file, container_options=dict(_CONTAINER)) as container:
             if not container.streams.video:
                 raise ValueError("it holds no video")
             stream = container.streams.video[0]

@@ -175,6 +175,25 @@ def test_what_is_no_video_costs_a_record(value):
     assert "data.jsonl:3: " in message and len(message) < 600
 
 
+def test_a_list_of_other_files_is_not_opened(tmp_path, monkeypatch):
+    """ffmpeg would read whatever it names, under whatever name it has."""
+    (tmp_path / "a.mp4").write_bytes(encoded(10))
+    (tmp_path / "list.mp4").write_bytes(b"ffconcat version 1.0\nfile 'a.mp4'\n")
+    monkeypatch.chdir(tmp_path)
+    assert loaded(Path("a.mp4")).total == 10
+    assert refused(Path("list.mp4"))[0] == UNREADABLE_VIDEO
+    assert refused((tmp_path / "list.mp4").read_bytes())[0] == UNREADABLE_VIDEO
+
+
+def test_an_animation_is_a_video():
+    buffer = io.BytesIO()
+    first, *rest = listed(10)
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=100)
+    pytest.importorskip("av")
+    clip = loaded(buffer.getvalue(), VideoSpec(frames=4))
+    assert (clip.total, levels(clip)) == (10, [level(i, 10) for i in (0, 3, 6, 9)])
+
+
 def test_a_file_that_breaks_off():
     data = encoded(50, container="avi")
     reason, message = refused(data[: len(data) // 3])
