@@ -17,6 +17,7 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
+from taid_vlm.batch.losses import by_weight, weight_sum
 from taid_vlm.config.recipe import load_recipe
 from taid_vlm.models.loading import load_model
 from taid_vlm.objectives import parse_objective
@@ -48,7 +49,7 @@ def train(student, teacher, collator, pairing, dataset, args):  # noqa: RET503
         loader.set_epoch(epoch)
         stream = iter(loader)
         while batches := list(itertools.islice(stream, args.gradient_accumulation_steps)):
-            count = torch.tensor(sum(len(b["labels"]) for b in batches), device=accelerator.device)
+            count = torch.tensor(sum(map(weight_sum, batches)), device=accelerator.device)
             tokens = accelerator.reduce(count, "sum")  # of the whole step, over all processes
             taid_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
             for index, batch in enumerate(batches):
@@ -59,7 +60,7 @@ def train(student, teacher, collator, pairing, dataset, args):  # noqa: RET503
                     found = loss_of(student, teacher, batch, schedule and schedule.t, False)
                     accelerator.backward(found.loss * accelerator.num_processes / tokens)
                     if schedule:
-                        taid_sum += found.losses["taid"].sum().detach().double()
+                        taid_sum += by_weight(batch, found.losses["taid"]).sum().detach().double()
             accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
             optimizer.step()
             scheduler.step()

@@ -52,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted{getattr(module, 'INTERRUPTED', '')}", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno is None or error.filename is None:  # a library's, not the system's
+            return _unexpected(error, options)
+        return _refused(f"'{error.filename}': {error.strerror}.")
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise

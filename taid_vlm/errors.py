@@ -40,6 +40,12 @@ class RecordError(TaidError):
     reason = "malformed record"
 
 
+class HalfCharacterError(RecordError):
+    """A text that is no Unicode, cut in the middle of a character: it costs its record only."""
+
+    reason = "half a character"
+
+
 class AlignmentError(TaidError):
     """Teacher and student cannot be compared token by token."""
 

@@ -160,7 +160,7 @@ BAD: dict[str, tuple[Callable[[], Row], str]] = {
     "missing image": (lambda: picture_row(images=["/nowhere.png"]), "unreadable image"),
     "empty answer": (lambda: picture_row(completion="  "), "empty answer"),
     "no answer": (lambda: {"messages": [{"role": "user", "content": "a"}]}, "no answer"),
-    "no columns": (lambda: {"question": "a", "answer": "b"}, "malformed record"),
+    "no columns": (lambda: {"statement": "a", "reply": "b"}, "malformed record"),
     "bad role": (lambda: {"messages": [{"role": "robot", "content": "a"}]}, "malformed record"),
     "too few images": (lambda: picture_row(prompt="<image><image>?"), "malformed record"),
     "marks": (lambda: picture_row(completion="\ue000"), "marking characters in the text"),

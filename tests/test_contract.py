@@ -62,6 +62,11 @@ REFUSED: dict[tuple[str, str], str] = {
 ROUNDING: dict[str, float] = {"qwen3_5": 4e-3}
 
 
+# What closes an answer in the middle of a conversation is never generated there: gpt-oss ends with
+# <|return|>, its template writes <|end|> into the past.
+OTHER_END_INSIDE = ("gpt_oss",)
+
+
 def kinds(*families: str) -> list[str]:
     """What all of these families can be shown."""
     blind = any(family in TEXT_FAMILIES for family in families)
@@ -144,6 +149,15 @@ def covered(row: EncodedRow, position: int) -> bytes:
     return row.text.encode()[start:end]
 
 
+def inner_ends(row: EncodedRow) -> set[int | None]:
+    """Ends of all answers but the last."""
+    return {answer.end_of_turn for answer in row.answers[:-1]}
+
+
+def no_ends(row: EncodedRow) -> set[int | None]:
+    return set()
+
+
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
 def test_every_token_of_every_answer_is_aligned(teacher: str, student: str) -> None:
     pairing = paired(teacher, student)
@@ -151,9 +165,11 @@ def test_every_token_of_every_answer_is_aligned(teacher: str, student: str) -> N
     for side, kind in itertools.product(SIDES, kinds(teacher, student)):
         t, s = row_of(teacher, "teacher", side, kind), row_of(student, "student", side, kind)
         found = pairing.align(t, s)
+        inside = inner_ends if (teacher in OTHER_END_INSIDE) != (student in OTHER_END_INSIDE) \
+                else no_ends
         for role, row in ((teacher_positions, t), (student_positions, s)):
             assert [p for pair in found for p in role(pair)] == [
-                p for p, _ in supervised_positions(row)]
+                p for p, _ in supervised_positions(row) if p not in inside(row)]
         tokens = [pair for pair in found if isinstance(pair, AlignedToken)]
         # a space before an answer that one template prints and no token of its first word holds
         assert len(found) == len(tokens) or pairing.glue is not None
@@ -231,15 +247,21 @@ def test_gradient_reaches_the_student(family: str) -> None:
     collate = DistillationCollator(adapter(family, "student"), adapter(TEACHERS[family], "teacher"),
                                    pairing, padding_side="left")
     batch = collate([record(kind) for kind in kinds(TEACHERS[family], family)])
-    assert batch["counts"]["aligned_tokens"] == batch["counts"]["supervised_tokens"] > 0
-    assert not batch["counts"]["dropped"]
+    row_kinds = kinds(TEACHERS[family], family)
+    unaligned = sum(len(record(kind).answers) - 1 for kind in row_kinds) \
+        if family in OTHER_END_INSIDE else 0
+    counts = batch["counts"]
+    assert counts["aligned_tokens"] == counts["supervised_tokens"] - unaligned > 0
+    assert not counts["dropped"]
     objective = parse_objective({"terms": [{"name": "taid"}, {"name": "ce"}]})
     losses = token_losses(objective, batch, student_forward(model.train(), batch),
                           teacher_forward(teacher, batch), pairing, t=0.5)
     torch.stack(list(losses.values())).sum().backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     frozen = {name for name, p in model.named_parameters()} - moved
-    assert all("vision" in name or "visual" in name for name in frozen), frozen
+    # what picks keys for sparse attention is not reached by any loss on its output
+    apart = ("vision", "visual", "self_attn.indexer")
+    assert all(any(part in name for part in apart) for name in frozen), frozen
     if family in VLM_FAMILIES:
         assert any("vision" in name or "visual" in name for name in moved)
 

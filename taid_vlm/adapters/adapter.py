@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -26,12 +27,9 @@ from taid_vlm.adapters.encoded import (
     expand,
 )
 from taid_vlm.adapters.pictures import arguments, check_pictures
+from taid_vlm.adapters.specials import CONTROL, control_ids, media_tokens, refuse_media_tokens
 from taid_vlm.adapters.template import (
-    THOUGHT,
-    ContentForm,
-    Processor,
     Rendered,
-    Supervise,
     TextSpan,
     content_form,
     has_chat_template,
@@ -40,12 +38,21 @@ from taid_vlm.adapters.template import (
     video_token_printed,
 )
 from taid_vlm.adapters.tokens import TokenTable, tile, token_table
+from taid_vlm.adapters.turns import (
+    ContentForm,
+    Processor,
+    Supervise,
+    check_kwargs,
+    has_thought,
+    places_in,
+)
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Message, Record
 from taid_vlm.records.videos import Picture
 
 Side = Literal["left", "right"]
 NO_VISION, ONE_QUESTION = "image for a text model", "conversation for a model of one question"
+NO_TEMPLATE = "tools or thoughts for a model without a chat template"
 # whether a template's space is glued to an answer depends on the word having such a token
 PROBE_WORDS = ("yes", "The", "the", "a", "is", "in", "It", "A")
 
@@ -58,17 +65,24 @@ class ModelAdapter:
         role: "teacher" or "student", for messages.
         max_length: tokens a row may have after image expansion; longer conversations are
             dropped and counted, longer plain texts are cut at the end and counted.
+        chat_template_kwargs: variables for the chat template.
 
     Raises:
-        TaidError: a chat template that does not print answers faithfully.
+        TaidError: a chat template that does not print answers faithfully, or a variable that it
+            does not read.
     """
 
     prefer: ContentForm = "string"
     sees_images = takes_videos = False
     one_question = "has no chat template; set {}.chat_template."
 
-    def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
+    def __init__(
+        self, processor: Processor, role: str, max_length: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.processor, self.role, self.max_length = processor, role, max_length
+        self.kwargs = dict(chat_template_kwargs or {})
+        check_kwargs(processor, self.kwargs, role)
         self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or "<pad>"
@@ -86,14 +100,57 @@ class ModelAdapter:
             raise SampleDropped(
                 NO_VISION, f"{record.source} holds an image, but the {self.role} is a text model "
                 f"and cannot see it; choose a {self.role} with vision, or text records.")
+        refuse_media_tokens(record, self._media_tokens, self.role)
         check_pictures(record, self.processor, self.role, self.takes_videos)
         if record.text is not None:
             if not record.text.strip():
                 raise SampleDropped("empty text", record.source)
+            if record.context or record.goes_on:
+                return self._render_window(record.text, record.context, record.goes_on)
             return self._render_text(record.text)
         if self.form is None:
             return self._render_question(record)
-        return self._after_template(render(self.processor, record, self.form, supervise))
+        return self._after_template(
+            self._closed(
+                render(self.processor, record, self.form, supervise, self.kwargs, self.role)))
+
+    def render_prompt(self, record: Record, turn: int) -> str:
+        """The conversation up to its `turn`-th answer as the chat template asks for that."""
+        assert self.form is not None
+        return render_prompt(self.processor, record, turn, self.form, self.kwargs)
+
+    def _closed(self, rendered: Rendered) -> Rendered:
+        """Some templates (GLM-4) leave the last answer open, and nobody would learn to stop: there
+        it ends as answers in the middle of a conversation do."""
+        last = rendered.spans[-1]
+        if not last.is_answer or rendered.text[last.end :].strip():
+            return rendered
+        return replace(rendered, text=rendered.text + self._closing)
+
+    @cached_property
+    def added_end(self) -> str:
+        """The end that an answer is given because this model's template prints none; else ""."""
+        if self.form is None:
+            return ""
+        messages = (Message("user", PROBE_WORDS[:1]), Message("assistant", PROBE_WORDS[:1]))
+        rendered = render(self.processor, Record("probe", messages), self.form,
+                          kwargs=self.kwargs)
+        return self._closed(rendered).text.removeprefix(rendered.text)
+
+    @cached_property
+    def _closing(self) -> str:
+        """The special token behind an answer that is not the last, else the EOS."""
+        assert self.form is not None
+        question, answer = Message("user", PROBE_WORDS[:1]), Message("assistant", PROBE_WORDS[:1])
+        two = Record("probe", (question, answer, question, answer))
+        with contextlib.suppress(SampleDropped, AlignmentError):
+            rendered = self._after_template(
+                render(self.processor, two, self.form, kwargs=self.kwargs))
+            row = self.encode([rendered], [[]]).rows[0]
+            end = row.answers[0].end_of_turn
+            if end is not None:
+                return row.text.encode()[slice(*row.byte_spans[end - row.offset])].decode()
+        return self.tokenizer.eos_token or ""
 
     def _after_template(self, rendered: Rendered) -> Rendered:
         """For tokenizers the template is all there is; processors may add a BOS."""
@@ -103,6 +160,12 @@ class ModelAdapter:
         """A plain document: everything is learned, and then that it ends."""
         return self._with_special(Rendered(text, (TextSpan(0, len(text), 0, True),)), ends=True)
 
+    def _render_window(self, text: str, context: int, goes_on: bool) -> Rendered:
+        """A part of a document: what stands before it is seen, and it ends where that ends."""
+        bos, eos = self._added_bos, "" if goes_on else self.tokenizer.eos_token or ""
+        span = TextSpan(len(bos) + context, len(bos) + len(text), 0, True)
+        return Rendered(bos + text + eos, (span,))
+
     def _render_question(self, record: Record) -> Rendered:
         """A model without a template takes one question and its answer."""
         roles = [message.role for message in record.messages]
@@ -110,17 +173,24 @@ class ModelAdapter:
             raise SampleDropped(
                 ONE_QUESTION, f"{record.source} is a conversation ({', '.join(roles)}), but the "
                 f"{self.role} {self.one_question.format(self.role)}")
+        question, answer = record.messages
+        if record.tools or question.calls or answer.calls or answer.thought:
+            raise SampleDropped(NO_TEMPLATE, f"{record.source} has tools or a thought of its own, "
+                                f"which the {self.role} has no chat template for; set "
+                                f"{self.role}.chat_template")
         if not record.answers[0]:
             raise SampleDropped("empty answer", record.source)
+        if not answer.weight:
+            raise SampleDropped("no answer is learned", f"{record.source}: it weighs 0")
         return self._join(record)
 
     def _join(self, record: Record) -> Rendered:
-        """A base model: question and answer one behind the other."""
-        prompt, completion = (message.text for message in record.messages)
-        (answer,) = record.answers
-        prompt += completion[: completion.index(answer[0])]  # the space before the answer
-        span = TextSpan(len(prompt), len(prompt) + len(answer), 0, True)
-        return self._with_special(Rendered(prompt + answer, (span,)), ends=True)
+        """A base model: question and answer one behind the other, as they are."""
+        prompt, message = record.messages[0].text, record.messages[1]
+        answer = message.text
+        span = TextSpan(0, len(answer), 0, True, message.weight, tuple(places_in(answer, message)))
+        spans = (span.shifted(len(prompt)),)
+        return self._with_special(Rendered(prompt + answer, spans), ends=True)
 
     def cut(self, rendered: Rendered, row: EncodedRow) -> Rendered:
         """A plain text shortened to `max_length` tokens (without the end that it now lacks)."""
@@ -136,7 +206,7 @@ class ModelAdapter:
         """Let the tokenizer add its BOS; where a document `ends`, make sure that an EOS follows."""
         eos = self.tokenizer.eos_token or ""
         text = rendered.text + (eos if ends and not self._adds_eos else "")
-        return Rendered(text, rendered.spans, add_special=self._adds_bos or self._adds_eos)
+        return replace(rendered, text=text, add_special=self._adds_bos or self._adds_eos)
 
     def _alike(self, rendered: Sequence[Rendered]) -> tuple[Sequence[Rendered], bool]:
         """One setting of `add_special_tokens` for the batch.
@@ -150,8 +220,7 @@ class ModelAdapter:
 
     def _written_out(self, rendered: Rendered) -> Rendered:
         bos, eos = self._added_bos, (self.tokenizer.eos_token or "") if self._adds_eos else ""
-        spans = tuple(TextSpan(s.start + len(bos), s.end + len(bos), s.turn, s.is_answer)
-                      for s in rendered.spans)
+        spans = tuple(span.shifted(len(bos)) for span in rendered.spans)
         return Rendered(bos + rendered.text + eos, spans)
 
     @cached_property
@@ -203,15 +272,17 @@ class ModelAdapter:
         self, records: Sequence[tuple[Record, int]], images: Sequence[Sequence[Picture]]
     ) -> dict[str, Tensor]:
         """Left-padded inputs of conversations cut before their `turn`-th answer."""
+        for record, _ in records:
+            refuse_media_tokens(record, self._media_tokens, self.role)
         rendered = [self._prompt(record, turn) for record, turn in records]
         alike, add_special = self._alike(rendered)
         return self._process(alike, images, "left", add_special)[0]
 
     def _prompt(self, record: Record, turn: int) -> Rendered:
         if self.form is not None:
-            thinks = any(THOUGHT.match(answer) for answer in record.answers[turn : turn + 1])
-            text = self._as_learned(
-                render_prompt(self.processor, record, turn, self.form), thinks)
+            spoken = [m for m in record.messages if m.role == "assistant"]
+            thinks = any(map(has_thought, spoken[turn : turn + 1]))
+            text = self._as_learned(self.render_prompt(record, turn), thinks)
             prompt = self._after_template(Rendered(text, ()))
         else:
             text = record.messages[0].text if record.messages else ""
@@ -250,8 +321,8 @@ class ModelAdapter:
         assert self.form is not None
         messages = (Message("user", PROBE_WORDS[:1]), Message("assistant", (answer,)))
         record = Record("probe", messages)
-        rendered = render(self.processor, record, self.form)
-        return (render_prompt(self.processor, record, 0, self.form),
+        rendered = render(self.processor, record, self.form, "answers", self.kwargs, self.role)
+        return (self.render_prompt(record, 0),
                 rendered.text[: rendered.spans[0].start])
 
     def _process(
@@ -282,22 +353,27 @@ class ModelAdapter:
     ) -> AnswerSpan:
         first = bisect.bisect_right(byte_spans, start, key=lambda covered: covered[1])
         index = self._head_start(first, start, ids, byte_spans) if span.is_answer else first
-        tokens = []
+        tokens: list[AnswerToken] = []
         while index < len(ids) and byte_spans[index][0] < end:
             a, b = byte_spans[index]
+            special = self.table.text[ids[index]] is None
+            if special and ids[index] in self._controls:
+                if b == end and tokens:  # the end of a turn that a call has to itself
+                    end = a
+                    break
+                raise SampleDropped(
+                    CONTROL, f"{data[a:b].decode(errors='replace')!r} of the {self.role}")
             if b > a or index < first:
-                if self.table.text[ids[index]] is None:
-                    raise SampleDropped("special token inside an answer", repr(data[a:b]))
                 tokens.append(AnswerToken(
                     index + offset, max(a - start, 0), max(min(b, end) - start, 0),
-                    prefix=data[a : min(b, start)], suffix=data[end:b],
+                    prefix=data[a : min(b, start)], suffix=data[end:b], special=special,
                 ))
             index += 1
         ends_at = self._end_of_turn(ids, index) if span.is_answer else None
         if ends_at is None:
-            return AnswerSpan(span.turn, span.is_answer, tuple(tokens), None)
+            return AnswerSpan(span.turn, span.is_answer, tuple(tokens), None, weight=span.weight)
         tail = data[end : max(end, byte_spans[ends_at][0])]
-        return AnswerSpan(span.turn, True, tuple(tokens), ends_at + offset, tail)
+        return AnswerSpan(span.turn, True, tuple(tokens), ends_at + offset, tail, span.weight)
 
     def _head_start(
         self, index: int, start: int, ids: list[int], byte_spans: list[tuple[int, int]]
@@ -323,6 +399,16 @@ class ModelAdapter:
         prompt_end, trained_end = self._before(PROBE_WORDS[0])
         head = trained_end.removeprefix(prompt_end)
         return 0 if head.strip() else len(head.encode())
+
+    @cached_property
+    def _controls(self) -> frozenset[int]:
+        """Special tokens that an answer cannot hold."""
+        probe = next(filter(None, map(self.probe, PROBE_WORDS)), None)
+        return control_ids(self.tokenizer, self._media_tokens, self.end_of_turn_id, probe)
+
+    @cached_property
+    def _media_tokens(self) -> frozenset[str]:
+        return media_tokens(self.processor) if self.sees_images else frozenset()
 
     def _end_of_turn(self, ids: list[int], index: int) -> int | None:
         """The special token that closes the answer; spaces may stand before it."""
@@ -383,8 +469,11 @@ class ImageTextAdapter(ModelAdapter):
     sees_images = True
     return_tensors: str | None = "pt"
 
-    def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
-        super().__init__(processor, role, max_length)
+    def __init__(
+        self, processor: Processor, role: str, max_length: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(processor, role, max_length, chat_template_kwargs)
         if self.form is None:
             raise TaidError(f"{role}: the processor has no chat template; set "
                             f"{role}.chat_template to a jinja file.", code="no_chat_template")

@@ -17,6 +17,7 @@ class AnswerToken:
     start, end: bytes of the answer it covers, relative to the answer's start; none for space that
         has to be generated before it.
     prefix, suffix: bytes of template text glued to it before or after the answer.
+    special: whether it is a special token of the model.
     """
 
     position: int
@@ -24,6 +25,7 @@ class AnswerToken:
     end: int
     prefix: bytes = b""
     suffix: bytes = b""
+    special: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class AnswerSpan:
 
     end_of_turn: position of the special token that closes it, or None; `tail` are the template's
         bytes between the two.
+    weight: a factor of its tokens' losses.
     """
 
     turn: int
@@ -39,6 +42,13 @@ class AnswerSpan:
     tokens: tuple[AnswerToken, ...]
     end_of_turn: int | None
     tail: bytes = b""
+    weight: float = 1.0
+
+    @property
+    def positions(self) -> list[int]:
+        """Of its tokens, the end of its turn included."""
+        end = [] if self.end_of_turn is None else [self.end_of_turn]
+        return [*(token.position for token in self.tokens), *end]
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,15 @@ class EncodedRow:
     byte_spans: list[tuple[int, int]]
     answers: tuple[AnswerSpan, ...]
     images: tuple[tuple[int, int], ...]  # byte spans of the expanded images
+
+    @property
+    def weights(self) -> dict[int, float]:
+        """What the answers' tokens weigh, by position; a token across two texts is the first's."""
+        weights: dict[int, float] = {}
+        for answer in self.answers:
+            for position in answer.positions:
+                weights.setdefault(position, answer.weight)
+        return weights
 
 
 @dataclass(frozen=True)

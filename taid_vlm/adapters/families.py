@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from taid_vlm.adapters.adapter import ImageTextAdapter, ModelAdapter, Side, TextAdapter
-from taid_vlm.adapters.template import Processor, Rendered, TextSpan, has_chat_template
+from taid_vlm.adapters.encoded import EncodedRow
+from taid_vlm.adapters.template import Rendered, TextSpan, has_chat_template
+from taid_vlm.adapters.turns import Processor
 from taid_vlm.adapters.video import FramesAdapter, TilesAdapter
 from taid_vlm.errors import TaidError
-from taid_vlm.records import Record
+from taid_vlm.records import ImageRef, Message, Record
+from taid_vlm.records.images import GREY
 from taid_vlm.records.videos import Picture
+
+# a token that stands for features is not that much rarer in an image than any other; one that only
+# marks where a row or an image ends is
+MARKERS = 4
 
 
 class TileListAdapter(ImageTextAdapter):
@@ -48,12 +58,15 @@ class PrefixAdapter(ImageTextAdapter):
 
     takes_videos = False  # type: ignore[assignment]
 
-    def __init__(self, processor: Processor, role: str, max_length: int | None = None) -> None:
+    def __init__(
+        self, processor: Processor, role: str, max_length: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         if has_chat_template(processor):
             raise TaidError(f"{role}: PaliGemma takes a question and gives an answer, in a text of "
                             "its own; it cannot use a chat template.",
                             mend=f"Remove {role}.chat_template.")
-        ModelAdapter.__init__(self, processor, role, max_length)
+        ModelAdapter.__init__(self, processor, role, max_length, chat_template_kwargs)
 
     @property
     def _added_bos(self) -> str:
@@ -63,12 +76,13 @@ class PrefixAdapter(ImageTextAdapter):
         return self._with_answer(self._added_bos, text)
 
     def _join(self, record: Record) -> Rendered:
-        return self._with_answer(self._prefix(record), record.answers[0])
+        return self._with_answer(self._prefix(record), record.answers[0],
+                                 record.messages[1].weight)
 
-    def _with_answer(self, prefix: str, answer: str) -> Rendered:
-        end = len(prefix) + len(answer)
+    def _with_answer(self, prefix: str, answer: str, weight: float = 1.0) -> Rendered:
+        start, end = len(prefix), len(prefix) + len(answer)
         return Rendered(prefix + answer + self.tokenizer.eos_token,
-                        (TextSpan(len(prefix), end, 0, True),))
+                        (TextSpan(start, end, 0, True, weight, (("text", start, end),)),))
 
     def _prefix(self, record: Record) -> str:
         images = self.processor.image_token * len(record.images)
@@ -114,13 +128,48 @@ EXCEPTIONS: dict[str, type[ImageTextAdapter]] = {
 }
 
 
-def make_adapter(processor: Processor, role: str, max_length: int | None = None) -> ModelAdapter:
+def make_adapter(
+    processor: Processor, role: str, max_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> ModelAdapter:
     """TextAdapter for a tokenizer, ImageTextAdapter (or an exception) for a processor."""
+    kind: type[ModelAdapter]
     if isinstance(processor, PreTrainedTokenizerBase):
-        return TextAdapter(processor, role, max_length)
-    if isinstance(processor, ProcessorMixin) and hasattr(processor, "tokenizer"):
-        adapter = EXCEPTIONS.get(type(processor).__name__, ImageTextAdapter)
-        return adapter(processor, role, max_length)
-    raise TaidError(
-        f"{role}: {type(processor).__name__} is neither a tokenizer nor a processor with one."
-    )
+        kind = TextAdapter
+    elif isinstance(processor, ProcessorMixin) and hasattr(processor, "tokenizer"):
+        kind = EXCEPTIONS.get(type(processor).__name__, ImageTextAdapter)
+    else:
+        raise TaidError(
+            f"{role}: {type(processor).__name__} is neither a tokenizer nor a processor with one.")
+    return kind(processor, role, max_length, chat_template_kwargs)
+
+
+def probe_image(adapter: ModelAdapter, width: int, height: int) -> EncodedRow | None:
+    """A question about a blank image of this size (in pixels) and its answer; None where it is
+    refused."""
+    blank = Image.new("RGB", (width, height), GREY)
+    question, answer = Message("user", (None, "what")), Message("assistant", ("yes",))
+    record = Record("probe", (question, answer), (ImageRef(blank, "probe"),))
+    with contextlib.suppress(Exception):  # processors raise anything
+        return adapter.encode([adapter.render(record)], [[blank]]).rows[0]
+    return None
+
+
+def check_image_token(adapter: ModelAdapter, config: PretrainedConfig) -> None:
+    """Raise TaidError where an image becomes other tokens than the model puts its features for:
+    a tokenizer that has lost that token, or has it under another number."""
+    number = getattr(config, "image_token_id", None)
+    own = type(config).__module__.startswith("transformers.")  # others may mean something else
+    row = probe_image(adapter, 224, 224) if own and adapter.sees_images else None
+    if row is None or not row.images or type(number) is not int:
+        return
+    counts = Counter(token for token, (a, _) in zip(row.ids, row.byte_spans, strict=True)
+                     if any(start <= a < end for start, end in row.images))
+    most, times = max(counts.items(), key=lambda item: item[1], default=(number, 0))
+    if counts[number] * MARKERS < times:
+        names = adapter.tokenizer.convert_ids_to_tokens([number, most])
+        raise TaidError(
+            f"{adapter.role}: '{adapter.tokenizer.name_or_path}': config.json's image_token_id is "
+            f"{number}, which is {names[0]!r} in tokenizer.json, but an image becomes {names[1]!r} "
+            f"({most}): the image token is missing there, or has another number. Put the model's "
+            f"own tokenizer beside it, or set {adapter.role}.processor_name_or_path.")

@@ -148,6 +148,13 @@ def _grid_thw(merge: int, expansion: _Expansion) -> Placed:
     return expansion.tokens, (rows // merge, columns // merge)
 
 
+def _ended_rows(merge: int, expansion: _Expansion) -> Placed:
+    """Hunyuan 4: as Qwen-VL, with one token more at the end of every row."""
+    tokens, (rows, columns) = _grid_thw(merge, expansion)
+    cells = [position for index, position in enumerate(tokens) if (index + 1) % (columns + 1)]
+    return cells, (rows, columns)
+
+
 def _run(index: int, expansion: _Expansion) -> Placed:
     """The whole image is a run of its own between markers, the first or the last one."""
     return _sided(expansion.runs[index])
@@ -195,6 +202,8 @@ def _of_lfm2_vl(processor: Any, config: Any) -> Layout:
 LAYOUTS: dict[str, Callable[[Any, Any], Layout]] = {
     "gemma4": lambda processor, config: partial(
         _patch_positions, config.vision_config.pooling_kernel_size),
+    "hy_v4_vl": lambda processor, config: partial(
+        _ended_rows, processor.image_processor.merge_size),
     "idefics3": lambda processor, config: partial(_run, -1),
     "internvl": lambda processor, config: partial(
         _part, slice(-processor.image_seq_length, None)),

@@ -24,11 +24,13 @@ from taid_vlm.adapters import (
     ModelAdapter,
     check_spelled,
 )
+from taid_vlm.alignment.cell_store import CellStore
 from taid_vlm.alignment.cells import build_cell_map
 from taid_vlm.alignment.segments import common_segments, same_glue
 from taid_vlm.alignment.vocabulary import VocabularyMap, build_vocabulary_map
-from taid_vlm.errors import AlignmentError, TaidError
+from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 
+ONE_SIDED = "special token that only one model has inside an answer"
 PROBES = (
     "The quick brown fox jumps over the lazy dog, doesn't it?",
     "In 2025 they paid $1,234.50 (about 3.14 times more).\nYes: no; a_b c-d.",
@@ -99,6 +101,7 @@ class Pairing:
 
         Raises:
             AlignmentError: the two models were shown different answers.
+            SampleDropped: an answer with a special token that only one model has.
         """
         if len(teacher.answers) != len(student.answers):
             raise AlignmentError("the two templates print different numbers of texts")
@@ -106,12 +109,32 @@ class Pairing:
         aligned: list[Aligned] = []
         taken: set[int] = set()  # a token across two texts counts once
         for t, s in zip(teacher.answers, student.answers, strict=True):
+            self._check_special(t, s, teacher, student)
             for pair in compare(t, s, teacher, student):
                 positions = student_positions(pair)
                 if taken.isdisjoint(positions):
                     taken.update(positions)
                     aligned.append(pair)
         return aligned
+
+    def _check_special(
+        self, t: AnswerSpan, s: AnswerSpan, teacher: EncodedRow, student: EncodedRow
+    ) -> None:
+        """A special token inside an answer must be one and the same token on both sides."""
+        places = [{(token.start, token.end): token for token in own.tokens} for own in (t, s)]
+        for place in dict.fromkeys(at for side in places for at, token in side.items()
+                                   if token.special):
+            t_token, s_token = (side.get(place) for side in places)
+            if t_token is None or s_token is None or not self.maps[0].same_token(
+                    teacher.ids[t_token.position - teacher.offset],
+                    student.ids[s_token.position - student.offset]):
+                role, row, token = ("teacher", teacher, t_token) if t_token and (
+                    t_token.special) else ("student", student, s_token)
+                assert token is not None
+                a, b = row.byte_spans[token.position - row.offset]
+                name = row.text.encode()[a:b].decode(errors="replace")
+                raise SampleDropped(
+                    ONE_SIDED, f"'{name}' of the {role} is not one token of the other model")
 
     def _token_by_token(
         self, t: AnswerSpan, s: AnswerSpan, teacher: EncodedRow, student: EncodedRow
@@ -236,8 +259,9 @@ def pair_models(
     roles = _roles(teacher, student)
     glue = _first_token_glue(teacher, student)
     chunks = difference is not None or alignment == "chunks"
-    build: Any = partial(build_cell_map, teacher, student) if chunks else partial(
-        build_vocabulary_map, teacher.table, student.table)
+    build: Any = partial(
+        build_cell_map, teacher, student, find=CellStore(teacher, student).find
+    ) if chunks else partial(build_vocabulary_map, teacher.table, student.table)
     maps = [build(teacher_rows, student_rows, roles, around)
             for around in ((b"", b""), glue) if around is not None]
     case: Case = "c" if chunks else "a" if maps[0].identity else "b"
@@ -337,11 +361,13 @@ def _counts(vocabulary: VocabularyMap) -> str:
 
 
 def _warnings(teacher: ModelAdapter, student: ModelAdapter) -> tuple[str, ...]:
-    return tuple(
-        f"{adapter.role}: no special token ends an answer, so where to stop is not distilled"
-        for adapter in (teacher, student)
-        if adapter.end_of_turn_id is None
-    )
+    adapters = (teacher, student)
+    return (
+        *(f"{adapter.role}: no special token ends an answer, so where to stop is not distilled"
+          for adapter in adapters if adapter.end_of_turn_id is None),
+        *(f"{adapter.role}: the chat template leaves the last answer open; {adapter.added_end} is "
+          "put behind it, so that where to stop is learned"
+          for adapter in adapters if adapter.added_end))
 
 
 def check_modalities(blind: Sequence[str], has_images: bool) -> None:

@@ -17,13 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from taid_vlm.adapters import TokenTable
 from taid_vlm.errors import AlignmentError
 from taid_vlm.objectives.divergences import row_chunks, upcast
 
+# an added token may be special in one model and not in the other
+_SAME_NAME = {"special": ("added",), "added": ("special",)}
 SCRATCH = 8  # tensors as large as some columns that summing them up has in use at a time, about
 
 
@@ -68,22 +72,18 @@ class VocabularyMap:
         if self.identity:
             return teacher_id == student_id
         teacher_entries, student_entries = self._entries
-        return teacher_entries.get(teacher_id, -1) == student_entries.get(student_id, -1)
+        return bool(teacher_entries[teacher_id] == student_entries[student_id])
 
     def same_token(self, teacher_id: int, student_id: int) -> bool:
         """Whether that outcome is this token alone, on both sides."""
         shared = len(self.student.shared)
         return self.same_entry(teacher_id, student_id) and (
-            self.identity or self._entries[0].get(teacher_id, shared) < shared)
+            self.identity or 0 <= self._entries[0][teacher_id] < shared)
 
     @cached_property
-    def _entries(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Id -> entry on both sides, of shared tokens and members; what is missing is rest."""
-        teacher_entries, student_entries = (
-            {token: entry for entry, token in enumerate(side.shared.tolist())}
-            | {token: len(side.shared) + cell for token, cell in
-               zip(side.members.tolist(), side.cell.tolist(), strict=True)}
-            for side in (self.teacher, self.student))
+    def _entries(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Id -> entry on both sides, of shared tokens and members; -1 for all others."""
+        teacher_entries, student_entries = map(_entries, (self.teacher, self.student))
         return teacher_entries, student_entries
 
     @property
@@ -145,6 +145,16 @@ class VocabularyMap:
             for name, ids in (("rest", rows.rest), ("padding", rows.padding),
                               ("cell", rows.members)) if len(ids)
         }
+
+
+def _entries(side: SideMap) -> NDArray[np.int32]:
+    """[rows] the entry of each id, -1 for one that has none of its own."""
+    shared, rest, padding, members, cell = (x.cpu().numpy() for x in vars(side).values())
+    entries = np.full(1 + max(int(ids.max(initial=-1)) for ids in (shared, rest, padding, members)),
+                      -1, np.int32)
+    entries[shared] = np.arange(len(shared))
+    entries[members] = len(shared) + cell
+    return entries
 
 
 def grouped_logsumexp(logits: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -260,10 +270,12 @@ def pair_tokens(
     used_t: set[int] = set()
     used_s: set[int] = set()
     alike = [(index, student[key]) for key, index in teacher.items() if key in student]
+    named = [(index, student[other, name]) for (kind, name), index in teacher.items()
+             for other in _SAME_NAME.get(kind, ()) if (other, name) in student]
     spelled = {text: index for (kind, text), index in student.items() if kind != "special"}
     by_bytes = [(index, spelled[text]) for (kind, text), index in teacher.items()
                 if kind != "special" and text in spelled]
-    for t, s in (*roles, *alike, *by_bytes):
+    for t, s in (*roles, *alike, *named, *by_bytes):
         if t not in used_t and s not in used_s:
             pairs.append((t, s))
             used_t.add(t)
@@ -272,16 +284,14 @@ def pair_tokens(
 
 
 def side_map(
-    shared: list[int], table: TokenTable, rows: int, members: Sequence[tuple[int, int]] = ()
+    shared: ArrayLike, table: TokenTable, rows: int, members: ArrayLike = (), cell: ArrayLike = ()
 ) -> SideMap:
-    named = torch.zeros(rows, dtype=torch.bool)
-    named[[i for i, string in enumerate(table.strings) if string is not None]] = True
-    taken = torch.zeros(rows, dtype=torch.bool)
-    taken[[*shared, *(token for token, _ in members)]] = True
-    return SideMap(
-        torch.tensor(shared, dtype=torch.long),
-        (named & ~taken).nonzero()[:, 0],
-        (~named).nonzero()[:, 0],
-        torch.tensor([token for token, _ in members], dtype=torch.long),
-        torch.tensor([cell for _, cell in members], dtype=torch.long),
-    )
+    """One model's rows by the ids of its shared tokens, and of `members` of groups `cell`."""
+    named = np.zeros(rows, bool)
+    named[: len(table)] = np.fromiter((s is not None for s in table.strings), bool, len(table))
+    parts = [np.array(part, np.int64) for part in (shared, members, cell)]
+    rest = named.copy()
+    rest[parts[0]] = rest[parts[1]] = False
+    shared, members, cell = map(torch.from_numpy, parts)
+    return SideMap(shared, torch.from_numpy(rest.nonzero()[0]),
+                   torch.from_numpy((~named).nonzero()[0]), members, cell)

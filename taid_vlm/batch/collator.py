@@ -24,6 +24,7 @@ from taid_vlm.adapters import (
     Rendered,
     Side,
     Supervise,
+    agree,
 )
 from taid_vlm.alignment import (
     Aligned,
@@ -37,6 +38,7 @@ from taid_vlm.alignment import (
 )
 from taid_vlm.errors import AlignmentError, Problem, RecordError, SampleDropped, TaidError
 from taid_vlm.records import Malformed, Record, first_rows, parse_record
+from taid_vlm.records.record import problem_of
 from taid_vlm.records.videos import Picture
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class DistillationCollator:
     A batch holds, for N aligned tokens in B rows:
         student_inputs, teacher_inputs: what the models take.
         student_mask, teacher_mask: bool [B, T], the predicting positions.
+        weights: float32 [N] what each token's losses count; absent where all count 1.
         labels, teacher_labels: [N] the next token, in each model's own ids.
         map_index: [N] which vocabulary map; turn, row: [N]; categories: list of N names;
         sources: list of B names of the records; images: [B] how many each has.
@@ -80,6 +83,8 @@ class DistillationCollator:
             differ; {} where no row has an image.
         student_views, teacher_views: with `views`, a View per image, in the same order.
         counts: `dropped` {reason: rows}, `cut` texts, and tokens supervised and aligned.
+        notes: {what of the rows has no effect: rows}.
+        intake: `sources` {origin: (rows read, used)}, `unread` {column that nothing reads: rows}.
     Where texts are split differently (`Pairing.has_chunks`) the two models' tokens differ in
     number, N counts the student's, map_index has one entry per pair of tokens, and there are also:
         pair_student, pair_teacher: [P] which tokens are compared entry by entry.
@@ -100,10 +105,16 @@ class DistillationCollator:
         counts: Counter[str] = Counter()
         samples = [s for s in (self._attempt(row, counts) for row in rows) if s is not None]
         encoded, aligned = self._encode(samples, counts)
+        read = Counter(getattr(row, "origin", "") for row in rows)
+        used = Counter(sample.record.origin for sample in samples)
+        unread = Counter(name for sample in samples for name in sample.record.unread)
         if not samples:  # every process must still take part in the step
             samples = [self._prepare(Record("placeholder", text="."))]
             encoded, aligned = {a.role: self._run(a, samples) for a in self.adapters}, [[]]
-        return self._assemble(samples, encoded, aligned, counts)
+        batch = self._assemble(samples, encoded, aligned, counts)
+        batch["intake"] = {"sources": {name: (n, used[name]) for name, n in read.items() if name},
+                           "unread": dict(unread)}
+        return batch
 
     @property
     def adapters(self) -> list[ModelAdapter]:
@@ -114,7 +125,8 @@ class DistillationCollator:
     def _attempt(self, row: Row, counts: Counter[str]) -> _Sample | None:
         try:
             if isinstance(row, Malformed):
-                raise RecordError(row.problem)
+                self._leave_out(problem_of(row), counts)
+                return None
             return self._prepare(row if isinstance(row, Record) else parse_record(row, "a row"))
         except (SampleDropped, RecordError, AlignmentError) as problem:
             self._leave_out(problem, counts)
@@ -134,11 +146,25 @@ class DistillationCollator:
                 if isinstance(row, Record) and wanted(row) and self([row])["counts"]["rows"])
 
     def _prepare(self, record: Record) -> _Sample:
-        rendered = {a.role: a.render(record, self.supervise) for a in self.adapters}
+        rendered = agree({a.role: a.render(record, self.supervise) for a in self.adapters},
+                         record.source)
         if self.views and any(image.kind == "video" for image in record.images):
             raise SampleDropped(NO_VIEW, f"{record.source} holds a video, but the visual terms of "
                                 "the objective compare images; leave them out.")
         return _Sample(record, [image.load() for image in record.images], rendered)
+
+    def _notes(self, samples: Sequence[_Sample]) -> Counter[str]:
+        """What of the records that are used has no effect; the first of each is reported."""
+        notes = Counter[str]()
+        for sample in samples:
+            seen = {note for each in sample.rendered.values() for note in each.notes}
+            for note in (*sample.record.without_effect, *sorted(seen)):
+                notes[note] += 1
+                if note not in self.reported:
+                    self.reported[note] = f"{sample.record.source}: {note}"
+                    logger.warning("Without effect in a record: %s (first in %s).", note,
+                                   sample.record.source)
+        return notes
 
     # ----- a batch --------------------------------------------------------------------------
 
@@ -217,7 +243,7 @@ class DistillationCollator:
         try:
             aligned = align_alone(student) if self.pairing is None else self.pairing.align(
                 encoded["teacher"].rows[index], student)
-        except AlignmentError as problem:
+        except (AlignmentError, SampleDropped) as problem:
             self._leave_out(problem, counts, source)
             return []
         if not aligned:
@@ -270,8 +296,8 @@ class DistillationCollator:
                                 if isinstance(pair, AlignedChunk)),
             "rows": len(samples) if flat else 0,
         }
-        return batch
-
+        batch["notes"] = dict(self._notes(samples))
+        return batch | token_weights(encoded["student"].rows, tokens["student"])
 
     def _degraded(
         self, samples: Sequence[_Sample], real: EncodedBatch
@@ -325,6 +351,17 @@ def predicting_mask(ids: Tensor, positions: list[tuple[int, int]]) -> Tensor:
     for row, position in positions:
         mask[row, position - 1] = True
     return mask
+
+
+def token_weights(
+    rows: list[EncodedRow], tokens: Sequence[tuple[int, int, int]]
+) -> dict[str, Tensor]:
+    """{"weights": float32 [N]} of (row, position, turn) each; {} where every token weighs 1."""
+    if all(answer.weight == 1.0 for row in rows for answer in row.answers):
+        return {}
+    known = [row.weights for row in rows]
+    return {"weights": torch.tensor([known[row].get(position, 1.0) for row, position, _ in tokens],
+                                    dtype=torch.float32)}
 
 
 def target_ids(rows: list[EncodedRow], positions: list[tuple[int, int]]) -> Tensor:

@@ -54,6 +54,16 @@ def advantage_weights(
     return advantage_weight(gain, strength).where(batch["images"][batch["row"]] > 0, 1.0)
 
 
+def by_weight(batch: Batch, values: Tensor) -> Tensor:
+    """Values of the student's tokens [N], each times what its answer counts."""
+    return values * batch["weights"] if "weights" in batch else values
+
+
+def weight_sum(batch: Batch) -> float:
+    """What a batch's tokens count together: what the sum of its losses is divided by."""
+    return float(batch["weights"].double().sum()) if "weights" in batch else len(batch["labels"])
+
+
 def compared_tokens(batch: Batch) -> Tensor | None:
     """Those of the student's N tokens that have a loss against the teacher (None: all)."""
     if not has_chunks(batch):

@@ -101,7 +101,7 @@ class Task:
     @cached_property
     def sha256(self) -> str | None:
         """Of the data; None for those of the hub."""
-        return data_hash(Path(self.source.path).expanduser())
+        return data_hash(Path(self.source.paths[0]).expanduser())
 
     @property
     def prompt_hash(self) -> str:
@@ -146,7 +146,7 @@ def open_task(benchmark: Benchmark, rule: Rule, source: DataSource) -> Task:
         questions = read_questions(benchmark, source, left_out=left_out)
     except TaidError as error:
         on_hub = benchmark.hub is not None and source.path == benchmark.hub[0]
-        if Path(source.path).expanduser().exists() or not on_hub:
+        if Path(source.paths[0]).expanduser().exists() or not on_hub:
             raise
         raise TaidError(str(error), mend="With a copy on this machine: --tasks "
                                          f"{benchmark.name}=FILE.") from error

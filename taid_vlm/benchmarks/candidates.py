@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from taid_vlm.adapters import ModelAdapter, make_adapter
+from taid_vlm.adapters import ModelAdapter, check_image_token, make_adapter
 from taid_vlm.benchmarks.remote import Endpoint
 from taid_vlm.benchmarks.store import weights_hash
 from taid_vlm.config.model import ModelSpec
+from taid_vlm.config.recipe import load_recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.io.hashing import text_hash
 from taid_vlm.models import loading
 from taid_vlm.models.lora import find_adapter
-from taid_vlm.runs.folders import STUDENT
+from taid_vlm.runs.folders import RECIPE, STUDENT
+from taid_vlm.runs.stages import parts_by_name
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,15 @@ class Candidate:
     source: ModelSpec | Endpoint
 
 
-def parse_candidates(texts: Sequence[str], spec: ModelSpec) -> list[Candidate]:
+def parse_candidates(
+    texts: Sequence[str], spec: ModelSpec, kwargs: dict[str, Any] | None = None
+) -> list[Candidate]:
     """`[NAME=]MODEL` each: a folder, the folder of a run (its student), or NAME[@REVISION] on the
     hub.
 
     Args:
         spec: what holds for all of them (dtype, chat template).
+        kwargs: variables of all chat templates; None takes those of a run's recipe for its student.
     """
     candidates: list[Candidate] = []
     for text in texts:
@@ -48,8 +53,18 @@ def parse_candidates(texts: Sequence[str], spec: ModelSpec) -> list[Candidate]:
         if not (folder / "config.json").exists() and (folder / STUDENT).is_dir():
             path = str(folder / STUDENT)
         candidates.append(Candidate(name, spec.model_copy(update={
-            "model_name_or_path": path, "revision": revision})))
+            "model_name_or_path": path, "revision": revision,
+            "chat_template_kwargs": _kwargs_of_run(Path(path)) if kwargs is None else kwargs})))
     return distinct(candidates)
+
+
+def _kwargs_of_run(student: Path) -> dict[str, Any]:
+    """What a run's recipe says of its student: it is asked as it was taught."""
+    recipe = student.parent / RECIPE
+    if student.name != STUDENT or not recipe.is_file():
+        return {}
+    recipes = [stage for _, stage in parts_by_name(load_recipe(recipe))]
+    return dict(recipes[-1].student.chat_template_kwargs)
 
 
 def parse_served(texts: Sequence[str], url: str, key_variable: str | None, timeout: float
@@ -110,7 +125,10 @@ class LocalModel:
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.config: PretrainedConfig = loading.load_config(spec, "model")
-        self.adapter: ModelAdapter = make_adapter(loading.load_processor(spec, "model"), "model")
+        self.adapter: ModelAdapter = make_adapter(
+            loading.load_processor(spec, "model"), "model",
+            chat_template_kwargs=spec.chat_template_kwargs)
+        check_image_token(self.adapter, self.config)
         folder = Path(spec.model_name_or_path)
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             raise TaidError(f"model: '{folder}' holds no weights (*.safetensors).")
@@ -118,14 +136,16 @@ class LocalModel:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What its answers depend on, beside the settings of answering."""
-        folder, template = Path(self.spec.model_name_or_path), self.spec.chat_template
+        adapter, template = find_adapter(self.spec, "model"), self.spec.chat_template
+        folder = Path(self.spec.model_name_or_path) if adapter is None else adapter.folder
         digest = None if template is None else text_hash(loading.read_template(template, "model"))
-        adapter = find_adapter(self.spec, "model")
+        kwargs = self.spec.chat_template_kwargs
         base = None if adapter is None else Path(adapter.base.model_name_or_path)
         return {"weights_sha256": weights_hash(folder) if folder.is_dir() else None,
                 **({"base_sha256": weights_hash(base)} if base and base.is_dir() else {}),
                 "commit": getattr(self.config, "_commit_hash", None), "dtype": self.dtype,
-                "chat_template_sha256": digest, **self._shown}
+                "chat_template_sha256": digest, **self._shown,
+                **({"chat_template_kwargs": kwargs} if kwargs else {})}
 
     @property
     def _shown(self) -> dict[str, Any]:

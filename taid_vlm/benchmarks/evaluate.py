@@ -24,7 +24,16 @@ from taid_vlm.benchmarks.asking import Asking, Task
 from taid_vlm.benchmarks.candidates import Candidate, LocalModel, ServedModel
 from taid_vlm.benchmarks.likelihood import Choosing
 from taid_vlm.benchmarks.remote import Endpoint, Remote
-from taid_vlm.benchmarks.scoring import KIND, by_tag, counts, figures, judge, lines, summary
+from taid_vlm.benchmarks.scoring import (
+    KIND,
+    by_tag,
+    check_results,
+    counts,
+    figures,
+    judge,
+    lines,
+    summary,
+)
 from taid_vlm.benchmarks.store import FOLDER, AnswerStore, flat
 from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_json
@@ -84,7 +93,7 @@ def _check_folder(folder: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or results.get("kind") != KIND:
         raise TaidError(f"--output-dir = '{folder}' holds the results of something else; choose "
                         "another folder.")
-    return results
+    return check_results(results, path)
 
 
 # ----- carried out --------------------------------------------------------------------------
@@ -157,12 +166,13 @@ class _Evaluation:
         store = AnswerStore(self.folder, name, self._identity(settings), task.hashes,
                             self.state.process_index)
         before = self.earlier.get(name)
-        store.load(before and self._identity(
-            {key: value for key, value in before["answering"].items() if key != "seeds"}))
+        answering = dict(before.get("answering") or {}) if before else {}
+        answering.pop("seeds", None)
+        store.load(before and self._identity(answering))
         if store.replaced and self.state.is_main_process:
             logger.warning("%s: answers from before are not used: %s.", name,
                            "; ".join(store.replaced))
-        seconds = before["seconds"] if before and store.reused else 0.0
+        seconds = before.get("seconds", 0.0) if before and store.reused else 0.0
         self.state.wait_for_everyone()
         self._answer(task, store)
         self.state.wait_for_everyone()

@@ -27,7 +27,7 @@ def read_questions(benchmark: Benchmark, source: DataSource, base: Path | None =
         RecordError: a row that does not have the benchmark's columns.
     """
     rows = open_rows(source, base)
-    by_index = places_by_index(rows) if Path(source.path).suffix.lower() == ".tsv" else None
+    by_index = places_by_index(rows) if Path(source.paths[0]).suffix.lower() == ".tsv" else None
     questions: list[Question] = []
     dropped = Counter[str]()
     for index in range(len(rows)):
@@ -41,7 +41,7 @@ def read_questions(benchmark: Benchmark, source: DataSource, base: Path | None =
     if left_out is not None:
         left_out.update(dropped)
     elif dropped:
-        logger.warning("%s: rows of '%s' left out: %s.", benchmark.name, source.path,
+        logger.warning("%s: rows of '%s' left out: %s.", benchmark.name, source.shown,
                        _counts(dropped))
     return questions
 
@@ -51,11 +51,11 @@ def _check(questions: Sequence[Question], benchmark: Benchmark, source: DataSour
     """There must be questions, each with an id of its own."""
     if not questions:
         reason = f" (rows left out: {_counts(dropped)})" if dropped else ""
-        raise TaidError(f"{benchmark.name}: '{source.path}' holds no questions{reason}.")
+        raise TaidError(f"{benchmark.name}: '{source.shown}' holds no questions{reason}.")
     places: dict[str, int] = {}
     for number, question in enumerate(questions):
         if (first := places.setdefault(question.id, number)) != number:
-            raise TaidError(f"{benchmark.name}: two questions of '{source.path}' have the id "
+            raise TaidError(f"{benchmark.name}: two questions of '{source.shown}' have the id "
                             f"'{question.id}' (questions {first} and {number}, from 0); their "
                             "answers could not be told apart.")
 

@@ -6,11 +6,15 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from taid_vlm.benchmarks.answering import Answer
 from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict
 from taid_vlm.benchmarks.store import answer_fields
+from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.statistics import Estimate, root_mean_square, seed_error
 from taid_vlm.records.record import IMAGE_TAG
 from taid_vlm.runs.machine import machine, peak_memory, versions
@@ -100,6 +104,54 @@ def summary(name: str, model: Mapping[str, Any], tasks: Mapping[str, Any], seed:
     return {"schema": SCHEMA, "kind": KIND, "name": name, "model": model, "tasks": tasks, **more,
             "seed": seed, "versions": versions(), "machine": {**machine(), "processes": processes},
             "memory": peak_memory(), "seconds": time.perf_counter() - started}
+
+
+class _Open(BaseModel):
+    """What is read of results.json, strictly; there may be more."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Figure(_Open):
+    value: float | None
+    stderr: float | None
+    n: int
+
+
+class _Entry(_Open):
+    title: str
+    rule: str
+    rule_version: Any
+    n: int = Field(ge=0)
+    parse_failures: float = 0
+    figures: dict[str, _Figure] = Field(min_length=1)
+    by_tag: dict[str, dict[str, dict[str, _Figure]]] | None = None
+    answers: str
+    decimals: int | None = None
+    answering: dict[str, Any] | None = None
+    source: dict[str, Any] | None = None
+    seconds: float = 0
+
+
+class _Model(_Open):
+    name: str
+
+
+class _Results(_Open):
+    model: _Model
+    tasks: dict[str, _Entry]
+    versions: dict[str, str]
+
+
+def check_results(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """An evaluation's results.json as it was read; raises TaidError where it is none."""
+    try:
+        _Results.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TaidError(f"'{path}' is not an evaluation's results ("
+                        f"{'.'.join(map(str, first['loc']))}: {first['msg']}).") from None
+    return tree
 
 
 def lines(

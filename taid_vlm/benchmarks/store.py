@@ -18,7 +18,7 @@ from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import RecordError, TaidError
 from taid_vlm.io.files import write_text
 from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256
-from taid_vlm.io.jsonl import dump_lines, read_lines
+from taid_vlm.io.jsonl import dump_lines, need, read_lines
 from taid_vlm.records.fingerprint import image_hash
 
 FOLDER = "answers"
@@ -61,7 +61,7 @@ class AnswerStore:
         if finished is not None and self.final.exists() and self._same(flat(finished)):
             for line in _lines(self.final):
                 for draw in line.get("repeats") or [line]:
-                    self._take({"id": line["id"], "asked": line["asked"], **draw})
+                    self._take({"id": line.get("id"), "asked": line.get("asked"), **draw})
             self.reused = bool(self.answers)
         self.gather()
 
@@ -84,6 +84,8 @@ class AnswerStore:
         return not changed
 
     def _take(self, line: Line) -> None:
+        need(dict(line), f"answers to {self.task} in '{self.folder}'",
+             {"id": str, "asked": str, "answer": str, "seed": int})
         known = self.hashes.get(line["id"])
         if known == line["asked"]:
             likelihoods = tuple((total, tokens) for total, tokens in line.get("likelihoods", ()))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from taid_vlm.commands.options import Many, Options, flag, option
+from taid_vlm.commands.options import Many, Object, Options, flag, option
 from taid_vlm.errors import TaidError
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "; the same command goes on with the next question"
 _ASKING = ("method", "choose_by", "normalise", "max_new_tokens", "temperature", "top_p", "seeds")
-_LOCAL = ("dtype", "chat_template", "processor_kwargs")
+_LOCAL = ("dtype", "chat_template", "chat_template_kwargs", "processor_kwargs")
 _SERVED = ("api_key_env", "timeout")
 _OF_HARNESS = ("num_fewshot", "apply_chat_template")
 TIMEOUT = 120.0  # seconds
@@ -56,7 +55,9 @@ class EvaluateOptions(Options):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option()
     chat_template: str | None = option("jinja file, for all models", "FILE")
-    processor_kwargs: str | None = option(
+    chat_template_kwargs: Object | None = option(
+        "variables of the chat template; default: for a run's student those of its recipe", "JSON")
+    processor_kwargs: Object | None = option(
         'how pictures are shown, for all models, as in a recipe: {"max_pixels": 501760}', "JSON")
     base_url: str | None = option(
         "of OpenAI-compatible chat completions, as http://localhost:8000/v1", "URL")
@@ -135,24 +136,15 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
         return parse_served(options.model, options.base_url, options.api_key_env, timeout)
     return parse_candidates(options.model, ModelSpec(
         model_name_or_path="", dtype=options.dtype, chat_template=options.chat_template,
-        processor_kwargs=_mapping(options.processor_kwargs)))
-
-
-def _mapping(text: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise TaidError(f"--processor-kwargs = {text!r:.80}, but it must be a JSON object, as "
-                        '{"max_pixels": 501760}.')
-    return value
+        processor_kwargs=options.processor_kwargs or {}), options.chat_template_kwargs)
 
 
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """lm-eval's own tasks, by lm-eval."""
     options.refuse(("rule", *_ASKING, "base_url", "video_frames"),
                    "is for this package's own benchmarks; leave it out with --harness")
+    if not options.apply_chat_template:
+        options.refuse(("chat_template_kwargs",), "goes with --apply-chat-template")
     from taid_vlm.benchmarks.harness.lm_eval import run_lm_eval
     from taid_vlm.config.model import ModelSpec
 

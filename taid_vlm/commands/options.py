@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
@@ -96,5 +97,17 @@ def _numbers(value: Any) -> Any:
         raise ValueError("it must be a list of numbers like 0,1,5") from None
 
 
+def _object(value: Any) -> Any:
+    """An object written as JSON."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        value = None
+    if not isinstance(value, Mapping):
+        raise ValueError('it must be a JSON object like {"key": true}')
+    return dict(value)
+
+
+Object = Annotated[dict[str, Any], BeforeValidator(_object)]
 Many = Annotated[list[str], BeforeValidator(_listed)]
 Numbers = Annotated[list[int], BeforeValidator(_numbers)]  # 0,1,5 on the command line

@@ -8,13 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from taid_vlm.benchmarks.scoring import check_results
 from taid_vlm.errors import TaidError, nearest_sibling
 from taid_vlm.evaluation.answers import AnswerPair, read_answers
 from taid_vlm.io.files import read_json
-from taid_vlm.io.jsonl import read_lines
+from taid_vlm.io.jsonl import need, read_lines
 from taid_vlm.runs.folders import ANSWERS, RESULTS
 from taid_vlm.runs.results import KIND, Results, parse_results
 
+LINE = {"id": str | int, "answer": str, "score": float | int | None}  # of an evaluation's answers
 SCHEMAS = {"evaluation": (1,), KIND: (1, 2), "": (1,)}  # of results.json, by its kind
 
 
@@ -61,7 +63,7 @@ class Evaluation:
         path = self.folder / self.results["tasks"][task]["answers"]
         if not path.exists():
             return []
-        return [line for _, line in read_lines(path)]
+        return [need(line, where, LINE) for where, line in read_lines(path)]
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def read_folder(folder: Path) -> Distillation | Evaluation:
     if tree["schema"] not in SCHEMAS[kind]:
         raise TaidError(f"'{path}' has schema {tree['schema']}, but this version reads "
                         f"{' and '.join(map(str, SCHEMAS[kind]))}.")
-    return Evaluation(folder, tree) if kind == "evaluation" else \
+    return Evaluation(folder, check_results(tree, path)) if kind == "evaluation" else \
         Distillation(folder, parse_results(tree, path))
 
 

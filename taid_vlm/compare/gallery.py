@@ -9,11 +9,11 @@ from typing import Any
 
 from taid_vlm.compare.folders import Distillation, Method
 from taid_vlm.compare.measures import BASE, TEACHER
-from taid_vlm.config.data import DataSource
+from taid_vlm.config.data import DataSource, listed
 from taid_vlm.config.recipe import load_recipe
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.io.images import thumbnail
-from taid_vlm.records import ImageRef, Records, open_records
+from taid_vlm.records import ImageRef, StreamedRecords, open_sources
 from taid_vlm.report import Example
 from taid_vlm.runs import results
 from taid_vlm.runs.folders import RECIPE
@@ -121,15 +121,15 @@ def run_images(run: Distillation, wanted: set[str]) -> Images:
     """Images of held-out records by their source, if the data are still there."""
     try:
         recipe = load_recipe(run.folder / RECIPE)
-        source = recipe.data.eval
-        if source is None or not Path(source.path).exists():
+        sources = listed(recipe.data.eval)
+        if not sources or not all(recipe.start_of(source) for source in sources):
             return {}
-        records = open_records(source, recipe.start_of(source))
+        records = open_sources(sources, recipe.start_of, "data.eval", weighted=False)
     except (TaidError, OSError) as error:
         logger.warning("No images of '%s': %s", run.folder, error)
         return {}
     images: dict[str, Sequence[ImageRef]] = {}
-    if isinstance(records, Records):
+    if not isinstance(records, StreamedRecords):
         rows = (i for i in range(len(records)) if records.where(i) in wanted)
         for _, index in zip(wanted, rows, strict=False):  # the last of them ends the search
             images[records.where(index)] = records[index].images

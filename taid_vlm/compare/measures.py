@@ -130,7 +130,7 @@ def _estimates(key: str, runs: Runs) -> dict[str, list[Estimate]]:
 
 
 def _arms(
-    key: str, shared: Shared, sizes: Sequence[int], methods: Sequence[Method],
+    key: str, shared: Shared, sizes: Sequence[float], methods: Sequence[Method],
     rows: Mapping[str, Any],
 ) -> Iterator[tuple[str, Arm]]:
     """Totals per answer of everything that has a row."""

@@ -51,12 +51,15 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 AtLeastTwo = Annotated[int, Field(ge=2), BeforeValidator(_whole)]
+AtLeast16 = Annotated[int, Field(ge=16), BeforeValidator(_whole)]
 Steps = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_steps)]
 Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_written)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), WrapValidator(_as_written),
                         wanted("a number of at least 0")]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), WrapValidator(_as_written),
                  wanted("a number above 0")]
+AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False), WrapValidator(_as_written),
+                     wanted("a number above 1")]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), wanted(">= 0")]
 Finite = Annotated[float, Field(allow_inf_nan=False), wanted("a finite number")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), wanted("in [0, 1]")]

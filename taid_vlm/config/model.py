@@ -14,8 +14,8 @@ class ModelSpec(Section):
     """A model, its processor or tokenizer, and how both are loaded.
 
     Args:
-        model_name_or_path: Folder or hub name. The folder of a LoRA adapter stands for its base
-            model with the adapter merged.
+        model_name_or_path: Folder or hub name. A LoRA adapter stands for its base model with the
+            adapter merged.
         processor_name_or_path: Where processor or tokenizer come from, if not from the model.
         revision: Hub revision.
         dtype: What weights are loaded as. Left out: float32 for the student (its master weights),
@@ -26,6 +26,8 @@ class ModelSpec(Section):
         processor_kwargs: How its processor shows pictures, under the processor's own names
             (max_pixels, size, max_patches, do_image_splitting ...), and under videos_kwargs for
             videos. Saved with the student.
+        chat_template_kwargs: Variables of the chat template, for training, inspection and
+            answering alike: {enable_thinking: false}.
         init_kwargs: Anything else that from_pretrained takes.
     """
 
@@ -39,6 +41,7 @@ class ModelSpec(Section):
     trust_remote_code: bool = False
     chat_template: str | None = None
     processor_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = {}
     init_kwargs: dict[str, Any] = {}
 
 

@@ -199,10 +199,20 @@ class VisualRelation(Term):
     grid: Annotated[int, Field(ge=2, le=32), wanted("a whole number from 2 to 32")] = 4
 
 
+# ----- losses on how the student works -------------------------------------------------------
+
+
+class Router(Term):
+    """Keeps the load of the student's experts even (Switch Transformers, Fedus et al., 2022)."""
+
+    name: Literal["router", "router_aux", "load_balancing"]
+    compares = False
+
+
 VISUAL = (VisualFeatures, VisualRelation)
 TERMS: dict[str, type[Term]] = {kind.names()[0]: kind for kind in (
     Taid, ForwardKL, ReverseKL, Jsd, SkewKL, SkewRKL, TotalVariation, AdaptiveKL, AlphaBeta,
-    CrossEntropy, *VISUAL)}
+    CrossEntropy, *VISUAL, Router)}
 _CANONICAL = {alias: name for name, kind in TERMS.items() for alias in kind.names()}
 
 
@@ -311,7 +321,7 @@ def _formed(value: Any) -> Any:
 
 
 def _sensible(objective: Common) -> Common:
-    per_token = [term for term in objective.losses if not isinstance(term, VISUAL)]
+    per_token = [term for term in objective.losses if not isinstance(term, (*VISUAL, Router))]
     if not per_token:
         named = ", ".join(term.name for term in objective.losses)
         raise ValueError(f" has {named} only, which says nothing about answers; add a loss on "

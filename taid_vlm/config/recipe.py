@@ -20,7 +20,14 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
-from taid_vlm.config.data import DataSource, DataSpec, StageData
+from taid_vlm.config.data import (
+    DataSource,
+    DataSpec,
+    Sources,
+    StageData,
+    exists,
+    replaced,
+)
 from taid_vlm.config.evaluation import EvaluateSpec
 from taid_vlm.config.kinds import AsWritten, Name, wanted
 from taid_vlm.config.model import ModelSpec, StudentSpec
@@ -76,7 +83,7 @@ class StageSpec(Section):
     name: Name
     train: Annotated[Train, BeforeValidator(_without_nulls)] = {}
     objective: Objective | None = None
-    data: Annotated[dict[str, DataSource], AsWritten(lambda: StageData),
+    data: Annotated[dict[str, Sources], AsWritten(lambda: StageData),
                     BeforeValidator(_without_nulls)] = {}
 
 
@@ -131,20 +138,22 @@ class Recipe(Section):
 
     def resolved(self) -> Recipe:
         """The recipe with data paths that hold from anywhere, to be written with the run."""
-        sides = {name: self._resolved_source(side) for name, side in self.data.sources.items()}
+        sides = {name: replaced(side, self._resolved_source)
+                 for name, side in self.data.sides.items()}
         stages = self.stages and tuple(stage.model_copy(update={"data": {
-            name: self._resolved_source(side) for name, side in stage.data.items()
+            name: replaced(side, self._resolved_source) for name, side in stage.data.items()
         }}) for stage in self.stages)
         return self.model_copy(update={"data": self.data.model_copy(update=sides),
                                        "stages": stages})
 
-    def _resolved_source(self, source: DataSource | None) -> DataSource | None:
-        start = None if source is None else self.start_of(source)
-        if source is None or start is None:
+    def _resolved_source(self, source: DataSource) -> DataSource:
+        start = self.start_of(source)
+        if start is None:
             return source
+        paths = tuple(str((start / path).resolve()) for path in source.paths)
         root = source.image_root and str((start / source.image_root).resolve())
-        return source.model_copy(update={"path": str((start / source.path).resolve()),
-                                         "image_root": root})
+        return source.model_copy(update={
+            "path": paths[0] if isinstance(source.path, str) else paths, "image_root": root})
 
     def start_of(self, source: DataSource) -> Path | None:
         """Where a relative data path starts: the working directory, or else the recipe's folder.
@@ -152,7 +161,7 @@ class Recipe(Section):
         None if it is at neither place (a name on the hub).
         """
         for start in (Path("."), self._base):
-            if (start / Path(source.path).expanduser()).exists():
+            if all(exists(start / Path(path).expanduser()) for path in source.paths):
                 return start
         return None
 

@@ -116,8 +116,9 @@ def _mapping(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _kind(field: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     field = _resolved(field, definitions)
-    if "oneOf" in field:  # losses, each by its names or as a mapping
-        return "text or mapping"
+    if "oneOf" in field:  # losses, each by its names or as a mapping; sources, of which a list
+        several = any(option.get("type") == "array" for option in field["oneOf"])
+        return "text, mapping or list" if several else "text or mapping"
     if "anyOf" in field:
         return " or ".join(_kind(option, definitions) for option in field["anyOf"]
                            if option.get("type") != "null")

@@ -14,12 +14,15 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from taid_vlm.config.arguments import Argument, trainer_arguments
 from taid_vlm.config.kinds import (
+    AboveOne,
+    AtLeast16,
     AtLeastTwo,
     Count,
     NotNegative,
     Number,
     Positive,
     Rate,
+    Share,
     Steps,
     Whole,
     wanted,
@@ -42,7 +45,15 @@ WITHOUT_EFFECT = frozenset({
 ELSEWHERE = {
     "output_dir": "output_dir", "objective": "objective", "canary_records": "evaluate.canary",
     "model_init_kwargs": "student.init_kwargs", "teacher_model_init_kwargs": "teacher.init_kwargs",
+    "chat_template_kwargs": "student.chat_template_kwargs",
+    "teacher_chat_template_kwargs": "teacher.chat_template_kwargs",
 }
+
+
+def of_hub(key: str) -> bool:
+    """Whether a key of `train:` is about the hub: it is for the run, not for transformers'
+    Trainer, which would push checkpoints and pickles."""
+    return key == "push_to_hub" or key.startswith("hub_")
 
 
 def _of_parts(kind: type) -> BeforeValidator:
@@ -68,7 +79,19 @@ class OwnArguments(Section):
             same as reference, which is checked at the first batch.
         loss_memory_budget (bytes): What the fused loss may take for logits and their gradient.
         max_nonfinite_steps (steps): A step whose loss or gradient is no number is not applied and
-            counted; so many in a row end the run.
+            counted; so many in a row end the run, those of spike_factor among them.
+        spike_factor: A step whose loss is above so many times the median of the last applied ones
+            is not applied and counted; left out, it is. TAID's loss is compared over t squared, as
+            it grows with t.
+        spike_window (steps): How many these are; before, no step is compared.
+        max_left_out: Share of the training records that may be left out (too long, malformed, ...);
+            more of any source's first, or of all in training, end the run. 1 never does.
+        window (tokens): Plain texts are learned in windows of so many tokens, instead of being cut
+            at max_length: a long text is several rows, one behind the other, and all of it is
+            learned, once. The data are read as a stream then, which needs max_steps.
+        stride (tokens): Of a window, how many repeat the end of the one before, as context that is
+            not learned: at most so many for either model, or to the nearest boundary of both;
+            left out, an eighth of the window.
         freeze: Parts of the student that stay as they are.
         learning_rates: {part: learning rate}; the others take learning_rate.
     """
@@ -79,8 +102,20 @@ class OwnArguments(Section):
     loss_implementation: Literal["auto", "fused", "reference"] = "auto"
     loss_memory_budget: Positive = MEMORY_BUDGET
     max_nonfinite_steps: Positive = 10
+    spike_factor: AboveOne | None = None
+    spike_window: Positive = 100
+    max_left_out: Share = 0.25
+    window: AtLeast16 | None = None
+    stride: Positive | None = None
     freeze: Annotated[list[Part] | None, _of_parts(list)] = None
     learning_rates: Annotated[dict[Part, Rate] | None, _of_parts(dict)] = None
+
+    @model_validator(mode="after")
+    def _stride_of_a_window(self) -> Self:
+        if self.stride is not None and self.stride >= (self.window or 0):
+            of = "without a window" if self.window is None else f"of a window of {self.window}"
+            raise ValueError(f".stride = {self.stride} tokens {of} leave nothing to learn.")
+        return self
 
     @model_validator(mode="after")
     def _no_rate_for_frozen(self) -> Self:

@@ -22,6 +22,7 @@ class Checked:
     stops: the error that training would end with at this record, None if it would not.
     whole: {role: the row before anything was cut}; rows: what is trained on.
     aligned: the comparisons found, in order of position.
+    notes: what of it has no effect.
     """
 
     source: str
@@ -33,6 +34,7 @@ class Checked:
     rows: dict[str, EncodedRow]
     aligned: list[Aligned]
     counts: dict[str, Any]
+    notes: dict[str, int]
 
 
 class Listener(DistillationCollator):
@@ -48,12 +50,13 @@ class Listener(DistillationCollator):
         self._record, self._found = record, list[Aligned]()
         self._whole, self._rows = dict[str, EncodedRow](), dict[str, EncodedRow]()
         try:
-            counts, stops = self([record])["counts"], None
+            batch = self([record])
+            counts, notes, stops = batch["counts"], batch["notes"], None
         except TaidError as error:  # the collator leaves out what can be; this ends a run
-            counts, stops = {"dropped": {}, "cut": 0}, error
+            counts, notes, stops = {"dropped": {}, "cut": 0}, {}, error
         reason = next(iter(counts["dropped"]), "")
         return Checked(source, reason, self._detail, stops, bool(counts["cut"]),
-                       self._whole, self._rows, self._found, counts)
+                       self._whole, self._rows, self._found, counts, notes)
 
     def _leave_out(self, problem: Problem, counts: Counter[str], source: str = "") -> None:
         self._detail = str(problem)

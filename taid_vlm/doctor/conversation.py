@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from taid_vlm.adapters import PROBE_WORDS, ModelAdapter, Processor, Rendered
-from taid_vlm.adapters.template import has_chat_template, render_prompt
+from taid_vlm.adapters.template import has_chat_template
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.records import Message, Record
@@ -95,7 +95,7 @@ def _asked(adapter: ModelAdapter) -> str:
     """What stands between a question and the answer that a model is asked for."""
     with suppress(SampleDropped):
         if adapter.form is not None:
-            prompt = render_prompt(adapter.processor, _conversation(), 0, adapter.form)
+            prompt = adapter.render_prompt(_conversation(), 0)
             return prompt[prompt.find(QUESTION) :]
     return ""
 

@@ -81,13 +81,15 @@ def refuse(error: TaidError) -> Diagnosis:
 
 
 def accept(
-    pairing: Pairing | None, facts: Mapping[str, Facts], checks: Sequence[Preflight]
+    pairing: Pairing | None, facts: Mapping[str, Facts], checks: Sequence[Preflight],
+    hint: str = "",
 ) -> Diagnosis:
-    """The diagnosis of a pair that can be trained."""
+    """The diagnosis of a pair that can be trained; `hint`: a warning about the objective."""
     case = None if pairing is None else pairing.case
     outcome = OUTCOMES[case]
     reason = "every supervised token counts" if pairing is None else pairing.reason
     warnings = [] if pairing is None else [*pairing.warnings, *_vocabulary(pairing)]
+    warnings += [hint] * bool(hint)
     warnings += [*_conversation(facts), *_lengths(facts), *_records(checks)]
     return Diagnosis(outcome, case, HEADLINES[outcome], reason, (), tuple(dict.fromkeys(warnings)))
 
@@ -113,7 +115,8 @@ def _conversation(facts: Mapping[str, Facts]) -> Iterator[str]:
     if student is not None and student.thought != student.asked_thought:
         yield (f"the student's template prints a thought ({student.thought}) before the answers "
                f"it learns, and another ({student.asked_thought}) in its generation prompt; ask "
-               "the trained student as it learned (many templates take enable_thinking=False)")
+               "the trained student as it learned (many templates take "
+               "student.chat_template_kwargs: {enable_thinking: false})")
     teacher = facts["teacher"].template if "teacher" in facts else None
     if teacher is None or student is None:
         return
@@ -144,3 +147,5 @@ def _records(checks: Sequence[Preflight]) -> Iterator[str]:
         if check.cut:
             yield (f"{check.name}: {check.cut:,} texts are longer than the maximum length and are "
                    "cut")
+        for note, count in check.notes.items():
+            yield f"{check.name}: in {count:,} records: {note}"

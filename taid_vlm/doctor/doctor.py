@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -23,9 +24,12 @@ from taid_vlm.errors import TaidError, with_place
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
+from taid_vlm.records import parts_of
 from taid_vlm.runs.ingredients import Ingredients, gather
 from taid_vlm.runs.stages import parts_by_name
-from taid_vlm.training.pair import PROBED_RECORDS, length_limit, pair_for_training
+from taid_vlm.training.intake import PROBED_RECORDS, check_usable, named_unread, windowed
+from taid_vlm.training.pair import length_limit, pair_for_training
+from taid_vlm.training.router import check_router
 from taid_vlm.training.visual import visual_collator
 
 
@@ -93,8 +97,14 @@ def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) ->
             return Inspection(refuse(error), str(error), _facts(recipe, skeletons, None))
         checks = tuple(check for pair in pairs for check in _preflight(pair, everything))
         facts = _facts(recipe, skeletons, pairs[0])
-        stops = next((check.stops for check in checks if check.stops), None)
-        verdict = refuse(stops) if stops else accept(pairs[0].pairing, facts, checks)
+        hint = check_router(parse_objective(pairs[0].ingredients.args.objective).router,
+                            skeletons["student"])
+        stops = next((stop for stop in (*(check.stops for check in checks),
+                                        *map(_too_many, pairs)) if stop), None)
+        verdict = refuse(stops) if stops else accept(pairs[0].pairing, facts, checks, hint)
+        unread = [f"data.train: {sentence}" for pair in pairs
+                  for sentence in named_unread(parts_of(pair.ingredients.train))]
+        verdict = replace(verdict, warnings=(*verdict.warnings, *dict.fromkeys(unread)))
         traced, problem = _trace(pairs[0], record)
         return Inspection(verdict, str(stops or problem), facts, traced, checks)
 
@@ -103,12 +113,14 @@ def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
     """As `run.distill` and `DistillationTrainer` do it, with models that have no weights."""
     try:
         found = gather(part)
+        whole = copy.copy(found.args)
+        whole.max_left_out = 1.0  # what is left out is shown before it is judged
         for role, spec in _specs(part).items():
             if role not in skeletons:  # its configuration is fine: this says why not the model
                 load_skeleton(spec, role)
         student, teacher = skeletons["student"], skeletons.get("teacher")
         pairing, plain = pair_for_training(
-            student, teacher, found.student_processor, found.teacher_processor, found.args,
+            student, teacher, found.student_processor, found.teacher_processor, whole,
             [data for data in (found.train, found.eval) if data is not None])
         objective = parse_objective(found.args.objective)
         collator = visual_collator(plain, objective, student, teacher)
@@ -117,6 +129,15 @@ def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
             raise
         raise with_place(error, f"stages '{stage}'") from error
     return _Pair(stage, part, found, collator, plain, pairing)
+
+
+def _too_many(pair: _Pair) -> TaidError | None:
+    """Why training would not start with what is left of its first records."""
+    try:
+        check_usable(pair.plain, pair.ingredients.train, pair.ingredients.args.max_left_out)
+    except TaidError as error:
+        return error
+    return None
 
 
 # ----- the two sides ------------------------------------------------------------------------
@@ -147,7 +168,7 @@ def _found(recipe: Recipe, role: str, spec: ModelSpec) -> tuple[Any, Any, Any]:
         config = read_config(spec, role)
         processor = read_processor(config, spec, role)
         limit = length_limit(config, recipe.train.get("max_length"))
-        adapter = make_adapter(processor, role, limit)
+        adapter = make_adapter(processor, role, limit, spec.chat_template_kwargs)
     return config, processor, adapter
 
 
@@ -160,7 +181,9 @@ def _preflight(pair: _Pair, everything: bool) -> Iterator[Preflight]:
         if records is not None:
             name = f"{pair.stage}: data.{side}" if pair.stage else f"data.{side}"
             if everything:
-                check_sized(f"data.{side}", records, getattr(pair.recipe.data, side).max_records)
+                check_sized(f"data.{side}", records)
+            if side == "train":
+                records = windowed(records, pair.plain, pair.ingredients.args, passes=1)
             yield preflight(name, records, collator, pair.ingredients.args,
                             None if everything else PROBED_RECORDS)
 

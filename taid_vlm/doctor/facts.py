@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from taid_vlm.adapters import EncodedRow, ModelAdapter, Processor
+from taid_vlm.adapters import EncodedRow, ModelAdapter, Processor, probe_image
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.doctor.conversation import TemplateFacts, template_facts
+from taid_vlm.models.experts import chosen_experts, parameters_per_token
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.head import logit_settings
 from taid_vlm.models.parts import count_parameters, is_tied
-from taid_vlm.records import ImageRef, Message, Record
-from taid_vlm.records.images import GREY
 
 SIZES = ((224, 224), (336, 336), (448, 448), (640, 480), (1024, 768), (1000, 250))
 TYPICAL = "640x480"  # the size that stands for a picture of a data set
@@ -31,6 +28,8 @@ class ModelFacts:
     architecture: str
     parameters: dict[str, int]
     positions: int | None  # that the model was built for
+    experts: str | None = None  # how many a token is sent to, of how many
+    per_token: int | None = None  # parameters that a token passes, of a mixture of experts
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,14 @@ def collect_facts(
 
 def _model_facts(config: PretrainedConfig, model: PreTrainedModel | None) -> ModelFacts:
     name, counts = (getattr(config, "architectures", None) or [""])[0], {}
+    experts, per_token = chosen_experts(config), None
     if model is not None:
         name, parts = type(model).__name__, count_parameters(model)
         counts = {part: numbers["parameters"] for part, numbers in parts.items()}
+        per_token = parameters_per_token(model) if experts else None
     return ModelFacts(config.model_type, name, counts,
-                      getattr(config.get_text_config(), "max_position_embeddings", None))
+                      getattr(config.get_text_config(), "max_position_embeddings", None),
+                      None if experts is None else "{} of {} per token".format(*experts), per_token)
 
 
 def _head_facts(model: PreTrainedModel) -> HeadFacts:
@@ -201,12 +203,8 @@ def _image_facts(processor: Processor, adapter: ModelAdapter | None) -> ImageFac
 
 def count_image_tokens(adapter: ModelAdapter, width: int, height: int) -> int | None:
     """Tokens that a blank image of this size (in pixels) becomes; None where it is refused."""
-    blank = Image.new("RGB", (width, height), GREY)
-    question, answer = Message("user", (None, "what")), Message("assistant", ("yes",))
-    record = Record("probe", (question, answer), (ImageRef(blank, "probe"),))
-    with suppress(Exception):  # processors raise anything
-        return image_tokens(adapter.encode([adapter.render(record)], [[blank]]).rows[0])
-    return None
+    row = probe_image(adapter, width, height)
+    return None if row is None else image_tokens(row)
 
 
 def image_tokens(row: EncodedRow) -> int:

@@ -12,12 +12,15 @@ from typing import Any
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from taid_vlm.adapters.adapter import NO_VISION, ONE_QUESTION
+from taid_vlm.adapters.adapter import NO_TEMPLATE, NO_VISION, ONE_QUESTION
 from taid_vlm.adapters.pictures import NO_VIDEO, VARYING
+from taid_vlm.adapters.specials import CONTROL, MEDIA_TOKEN
+from taid_vlm.adapters.template import NO_TOOLS, NOT_PRINTED, PRINTED_DIFFERENTLY
+from taid_vlm.alignment.pairing import ONE_SIDED
 from taid_vlm.batch.collator import TOO_LONG, UNALIGNED, DistillationCollator
 from taid_vlm.doctor.checkup import Listener
 from taid_vlm.doctor.facts import image_tokens
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import HalfCharacterError, TaidError
 from taid_vlm.records import Malformed, Record, StreamedRecords, first_rows
 from taid_vlm.records.images import TOO_LARGE, UNREADABLE
 from taid_vlm.records.videos import UNREADABLE_VIDEO
@@ -31,6 +34,7 @@ REMEDIES = {
     UNALIGNED: "The two models share no token of these answers; choose a student whose tokenizer "
                "is closer to the teacher's, or objective.alignment: chunks.",
     "empty answer": "Give these records an answer, or take them out.",
+    "no answer is learned": "Every answer weighs 0 (train: false); take these records out.",
     "no answer": "A record needs a turn of the assistant to learn from.",
     "empty text": "Give these records a text, or take them out.",
     UNREADABLE: "Check that the files exist and are images; relative paths start at the "
@@ -44,13 +48,21 @@ REMEDIES = {
                   "one (chat_template: template.jinja under the model in the recipe), or split the "
                   "conversations.",
     NO_VISION: "A text model cannot see; take these records out, or choose a model with vision.",
+    HalfCharacterError.reason: "Write the text anew with whole characters.",
     "malformed record": "Mend the row; its columns and values must be as the message says.",
     "cannot be aligned": "The tokens do not spell the text or the template changes an answer; "
                          "normalise the data, or set another chat_template.",
     "chat template refused": "The template does not take these conversations (a system turn, two "
                              "turns of one role); rewrite them, or set another chat_template.",
-    "special token inside an answer": "The answers spell control tokens of a model; remove them "
-                                      "from the data.",
+    CONTROL: "The answers spell control tokens of a model; remove them from the data.",
+    ONE_SIDED: "Add the token to the other model's tokenizer (and resize its embeddings), or write "
+               "the answers without it.",
+    MEDIA_TOKEN: "Give these records their images, or write the tag otherwise.",
+    NO_TOOLS: "Set a chat_template that prints tools under the model in the recipe, or take the "
+              "column out.",
+    NO_TEMPLATE: "Set a chat_template that prints them under the model in the recipe.",
+    NOT_PRINTED: "The answers follow on what the model would not see; set another chat_template.",
+    PRINTED_DIFFERENTLY: "Give one of the models the other's way of printing with chat_template.",
     "marking characters in the text": "The texts hold the private-use characters U+E000 or "
                                       "U+E001; remove them.",
     "refused by the processor": "The processor cannot take these images or texts; the message "
@@ -89,6 +101,8 @@ class Preflight:
     lengths: tokens per record before anything is cut, by role.
     images: tokens of the images per record that has any, by role.
     stops: the error that training would end with, None if there is none.
+    notes: what of the usable records has no effect, with how many hold it.
+    sources: {name: (rows read, used)} where there are several.
     """
 
     name: str
@@ -103,6 +117,8 @@ class Preflight:
     lengths: dict[str, Spread]
     images: dict[str, Spread]
     stops: TaidError | None = None
+    notes: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
@@ -123,7 +139,7 @@ class _Measured:
     """The little that a worker sends back of a record.
 
     reason: why it is left out, "" if it is used. counts: records, usable, cut, and its tokens.
-    lengths, images: tokens by role.
+    lengths, images: tokens by role. notes: of the collator.
     """
 
     source: str
@@ -133,6 +149,8 @@ class _Measured:
     counts: dict[str, int]
     lengths: dict[str, int]
     images: dict[str, int]
+    origin: str = ""
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -143,9 +161,15 @@ class _Sums:
     lengths: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     images: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     stops: TaidError | None = None
+    notes: Counter[str] = field(default_factory=Counter)
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, one: _Measured) -> None:
         self.counts.update(one.counts)
+        self.notes.update(one.notes)
+        if one.origin:
+            read, used = self.sources.get(one.origin, (0, 0))
+            self.sources[one.origin] = (read + 1, used + one.counts["usable"])
         self.stops = self.stops or one.stops
         if one.reason:
             self.reasons[one.reason] += 1
@@ -178,9 +202,9 @@ def preflight(
     return _account(name, whole, sums)
 
 
-def check_sized(name: str, records: Any, limit: int | None) -> None:
+def check_sized(name: str, records: Any) -> None:
     """Raise TaidError for a stream that has no known end."""
-    if isinstance(records, StreamedRecords) and limit is None:
+    if isinstance(records, StreamedRecords) and records.limit is None:
         raise TaidError(f"--all goes over every record, but {name} is streamed and its end is not "
                         f"known: set {name}.max_records, or look at it without --all.")
 
@@ -194,7 +218,8 @@ def _measured(listener: Listener, row: Record | Malformed) -> _Measured:
     return _Measured(
         checked.source, reason, checked.detail, checked.stops, counts,
         {role: len(whole.ids) for role, whole in checked.whole.items()},
-        {role: image_tokens(whole) for role, whole in checked.whole.items() if whole.images})
+        {role: image_tokens(whole) for role, whole in checked.whole.items() if whole.images},
+        row.origin, checked.notes)
 
 
 def _collate(listener: Listener, rows: Sequence[Record | Malformed]) -> list[_Measured]:
@@ -226,7 +251,8 @@ def _account(name: str, whole: bool, sums: _Sums) -> Preflight:
         name, whole, sums.counts["records"], sums.counts["usable"], tuple(dropped), cut,
         supervised, aligned, chunk,
         {role: spread(values) for role, values in sums.lengths.items()},
-        {role: spread(values) for role, values in sums.images.items()}, sums.stops)
+        {role: spread(values) for role, values in sums.images.items()}, sums.stops,
+        dict(sums.notes.most_common()), sums.sources)
 
 
 def spread(values: Sequence[int]) -> Spread:

@@ -56,10 +56,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stream:
-    """One model's side of a record."""
+    """One model's side of a record.
+
+    learned: its supervised texts in order, each with the end of its turn.
+    """
 
     length: int
     pieces: tuple[Piece, ...]
+    learned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def trace(record: Record, checked: Checked, adapters: Sequence[ModelAdapter]) ->
     if any(adapter.role not in checked.rows for adapter in adapters):
         return None
     sides = {a.role: Stream(len(checked.rows[a.role].ids),
-                            tuple(_pieces(a, checked.rows[a.role], checked.aligned)))
+                            tuple(_pieces(a, checked.rows[a.role], checked.aligned)),
+                            tuple(_learned(a, checked.rows[a.role])))
              for a in adapters}
     aligned = sum(len(student_positions(each)) for each in checked.aligned)
     chunk = sum(len(each.student) for each in checked.aligned if isinstance(each, AlignedChunk))
@@ -122,6 +127,17 @@ def _pieces(
             yield Piece("text", _shown(data[cursor:first]), 0)
         yield _piece(adapter, row, data, kind, None if kind == "image" else group, index, end)
         cursor = max(last, cursor)
+
+
+def _learned(adapter: ModelAdapter, row: EncodedRow) -> Iterator[str]:
+    data = row.text.encode()
+    for answer in row.answers:
+        spans = [(row.byte_spans[token.position - row.offset], token) for token in answer.tokens]
+        text = b"".join(data[a + len(token.prefix) : b - len(token.suffix)]
+                        for (a, b), token in spans)
+        end = "" if answer.end_of_turn is None else adapter.table.strings[
+            row.ids[answer.end_of_turn - row.offset]]
+        yield (text + answer.tail).decode(errors="replace") + (end or "")
 
 
 def _kinds(

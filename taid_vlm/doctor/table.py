@@ -78,6 +78,13 @@ def _parameters(parts: Mapping[str, int]) -> str:
     return f"{total} ({told})" if len(parts) > 1 else total if parts else UNKNOWN
 
 
+def _experts(side: Facts) -> str:
+    model = side.model
+    if model is None or model.experts is None:
+        return MISSING if model is None else "none"
+    return model.experts + (f", {_short(model.per_token)} parameters" if model.per_token else "")
+
+
 def _short(number: int) -> str:
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if number >= size:
@@ -117,6 +124,7 @@ ROWS: tuple[tuple[str, str, Describe, bool], ...] = (  # and whether a differenc
     ("Model", "type", _of("model", "model_type"), False),
     ("Model", "class", _of("model", "architecture", empty=UNKNOWN), False),
     ("Model", "parameters", _of("model", "parameters", _parameters), False),
+    ("Model", "experts", _experts, False),
     ("Head", "rows", _of("head", "rows", _count), True),
     ("Head", "padding rows", _padding, True),
     ("Head", "tied to the embeddings", _of("head", "tied", _yes), False),

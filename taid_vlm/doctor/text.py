@@ -46,7 +46,7 @@ def as_text(inspection: Inspection, colour: bool = False, width: int | None = No
     blocks = [[table(_head(inspection), width=width, colour=colour)],
               [table(_facts(inspection.facts), width=width, colour=colour)]]
     blocks += [[*map(printable, _preflight(check))] for check in inspection.preflight
-               if check.whole or check.dropped]
+               if check.whole or check.dropped or check.sources]
     if inspection.record is not None:
         blocks.append(_trace(inspection.record, paint))
     return "\n\n".join("\n".join(block) for block in blocks)
@@ -91,6 +91,8 @@ def _preflight(check: Preflight) -> list[str]:
         lines.append(f"  {one.count:,} x {one.reason}: {', '.join(one.sources) or one.detail}"
                      f"{', ...' if one.count > len(one.sources) > 0 else ''}")
         lines += [f"    {one.remedy}"] if one.remedy else []
+    lines += [f"  source {name}: {read:,} rows read, {used:,} used, {read - used:,} left out"
+              for name, (read, used) in check.sources.items()]
     if check.cut:
         lines.append(f"  {check.cut:,} texts are cut to the maximum length")
     if not check.whole:

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import RecordError, TaidError
 from taid_vlm.evaluation.held_out import AnswerTotals
-from taid_vlm.io.jsonl import dump_lines, read_lines
+from taid_vlm.io.jsonl import dump_lines, need, read_lines
 
 FILE = "eval_answers.jsonl"
 DIGITS = 8  # float32 has 7
 TEACHER = "teacher_"
-COLUMNS = ("source", "turn", "category", "tokens", "teacher", "before", "after")
+KINDS = {"source": str, "turn": int, "category": str, "tokens": int, "teacher": dict,
+         "before": dict, "after": dict}
 KEPT = ("nll", "token_accuracy", "kl", "reverse_kl", "jsd", "agreement", "student_entropy",
         "head_mass", "tail_mass", "chunk_kl", "chunk_reverse_kl", "chunk_jsd", "teacher_nll",
         "teacher_entropy", "teacher_head_mass", "teacher_tail_mass")
@@ -33,18 +34,18 @@ class AnswerPair:
 
     key: source, turn, and 0 unless files of one name gave several answers the same ones. teacher:
     the figures that are the teacher's alone. counts: over how many tokens, for figures that are not
-    defined at all of `tokens`.
+    defined at all of `tokens`. All of an answer that counts more or less is multiplied by that.
     """
 
     key: Key
     category: str
-    tokens: int
+    tokens: float
     teacher: Totals
     before: Totals
     after: Totals
-    counts: Mapping[str, int]
+    counts: Mapping[str, float]
 
-    def size(self, figure: str) -> int:
+    def size(self, figure: str) -> float:
         """Over how many tokens a figure is summed; 0 where it is not defined."""
         if figure not in self.after and figure not in self.teacher:
             return 0
@@ -78,6 +79,7 @@ def _line(before: Totals, answer: AnswerTotals) -> dict[str, Any]:
     return {
         "source": answer.source, "turn": answer.turn, "category": answer.category,
         "tokens": answer.tokens, **({"counts": counts} if counts else {}),
+        **({"weight": answer.weight} if answer.weight != 1.0 else {}),
         "teacher": _rounded(answer.totals, teacher_names),
         "before": _rounded(before, student_names), "after": _rounded(answer.totals, student_names),
     }
@@ -100,13 +102,27 @@ def read_answers(path: Path) -> list[AnswerPair]:
     """The answers of a finished run; raises TaidError for a file that is none."""
     rows = [_row(row, where) for where, row in read_lines(path)]
     keys = _keys((row["source"], row["turn"]) for row in rows)
-    return [AnswerPair(key, row["category"], row["tokens"], row["teacher"], row["before"],
-                       row["after"], row.get("counts", {}))
-            for key, row in zip(keys, rows, strict=True)]
+    return [_pair(key, row) for key, row in zip(keys, rows, strict=True)]
+
+
+def _pair(key: Key, row: Mapping[str, Any]) -> AnswerPair:
+    """Sums and numbers of tokens times what the answer counts."""
+    weight = row.get("weight", 1)
+
+    def counted(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: None if value is None else value * weight for name, value in values.items()}
+
+    return AnswerPair(key, row["category"], row["tokens"] * weight, counted(row["teacher"]),
+                      counted(row["before"]), counted(row["after"]),
+                      counted(row.get("counts", {})))
 
 
 def _row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    missing = [name for name in COLUMNS if name not in row]
-    if missing:
-        raise TaidError(f"{where}: no line of {FILE} ('{missing[0]}' is missing).")
+    try:
+        need(row, where, KINDS)
+        for name in ("teacher", "before", "after"):
+            need(row[name], f"{where}: {name}", dict.fromkeys(row[name], float | int | None))
+    except RecordError as error:
+        problem = str(error).removeprefix(f"{where}: ").rstrip(".")
+        raise TaidError(f"{where}: no line of {FILE} ({problem}).") from None
     return row

@@ -101,7 +101,7 @@ def choose(dataset: Sequence[Any], number: int, collator: DistillationCollator) 
 def _answers_after_images(record: Record) -> frozenset[int]:
     """Turns of the answers that an image stands before; no image can change an earlier one."""
     return frozenset(
-        turn for turn in range(len(record.answers) if record.images else 0)
+        turn for turn in (record.learned if record.images else ())
         if any(None in message.parts for message in record.before(turn)))
 
 

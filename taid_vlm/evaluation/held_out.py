@@ -37,15 +37,18 @@ class Moments(Sums):
     """Sums over tokens, and over records for the standard error (tokens of one record are not
     independent, so the error is the cluster-robust one of a ratio of sums)."""
 
-    tokens: float = 0.0
+    tokens: float = 0.0  # what they count together, where answers have weights
     records: int = 0
     total: float = 0.0
     total_squared: float = 0.0  # sum over records of (record total)^2
     cross: float = 0.0  # sum over records of record total * record tokens
     tokens_squared: float = 0.0
+    counted: int = 0  # tokens, whatever they count
 
-    def add(self, total: float, tokens: float) -> None:
+    def add(self, total: float, tokens: float, weight: float = 1.0) -> None:
         """One record's sum over `tokens` tokens."""
+        self.counted += int(tokens)
+        total, tokens = total * weight, tokens * weight
         self.tokens += tokens
         self.records += 1
         self.total += total
@@ -73,6 +76,7 @@ class AnswerTotals:
     """One answer's sums over its tokens: what paired comparisons between runs need.
 
     counts: over how many tokens, for figures that are not defined at all of `tokens`.
+    weight: what the answer counts.
     """
 
     source: str
@@ -81,6 +85,7 @@ class AnswerTotals:
     tokens: int
     totals: dict[str, float]
     counts: dict[str, int] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 # figures that an evaluation gives as numbers: is less of it better, does it need a teacher?
@@ -114,6 +119,7 @@ class Tally:
         answer, first = _answers(batch)
         sums = {name: _per_answer(figure, answer, len(first)) for name, figure in figures.items()}
         sure = _binned(figures, answer, len(first))
+        weights = batch["weights"][first].tolist() if "weights" in batch else [1.0] * len(first)
         for index, token in enumerate(first):
             parts = {ALL, batch["categories"][token]}
             if sure is not None:
@@ -121,7 +127,7 @@ class Tally:
                     self.calibration[part].add(sure[index])
             for name, (total, tokens) in sums.items():
                 for part in parts if tokens[index] else ():
-                    self.table[part][name].add(total[index], tokens[index])
+                    self.table[part][name].add(total[index], tokens[index], weights[index])
             if self.keep_answers:
                 self.answers.append(_answer_totals(batch, token, index, sums))
 
@@ -171,7 +177,8 @@ def _answer_totals(
     return AnswerTotals(
         batch["sources"][int(batch["row"][token])], int(batch["turn"][token]),
         batch["categories"][token], tokens, {name: total for name, (total, _) in own.items()},
-        {name: count for name, (_, count) in own.items() if count != tokens})
+        {name: count for name, (_, count) in own.items() if count != tokens},
+        float(batch["weights"][token]) if "weights" in batch else 1.0)
 
 
 @torch.no_grad()
@@ -219,10 +226,11 @@ def summarise(tally: Tally) -> dict[str, Any]:
         {figure: mean, figure_stderr: ..., n_tokens, n_answers, coverage, dropped,
         calibration: the bins behind `ece`, by_category: {...}}; `kl` is KL(teacher || student) in
         nats per answer token, `agreement` the share of tokens where both models' most likely entry
-        is the same, `ece` the expected calibration error of the student's most likely tokens. With
-        different tokenizers figures against the teacher are over the tokens that both models have,
-        `chunk_kl` is per chunk, both `nll` are per token of the student, and `chunk_coverage` is
-        the share of its tokens that is compared by likelihood only.
+        is the same, all of them with the weights of the answers; `ece` the expected calibration
+        error of the student's most likely tokens, each counted once. With different tokenizers
+        figures against the teacher are over the tokens that both models have, `chunk_kl` is per
+        chunk, both `nll` are per token of the student, and `chunk_coverage` is the share of its
+        tokens that is compared by likelihood only.
     """
     means = {name: _means(figures, tally.calibration.get(name))
              for name, figures in sorted(tally.table.items())}
@@ -238,7 +246,7 @@ def _means(
     figures: dict[str, Moments], calibration: Calibration | None
 ) -> dict[str, float | int]:
     every = figures["nll"]
-    out: dict[str, float | int] = {"n_tokens": int(every.tokens), "n_answers": every.records}
+    out: dict[str, float | int] = {"n_tokens": every.counted, "n_answers": every.records}
     for name, moments in figures.items():
         out[name], out[f"{name}_stderr"] = moments.mean, moments.stderr
     if calibration is not None:

@@ -23,6 +23,7 @@ from taid_vlm.fused.bodies import choose_body
 from taid_vlm.fused.heads import Head, HeadPass, ModuleHead
 from taid_vlm.fused.scratch import Scratch
 from taid_vlm.fused.terms import BodyTerm
+from taid_vlm.models.head import keeps_type
 from taid_vlm.objectives import LOSSES, Objective
 from taid_vlm.objectives.divergences import check_parameters, upcast
 
@@ -87,6 +88,7 @@ class FusedDivergence:
         t: float | None = None,
         map_index: Tensor | None = None,
         token_weights: Tensor | None = None,
+        weights: Tensor | None = None,
         measure: Measure | None = None,
     ) -> FusedLoss:
         """The weighted sum over N tokens; gradients reach hidden states and head.
@@ -103,6 +105,7 @@ class FusedDivergence:
             map_index: [N] which of `maps` holds for a token; needed with more than one.
             token_weights: [N] factors of the terms that compare with the teacher; no gradient
                 reaches them.
+            weights: [N] factors of all terms; no gradient reaches them.
             measure: looks at every chunk's logits while they are there, for figures; it must not
                 change them.
 
@@ -111,12 +114,17 @@ class FusedDivergence:
         """
         between, on_data = self.terms(t)
         work = _Work(self, between, on_data, student_head, teacher_head, measure)
-        work.take(student_hidden, teacher_hidden, labels, map_index, token_weights)
+        work.take(student_hidden, teacher_hidden, labels, map_index, token_weights, weights)
         if torch.is_grad_enabled():
             loss = _Fused.apply(work, student_hidden, *student_head.parameters())
         else:
             loss, _ = work.run(student_hidden, ())
         return FusedLoss(loss, work.per_token, work.figures)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What lies in memory between two calls."""
+        return [*self.student_scratch.kept, *self.teacher_scratch.kept]
 
     def terms(self, t: float | None) -> tuple[list[BodyTerm], list[BodyTerm]]:
         """Terms against the teacher, and on the data, with all their numbers."""
@@ -152,11 +160,6 @@ class _Fused(torch.autograd.Function):
         return None, *(None if g is None else _scale(g, upstream) for g in gradients)
 
 
-def _is_half(head: Head | ModuleHead) -> bool:
-    """Whether a teacher's head is of half precision, and so computes in its own type."""
-    return isinstance(head, Head) and head.weight.dtype.itemsize < 4
-
-
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
     """In place, and without rounding the factor to the gradient's type."""
     if gradient.dtype.itemsize >= 4 or factor.device.type == "cpu":
@@ -183,7 +186,7 @@ class _Work:
 
     def take(
         self, hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor | None,
-        map_index: Tensor | None, token_weights: Tensor | None,
+        map_index: Tensor | None, token_weights: Tensor | None, weights: Tensor | None,
     ) -> None:
         """Tensors of N rows each; whether they are all there is checked before any work."""
         measured = self.measure is not None and teacher_hidden is not None
@@ -192,6 +195,7 @@ class _Work:
         for name, tensor, needed in (
             ("teacher_hidden", teacher_hidden, self.compares), ("labels", labels, self.on_data),
             ("map_index", map_index, several), ("token_weights", token_weights, False),
+            ("weights", weights, False),
         ):
             if needed and tensor is None:
                 raise RecipeError(f"the objective needs {name}, and there is none.")
@@ -202,6 +206,7 @@ class _Work:
             self._check_heads()
         self.teacher_hidden, self.labels, self.map_index = teacher_hidden, labels, map_index
         self.token_weights = None if token_weights is None else token_weights.detach()
+        self.weights = None if weights is None else weights.detach()
 
     def _check_heads(self) -> None:
         if self.teacher_head is None:
@@ -231,14 +236,16 @@ class _Work:
         chunks = list(self._chunks(hidden))
         head = self.student_head.open(needs, len(chunks), dtype, self.fused.student_scratch)
         if self.compares and self.teacher_head is not None:
+            own = isinstance(self.teacher_head, Head) and keeps_type(self.teacher_head.weight.dtype)
             self.teacher: HeadPass = self.teacher_head.open(
-                dtype=None if _is_half(self.teacher_head) else dtype,
-                scratch=self.fused.teacher_scratch)
+                dtype=None if own else dtype, scratch=self.fused.teacher_scratch)
         gradient = torch.zeros_like(hidden) if any(needs[:1]) else None
         for index, rows in chunks:
             x = hidden[rows]
             s = head.logits(x)
             g = self._differentiate(s, index, rows, head.product)
+            if self.weights is not None:
+                g.mul_(self.weights[rows, None])
             g_x = head.backward(x, g, s, gradient is not None) if any(needs) else None
             if gradient is not None and g_x is not None:
                 gradient[rows] = g_x
@@ -358,5 +365,7 @@ class _Work:
             values = self.per_token[term.name]
             if self.token_weights is not None and term in self.between:
                 values = values * self.token_weights
+            if self.weights is not None:
+                values = values * self.weights
             total = total + term.weight * values.sum()
         return total

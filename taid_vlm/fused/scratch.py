@@ -16,6 +16,11 @@ class Scratch:
     def __init__(self) -> None:
         self._held: Tensor | None = None
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """What lies in memory between two calls."""
+        return [] if self._held is None else [self._held]
+
     def take(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """[rows, width], not initialised; what was taken before is overwritten."""
         if device.type == "cuda":

@@ -36,8 +36,13 @@ def write_text(text: str, path: Path) -> Path:
     Raises:
         TaidError: the folder or the file cannot be written.
     """
+    return write_bytes(text.encode(), path)
+
+
+def write_bytes(content: bytes, path: Path) -> Path:
+    """The same for bytes."""
     try:
-        return _replace_file(text, path)
+        return _replace_file(content, path)
     except OSError as error:
         raise TaidError(f"'{path}' could not be written: {error.strerror or error}") from error
 
@@ -49,12 +54,12 @@ def usual_mode() -> int:
     return 0o666 & ~mask
 
 
-def _replace_file(text: str, path: Path) -> Path:
+def _replace_file(content: bytes, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.chmod(temporary, usual_mode())
         os.replace(temporary, path)
     except BaseException:

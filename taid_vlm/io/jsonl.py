@@ -34,6 +34,16 @@ def parse_line(line: str | bytes, where: str) -> dict[str, Any]:
     return row
 
 
+def need(row: dict[str, Any], where: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The row, whose columns are there and of these types; raises RecordError."""
+    for name, kind in kinds.items():
+        if name not in row:
+            raise RecordError(f"{where}: '{name}' is missing.")
+        if not isinstance(row[name], kind):
+            raise RecordError(f"{where}: {name} = {row[name]!r:.60} is of another kind.")
+    return row
+
+
 def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """("FILE:NUMBER", object) of every line that is not blank, one at a time.
 
@@ -55,7 +65,7 @@ class JsonLines:
     is parsed when it is read."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.name = path, path.name  # what messages call it
         self._starts, self._numbers = array("q"), array("q")  # of lines that are not blank
         start = 0
         with path.open("rb") as file:
@@ -76,7 +86,7 @@ class JsonLines:
         start = self._starts[index]
         end = self._bytes.find(b"\n", start)
         line = self._bytes[start : end if end >= 0 else len(self._bytes)]
-        return parse_line(line, f"{self.path.name}:{self.line(index)}")
+        return parse_line(line, f"{self.name}:{self.line(index)}")
 
     @cached_property
     def _bytes(self) -> mmap.mmap:

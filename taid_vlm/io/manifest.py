@@ -26,7 +26,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    return manifest if isinstance(files, dict) else None
 
 
 def damage(folder: Path) -> str | None:

@@ -7,9 +7,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from taid_vlm.objectives.divergences import upcast
+
+
+def keeps_type(dtype: torch.dtype) -> bool:
+    """Whether frozen weights of this type are computed with in it, whatever autocast says: those
+    of half precision are, as torch cannot mix bfloat16 weights and float16 autocast."""
+    return dtype.itemsize < 4
 
 
 @dataclass(frozen=True)

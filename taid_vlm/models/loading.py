@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,12 +25,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from taid_vlm.adapters import Processor
+from taid_vlm.adapters import Processor, check_kwargs
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.lora import (
     LoraFolder,
     find_adapter,
+    hub_options,
     merge_adapter,
     refuse_quantized,
     untie_skeleton,
@@ -46,10 +48,21 @@ def read_config(spec: ModelSpec, role: str) -> PretrainedConfig:
     if adapter is not None:
         return _base_config(adapter, role)
     _check_folder(spec.model_name_or_path, role)
-    return guarded(
+    config = guarded(
         role, spec.model_name_or_path, AutoConfig.from_pretrained, spec.model_name_or_path,
-        revision=spec.revision, trust_remote_code=spec.trust_remote_code,
+        revision=spec.revision, trust_remote_code=spec.trust_remote_code, **hub_options(spec),
     )
+    return _with_commit(config, spec)
+
+
+def _with_commit(config: PretrainedConfig, spec: ModelSpec) -> PretrainedConfig:
+    """Note which commit of the hub it is, which transformers 5.24 no longer does."""
+    if getattr(config, "_commit_hash", None) is None and not Path(spec.model_name_or_path).exists():
+        file = try_to_load_from_cache(
+            spec.model_name_or_path, "config.json", spec.init_kwargs.get("cache_dir"),
+            spec.revision)
+        config._commit_hash = Path(file).parent.name if isinstance(file, str) else None
+    return config
 
 
 def _base_config(adapter: LoraFolder, role: str) -> PretrainedConfig:
@@ -100,6 +113,7 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
     )
     _check_loaded(report, spec, role)
     _check_ends(model, spec, role)
+    _with_commit(model.config, spec)
     return model
 
 
@@ -183,13 +197,14 @@ def read_processor(config: PretrainedConfig, spec: ModelSpec, role: str) -> Proc
     name = spec.processor_name_or_path or (
         spec.model_name_or_path if adapter is None else adapter.processor_name(seeing))
     processor = guarded(role, name, auto.from_pretrained, name, revision=spec.revision,
-                        trust_remote_code=spec.trust_remote_code)
+                        trust_remote_code=spec.trust_remote_code, **hub_options(spec))
     if not getattr(processor, "tokenizer", processor)("a b", add_special_tokens=False)["input_ids"]:
         raise TaidError(f"{role}: '{name}' holds no tokenizer; save it beside the model, or set "
                         f"{role}.processor_name_or_path.", code="no_tokenizer")
     if spec.chat_template is not None:
         processor.chat_template = read_template(spec.chat_template, role)
     set_processor(processor, spec.processor_kwargs, role)
+    check_kwargs(processor, spec.chat_template_kwargs, role)
     return processor
 
 

@@ -1,25 +1,31 @@
-"""Folders that hold a LoRA (or DoRA) adapter: its base model, and both merged in memory."""
+"""LoRA (or DoRA) adapters in folders or on the hub: their base model, and both merged in memory."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, nearest
+from taid_vlm.models.published import save_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE = "base_model_name_or_path"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 
 
@@ -57,9 +63,9 @@ def find_adapter(spec: ModelSpec, role: str) -> LoraFolder | None:
     Raises:
         TaidError: an adapter of another kind than LoRA, pickled weights, a base that is missing.
     """
-    if not is_adapter(spec.model_name_or_path):
+    folder = _adapter_folder(spec)
+    if folder is None:
         return None
-    folder = Path(spec.model_name_or_path).expanduser()
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind, base = config.get("peft_type"), config.get(_BASE)
@@ -73,8 +79,41 @@ def find_adapter(spec: ModelSpec, role: str) -> LoraFolder | None:
         raise TaidError(f"{role}: '{folder}' holds no {WEIGHTS} (pickled weights can run code when "
                         "they are loaded); save the adapter as safetensors.")
     base = _base_folder(folder, base, role)
+    if base == spec.model_name_or_path:
+        raise TaidError(f"{role}: '{folder / CONFIG}' has {_BASE} = '{base}', which is itself.")
     return LoraFolder(folder, spec.model_copy(update={
         "model_name_or_path": base, "revision": config.get("revision") or "main"}))
+
+
+def _adapter_folder(spec: ModelSpec) -> Path | None:
+    """Where the adapter lies, one of the hub in the hub's cache; None for what is none."""
+    name = spec.model_name_or_path
+    path = Path(name).expanduser()
+    if is_adapter(name):
+        return path
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        return None
+    place = {"revision": spec.revision, **hub_options(spec)}
+    try:
+        with contextlib.suppress(EntryNotFoundError):
+            _check_whole(name, **place)
+            return None
+        hf_hub_download(name, CONFIG, **place)
+        return Path(snapshot_download(
+            name, allow_patterns=[WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt"], **place))
+    except Exception:  # no hub, no such name, no access: loading the configuration says which
+        return None
+
+
+@cache
+def _check_whole(name: str, **place: Any) -> None:
+    """Raise what the hub does where a name of the hub has no model of its own."""
+    hf_hub_download(name, "config.json", **place)
+
+
+def hub_options(spec: ModelSpec) -> dict[str, Any]:
+    """What of `init_kwargs` is about reaching the hub, and holds for whatever is fetched there."""
+    return {key: spec.init_kwargs[key] for key in _HUB_OPTIONS if key in spec.init_kwargs}
 
 
 def _base_folder(folder: Path, name: Any, role: str) -> str:
@@ -155,7 +194,7 @@ def write_merged(base: PreTrainedModel, adapter: LoraFolder, role: str) -> None:
     merged = merge_adapter(base, adapter, role)
     for name in (CONFIG, WEIGHTS, "README.md"):  # peft's README is the adapter's card
         (adapter.folder / name).unlink(missing_ok=True)
-    merged.save_pretrained(adapter.folder)
+    save_weights(merged, adapter.folder)
 
 
 def merge_attached(model: Any, role: str) -> PreTrainedModel:

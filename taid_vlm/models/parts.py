@@ -31,6 +31,7 @@ _TOWER_NAME = re.compile(r"(^|_)(tower|visual|vision_model|vision_encoder|image_
 # children of a tower that leave its width: they are the projector, or its first half
 _PROJECTOR_IN_TOWER = frozenset({
     "merger", "merger_list", "deepstack_merger_list",  # Qwen-VL and those built like it
+    "patch_merger",  # Hunyuan 4
     "downsample",  # GLM-V, before its merger
     "connector",  # Granite-Docling
     "head_linear", "head_norm",  # Ovis2: scores over its visual vocabulary

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from taid_vlm.config.objective import VISUAL, read_objective
+from taid_vlm.config.objective import VISUAL, Router, read_objective
 from taid_vlm.objectives.divergences import (
     LOSSES,
     divergence,
@@ -50,6 +50,7 @@ class Objective:
     alignment: str = "auto"
     visual: tuple[VisualTerm, ...] = ()
     visual_advantage: float = 0.0
+    router: float = 0.0
 
     @property
     def needs_teacher(self) -> bool:
@@ -137,14 +138,17 @@ def parse_objective(config: str | Mapping[str, Any]) -> Objective:
         RecipeError: unknown names or keys (with the nearest valid one), values out of range.
     """
     spec = read_objective(config)
-    terms, visual = list[Term](), list[VisualTerm]()
+    terms, visual, router = list[Term](), list[VisualTerm](), 0.0
     for term in spec.losses:
         own = {key: getattr(term, key) for key in term.parameters() if key in term.model_fields_set}
         if isinstance(term, VISUAL):
             visual.append(VisualTerm(term.name, term.weight, term.grid))
+        elif isinstance(term, Router):
+            router = term.weight
         elif term.name == "taid":
             terms.append(Term(term.name, term.weight, schedule=own))
         else:
             terms.append(Term(term.name, term.weight, own))
     strength = 0.0 if spec.token_weights is None else spec.token_weights.strength
-    return Objective(tuple(terms), spec.kd_temperature, spec.alignment, tuple(visual), strength)
+    return Objective(tuple(terms), spec.kd_temperature, spec.alignment, tuple(visual), strength,
+                     router)

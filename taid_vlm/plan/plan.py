@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -15,10 +15,18 @@ from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError, at_least
 from taid_vlm.io.quiet import quiet
+from taid_vlm.models.experts import chosen_experts, parameters_per_token
+from taid_vlm.models.forward import unwrap
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
-from taid_vlm.plan.rehearsal import Memory, rehearse_evaluation, rehearse_training, trained
+from taid_vlm.plan.rehearsal import (
+    Memory,
+    kept,
+    rehearse_evaluation,
+    rehearse_training,
+    trained,
+)
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
 from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
@@ -59,10 +67,21 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: parameters in memory, and those that a token passes."""
+
+    chosen: int
+    number: int
+    parameters: int
+    per_token: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Memory of one device while a recipe (or one stage of it) is carried out.
 
     peak: bytes in its fullest moment, which is in the phase `fullest`; phases: peak of each.
+    experts: of models that have some.
     """
 
     stage: str
@@ -74,6 +93,7 @@ class Plan:
     components: tuple[Component, ...]
     batch: Longest
     notes: tuple[str, ...] = ()
+    experts: Mapping[str, Experts] = field(default_factory=dict)
 
 
 Seen = dict[str, Looked]
@@ -113,8 +133,10 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         trainer = _trainer(recipe, found, shapes)
         looked = _looked(trainer, recipe, "train", found.train, seen)
         batch, lengths = longest_batch(trainer, looked, found.args.per_device_train_batch_size)
-        phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes),
-                  UPDATE: _update(trainer, recipe)}
+        phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes)}
+        if _device(recipe) == "gpu":
+            trainer._step = None  # CUDA's allocator gives what the loss had to anything else
+        phases[UPDATE] = _update(trainer, recipe)
         if found.eval is not None:
             looked = _looked(trainer, recipe, "eval", found.eval, seen)
             held_out, _ = longest_batch(trainer, looked, found.args.per_device_eval_batch_size)
@@ -128,7 +150,7 @@ def _looked(
 ) -> Looked:
     """The records of one side, looked at once for all recipes that show them alike."""
     models = [(spec.model_name_or_path, spec.revision, spec.processor_name_or_path,
-               spec.chat_template, spec.processor_kwargs)
+               spec.chat_template, spec.chat_template_kwargs, spec.processor_kwargs)
               for spec in (recipe.student, recipe.teacher) if spec]
     shown = [recipe.train.get(key) for key in ("max_length", "supervise")]
     key = repr((side, getattr(recipe.data, side), recipe.data.video, models, shown,
@@ -190,10 +212,11 @@ def _rehearsed(rehearse: Callable[..., Memory], by_formula: Callable[..., Memory
 
 
 def _update(trainer: DistillationTrainer, recipe: Recipe) -> Memory:
-    """The optimizer's step: all gradients, and nothing left of the activations."""
+    """The optimizer's step: all gradients, and nothing left of the activations but, on a CPU, the
+    loss's room for logits."""
     _, scratch = _optimizer(trainer, recipe)
     live = {**formula.resident_models(trainer), kinds.SCRATCH: scratch,
-            kinds.GRADIENTS: bytes_of(trained(trainer))}
+            kinds.GRADIENTS: bytes_of(trained(trainer)), kinds.LOSS: bytes_of(kept(trainer))}
     return Memory(live, live)
 
 
@@ -232,7 +255,16 @@ def _account(
         {phase: memory.peak for phase, memory in whole.items()},
         tuple(Component(kind, most[kind], worst.at_peak.get(kind, 0), _how(kind, phases, recipe))
               for kind in kinds.KINDS if most[kind]),
-        lengths, tuple(_notes(recipe, phases)))
+        lengths, tuple(_notes(recipe, phases)), _experts(trainer))
+
+
+def _experts(trainer: DistillationTrainer) -> dict[str, Experts]:
+    models = {"student": trainer.model, "teacher": trainer.teacher_model}
+    counts = {role: (model, chosen_experts(unwrap(model).config))
+              for role, model in models.items() if model is not None}
+    return {role: Experts(*chosen, sum(p.numel() for p in unwrap(model).parameters()),
+                          parameters_per_token(model))
+            for role, (model, chosen) in counts.items() if chosen is not None}
 
 
 def _with_process(memory: Memory, always: Mapping[str, int], device: str) -> Memory:

@@ -68,7 +68,7 @@ def rehearse_training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes
     """
     ledger, collate = _ledger(trainer, batch), trainer.data_collator
     trainer._step = _loss_step(trainer, batch)  # what the trainer chooses by values
-    trainer.guard.judge = lambda *_: True  # type: ignore[method-assign]  # it looks at values
+    trainer.guard.judge = lambda *_: None  # type: ignore[method-assign]  # it looks at values
     trainer.add_callback(_StopBeforeUpdate())
     handles = [p.register_post_accumulate_grad_hook(
         lambda p: ledger.relabel(p.grad, kinds.GRADIENTS)) for p in trained(trainer)]
@@ -148,7 +148,14 @@ def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:
         ledger.adopt([*teacher.parameters(), *teacher.buffers()], kinds.TEACHER)
     ledger.adopt([*parameters(trainer), *trainer.model.buffers()], kinds.STUDENT)
     ledger.adopt(tree_leaves(dict(batch)), kinds.BATCH)
+    ledger.adopt(kept(trainer), kinds.LOSS)
     return ledger
+
+
+def kept(trainer: DistillationTrainer) -> list[Tensor]:
+    """The room for logits that a step leaves to the next one, on a CPU."""
+    step = trainer._step
+    return [*step.fused.kept, *step.likelihood.kept] if isinstance(step, FusedStep) else []
 
 
 def trained(trainer: DistillationTrainer) -> list[nn.Parameter]:

@@ -31,6 +31,7 @@ NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 aten = torch.ops.aten
 _COPIES = (aten._to_copy.default, aten.clone.default)
+GROUPED_MM = aten._grouped_mm.default  # experts
 DEVICE = torch.ops.prim.device.default  # asked so often that it must not take the long way
 
 
@@ -63,6 +64,8 @@ class Shapes(TorchDispatchMode):
         if any(isinstance(x, FakeTensor) for x in given):
             if func is aten.index.Tensor:  # the shape depends on how much of a mask is true
                 args = (args[0], [i for index in args[1] for i in _numbered(index)])
+            if func is GROUPED_MM:
+                return self._grouped(args, kwargs)
             with self.fake:
                 return func(*args, **kwargs)
         if func._schema.is_mutable or func.is_view or (given and func in _COPIES):
@@ -80,6 +83,13 @@ class Shapes(TorchDispatchMode):
         large = any(x.is_floating_point() and x.numel() > VALUES_UP_TO
                     for x in tree_leaves(made) if isinstance(x, Tensor))
         return made if large else None
+
+    def _grouped(self, args: Any, kwargs: Any) -> Any:
+        """A product of float32 experts, which torch has on a CPU but not for its fake tensors."""
+        with self.fake:
+            half = [x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x
+                    for x in args]
+            return GROUPED_MM(*half, **kwargs).to(args[0].dtype)
 
     def hollow(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         """Take the values of all parameters away, also of small ones; shared ones stay shared.

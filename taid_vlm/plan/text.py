@@ -54,6 +54,9 @@ def _head(plan: Plan, advice: Advice | None) -> list[str]:
         images = plan.batch.image_tokens[role]
         shown = f", {images:,} of them of images at most" if images else ""
         lines.append(f"          {role}: {count:,} tokens in the longest row{shown}")
+    lines += [f"experts   {role}: all {it.parameters:,} parameters are in memory, a token passes "
+              f"{it.per_token:,} ({it.chosen} of {it.number} experts)"
+              for role, it in plan.experts.items()]
     phases = ", ".join(f"{name} {human(peak)}" for name, peak in plan.phases.items())
     return [*lines, f"phases    {phases}"]
 

@@ -2,10 +2,13 @@
 
 from taid_vlm.records.fingerprint import fingerprint
 from taid_vlm.records.images import ImageRef
-from taid_vlm.records.record import Malformed, Message, Record, first_rows, parse_record
+from taid_vlm.records.messages import Message
+from taid_vlm.records.mix import AnyRecords, MixedRecords, MixedStream, open_sources, parts_of
+from taid_vlm.records.record import Malformed, Record, first_rows, parse_record
 from taid_vlm.records.sources import Records, StreamedRecords, open_records, open_rows
 
 __all__ = [
-    "ImageRef", "Malformed", "Message", "Record", "Records", "StreamedRecords",
-    "fingerprint", "first_rows", "open_records", "open_rows", "parse_record",
+    "AnyRecords", "ImageRef", "Malformed", "Message", "MixedRecords", "MixedStream", "Record",
+    "Records", "StreamedRecords", "fingerprint", "first_rows", "open_records", "open_rows",
+    "open_sources", "parse_record", "parts_of",
 ]

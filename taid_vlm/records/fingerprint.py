@@ -22,7 +22,10 @@ def _of_record(record: Record | Malformed) -> bytes:
     if isinstance(record, Malformed):
         return b"malformed"
     messages = [(message.role, message.parts) for message in record.messages]
-    texts = repr((messages, record.text, record.categories)).encode()
+    more = [(m.weight, m.thought, m.calls, m.name, m.tool_call_id) for m in record.messages]
+    plain = all(each == (1.0, None, (), None, None) for each in more) and not record.tools
+    texts = repr((messages, record.text, record.categories,
+                  *(() if plain else (more, record.tools)))).encode()
     return sha256([texts, *(image_hash(image, _of_file) for image in record.images)])
 
 

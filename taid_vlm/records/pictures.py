@@ -173,12 +173,23 @@ def _inline(part: Mapping[str, Any], kind: str) -> Any:
     return part.get(kind) or part.get("path") or part.get("url") or inline
 
 
-def split_tags(text: str, pictures: Pictures) -> list[str | None]:
+def split_tags(
+    text: str, pictures: Pictures, role: str, tagged: bool
+) -> list[str | None]:
     """Texts, and None for every `<image>`, `<video>` and Qwen-VL's `<img>path</img>`, which are
-    taken; without the newlines LLaVA writes around a tag."""
+    taken; without the newlines LLaVA writes around a tag.
+
+    Args:
+        tagged: whether `<image>` in this role's texts stands for one; else it is text, as are all
+            tags of an assistant's then.
+    """
+    if role == "assistant" and not tagged:
+        return [text]
     parts: list[str | None] = []
     start = 0
     for tag in _TAG.finditer(text):
+        if tag.group() == "<image>" and not tagged:
+            continue
         parts += [text[start : tag.start()].strip("\n"), None]
         start = tag.end()
         pictures.take_tag(tag)

@@ -3,25 +3,38 @@
 Columns understood, with `image` or `images` (path, bytes, {"bytes", "path"} or PIL image) and
 `video` or `videos` (file, bytes or list of frames) beside:
 - `messages`: [{"role", "content"}], content a string with `<image>` and `<video>` tags or typed
-  parts;
-- `prompt` and `completion`: strings, or lists of messages;
+  parts; what else a message may hold: `messages.py`;
+- `prompt` and `completion`: strings, or lists of messages, of which only the completion is learned;
 - `conversations`: LLaVA's [{"from": "human" | "gpt", "value"}];
-- `text`: plain text for pre-training, or a caption where an image stands beside it.
-Optional: `category` (a string) or `categories` (one per assistant turn), for evaluation.
+- `text`: plain text for pre-training, or a caption where an image stands beside it;
+and the forms of `columns.py`.
+Optional: `system` (the first turn), `tools` (JSON schemas of what can be called); for evaluation
+`category` (a string) or `categories` (one per assistant turn).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
 from taid_vlm.config.data import VideoSpec
-from taid_vlm.errors import RecordError, nearest
+from taid_vlm.errors import RecordError
+from taid_vlm.records.columns import CHAT_COLUMNS, chat_keys, proposal, read_columns
 from taid_vlm.records.images import MAX_PIXELS, ImageRef
+from taid_vlm.records.messages import (
+    LLAVA_ROLES,
+    ROLES,
+    Message,
+    Turn,
+    expect_text,
+    read_tools,
+    read_turns,
+    without_filled,
+)
 from taid_vlm.records.pictures import (
     Pictures,
     image_column,
@@ -31,46 +44,54 @@ from taid_vlm.records.pictures import (
     video_column,
 )
 
-IMAGE_TAG = "<image>"
-CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
-ROLES = {role: role for role in ("system", "user", "assistant")}
-_LLAVA_ROLES = {"human": "user", "gpt": "assistant", **ROLES}
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+TAG_AS_TEXT = f"{IMAGE_TAG}: text, for the row has no image"
 
 
 @dataclass(frozen=True)
 class Malformed:
-    """Stands for a row that is no record; `problem` names file and line."""
+    """Stands for a row that is no record; `problem` names file and line, `reason` is what it is
+    counted under."""
 
     problem: str
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn; `parts` are texts, and None where an image or a video stands."""
-
-    role: str
-    parts: tuple[str | None, ...]
-
-    @property
-    def text(self) -> str:
-        return "".join(part for part in self.parts if part is not None)
+    reason: str = RecordError.reason
+    origin: str = ""
 
 
 @dataclass(frozen=True)
 class Record:
     """A conversation with its images and videos in order of appearance, or (without messages) a
-    text."""
+    text.
+
+    tools: JSON schemas of what the assistant can call.
+    without_effect: what stands in it and has none, in words: keys of messages, and tags.
+    unread: columns of its row that nothing reads. origin: which of several sources it is of.
+    context, goes_on: of a window of a longer text, how many of its characters are not learned, and
+    whether the text goes on behind it.
+    """
 
     source: str
     messages: tuple[Message, ...] = ()
     images: tuple[ImageRef, ...] = ()
     text: str | None = None
     categories: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    without_effect: tuple[str, ...] = field(default=(), compare=False)
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    origin: str = field(default="", compare=False)
+    context: int = 0
+    goes_on: bool = False
 
     @property
     def answers(self) -> list[str]:
         """The assistant's texts."""
         return [message.text.strip() for message in self.messages if message.role == "assistant"]
+
+    @property
+    def learned(self) -> list[int]:
+        """Which of the assistant's answers are learned: those that weigh anything."""
+        spoken = (message for message in self.messages if message.role == "assistant")
+        return [turn for turn, message in enumerate(spoken) if message.weight]
 
     def before(self, turn: int) -> list[Message]:
         """The messages that stand before the `turn`-th assistant answer."""
@@ -96,7 +117,7 @@ def parse_record(
     """Read one row.
 
     Args:
-        row: column -> value; columns that are None count as absent.
+        row: column -> value; columns that are None or NaN count as absent.
         source: what error messages call the row, for example "train.jsonl:12".
         root: folder that relative image paths start from.
         max_pixels: of an image; larger ones are not decoded.
@@ -105,16 +126,31 @@ def parse_record(
     Raises:
         RecordError: columns or values that cannot be understood.
     """
-    row = {key: value for key, value in row.items() if value is not None}
+    row = columns = read_columns(row, source)
     images, videos = image_column(row, source, root), video_column(row, source, root)
     categories = _categories(row, source)
     if "text" in row and not images + videos and not any(column in row for column in CHAT_COLUMNS):
-        text = _expect_str(row["text"], "text", source)
-        return Record(source, text=text, categories=categories)
+        text = expect_text(row["text"], f"{source}: text")
+        return Record(source, text=text, categories=categories, unread=columns.unread)
+    turns = _with_system(_read_messages(row, source), row, source)
+    tools = read_tools(row.get("tools"), source)
     messages, images = _resolve_images(
-        _read_messages(row, source), images, videos, source, root)
+        [(t.role, t.content) for t in turns], images, videos, source, root)
     images = [settled(image, max_pixels, video) for image in images]
-    return Record(source, messages, tuple(images), categories=categories)
+    messages = tuple(replace(m, **{**t.extra, "calls": without_filled(t.calls, tools)})
+                     for m, t in zip(messages, turns, strict=True))
+    without_effect = tuple(dict.fromkeys(key for turn in turns for key in turn.unread))
+    if not images and any(IMAGE_TAG in message.text for message in messages):
+        without_effect += (TAG_AS_TEXT,)
+    return Record(source, messages, tuple(images), None, categories, tools, without_effect,
+                  columns.unread)
+
+
+def problem_of(row: Malformed) -> RecordError:
+    """The error that it stands for."""
+    problem = RecordError(row.problem)
+    problem.reason = row.reason
+    return problem
 
 
 def attempt(read: Callable[..., Record], *args: Any) -> Record | Malformed:
@@ -122,7 +158,7 @@ def attempt(read: Callable[..., Record], *args: Any) -> Record | Malformed:
     try:
         return read(*args)
     except RecordError as problem:
-        return Malformed(str(problem))
+        return Malformed(str(problem), problem.reason)
 
 
 def first_rows(data: Any, number: int | None = None) -> Iterator[Record | Malformed]:
@@ -139,77 +175,61 @@ def first_rows(data: Any, number: int | None = None) -> Iterator[Record | Malfor
 RawMessage = tuple[str, Any]  # role, content as it came
 
 
-def _read_messages(row: Mapping[str, Any], source: str) -> list[RawMessage]:
-    if "messages" in row:
-        return _chat(row["messages"], "messages", source)
-    if "conversations" in row:
-        return _chat(row["conversations"], "conversations", source, ("from", "value"), _LLAVA_ROLES)
+def _read_messages(row: Mapping[str, Any], source: str) -> list[Turn]:
+    for column, usual in (("messages", ("role", "content")), ("conversations", ("from", "value"))):
+        if column in row:
+            keys = chat_keys(row[column], usual)
+            roles = ROLES if (column, keys[0]) == ("messages", "role") else LLAVA_ROLES
+            return read_turns(row[column], column, source, keys, roles)
     if "prompt" in row or "completion" in row:
         for column in ("prompt", "completion"):
             if column not in row:
                 raise _missing(column, row, source)
-        return [*_side(row["prompt"], "prompt", "user", source),
+        prompt = _side(row["prompt"], "prompt", "user", source)  # its answers are context
+        return [*(replace(turn, extra={**turn.extra, "weight": 0.0})
+                  if turn.role == "assistant" else turn for turn in prompt),
                 *_side(row["completion"], "completion", "assistant", source)]
     if "text" in row:  # with an image beside it: a caption
-        return [("user", ""), ("assistant", _expect_str(row["text"], "text", source))]
+        caption = expect_text(row["text"], f"{source}: text")
+        return [Turn("user", "", {}), Turn("assistant", caption, {})]
     raise _missing("messages", row, source)
+
+
+def _with_system(turns: list[Turn], row: Mapping[str, Any], source: str) -> list[Turn]:
+    """The turns, with the row's `system` in front."""
+    if not (text := row.get("system")):
+        return turns
+    first = Turn("system", expect_text(text, f"{source}: system"), {})
+    if turns[0].role != "system":
+        return [first, *turns]
+    if turns[0].content == text:
+        return turns
+    raise RecordError(f"{source}: a system column, and a conversation that begins with another "
+                      "system turn; keep one of them.")
 
 
 def _missing(column: str, row: Mapping[str, Any], source: str) -> RecordError:
     found = ", ".join(sorted(row)) or "none"
+    line = proposal(row) or "data.train.columns: {prompt: ..., completion: ...}"
     return RecordError(
         f"{source}: column '{column}' is missing (found: {found}). A record needs 'messages', "
-        "'prompt' and 'completion', 'conversations' or 'text'; rename columns with data.columns."
+        f"'prompt' and 'completion', 'conversations' or 'text'; rename columns with {line}."
     )
 
 
-def _side(value: Any, column: str, role: str, source: str) -> list[RawMessage]:
+def _side(value: Any, column: str, role: str, source: str) -> list[Turn]:
     if isinstance(value, str):
-        return [(role, value)]
+        return [Turn(role, value, {})]
     if not isinstance(value, Sequence):
         raise RecordError(f"{source}: {column} must be text or a list of messages, got "
                           f"{shown(value)}.")
-    return _chat(value, column, source)
-
-
-def _chat(
-    value: Any, column: str, source: str, keys: tuple[str, str] = ("role", "content"),
-    roles: Mapping[str, str] = ROLES,
-) -> list[RawMessage]:
-    messages: list[RawMessage] = []
-    for index, item in enumerate(_expect_list(value, column, source)):
-        where = f"{column}[{index}]"
-        if not isinstance(item, Mapping) or not all(key in item for key in keys):
-            raise RecordError(f"{source}: {where} must hold '{keys[0]}' and '{keys[1]}', got "
-                              f"{shown(item)}.")
-        role = str(item[keys[0]])
-        if role not in roles:
-            raise RecordError(f"{source}: {where}.{keys[0]} = '{role}'.{nearest(role, roles)}")
-        messages.append((roles[role], item[keys[1]]))
-    return messages
+    return read_turns(value, column, source)
 
 
 def _categories(row: Mapping[str, Any], source: str) -> tuple[str, ...]:
     listed = row.get("categories", [row["category"]] if "category" in row else [])
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
-    return tuple(_expect_str(str(category), "a category", source) for category in listed)
-
-
-def _expect_str(value: Any, where: str, source: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"{source}: {where} must be text, got {type(value).__name__}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError(f"{source}: {where} holds half a character: {error}.") from None
-    return value
-
-
-def _expect_list(value: Any, where: str, source: str) -> Sequence[Any]:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence) or not value:
-        raise RecordError(f"{source}: {where} must be a non-empty list, got "
-                          f"{shown(value)}.")
-    return value
+    return tuple(expect_text(str(category), f"{source}: a category") for category in listed)
 
 
 # ----- images -------------------------------------------------------------------------------
@@ -223,6 +243,7 @@ def _resolve_images(
     pictures = Pictures.of(images, videos, source, root)
     messages: list[Message] = []
     typed = any(kind_of(part) for _, content in raw for part in _as_parts(content))
+    tagged = set() if typed else _tagged(raw, len(images) + len(videos))
     for role, content in raw:
         parts: list[str | None] = []
         for part in _as_parts(content):
@@ -231,7 +252,7 @@ def _resolve_images(
                 parts.append(None)
             else:
                 text = _part_text(part, role, source)
-                parts += [text] if typed else split_tags(text, pictures)
+                parts += [text] if typed else split_tags(text, pictures, role, role in tagged)
         if role == "assistant" and None in parts:
             raise RecordError(f"{source}: an image stands in an assistant's message, but models "
                               "answer with text; move it into the user's.")
@@ -240,6 +261,20 @@ def _resolve_images(
     if not unmarked:
         return tuple(messages), pictures.taken
     return _open_with_images(messages, pictures.taken, unmarked, source)
+
+
+def _tagged(raw: list[RawMessage], pictures: int) -> set[str]:
+    """Whose `<image>` stands for an image: nobody's where the row has none; the assistant's only
+    where images are left over by the others."""
+    if not pictures:
+        return set()
+    parts = [(role, part) for role, content in raw for part in _as_parts(content)]
+    texts = [(role, part.get("text") if isinstance(part, Mapping) else part)
+             for role, part in parts]
+    asked = sum(text.count(IMAGE_TAG) + text.count(VIDEO_TAG) for role, text in texts
+                if role != "assistant" and isinstance(text, str))
+    roles = {role for role, _ in raw}
+    return roles if asked < pictures else roles - {"assistant"}
 
 
 def _as_parts(content: Any) -> Sequence[Any]:
@@ -254,7 +289,7 @@ def _part_text(part: Any, role: str, source: str) -> str:
             raise RecordError(f"{source}: content part of type '{part.get('type')}' in a {role} "
                               "message; only 'text', 'image' and 'video' are supported.")
         part = part.get("text")
-    return _expect_str(part, f"the {role} message", source)
+    return expect_text(part, f"{source}: the {role} message")
 
 
 def _open_with_images(

@@ -1,85 +1,150 @@
-"""Where records come from: JSONL, Parquet, CSV and image folders on disk, and `datasets` names."""
+"""Where records come from: files, folders and `datasets` names; map-style or streamed."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
+import itertools
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.utils.data
 
-from taid_vlm.config.data import DELIMITERS, FILE_TYPES, JSON_LINES, DataSource
+from taid_vlm.config.data import COMPRESSED, FILE_TYPES, DataSource, exists, matches
 from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest, nearest_sibling
-from taid_vlm.io.jsonl import JsonLines, parse_json
+from taid_vlm.io.jsonl import JsonLines
+from taid_vlm.records.columns import absent_column
+from taid_vlm.records.files import Joined, Located, Part, Stream, file_rows, kind_of
 from taid_vlm.records.images import MAX_PIXELS, ImageRef
 from taid_vlm.records.record import Malformed, Record, attempt, first_rows, parse_record
 
+logger = logging.getLogger(__name__)
+
 # what is checked before training: rows of a table, rows that need not be alike, and images
 PROBED_ROWS, PROBED_LINES, PROBED_IMAGES = 256, 512, 8
-LONGEST_CELL = 2**28  # characters of CSV and TSV
+T = TypeVar("T")
 
 
-class Records(torch.utils.data.Dataset[Record]):
-    """Rows of one source, parsed when they are read."""
+class _Source:
+    """How the rows of one source become records.
+
+    has_images: known once the first rows have been checked. unread: how many of the `probed` first
+    rows have a column that nothing reads. origin: its name among several sources.
+    """
 
     def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
         self.rows, self.label, self.root = rows, label, root
-        self.columns, self.max_pixels = dict(source.columns), _max_pixels(source)
+        self.columns, self.max_pixels = dict(source.columns), source.max_pixels or MAX_PIXELS
         self.video = source.video
+        self._named, self._absent = dict(source.columns), set(source.columns.values())
+        self.has_images, self.origin = False, ""
+        self.unread, self.probed = Counter[str](), 0
+
+    def parse(self, row: Any, where: str, root: Path | None) -> Record:
+        """A row as a record; raises RecordError."""
+        if not isinstance(row, Mapping):
+            raise RecordError(f"{where}: a row must be an object {{...}}.")
+        if self._absent:
+            self._absent -= row.keys()
+        try:
+            record = parse_record(
+                _with_columns(row, self.columns), where, root, self.max_pixels, self.video)
+        except RecordError:
+            absent = absent_column(row, self._named, where)
+            if absent:
+                raise RecordError(absent) from None
+            raise
+        return replace(record, origin=self.origin) if self.origin else record
+
+
+class Records(_Source, torch.utils.data.Dataset[Record]):
+    """Rows of one source, parsed when they are read."""
+
+    def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
+        super().__init__(rows, source, label, root)
         limit = source.max_records
         self._length = len(rows) if limit is None else min(limit, len(rows))
-        self.has_images = False  # known once the rows have been checked
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]  # IndexError past max_records ends iteration
-        return parse_record(self.columns_of(index), self.where(index), self.root, self.max_pixels,
-                            self.video)
+        root = self.rows.root(index) if isinstance(self.rows, Joined) else self.root
+        return self.parse(self.rows[index], self.where(index), root)
 
     def columns_of(self, index: int) -> dict[str, Any]:
         """A row as it came, but for columns that the source renames."""
-        return _renamed(self.rows[index], self.columns)
+        return _with_columns(self.rows[index], self.columns)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record | Malformed]:
         """What a DataLoader asks for: a malformed row must not end a run, but be counted."""
-        return [attempt(self.__getitem__, index) for index in indices]
+        rows = (attempt(self.__getitem__, index) for index in indices)
+        return [_of(self.origin, row) for row in rows]
 
     def where(self, index: int) -> str:
         """What messages call a row: file and line where there are lines."""
-        line = getattr(self.rows, "line", None)
-        return f"{self.label}:{line(index)}" if line else f"{self.label}[{index}]"
+        return Part(self.rows, self.label, self.root, range(0)).where(index)
 
 
-class StreamedRecords(torch.utils.data.IterableDataset[Record | Malformed]):
-    """Records of a streamed dataset, split among processes and workers."""
+class StreamedRecords(_Source, torch.utils.data.IterableDataset[Record | Malformed]):
+    """Records of a stream, split among processes and workers.
+
+    block: rows of a batch over all processes. Of files, a data-loader worker yields whole batches
+    in turn, so that batches are the same with any number of workers; `datasets` gives each worker
+    shards of its own.
+    """
 
     def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
-        self.rows = rows if source.max_records is None else rows.take(source.max_records)
-        self.label, self.root = label, root
-        self.columns, self.max_pixels = dict(source.columns), _max_pixels(source)
-        self.video = source.video
-        self.has_images = False  # known once the first rows have been checked
+        super().__init__(rows, source, label, root)
+        self.limit, self.block = source.max_records, 1
+        if self.limit is not None and hasattr(rows, "take"):
+            self.rows = rows.take(self.limit)
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Record | Malformed]:
-        following = functools.partial(_guarded, self.label, next, iter(self.rows), None)
-        for index, row in enumerate(iter(following, None)):
-            where = f"{self.label}[streamed {index}]"
-            yield attempt(parse_record, _renamed(row, self.columns), where, self.root,
-                          self.max_pixels, self.video)
+        rows = self.located()
+        for one in share_of_worker(rows, self.block) if isinstance(self.rows, Stream) else rows:
+            yield self.read(one)
+
+    def read(self, located: Located) -> Record | Malformed:
+        where, root, read = located
+        return _of(self.origin, attempt(lambda: self.parse(read(), where, root)))
+
+    def located(self, whole: bool = False) -> Iterator[Located]:
+        """All rows, not parsed; whole: in a worker, too, where `datasets` would give a part."""
+        if isinstance(self.rows, Stream):
+            rows: Iterator[Located] = iter(self.rows)
+        else:
+            plain = _all_of(self.rows) if whole and hasattr(self.rows, "iter") else self.rows
+            rows = ((f"{self.label}[streamed {index}]", self.root, functools.partial(dict, row))
+                    for index, row in enumerate(plain))
+        return _said(self.label, itertools.islice(rows, self.limit))
 
 
-def _max_pixels(source: DataSource) -> int:
-    return source.max_pixels or MAX_PIXELS
+def _all_of(rows: Any) -> Iterator[dict[str, Any]]:
+    for batch in rows.iter(1):
+        yield {key: values[0] for key, values in batch.items()}
+
+
+def share_of_worker(rows: Iterator[T], block: int) -> Iterator[T]:
+    """Of a stream that every data-loader worker reads: this one's batches, of `block` rows."""
+    worker = torch.utils.data.get_worker_info()
+    for index, row in enumerate(rows):
+        if worker is None or index // block % worker.num_workers == worker.id:
+            yield row
+
+
+def _of(origin: str, row: Record | Malformed) -> Record | Malformed:
+    return replace(row, origin=origin) if origin and row.origin != origin else row
 
 
 def open_records(source: DataSource | str, base: Path | None = None) -> Records | StreamedRecords:
@@ -94,30 +159,9 @@ def open_records(source: DataSource | str, base: Path | None = None) -> Records 
         RecordError: a malformed record, with file and line.
     """
     source = DataSource(path=source) if isinstance(source, str) else source
-    _refuse_without_effect(source, Path(base or "."))
     records = _open(source, base)
     _check(records, source)
     return records
-
-
-def _refuse_without_effect(source: DataSource, base: Path) -> None:
-    """A file has no splits and no configurations, and only Parquet is read in a stream."""
-    path = base / Path(source.path).expanduser()
-    wrong: dict[str, Any] = {}
-    if not path.exists():
-        wrong = {"image_root": source.image_root}
-    elif path.is_file() or (path / "metadata.jsonl").exists():
-        streamed = path.is_file() and path.suffix.lower() == ".parquet"
-        wrong = {"split": None if source.split == "train" else source.split, "name": source.name,
-                 "streaming": (source.streaming and not streamed) or None}
-    else:  # a saved dataset, or a folder of data files
-        saved = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
-        wrong = {"name": source.name, "streaming": source.streaming or None} if saved else {}
-    for key, value in wrong.items():
-        if value is not None:
-            what = "a dataset of the hub" if not path.exists() else "what it names"
-            raise TaidError(f"data: '{source.path}': {key} = {value!r} has no effect on {what}; "
-                            "take it out.")
 
 
 def open_rows(source: DataSource, base: Path | None = None) -> Records:
@@ -127,7 +171,7 @@ def open_rows(source: DataSource, base: Path | None = None) -> Records:
         TaidError: nothing there, or a streamed source.
     """
     if source.streaming:
-        raise TaidError(f"data: '{source.path}' cannot be streamed here; leave streaming out.")
+        raise TaidError(f"data: '{source.shown}' cannot be streamed here; leave streaming out.")
     records = _open(source, base)
     assert isinstance(records, Records)
     return records
@@ -135,70 +179,120 @@ def open_rows(source: DataSource, base: Path | None = None) -> Records:
 
 def _open(source: DataSource, base: Path | None) -> Records | StreamedRecords:
     base = Path(base or ".")
-    path = base / Path(source.path).expanduser()
-    if not path.exists():
-        return _open_hub(path, source)
-    if not path.is_dir() and not path.is_file():  # a pipe would be waited for for ever
-        raise TaidError(f"data: '{source.path}' is no regular file; save the rows as one.")
+    paths = [match for path in source.paths for match in matches(base / Path(path).expanduser())]
+    if not paths:
+        raise TaidError(f"data: '{source.shown}' matches no file.")
+    _refuse_without_effect(source, paths)
+    if len(paths) == 1 and not paths[0].exists():
+        return _open_hub(paths[0], source)
+    for path in paths:
+        _refuse_odd(path, len(paths) > 1, source)
     try:
-        return _open_path(path, source, base)
+        if paths[0].is_dir():
+            return _open_folder(paths[0], source, _root(source, base) or paths[0])
+        return _open_files(paths, source, _root(source, base))
     except UnicodeDecodeError as error:
-        raise RecordError(f"{path.name}: not UTF-8 at byte {error.start}; save it as UTF-8."
+        raise RecordError(f"{source.shown}: not UTF-8 at byte {error.start}; save it as UTF-8."
                           ) from None
     except (OSError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise TaidError(f"data: '{source.path}' cannot be read: {reason}.") from error
+        raise TaidError(f"data: '{source.shown}' cannot be read: {reason}.") from error
 
 
-def _open_path(path: Path, source: DataSource, base: Path) -> Records | StreamedRecords:
-    root = path if path.is_dir() else path.parent
-    if source.image_root is not None:
-        root = base / Path(source.image_root).expanduser()
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        return _open_folder(path, source, root)
-    if suffix in JSON_LINES:
-        return Records(JsonLines(path), source, path.name, root)
-    if suffix == ".json":
-        return Records(_json_rows(path), source, path.name, root)
-    if suffix in DELIMITERS:
-        return Records(_delimited(path, DELIMITERS[suffix]), source, path.name, root)
-    if suffix == ".parquet":
-        return _open_table(path, source, root)
-    raise TaidError(f"{path}: file type '{path.suffix}' is not supported."
-                    f"{nearest(path.suffix, FILE_TYPES)}")
+def _root(source: DataSource, base: Path) -> Path | None:
+    return None if source.image_root is None else base / Path(source.image_root).expanduser()
 
 
-def _open_table(path: Path, source: DataSource, root: Path) -> Records | StreamedRecords:
+def _refuse_odd(path: Path, several: bool, source: DataSource) -> None:
+    if not path.exists():
+        raise TaidError(f"data: '{path}' does not exist."
+                        f"{nearest_sibling(path) or f' No folder {path.parent}.'}")
+    if path.is_dir() and several:
+        raise TaidError(f"data: '{path}' is a folder; of several paths, each must be a file. Name "
+                        "it as a source of its own: data.train: [{path: ...}, ...].")
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited for for ever
+        raise TaidError(f"data: '{source.shown}' is no regular file; save the rows as one.")
+
+
+def _refuse_without_effect(source: DataSource, paths: Sequence[Path]) -> None:
+    """A file has no configurations, no revision and no splits but parts of itself."""
+    path = paths[0]
+    alone = ("name", "revision", "data_files")
+    if not path.exists():
+        keys: tuple[str, ...] = ("image_root",)
+    elif path.is_file() or (path / "metadata.jsonl").exists():
+        keys = alone if path.is_file() and path.suffix.lower() != ".json" else (*alone, "streaming")
+        keys = keys if re.match(r"train\b", source.split) else ("split", *keys)
+    else:  # a saved dataset, or a folder of data files
+        keys = alone if _is_saved(path) else ("revision",)
+    for key in keys:
+        if value := getattr(source, key):
+            what = "a dataset of the hub" if not path.exists() else "what it names"
+            raise TaidError(f"data: '{source.shown}': {key} = {value!r} has no effect on {what}; "
+                            "take it out.")
+    if source.streaming and "[" in source.split:
+        raise TaidError(f"data: '{source.shown}': split = {source.split!r} takes a part, which a "
+                        "stream does not have; use max_records, or leave streaming out.")
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def _open_files(
+    paths: Sequence[Path], source: DataSource, root: Path | None
+) -> Records | StreamedRecords:
+    kinds, label = {kind_of(path) for path in paths}, _label(paths)
+    if ".parquet" in kinds and source.streaming:
+        if len(kinds) > 1:
+            raise TaidError(f"data: '{source.shown}': Parquet and other files are not streamed "
+                            "together; name them as two sources.")
+        return StreamedRecords(_table(paths, label, source), source, label, root or paths[0].parent)
+    if source.streaming:
+        return StreamedRecords(Stream(paths, root), source, label, root)
+    if kinds == {".parquet"} and len({path.parent for path in paths}) == 1:
+        parts = [_part(_table(paths, label, source), label, root or paths[0].parent)]
+    else:
+        names = [path.name for path in paths]
+        parts = [_part(_table([path], path.name, source) if kind_of(path) == ".parquet" else
+                       file_rows(path), _label([path], names.count(path.name) > 1),
+                       root or path.parent) for path in paths]
+    if len(parts) == 1 and "[" not in source.split:
+        return Records(parts[0].rows, source, label, parts[0].root)
+    rows = Joined(parts)
+    return Records(_cut(rows, {"train": len(rows)}, source), source, label, parts[0].root)
+
+
+def _part(rows: Any, label: str, root: Path | None) -> Part:
+    return Part(rows, label, root, range(len(rows)))
+
+
+def _label(paths: Sequence[Path], with_folder: bool = False) -> str:
+    first = paths[0]
+    with_folder |= first.name == "metadata.jsonl"
+    name = f"{first.parent.name}/{first.name}" if with_folder else first.name
+    return name if len(paths) == 1 else f"{name} and {len(paths) - 1} more"
+
+
+def _cut(rows: Any, lengths: Mapping[str, int], source: DataSource) -> Any:
+    """The part of the rows that `split` names, as `datasets` reads it."""
     import datasets
 
-    rows = _guarded(path.name, datasets.load_dataset, "parquet", data_files=str(path),
-                    split="train", streaming=source.streaming)
-    return _wrap(rows, source, path.name, root)
+    if "[" not in source.split:
+        return rows
+    places = _guarded(source.shown, lambda: datasets.ReadInstruction.from_spec(
+        source.split).to_absolute(lengths))
+    return rows.cut([range(place.from_ or 0, lengths[place.splitname] if place.to is None
+                           else place.to) for place in places])
 
 
-def _delimited(path: Path, delimiter: str) -> list[dict[str, Any]]:
-    """CSV or TSV with a header; every cell stays text ("2" and "None" are answers too)."""
-    csv.field_size_limit(LONGEST_CELL)  # a cell may hold an image in base64
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, delimiter=delimiter))
-    return [{key: value or None for key, value in row.items()} for row in rows]
+def _table(paths: Sequence[Path], label: str, source: DataSource) -> Any:
+    import datasets
 
-
-def _json_rows(path: Path) -> list[dict[str, Any]] | JsonLines:
-    try:
-        rows = parse_json(path.read_bytes(), path.name)
-    except RecordError:
-        with contextlib.suppress(RecordError, IndexError):  # JSON lines under another name
-            lines = JsonLines(path)
-            _ = lines[0]
-            return lines
-        raise
-    if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
-        rows = list(rows.values())  # {id: row}, as some benchmarks are written
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RecordError(f"{path.name}: must hold a list of objects [{{...}}, ...].")
-    return rows
+    rows = _guarded(label, datasets.load_dataset, "parquet",
+                    data_files=[str(path) for path in paths], split="train",
+                    streaming=source.streaming)
+    return _without_decoding(rows)
 
 
 def _open_folder(path: Path, source: DataSource, root: Path) -> Records | StreamedRecords:
@@ -207,15 +301,18 @@ def _open_folder(path: Path, source: DataSource, root: Path) -> Records | Stream
 
     metadata = path / "metadata.jsonl"
     if metadata.is_file():
-        records = Records(JsonLines(metadata), source, f"{path.name}/metadata.jsonl", root)
+        records = _open_files([metadata], source, root)
         records.columns = {"image": "file_name", **records.columns}
         return records
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        rows = _guarded(path.name, datasets.load_from_disk, str(path))
-        rows = _split(rows, source) if isinstance(rows, Mapping) else rows
-    elif _holds_data(path):
-        rows = _guarded(path.name, datasets.load_dataset, str(path), source.name,
-                        split=source.split, streaming=source.streaming)
+    if _is_saved(path):
+        rows = _split(_guarded(path.name, datasets.load_from_disk, str(path)), source)
+        rows = rows.to_iterable_dataset() if source.streaming else rows
+    elif source.data_files or _holds_data(path):
+        for name in source.files:
+            if not exists(path / name):
+                raise TaidError(f"data: '{source.shown}' has no file '{name}' (data_files)."
+                                f"{nearest_sibling(path / name)}")
+        rows = _load(str(path), path.name, source)
     else:
         raise TaidError(f"{path}: a folder needs metadata.jsonl (one line per image, with "
                         "'file_name'), or Parquet, JSONL or CSV files, or a saved dataset.")
@@ -234,22 +331,39 @@ def _holds_data(path: Path) -> bool:
                for file in path.glob(pattern))
 
 
-def _split(parts: Mapping[str, Any], source: DataSource) -> Any:
-    if source.split not in parts:
-        raise TaidError(f"data: '{source.path}' has no split '{source.split}'."
-                        f"{nearest(source.split, parts)}")
-    return parts[source.split]
+def _split(rows: Any, source: DataSource) -> Any:
+    """The split (or part of it) of a saved dataset, which may have none."""
+    parts = rows if isinstance(rows, Mapping) else {"train": rows}
+    name = re.split(r"[\[+]", source.split)[0]
+    if name not in parts:
+        raise TaidError(f"data: '{source.shown}' has no split '{name}'.{nearest(name, parts)}")
+    if name == source.split:
+        return parts[name]
+    import datasets
+
+    places = _guarded(source.shown, lambda: datasets.ReadInstruction.from_spec(
+        source.split).to_absolute({key: len(part) for key, part in parts.items()}))
+    return datasets.concatenate_datasets([
+        parts[place.splitname].select(range(place.from_ or 0, len(parts[place.splitname])
+                                            if place.to is None else place.to))
+        for place in places])
 
 
 def _open_hub(path: Path, source: DataSource) -> Records | StreamedRecords:
-    if path.suffix in FILE_TYPES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path):
+    (name,) = source.paths
+    if path.suffix in (*FILE_TYPES, *COMPRESSED) or not re.fullmatch(
+            r"[\w.-]+(/[\w.-]+)?", name):
         hint = nearest_sibling(path) or f" No folder {path.parent}."
-        raise TaidError(f"data: '{source.path}' does not exist.{hint}")
+        raise TaidError(f"data: '{name}' does not exist.{hint}")
+    return _wrap(_load(name, name, source), source, name, None)
+
+
+def _load(name: str, label: str, source: DataSource) -> Any:
     import datasets
 
-    rows = _guarded(source.path, datasets.load_dataset, source.path, source.name,
+    return _guarded(label, datasets.load_dataset, name, source.name,
+                    data_files=list(source.files) or None, revision=source.revision,
                     split=source.split, streaming=source.streaming)
-    return _wrap(rows, source, source.path, None)
 
 
 def _wrap(rows: Any, source: DataSource, label: str, root: Path | None) -> Any:
@@ -285,10 +399,23 @@ def _guarded(label: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         return load(*args, **kwargs)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise TaidError(f"data: '{label}' cannot be loaded: {reason[0]}") from error
+        raise TaidError(f"data: '{label}' cannot be loaded: {reason[0]:.400}") from error
 
 
-def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def _said(label: str, rows: Iterator[T]) -> Iterator[T]:
+    """The same rows; what breaks the stream is one message."""
+    try:
+        yield from rows
+    except TaidError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise TaidError(f"data: '{label}' cannot be loaded: {reason[0]:.400}") from error
+
+
+def _with_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    if not columns:
+        return dict(row)
     taken = set(columns.values())
     kept = {key: value for key, value in row.items() if key not in taken}
     return {**kept, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
@@ -301,14 +428,22 @@ def _check(records: Records | StreamedRecords, source: DataSource) -> None:
     """
     number = PROBED_IMAGES
     if isinstance(records, Records):
-        number = PROBED_LINES if isinstance(records.rows, (JsonLines, list)) else PROBED_ROWS
+        number = PROBED_LINES if isinstance(
+            records.rows, (JsonLines, Joined, list)) else PROBED_ROWS
     row, images, problems = None, list[ImageRef](), list[SampleDropped]()
     for row in first_rows(records, number):
         if isinstance(row, Malformed):
-            raise RecordError(row.problem)
+            if row.reason == RecordError.reason:
+                raise RecordError(row.problem)
+            continue
+        records.probed += 1
+        records.unread.update(row.unread)
         images += row.images[:1] if len(images) < PROBED_IMAGES else ()
     if row is None:
-        raise TaidError(f"data: '{source.path}' holds no records.")
+        raise TaidError(f"data: '{source.shown}' holds no records.")
+    for name in sorted(records._absent):
+        logger.warning("data: '%s': columns names '%s', which none of the first %d rows has.",
+                       source.shown, name, records.probed)
     records.has_images = bool(images)
     for image in images:  # one that is broken is skipped and counted, but all: the paths are wrong
         try:
@@ -318,7 +453,7 @@ def _check(records: Records | StreamedRecords, source: DataSource) -> None:
             problems.append(problem)
     if problems:
         raise TaidError(
-            f"data: no image of '{source.path}' can be read; the first: {problems[0]}.",
+            f"data: no image of '{source.shown}' can be read; the first: {problems[0]}.",
             mend="Relative paths start at the data file's folder; set data.<side>.image_root for "
                  "another.", code="no_images"
         )

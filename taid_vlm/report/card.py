@@ -36,9 +36,15 @@ def model_card(results: Mapping[str, Any], recipe_yaml: str) -> str:
     title = f"{public_name(student)}, distilled from {public_name(teacher)}" if teacher else \
         f"{public_name(student)}, fine-tuned"
     return "\n".join([
-        "---", dump_yaml(_metadata(recipe, student, sees)) + "---", "", f"# {title}", "",
+        "---", dump_yaml(_metadata(results, student, sees)) + "---", "", f"# {title}", "",
         *_facts(results, recipe, student, teacher), "", *_table(results["eval"]), "## Loading", "",
         LOADING.format(auto=auto, processor=processor)])
+
+
+def _paths(side: Any) -> Iterator[str]:
+    """Of one source, or of a list of them; each may be a list of files."""
+    for source in side if isinstance(side, list) else [side]:
+        yield from [source["path"]] if isinstance(source["path"], str) else source["path"]
 
 
 def public_name(name: str) -> str:
@@ -54,8 +60,8 @@ def _model(spec: Any) -> str:
     return "" if spec is None else str(spec["model_name_or_path"])
 
 
-def _metadata(recipe: Mapping[str, Any], student: str, sees: bool) -> dict[str, Any]:
-    adapter = recipe["student"].get("peft") is not None
+def _metadata(results: Mapping[str, Any], student: str, sees: bool) -> dict[str, Any]:
+    adapter = results["models"]["student"].get("saved") == "adapter"  # and not merged
     return {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "image-text-to-text" if sees else "text-generation",
@@ -75,7 +81,8 @@ def _facts(
         yield f"- Teacher: {public_name(teacher)} ({results['models']['teacher']['model_type']})"
     yield f"- Objective: `{results['objective']}`"
     sides = [recipe["data"], *(stage.get("data", {}) for stage in recipe.get("stages", ()))]
-    paths = dict.fromkeys(public_name(side["train"]["path"]) for side in sides if "train" in side)
+    paths = dict.fromkeys(public_name(path) for side in sides if "train" in side
+                          for path in _paths(side["train"]))
     yield f"- Training data: {', '.join(paths)}"
     if held_out:
         yield f"- Held-out data: {public_name(held_out['path'])} ({held_out['records']:,} records)"

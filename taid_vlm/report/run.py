@@ -178,6 +178,15 @@ def _account(results: Results) -> list[str]:
         text.append(f"Not trained (parameters): {', '.join(frozen)}.")
     left_out = ", ".join(f"{n} x {reason}" for reason, n in train.records_left_out.items())
     text.append(f"Training records left out: {left_out or 'none'}.")
+    text.extend(f"In {n} training records: {note}." for note, n in train.without_effect.items())
+    if train.skipped_steps:
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in train.skipped_steps.items())
+        text.append(f"Steps not applied: {reasons}.")
+    text.extend(f"Source {name}: {rows['read']:,} rows read, {rows['used']:,} used, "
+                f"{rows['left_out']:,} left out." for name, rows in train.sources.items())
+    if train.unread_columns:
+        columns = ", ".join(f"{name} ({n:,} rows)" for name, n in train.unread_columns.items())
+        text.append(f"Columns that nothing reads: {columns}.")
     if train.adaptive_share is not None:
         acted = f"acted in {train.adaptive_share:.0%} of the steps" \
             if train.adaptive_share else "never acted: t followed its linear floor"

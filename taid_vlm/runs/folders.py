@@ -11,10 +11,14 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from taid_vlm.config.data import listed
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.answers import FILE as ANSWERS
@@ -22,6 +26,7 @@ from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.io.manifest import damage, read_manifest
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 STUDENT = "student"  # the model that a run has trained
 RESULTS = "results.json"
@@ -33,7 +38,8 @@ MAY_CHANGE = ("output_dir", "evaluate", "train.max_steps", "train.num_train_epoc
               "train.logging_", "train.save_", "train.eval_", "train.report_to", "train.run_name",
               "train.disable_tqdm", "train.dataloader_", "train.load_best_model_at_end",
               "train.metric_for_best_model", "train.greater_is_better",
-              "train.per_device_eval_batch_size", "train.max_nonfinite_steps")
+              "train.per_device_eval_batch_size", "train.max_nonfinite_steps",
+              "train.push_to_hub", "train.hub_", "train.max_left_out")
 
 
 def find_checkpoint(recipe: Recipe, resume: bool, overwrite: bool = False) -> Path | None:
@@ -47,6 +53,7 @@ def find_checkpoint(recipe: Recipe, resume: bool, overwrite: bool = False) -> Pa
     """
     output = Path(recipe.output_dir)
     refuse_file_in_the_way(output)
+    _refuse_in_the_way(output)
     _refuse_inputs(recipe, output)
     _refuse_foreign(output)
     if resume:
@@ -71,8 +78,12 @@ def is_finished(output: Path) -> bool:
 def checkpoints(output: Path) -> list[Path]:
     """Folders named as checkpoints are, newest first."""
     named = [folder for folder in output.glob("checkpoint-*")
-             if folder.is_dir() and folder.name.removeprefix("checkpoint-").isdigit()]
+             if folder.is_dir() and _is_checkpoint_name(folder)]
     return sorted(named, key=lambda folder: -int(folder.name.rsplit("-", 1)[1]))
+
+
+def _is_checkpoint_name(path: Path) -> bool:
+    return path.name.removeprefix("checkpoint-").isdecimal()
 
 
 def clear_results(output: Path) -> None:
@@ -88,20 +99,25 @@ def clear_results(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(output: Path, main: bool) -> Iterator[None]:
+def locked(output: Path) -> Iterator[None]:
     """Hold a run's folder; the lock goes with the process, so that none is ever stale.
 
     Raises:
-        TaidError: another process holds it.
+        TaidError: another run holds it, or nothing can be written there.
     """
-    if not main:
+    with contextlib.ExitStack() as held:
+        on_main(lambda: held.enter_context(_lock(output)), output)
         yield
-        return
+
+
+@contextlib.contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    refuse_file_in_the_way(output)
     output.mkdir(parents=True, exist_ok=True)
     with (output / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise TaidError(f"'{output}' is in use by another run (process {file.read().strip()}); "
                             "wait for it, or choose another output_dir.") from None
@@ -111,12 +127,48 @@ def locked(output: Path, main: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            (output / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # no error of its own hides what ended the run
+                (output / LOCK).unlink(missing_ok=True)
                 output.rmdir()  # a run that was refused leaves no empty folder
 
 
+def on_main(look: Callable[[], Result], output: Path) -> Result:
+    """What the main process finds in a run's folder, or the error that it finds, in all processes:
+    a checkpoint is hashed once, and nobody looks while another one writes.
+
+    Raises:
+        TaidError: that of `look`, or of a folder that cannot be read or written.
+    """
+    state, outcome = PartialState(), list[Any]([None, None])
+    if state.is_main_process:
+        try:
+            outcome[0] = look()
+        except TaidError as error:
+            outcome[1] = error
+        except OSError as error:  # permissions, a full disk, a name that is too long
+            outcome[1] = TaidError(f"output_dir = '{output}' cannot be used: {error}. Choose "
+                                   "another folder.")
+    broadcast_object_list(outcome)
+    result, problem = outcome
+    if problem is not None:
+        raise problem
+    return result  # type: ignore[no-any-return]
+
+
 # ----- what is refused ----------------------------------------------------------------------
+
+
+def _refuse_in_the_way(output: Path) -> None:
+    """Where a file is to be stands no folder, and nothing but a folder where one is to be."""
+    for name in (RECIPE, RESULTS, ANSWERS, REPORT, LOCK):
+        if (output / name).is_dir():
+            raise TaidError(f"'{output / name}' is a folder where a run writes a file: move it "
+                            "away, or choose another output_dir.")
+    named = [path for path in output.glob("checkpoint-*") if _is_checkpoint_name(path)]
+    for folder in (output / STUDENT, *named):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise TaidError(f"'{folder}' is no folder, but a run writes one there: move it away, "
+                            "or choose another output_dir.")
 
 
 def _refuse_inputs(recipe: Recipe, output: Path) -> None:
@@ -124,9 +176,10 @@ def _refuse_inputs(recipe: Recipe, output: Path) -> None:
     specs = {"student": recipe.student, "teacher": recipe.teacher}
     inputs = {f"{role}.{key}": getattr(spec, key) for role, spec in specs.items() if spec
               for key in ("model_name_or_path", "processor_name_or_path") if getattr(spec, key)}
-    inputs |= {f"data.{side}": source.path for side, source in recipe.data.sources.items()}
+    data = [(f"data.{side}", path) for side, sources in recipe.data.sides.items()
+            for source in listed(sources) for path in source.paths]
     written = [folder.resolve() for folder in (output / STUDENT, *checkpoints(output))]
-    for key, value in inputs.items():
+    for key, value in [*inputs.items(), *data]:
         path = Path(value).expanduser().resolve()
         if path.exists() and any(folder in (path, *path.parents) for folder in written):
             raise TaidError(f"{key} = '{value}' lies in '{output}' where this run writes its "
@@ -177,12 +230,14 @@ def _refuse_other_recipe(checkpoint: Path, recipe: Recipe) -> None:
                          for key in changed[:4])
         raise TaidError(
             f"--resume: '{checkpoint}' was written with another recipe: {told}. Take the change "
-            "back, or choose another output_dir (logging, saving, evaluation and the number of "
-            "steps may change).")
+            "back, or choose another output_dir (logging, saving, pushing, evaluation and the "
+            "number of steps may change).")
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree's leaves by their path, {"train.learning_rate": 1e-3}."""
+    """A tree's leaves by their path, {"train.learning_rate": 1e-3, "data.train.0.path": ...}."""
+    if isinstance(tree, (list, tuple)) and any(isinstance(item, Mapping) for item in tree):
+        tree = dict(enumerate(tree))
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     leaves: dict[str, Any] = {}

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from taid_vlm.adapters import Processor
+from taid_vlm.adapters import Processor, check_image_token, make_adapter
 from taid_vlm.alignment import check_modalities
-from taid_vlm.config.data import DataSource
+from taid_vlm.config.data import listed
 from taid_vlm.config.recipe import Recipe
-from taid_vlm.errors import TaidError, with_place
+from taid_vlm.errors import TaidError
+from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_config, load_processor, load_skeleton, sees_images
 from taid_vlm.models.lora import check_names
 from taid_vlm.models.parts import freeze_parts
-from taid_vlm.records import Record, Records, StreamedRecords, open_records
+from taid_vlm.records import AnyRecords, Record, StreamedRecords, open_sources, parts_of
 from taid_vlm.training.config import DistillationConfig, training_arguments
 from taid_vlm.training.early import check_files, refuse_early
+from taid_vlm.training.intake import named_unread
+from taid_vlm.training.pair import of_chunks, pair_for_training
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Ingredients:
 
     args: DistillationConfig
     configs: Mapping[str, PretrainedConfig]
-    train: Records | StreamedRecords
+    train: AnyRecords
     eval: Any
     student_processor: Processor
     teacher_processor: Processor | None
@@ -53,32 +59,36 @@ def gather(recipe: Recipe) -> Ingredients:
     refuse_early(args, recipe, lora_config(recipe.student.peft))
     if recipe.teacher is not None:
         configs["teacher"] = load_config(recipe.teacher, "teacher")
-    train = _open(recipe.data.train, recipe)
-    held_out: Any = None if recipe.data.eval is None else _open(recipe.data.eval, recipe)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    train = open_sources(recipe.data.sources("train"), recipe.start_of, "data.train", seed)
+    for sentence in named_unread(parts_of(train)):
+        logger.warning("data.train: %s.", sentence)
+    held_out: Any = recipe.data.eval and open_sources(
+        recipe.data.sources("eval"), recipe.start_of, "data.eval", weighted=False)
     if isinstance(train, StreamedRecords) and args.max_steps <= 0:
         raise TaidError("data.train is streamed, so its length is not known: set train.max_steps.")
+    if args.window is not None and args.max_steps <= 0:
+        raise TaidError("train.window makes a stream of the data, so the length of an epoch is not "
+                        "known: set train.max_steps.")
     if held_out is None and args.eval_strategy != "no":
         raise TaidError(f"train.eval_strategy = '{args.eval_strategy}', but there is no data.eval.")
     if isinstance(held_out, StreamedRecords):
-        if recipe.data.eval is None or recipe.data.eval.max_records is None:
+        if any(source.max_records is None for source in listed(recipe.data.eval)):
             raise TaidError("data.eval is streamed: set data.eval.max_records.")
         held_out = list(held_out)
     blind = [role for role, config in configs.items() if not sees_images(config)]
     check_modalities(blind, any(_has_images(s) for s in (train, held_out) if s is not None))
     student = load_processor(recipe.student, "student")
     teacher = None if recipe.teacher is None else load_processor(recipe.teacher, "teacher")
+    for role, processor in (("student", student), ("teacher", teacher)):
+        if processor is not None and role not in blind:
+            check_image_token(make_adapter(processor, role), configs[role])
+    if recipe.teacher is not None and of_chunks(args.metric_for_best_model):
+        skeletons = (load_skeleton(recipe.student, "student"),
+                     load_skeleton(recipe.teacher, "teacher"))
+        with quiet("taid_vlm", warn=False):  # the run itself says what there is to say
+            pair_for_training(*skeletons, student, teacher, args, [train, held_out or []])
     return Ingredients(args, configs, train, held_out, student, teacher)
-
-
-def _open(source: DataSource, recipe: Recipe) -> Records | StreamedRecords:
-    try:
-        start = recipe.start_of(source)
-        if source.video is None:
-            source = source.model_copy(update={"video": recipe.data.video})
-        return open_records(source, start)
-    except TaidError as error:
-        side = "train" if source is recipe.data.train else "eval"
-        raise with_place(error, f"data.{side}", instead_of="data") from error
 
 
 def _has_images(records: Any) -> bool:

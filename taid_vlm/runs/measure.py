@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from taid_vlm.config.data import DataSource
+from taid_vlm.config.data import listed
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.config.secrets import redact
 from taid_vlm.errors import SampleDropped, TaidError
@@ -85,7 +85,7 @@ class Measuring:
 def make_measuring(trainer: DistillationTrainer, recipe: Recipe, records: Any) -> Measuring:
     """With the first answer of the first conversations that both models can use."""
     usable = trainer.collator.usable(records or (), lambda record: record.messages)
-    questions = [(record, 0) for record in islice(usable, recipe.evaluate.examples)]
+    questions = [(record, record.learned[0]) for record in islice(usable, recipe.evaluate.examples)]
     return Measuring(trainer, recipe, records, questions)
 
 
@@ -110,7 +110,7 @@ def outcome_of(
                "after": after.answers["student"]}
     results = Results.model_validate({
         "objective": recipe.objective, "seed": trainer.args.seed, "recipe_hash": recipe_hash,
-        "data": {"eval": _data(recipe.data.eval, measuring.records)},
+        "data": {"eval": _data(recipe, measuring.records)},
         "eval": {when: moment.tally and summarise(moment.tally)
                  for when, moment in (("before", before), ("after", after))},
         "canary": account(before.looks, after.looks),
@@ -137,7 +137,9 @@ def train_account(trainer: DistillationTrainer, seconds: float, checkpoint: Path
         "steps": trainer.state.global_step, "seconds": seconds,
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "answer_tokens": trainer.answer_tokens, "records_left_out": trainer.all_dropped(),
-        "texts_cut": trainer.cut, "t": schedule and schedule.t,
+        "without_effect": trainer.all_notes(),
+        "texts_cut": trainer.cut, "unread_columns": trainer.all_unread(),
+        "sources": trainer.intake.by_source(), "t": schedule and schedule.t,
         "alpha": schedule and schedule.alpha,
         "adaptive_share": schedule and schedule.active_share,
         "skipped_updates": schedule and schedule.state.skipped,
@@ -145,9 +147,11 @@ def train_account(trainer: DistillationTrainer, seconds: float, checkpoint: Path
     })
 
 
-def _data(source: DataSource | None, records: Any) -> HeldOutData | None:
-    return None if source is None else HeldOutData(
-        path=source.path, split=source.split, records=len(records), sha256=fingerprint(records))
+def _data(recipe: Recipe, records: Any) -> HeldOutData | None:
+    sources = listed(recipe.data.eval)
+    return None if not sources else HeldOutData(
+        path=", ".join(source.shown for source in sources), split=sources[0].split,
+        records=len(records), sha256=fingerprint(records))
 
 
 def _example(question: Question, index: int, answers: Mapping[str, list[str]]) -> Example:

@@ -165,12 +165,14 @@ class Train(Part):
 
     steps: optimizer steps. resumed_from: the checkpoint that this process went on from. seconds:
     since then. answer_tokens: trained on, over all processes and resumptions. records_left_out: how
-    often records were, by reason. texts_cut: plain texts shortened to max_length.
+    often records were, by reason. texts_cut: plain texts shortened to max_length. unread_columns:
+    that nothing reads, with how many records had them. sources: of several, the rows of each.
     Of TAID, None without: t: where it ended. alpha: how fast it may move. adaptive_share: the share
     of steps in which the adaptive term and not the linear floor moved it. skipped_updates: steps
-    without a finite loss, in which it did not move.
+    that were not applied or had no finite loss, in which it did not move.
     loss_implementation: None where no step was trained, or nothing is known.
     skipped_steps: optimizer steps that were not applied, by reason.
+    without_effect: what of the records was not read or not shown to a model, and how often.
     """
 
     steps: int
@@ -179,12 +181,15 @@ class Train(Part):
     answer_tokens: int | None
     records_left_out: dict[str, int]
     texts_cut: int
+    unread_columns: dict[str, int] = {}
+    sources: dict[str, dict[Literal["read", "used", "left_out"], int]] = {}
     t: float | None
     alpha: float | None
     adaptive_share: float | None
     skipped_updates: int | None
     loss_implementation: LossImplementation | None
     skipped_steps: dict[str, int] = {}
+    without_effect: dict[str, int] = {}
 
 
 class Example(Part):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from taid_vlm.config.model import ModelSpec
@@ -16,7 +15,7 @@ from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_text
 from taid_vlm.models.loading import load_model
-from taid_vlm.models.lora import is_adapter
+from taid_vlm.models.lora import find_adapter
 from taid_vlm.runs.folders import (
     ANSWERS,
     RECIPE,
@@ -26,9 +25,11 @@ from taid_vlm.runs.folders import (
     clear_results,
     find_checkpoint,
     locked,
+    on_main,
 )
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.measure import Outcome, make_measuring, outcome_of, train_account
+from taid_vlm.runs.publish import Push, prepare_push, push_student
 from taid_vlm.runs.results import Stage
 from taid_vlm.runs.save import save_student
 from taid_vlm.training.trainer import DistillationTrainer
@@ -43,6 +44,7 @@ class Place:
     whole: Recipe
     earlier: Sequence[Stage]  # accounts of the stages before
     later: Sequence[Path]  # folders of the stages after, whose results no longer hold
+    push: Push | None = None  # where the last one's student goes
 
 
 def distill(
@@ -59,7 +61,8 @@ def distill(
 
     Returns:
         What the run comes to. On disk, in this order: `recipe.yaml`, `student/` (loads with plain
-        Auto classes), `eval_answers.jsonl`, `results.json`, report.html.
+        Auto classes), `eval_answers.jsonl`, `results.json`, report.html; then `student/` on the
+        hub, with `train.push_to_hub`.
 
     Raises:
         TaidError: anything a user can mend, with nothing half-written left behind. Once the student
@@ -68,9 +71,14 @@ def distill(
     if recipe.stages:
         raise TaidError("a recipe with stages is carried out by `distill_stages`.")
     output, whole = Path(recipe.output_dir), place.whole if place and not place.later else recipe
-    checkpoint, ingredients = find_checkpoint(recipe, resume, overwrite), gather(recipe)
-    with locked(output, PartialState().is_main_process):
-        return _carry_out(recipe, ingredients, checkpoint, whole, place, report)
+    ingredients = gather(recipe)
+    with locked(output):
+        checkpoint = on_main(lambda: find_checkpoint(recipe, resume, overwrite), output)
+        push = place.push if place else prepare_push(recipe, saves_adapter(recipe))
+        outcome = _carry_out(recipe, ingredients, checkpoint, whole, place, report)
+        if push is not None:
+            push_student(push, output / STUDENT)
+    return outcome
 
 
 def _carry_out(
@@ -100,13 +108,18 @@ def _carry_out(
     return outcome
 
 
+def saves_adapter(recipe: Recipe, stage: int = 0) -> bool:
+    """Whether `student/` holds an adapter alone. Its folder must not depend on another adapter or
+    on the student of an earlier stage: on those it is merged."""
+    return (recipe.student.peft is not None and not stage
+            and find_adapter(recipe.student, "student") is None)
+
+
 def _base_to_merge(recipe: Recipe, place: Place | None) -> ModelSpec | None:
-    """What an adapter is merged into before it is saved: a base that an adapter's folder must not
-    depend on, another adapter or the student of an earlier stage."""
-    if recipe.student.peft is None:
+    """What an adapter is merged into before it is saved."""
+    if recipe.student.peft is None or saves_adapter(recipe, len(place.earlier) if place else 0):
         return None
-    inner = is_adapter(recipe.student.model_name_or_path) or bool(place and place.earlier)
-    return recipe.student if inner else None
+    return recipe.student
 
 
 def _saved_as(outcome: Outcome, saved: str) -> Outcome:

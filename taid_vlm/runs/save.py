@@ -8,6 +8,7 @@ from pathlib import Path
 
 from taid_vlm.adapters import check_reloaded, make_adapter
 from taid_vlm.config.model import ModelSpec
+from taid_vlm.errors import TaidError
 from taid_vlm.io.folders import whole_or_absent
 from taid_vlm.models.loading import load_model, refuse_nonfinite
 from taid_vlm.models.lora import LoraFolder, write_merged
@@ -31,6 +32,7 @@ def save_student(
         refuse_nonfinite(trainer.model, f"the student '{folder}'")
         trainer.save_model(str(partial))
         if main:
+            _check_weights(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
             if base is not None:
                 write_merged(load_model(base, "student"), LoraFolder(partial, base), "student")
@@ -39,6 +41,14 @@ def save_student(
             _check_reload(trainer, partial)
             shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _check_weights(folder: Path) -> None:
+    """FSDP and DeepSpeed can be set up so that transformers writes shards of theirs alone."""
+    if not any(folder.glob("*.safetensors")):
+        raise TaidError("the student's weights were not gathered, so it is not saved; the last "
+                        "checkpoint holds them. Take out fsdp_config.state_dict_type, or set "
+                        "stage3_gather_16bit_weights_on_model_save to true for DeepSpeed.")
 
 
 def _check_reload(trainer: DistillationTrainer, folder: Path) -> None:

@@ -19,14 +19,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from taid_vlm.config.model import StudentSpec
 from taid_vlm.config.recipe import Recipe, StageSpec
-from taid_vlm.errors import TaidError, with_place
+from taid_vlm.config.training import of_hub
+from taid_vlm.errors import RecipeError, TaidError, with_place
 from taid_vlm.runs import run
-from taid_vlm.runs.folders import RESULTS, STUDENT, checkpoints, find_checkpoint, is_finished
+from taid_vlm.runs.folders import (
+    RESULTS,
+    STUDENT,
+    checkpoints,
+    find_checkpoint,
+    is_finished,
+    on_main,
+)
 from taid_vlm.runs.ingredients import gather
+from taid_vlm.runs.publish import prepare_push
 from taid_vlm.runs.results import Results, Stage, read_results
 
 
@@ -87,16 +95,15 @@ def distill_stages(
         return run.distill(recipe, resume, None, report, overwrite).results
     stages = expand(recipe)
     _check(recipe)
-    first = (_first_unfinished(recipe, stages) if resume
-             else _fresh_start(stages, overwrite))
+    first, resumable = on_main(
+        lambda: _start_at(recipe, stages, resume, overwrite), Path(recipe.output_dir))
     if first == len(stages):
         return _results(stages[-1])
-    resumable = resume and bool(checkpoints(Path(stages[first].output_dir)))
-    PartialState().wait_for_everyone()  # until then, no process may change what another looks at
+    push = prepare_push(stages[-1], run.saves_adapter(recipe, len(stages) - 1))
     for number, stage in enumerate(stages[first:], start=first):
         earlier = [_account(recipe, *pair) for pair in enumerate(stages[:number])]
         later = [Path(other.output_dir) for other in stages[number + 1:]]
-        place = run.Place(recipe, earlier, later)
+        place = run.Place(recipe, earlier, later, None if later else push)
         results = run.distill(stage, resumable, place, report, overwrite or resume).results
         resumable = False
         _free_memory()
@@ -105,11 +112,25 @@ def distill_stages(
 
 def _check(recipe: Recipe) -> None:
     """Open what every stage needs."""
+    for stage in (recipe.stages or ())[:-1]:
+        for key in filter(of_hub, stage.train):
+            raise RecipeError(f"stages '{stage.name}': train.{key}: only the last stage's student "
+                              "is pushed. Write it under train.")
     for name, part in parts_by_name(recipe):
         try:
             gather(part)
         except TaidError as error:
             raise with_place(error, f"stages '{name}'") from error
+
+
+def _start_at(
+    recipe: Recipe, stages: Sequence[Recipe], resume: bool, overwrite: bool
+) -> tuple[int, bool]:
+    """Number of the stage to begin with, and whether it goes on from a checkpoint."""
+    if not resume:
+        return _fresh_start(stages, overwrite), False
+    first = _first_unfinished(recipe, stages)
+    return first, first < len(stages) and bool(checkpoints(Path(stages[first].output_dir)))
 
 
 def _fresh_start(stages: Sequence[Recipe], overwrite: bool) -> int:
@@ -127,7 +148,8 @@ def _first_unfinished(recipe: Recipe, stages: Sequence[Recipe]) -> int:
     """Number of the stage to go on with (all finished: how many there are)."""
     for number, stage in enumerate(stages):
         if not is_finished(Path(stage.output_dir)):
-            if number == 0:  # nothing is finished, so there has to be a checkpoint
+            if number == 0 and not checkpoints(Path(stage.output_dir)):
+                # nothing is finished, so there has to be one; if there is, its run looks at it
                 find_checkpoint(stage, resume=True)
             return number
         now = (recipe if stage is stages[-1] else stage).digest()

@@ -42,6 +42,7 @@ from taid_vlm.io.folders import new_folder, whole_or_absent
 from taid_vlm.io.terminal import table
 from taid_vlm.models.forward import forward_names
 from taid_vlm.models.loading import read_template
+from taid_vlm.models.published import save_weights
 from taid_vlm.students.language import (
     Language,
     check_tokenizer,
@@ -361,7 +362,7 @@ def _write(
     message = "the composed model could not be written to '{}' and loaded again"
     with whole_or_absent(output, message) as partial:
         before = _snapshot(model, processor, language)
-        model.save_pretrained(partial)
+        save_weights(model, partial)
         processor.save_pretrained(partial)
         del model
         return _check(partial, language, before, image_tokens)

@@ -27,6 +27,7 @@ from taid_vlm.models.lora import (
     merge_attached,
 )
 from taid_vlm.models.parts import is_tied
+from taid_vlm.models.published import save_weights
 from taid_vlm.students.shrink import check_saved, probe_inputs, probe_logits
 
 ROLE = "merge"
@@ -97,7 +98,7 @@ def merge(
     tied = is_tied(base)
     merged, error = _merged(base, found, processor)
     with whole_or_absent(folder, "the merged model could not be saved to '{}'") as partial:
-        merged.save_pretrained(partial)
+        save_weights(merged, partial)
         merged = _rounded(merged, partial, config.dtype if dtype == "auto" else dtype)
         processor.save_pretrained(partial)
         check_saved(merged, processor, partial)
@@ -145,7 +146,7 @@ def _rounded(model: PreTrainedModel, folder: Path, dtype: torch.dtype | str | No
         {"model_name_or_path": str(folder), "dtype": name}), ROLE)
     for path in folder.glob("model*.safetensors*"):  # mapped into memory: never written over
         path.unlink()
-    again.save_pretrained(folder)
+    save_weights(again, folder)
     return again
 
 

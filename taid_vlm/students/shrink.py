@@ -24,6 +24,7 @@ from taid_vlm.models.forward import answer_logits
 from taid_vlm.models.generation import generate_answers
 from taid_vlm.models.loading import load_config, load_model, load_processor, sees_images
 from taid_vlm.models.parts import count_parameters
+from taid_vlm.models.published import save_weights
 from taid_vlm.records import (
     ImageRef,
     Malformed,
@@ -258,7 +259,7 @@ def _make(
         student = narrow_model(student, narrowing)
         narrow_processor(processor, narrowing)
         tokens[narrowing.family.per] = (narrowing.before, narrowing.after)
-    student.save_pretrained(folder)
+    save_weights(student, folder)
     processor.save_pretrained(folder)
     after = check_saved(student, processor, folder)
     checks.append("plain Auto classes load the same weights, token ids and logits; it answers")

@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 from taid_vlm.batch.forward import Batch, teacher_forward
 from taid_vlm.fused.model_head import find_logit_transform, output_head
 from taid_vlm.models.forward import Autocast, answer_hidden, head_rows, unwrap
-from taid_vlm.models.head import LogitTransform
+from taid_vlm.models.head import LogitTransform, keeps_type
 from taid_vlm.teachers.signal import HiddenSignal, SparseSignal
 
 
 class LocalTeacher:
     """`model`, frozen, in evaluation mode, on this process's device.
 
-    Weights of half precision are computed with in their own type, whatever the student's mixed
-    precision: torch cannot mix bfloat16 weights and float16 autocast.
+    Weights of half precision are computed with in their own type (`models.head.keeps_type`),
+    whatever the student's mixed precision.
 
     Args:
         accelerator: places the model, and brings its mixed precision; without it the model stays
@@ -34,7 +34,7 @@ class LocalTeacher:
         self.model: Any = model if accelerator is None else _placed(model, accelerator)
         self.autocast: Autocast = (
             contextlib.nullcontext if accelerator is None else accelerator.autocast)
-        if model.dtype.itemsize < 4:
+        if keeps_type(model.dtype):
             self.autocast = functools.partial(torch.autocast, model.device.type, enabled=False)
             inner = unwrap(self.model)
             inner.forward = self.autocast()(inner.forward)

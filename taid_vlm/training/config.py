@@ -13,7 +13,7 @@ from taid_vlm.config.kinds import Count
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.config.secrets import redact
 from taid_vlm.config.section import check
-from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec
+from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec, of_hub
 from taid_vlm.errors import RecipeError, TaidError
 from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.objectives import parse_objective
@@ -35,10 +35,18 @@ class DistillationConfig(TrainingArguments):
         loss_memory_budget: bytes that the fused loss may take for logits and their gradient.
         max_nonfinite_steps: steps in a row with a loss or gradient that is no number, after which
             the run ends; such a step is not applied.
+        spike_factor, spike_window: a step whose loss is above `spike_factor` times the median of
+            the last `spike_window` applied ones is not applied (`taid_vlm.training.guard`).
+        max_left_out: share of the training records that may be left out; more end the run, before
+            training (of the first records of a source) or in it.
+        window, stride: tokens of the windows that plain texts are learned in, and of the context in
+            them (an eighth if None).
         freeze: parts of the student that stay as they are (`taid_vlm.models.parts`).
         learning_rates: {part: learning rate}; the others take `learning_rate`.
         model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
             given by name.
+        chat_template_kwargs, teacher_chat_template_kwargs: variables of the student's and the
+            teacher's chat templates.
     """
 
     objective: str | dict[str, Any] = field(default="taid")
@@ -49,10 +57,17 @@ class DistillationConfig(TrainingArguments):
     loss_implementation: str = field(default="auto")
     loss_memory_budget: int = field(default=MEMORY_BUDGET)
     max_nonfinite_steps: int = field(default=10)
+    spike_factor: float | None = field(default=None)
+    spike_window: int = field(default=100)
+    max_left_out: float = field(default=0.25)
+    window: int | None = field(default=None)
+    stride: int | None = field(default=None)
     freeze: list[str] | None = field(default=None)
     learning_rates: dict[str, float] | None = field(default=None)
     model_init_kwargs: dict[str, Any] | None = field(default=None)
     teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
+    chat_template_kwargs: dict[str, Any] | None = field(default=None)
+    teacher_chat_template_kwargs: dict[str, Any] | None = field(default=None)
     remove_unused_columns: bool = field(default=False)
     logging_nan_inf_filter: bool = field(default=False)  # what is no number is logged as that
 
@@ -101,9 +116,14 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
     if steps:
         defaults["logging_steps"] = max(1, steps // 100)
     own = {"output_dir": recipe.output_dir, "objective": recipe.objective,
-           "canary_records": recipe.evaluate.canary}
+           "canary_records": recipe.evaluate.canary,
+           "chat_template_kwargs": recipe.student.chat_template_kwargs,
+           "teacher_chat_template_kwargs": (
+               recipe.teacher.chat_template_kwargs if recipe.teacher else {})}
+    train = {key: value for key, value in recipe.train.items() if not of_hub(key)}
     try:
-        return DistillationConfig(**{**defaults, **recipe.train, **own})
+        # transformers writes its own defaults into mappings like fsdp_config
+        return DistillationConfig(**copy.deepcopy({**defaults, **train, **own}))
     except TaidError:
         raise
     except Exception as error:  # transformers checks values and combinations its own way

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import ParallelMode
 
 from taid_vlm.config.recipe import Recipe
+from taid_vlm.config.training import of_hub
 from taid_vlm.errors import RecipeError, TaidError, nearest, nearest_sibling
 from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.models.loading import load_skeleton
@@ -24,12 +25,10 @@ from taid_vlm.training.pair import with_adapter
 SAMPLING = ("random", "sequential")
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 STEPS = 1000  # of a schedule that is tried, where a run's own are not known yet
-UPLOAD = ("is not supported: it would upload checkpoints, pickles and the recipe with this "
-          "machine's paths. When the run is done, upload the student alone: "
-          "huggingface-cli upload NAME {}")
 WITHOUT_EFFECT_ALONE = {  # key: the one that it needs
     "activation_checkpointing_kwargs": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "gradient_checkpointing", "fsdp_config": "fsdp",
+    "spike_window": "spike_factor",
 }
 
 
@@ -84,17 +83,16 @@ def _attempt(key: str, value: Any, build: Callable[[], Any]) -> Any:
 def _refuse_without_effect(
     args: DistillationConfig, train: Mapping[str, Any], recipe: Recipe
 ) -> None:
-    for key, value in train.items():
-        if key == "push_to_hub" and not value:
-            continue
-        if key == "push_to_hub" or key.startswith("hub_"):
-            raise RecipeError(f"train.{key} {UPLOAD.format(Path(recipe.output_dir) / 'student')}")
+    _check_hub_keys(train)
     for key, other in WITHOUT_EFFECT_ALONE.items():
         if train.get(key) and not getattr(args, other):
             raise _refusal(key, train[key], f"has no effect without train.{other}.")
     if train.get("eval_steps") and args.eval_strategy != "steps":
         raise _refusal("eval_steps", train["eval_steps"],
                        "has no effect without train.eval_strategy: steps.")
+    if args.deepspeed and args.spike_factor is not None:
+        raise _refusal("spike_factor", args.spike_factor, "cannot work with train.deepspeed, which "
+                       "has applied a step before its loss is known in all processes.")
     if args.auto_find_batch_size:
         raise _refusal("auto_find_batch_size", True, "would change the batch in the middle of a "
                        "run; `taid-vlm plan` says which size fits.")
@@ -114,6 +112,17 @@ def _refuse_without_effect(
         if given[key]:
             raise _refusal(f"accelerator_config.{key}", given[key], "cannot work: a batch of "
                            "aligned tokens cannot be cut; every process makes its own.")
+
+
+def _check_hub_keys(train: Mapping[str, Any]) -> None:
+    """A student is pushed once, when its run is done; whether it can be: `runs/publish.py`."""
+    for key in (key for key in train if of_hub(key) and train[key]):
+        if not train.get("push_to_hub"):
+            raise RecipeError(f"train.{key} has no effect without train.push_to_hub.")
+        if key in ("hub_always_push", "hub_revision") or (
+                key == "hub_strategy" and train[key] != "end"):
+            raise _refusal(key, train[key], "is not supported: the student is pushed once, to the "
+                           "main branch, when the run is done. Take it out.")
 
 
 def _refuse_by_device(args: DistillationConfig) -> None:

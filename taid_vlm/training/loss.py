@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.figures import Measured, compared_figures, token_figures
 from taid_vlm.batch.forward import Batch, student_forward
-from taid_vlm.batch.losses import advantage_weights, token_losses
+from taid_vlm.batch.losses import advantage_weights, by_weight, token_losses
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedDivergence, FusedLoss, Rows
@@ -37,7 +37,8 @@ FIGURE_BYTES = 64  # per pair of logits, that the figures of a logged step have 
 
 class StepLoss(NamedTuple):
     """What a batch gives: the differentiable weighted sum over its tokens, every term per token
-    (unweighted), what tokens weigh (None: 1), and figures where they were asked for."""
+    (unweighted), what the terms against the teacher weigh by the teacher's own judgement (None: 1),
+    and figures where they were asked for."""
 
     loss: Tensor
     losses: dict[str, Tensor]
@@ -72,7 +73,8 @@ class ReferenceStep:
                 weight = _advantage(self.objective, teacher, batch, u)
         s = student_forward(model, batch)
         losses = token_losses(self.objective, batch, s, u, self.pairing, t)
-        sums = {name: x.sum() for name, x in self.objective.reweighted(losses, weight).items()}
+        sums = {name: by_weight(batch, x).sum()
+                for name, x in self.objective.reweighted(losses, weight).items()}
         figures = token_figures(batch, s, u, self.pairing) if with_figures else {}
         return StepLoss(self.objective.weighted(sums), losses, weight, figures)
 
@@ -129,7 +131,7 @@ class FusedStep:
                     output_head(student, self.transform), teacher_hidden, teacher_head,
                     batch["labels"], t=t,
                     map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
-                    token_weights=weight,
+                    token_weights=weight, weights=batch.get("weights"),
                     measure=functools.partial(self._measure, batch) if with_figures else None)
 
         result = model(**batch["student_inputs"], distill=distill)

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from taid_vlm.adapters import Processor, make_adapter
+from taid_vlm.adapters import Processor, check_image_token, make_adapter
 from taid_vlm.alignment import Pairing, check_modalities, pair_models
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.model import ModelSpec
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import RecipeError, TaidError, nearest
+from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.models.lora import check_names, name_base
 from taid_vlm.objectives import parse_objective
-from taid_vlm.records import Record, first_rows
+from taid_vlm.records import Record, first_rows, parts_of
+from taid_vlm.training.intake import PROBED_RECORDS, check_usable
+from taid_vlm.training.router import check_router
 
 if TYPE_CHECKING:
     from taid_vlm.training.config import DistillationConfig
 
 logger = logging.getLogger(__name__)
 
-PROBED_RECORDS = 32
+CHUNK = "chunk_"  # before the names of figures of chunks
 
 
 def pair_for_training(
@@ -37,31 +39,51 @@ def pair_for_training(
         role = "processing_class" if processing_class is None else "teacher_processing_class"
         raise TaidError(f"{role} is missing: models given as objects need their tokenizer or "
                         "processor beside them.")
-    ours = make_adapter(processing_class, "student", length_limit(student.config, args.max_length))
+    ours = make_adapter(processing_class, "student", length_limit(student.config, args.max_length),
+                        args.chat_template_kwargs)
     theirs, pairing = None, None
+    objective = parse_objective(args.objective)
+    if hint := check_router(objective.router, student):
+        logger.warning(hint)
     if teacher is not None:
         assert teacher_processing_class is not None
         theirs = make_adapter(
-            teacher_processing_class, "teacher", length_limit(teacher.config, args.max_length))
+            teacher_processing_class, "teacher", length_limit(teacher.config, args.max_length),
+            args.teacher_chat_template_kwargs)
+        check_image_token(theirs, teacher.config)
+    check_image_token(ours, student.config)
     parts = [part for dataset in datasets
              for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
-    firsts = [list(first_rows(part, PROBED_RECORDS)) for part in parts]
-    probed = [row for first in firsts for row in first if isinstance(row, Record)]
+    probed = [row for part in parts for source in parts_of(part)
+              for row in first_rows(source, PROBED_RECORDS) if isinstance(row, Record)]
     adapters = [a for a in (theirs, ours) if a is not None]
     check_modalities([a.role for a in adapters if not a.sees_images],
                      any(record.images for record in probed))
     if teacher is not None and theirs is not None:
         answers = [text for r in probed for text in (r.answers or [r.text or ""])]
         pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),
-                              [text[:2000] for text in answers],
-                              parse_objective(args.objective).alignment)
+                              [text[:2000] for text in answers], objective.alignment)
+        _refuse_metric(args.metric_for_best_model, pairing)
         for warning in pairing.warnings:
             logger.warning(warning)
     collator = DistillationCollator(
         ours, theirs, pairing, args.supervise, args.padding_side)  # type: ignore[arg-type]
-    for first in firsts:
-        _refuse_empty(collator, first)
+    for number, part in enumerate(parts):
+        check_usable(collator, part, 1.0 if number else args.max_left_out)
     return pairing, collator
+
+
+def of_chunks(metric: str | None) -> bool:
+    """Whether `metric_for_best_model` is a figure that only pairs with chunks have."""
+    return str(metric).removeprefix("eval_").startswith(CHUNK)
+
+
+def _refuse_metric(metric: str | None, pairing: Pairing) -> None:
+    if of_chunks(metric) and not pairing.has_chunks:
+        plain = str(metric).removeprefix("eval_").removeprefix(CHUNK)
+        valid = [name for name in DIRECTIONS if not name.startswith(CHUNK)]
+        raise RecipeError(f"train.metric_for_best_model = '{metric}' is no figure of this pair: "
+                          f"its models split texts alike, without chunks.{nearest(plain, valid)}")
 
 
 def length_limit(config: Any, max_length: int | None) -> int | None:
@@ -69,20 +91,6 @@ def length_limit(config: Any, max_length: int | None) -> int | None:
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [x for x in (max_length, own) if x]
     return min(limits) if limits else None
-
-
-def _refuse_empty(collator: DistillationCollator, probed: Sequence[Any]) -> None:
-    """Training on nothing must not start: some of the first records have to be usable."""
-    reasons: Counter[str] = Counter()
-    for record in probed:
-        batch = collator([record])
-        if len(batch["labels"]):
-            return
-        reasons.update(batch["counts"]["dropped"])
-    if probed:
-        told = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
-        raise TaidError(f"none of the first {len(probed)} records can be used: {told}. "
-                        f"{collator.reported[next(iter(reasons))]}", reasons=reasons)
 
 
 def with_adapter(student: PreTrainedModel, config: Any, on_meta: bool = False) -> Any:

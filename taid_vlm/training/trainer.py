@@ -1,16 +1,18 @@
 """DistillationTrainer: transformers' Trainer with an exact distillation step, and little more.
 
 What is exact: the loss is the sum over the answer tokens of the whole optimizer step (all
-micro-batches, all processes) divided once by their number; t moves once per optimizer step, from
+micro-batches, all processes) divided once by their number (by the sum of what they count, where
+answers have weights); t moves once per optimizer step, from
 the mean over those same tokens; evaluation moves nothing; a resumed run goes on bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -32,20 +35,22 @@ from taid_vlm.adapters import Processor
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator
 from taid_vlm.batch.figures import Measured
-from taid_vlm.batch.losses import compared_tokens
+from taid_vlm.batch.losses import by_weight, compared_tokens, weight_sum
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import Canary, Looks
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
-from taid_vlm.io.manifest import NAME as MANIFEST
 from taid_vlm.io.manifest import seal
 from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
+from taid_vlm.models.published import use_published_names
 from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
+from taid_vlm.training.intake import Intake, prepared, windowed
 from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
+from taid_vlm.training.router import ROUTER, RouterTerm
 from taid_vlm.training.visual import VisualTerms, visual_collator
 from taid_vlm.training.window import Window
 
@@ -94,12 +99,12 @@ class DistillationTrainer(Trainer):
         teacher, teacher_processing_class = resolve(
             teacher_model, teacher_processing_class, "teacher", args.teacher_model_init_kwargs)
         args = args.without_secrets()
+        train_dataset, eval_dataset = (prepared(d, args) for d in (train_dataset, eval_dataset))
         if self.objective.needs_teacher and teacher is None:
             raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
         pairing, collator = pair_for_training(
             student, teacher, processing_class, teacher_processing_class, args,
-            [d for d in (train_dataset, eval_dataset) if d is not None],
-        )
+            [d for d in (train_dataset, eval_dataset) if d is not None])
         if peft_config is not None:
             student = with_adapter(student, peft_config)
         self.parts = TrainedParts(student, args)
@@ -107,10 +112,12 @@ class DistillationTrainer(Trainer):
             logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
             args._n_gpu = 1
         super().__init__(
-            model=student, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            model=student, args=args, eval_dataset=eval_dataset,
+            train_dataset=windowed(train_dataset, collator, args),
             data_collator=visual_collator(collator, self.objective, student, teacher),
             processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
         )
+        use_published_names(self.model)
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
@@ -118,17 +125,21 @@ class DistillationTrainer(Trainer):
         self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
+        self.router = RouterTerm(self.objective.router, student, self.accelerator)
         self.schedule: TaidSchedule | None = None
         self.dropped: Counter[str] = Counter()  # records left out, by reason
+        self.notes: Counter[str] = Counter()  # what of the records has no effect
+        self.intake = Intake(train_dataset, args.max_left_out)
         self.cut = 0  # plain texts shortened to max_length
         self._step_sums: dict[str, Tensor] = {}
-        self._step_images: Tensor | int = 0  # of the optimizer step, over all processes
+        self._step_counts: list[Tensor] = []  # of the optimizer step: images, tokens it is fed
         self._empty_steps = 0
         self._said = False
         self.answer_tokens = 0  # trained on so far, over all processes
         self._window = Window()
         self.recipe: Mapping[str, Any] | None = None  # what checkpoints say they were written with
-        self.guard = StepGuard(self.accelerator, args.max_nonfinite_steps)
+        self.guard = StepGuard(self.accelerator, args.max_nonfinite_steps, args.spike_factor,
+                               args.spike_window)
         self._step: ReferenceStep | FusedStep | None = None
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
@@ -149,22 +160,23 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the mean over all answer tokens of the optimizer step, and
-        of the visual terms' mean over all of its images."""
+        """This micro-batch's share of the mean over all answer tokens of the optimizer step, of
+        the visual terms' mean over all of its images, and of the router's over all it is fed."""
         t = self.schedule.t if self.schedule else None
         step = self._loss_step(inputs)
-        with self.visual.watch():
+        with self.visual.watch(), self.router.watch():
             self.parts.keep_frozen()
             found = step(model, self.teacher, inputs, t, self._logs_this_step())
-        seen = self.visual.losses(inputs)
-        self._remember(inputs, found, seen)
-        tokens, images = (
-            (len(inputs["labels"]), inputs["images"].sum()) if num_items_in_batch is None
-            else (num_items_in_batch, self._step_images))
+        seen, routed = self.visual.losses(inputs), self.router.losses(inputs)
+        self._remember(inputs, found, seen if routed is None else seen | {ROUTER: routed})
+        tokens, images, fed = (_counts(inputs) if num_items_in_batch is None
+                               else (num_items_in_batch, *self._step_counts))
         # DDP averages gradients over processes; the sum over all tokens must not be averaged
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss = found.loss * processes / max(float(tokens), 1.0)
+        loss = found.loss * processes / (float(tokens) or 1.0)
         loss = loss + self.visual.weighted(seen) * processes / max(float(images), 1.0)
+        if routed is not None:
+            loss = loss + self.router.weight * routed.sum() * processes / max(float(fed), 1.0)
         return (loss, found.losses) if return_outputs else loss
 
     def _loss_step(self, batch: Batch) -> ReferenceStep | FusedStep:
@@ -176,37 +188,48 @@ class DistillationTrainer(Trainer):
         return self._step or ReferenceStep(self.objective, self.pairing)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        """Answer tokens of the optimizer step, over all micro-batches and processes; its images
-        are noted. Both are on the CPU: no micro-batch waits for the device to know them."""
-        counts = torch.tensor([sum(len(b["labels"]) for b in batch_samples),
-                               sum(int(b["images"].sum()) for b in batch_samples)])
+        """What the answer tokens of the optimizer step count, over all micro-batches and
+        processes; its images and the tokens it is fed are noted. All are on the CPU: no
+        micro-batch waits for the device to know them."""
+        counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
-        tokens, self._step_images = counts
+        tokens, *self._step_counts = counts
         return tokens
 
     @torch.no_grad()
     def _remember(self, batch: Batch, found: StepLoss, seen: Mapping[str, Tensor]) -> None:
         """Add up this micro-batch for the schedule and the log."""
-        sums = {f"loss/{name}": x.sum() for name, x in found.losses.items()}
+        sums = {f"loss/{name}": by_weight(batch, x).sum() for name, x in found.losses.items()}
 
         def count(values: Tensor) -> Tensor:  # made on the device, which nothing waits for
             return torch.full((), len(values), dtype=torch.float64, device=found.loss.device)
 
         sums["tokens"] = count(batch["labels"])
+        sums["tokens/loss"] = batch["weights"].double().sum() if "weights" in batch else \
+            sums["tokens"].clone()
         figures = {f"loss/{name}": Measured(values) for name, values in seen.items()}
         if found.weight is not None:
             tokens, weight = compared_tokens(batch), found.weight
             figures["visual_weight"] = Measured(weight if tokens is None else weight[tokens])
-        figures |= found.figures
         for name, figure in figures.items():
             sums[name] = figure.values.sum()
             sums[f"tokens/{name}"] = count(figure.values)
+        for name, figure in found.figures.items():
+            values, amount = figure.values, count(figure.values)
+            if "weights" in batch:
+                weight = batch["weights"] if figure.tokens is None else \
+                    batch["weights"][figure.tokens]
+                values, amount = values * weight, weight.double().sum()
+            sums[name], sums[f"tokens/{name}"] = values.sum(), amount
+        sums |= {name: torch.full((), rows, dtype=torch.float64, device=found.loss.device)
+                 for name, rows in self.intake.sums(batch).items()}
         for name, value in sums.items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.double()
         self.guard.note(batch, found.losses)
         counts = batch["counts"]
         self.dropped.update(counts["dropped"])
+        self.notes.update(batch["notes"])
         self.cut += counts["cut"]
 
     def _logs_this_step(self) -> bool:
@@ -215,21 +238,22 @@ class DistillationTrainer(Trainer):
         return first or (self.state.logging_steps > 0 and step % self.state.logging_steps == 0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """What stands between the gradient and its step: one that is no number is not applied."""
+        """What stands between the gradient and its step, which may not be applied."""
         norm = super()._get_grad_norm(model, grad_norm)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.guard.judge(norm, trained, self.state.global_step + 1)
+        sums, self._step_sums = self._step_sums, {}
+        self.guard.judge(sums, norm, trained, self.state.global_step + 1, self.objective,
+                         self.schedule.t if self.schedule else None)
         return norm
 
     def finish_step(self) -> None:
         """After an optimizer step: one global mean, one move of t. A step that was not applied
         leaves no trace in either."""
         self.visual.zero_grad()
-        names = sorted(self._step_sums)
-        values = torch.stack([self._step_sums[name] for name in names])
-        sums = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
-        self._step_sums = {}
+        sums = self.guard.sums
+        self.intake.take(sums, self.dropped)
         self._empty_steps = 0 if sums["tokens"] else self._empty_steps + 1
+        self.router.finish_step(self.guard.applied)
         if self.guard.applied:
             self._window.add(sums)
             self.answer_tokens += int(sums["tokens"])
@@ -238,7 +262,7 @@ class DistillationTrainer(Trainer):
             raise TaidError(f"{EMPTY_STEPS} optimizer steps in a row had no usable record: {told}.")
         if self.schedule is not None:
             counts = sums["tokens"] and self.guard.applied
-            mean = sums["loss/taid"] / sums["tokens"] if counts else float("nan")
+            mean = sums["loss/taid"] / sums["tokens/loss"] if counts else float("nan")
             self.schedule.update(mean, self.state.global_step - 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -247,7 +271,7 @@ class DistillationTrainer(Trainer):
             self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)  # Trainer subtracts, which keeps a NaN
             figures = self._window.take()
             lead = {key: figures[key] for key in ("kl",) if key in figures}
-            logs = {**lead, **logs, **figures, **self.parts.rates}
+            logs = {**lead, **logs, **figures, **self.parts.rates, **self.intake.logs()}
             if self.schedule is not None:
                 logs["t"] = self.schedule.t
                 logs["adaptive_share"] = self.schedule.active_share
@@ -276,7 +300,7 @@ class DistillationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Held-out figures against the teacher, logged under `metric_key_prefix`."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else prepared(eval_dataset, self.args)
         if isinstance(dataset, dict):
             metrics: dict[str, float] = {}
             for name, part in dataset.items():
@@ -328,17 +352,39 @@ class DistillationTrainer(Trainer):
         """Training records left out so far, by reason, over all processes."""
         return dict(sum(gather_object([self.dropped]), Counter()))
 
+    def all_notes(self) -> dict[str, int]:
+        """What of the training records had no effect so far, over all processes."""
+        return dict(sum(gather_object([self.notes]), Counter()))
+
+    def all_unread(self) -> dict[str, int]:
+        """Records used so far that have a column which nothing reads, over all processes."""
+        return dict(sum(gather_object([self.intake.unread]), Counter()))
+
     # ----- checkpoints ----------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Trainer matches parameter names literally, and so misses those of most VLMs."""
+        with _gone_on_from(resume_from_checkpoint):
+            self._load_weights(resume_from_checkpoint, model)
+
+    def _load_weights(self, resume_from_checkpoint: str, model: Any) -> None:
+        TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.visual.load(Path(resume_from_checkpoint))
+        self.router.restore(Path(resume_from_checkpoint))
         target = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded or not isinstance(target, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             restore_weights(target, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _gone_on_from(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _gone_on_from(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """As above, for `load_best_model_at_end`."""
@@ -350,12 +396,14 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint is whole or absent; a full disk must not leave half of one."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        existed, kept = folder.exists(), self.args.save_total_limit
+        kept = self.args.save_total_limit
         refuse_nonfinite(model, f"the checkpoint '{folder}'")
         try:
             if self.is_world_process_zero():
-                (folder / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)  # what an interruption left of one
                 self.visual.save(folder)
+                self.router.save(folder)
+            self.accelerator.wait_for_everyone()
             self.args.save_total_limit = None  # older ones go when this one is whole
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes its own random state
@@ -365,12 +413,33 @@ class DistillationTrainer(Trainer):
                     self.args.output_dir, save_total_limit=kept, use_mtime=False,
                     best_model_checkpoint=self.state.best_model_checkpoint)
         except Exception as error:
-            if self.is_world_process_zero() and not existed:
+            if self.is_world_process_zero():
                 shutil.rmtree(folder, ignore_errors=True)
             raise TaidError(f"the checkpoint '{folder}' could not be written, nothing of it was "
                             f"kept: {error}") from error
         finally:
             self.args.save_total_limit = kept
+
+
+def _counts(batch: Batch) -> Tensor:
+    """What the answer tokens count, images, and tokens fed to the student, without padding."""
+    fed = batch["student_inputs"]["attention_mask"].sum()
+    return torch.tensor([weight_sum(batch), int(batch["images"].sum()), int(fed)],
+                        dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def _gone_on_from(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a checkpoint's files raise becomes one message."""
+    try:
+        yield
+    except TaidError:
+        raise
+    except Exception as error:
+        problem = (str(error).splitlines() or [""])[0]
+        raise TaidError(f"the checkpoint '{checkpoint}' cannot be gone on from "
+                        f"({type(error).__name__}: {problem:.200}).",
+                        mend="Remove it, to go on from the one before.") from error
 
 
 class ScheduleCallback(TrainerCallback, ExportableState):
@@ -388,7 +457,8 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get("ScheduleCallback")
         if state.global_step > 0 and saved:
             trainer.answer_tokens = saved["attributes"].get("answer_tokens", 0)
-            trainer.guard.load_state_dict(saved["attributes"].get("skipped_steps", {}))
+            trainer.guard.load_state_dict(saved["attributes"].get("guard", {}))
+            trainer.intake.rows = Counter(saved["attributes"].get("rows", {}))
             if trainer.schedule is not None:
                 trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
 
@@ -412,12 +482,13 @@ class ScheduleCallback(TrainerCallback, ExportableState):
                 "TAID's adaptive term never acted in this run: with alpha = %g the linear floor "
                 "was always higher. %s", schedule.alpha, mend)
         if schedule.state.skipped:
-            logger.warning("t did not move after %d steps without a finite loss.",
-                           schedule.state.skipped)
+            logger.warning("t did not move after %d steps that were not applied or had no finite "
+                           "loss.", schedule.state.skipped)
 
     def state(self) -> dict[str, Any]:
         schedule = self.trainer.schedule
         saved = None if schedule is None else schedule.state_dict()
         return {"args": {}, "attributes": {"answer_tokens": self.trainer.answer_tokens,
-                                           "skipped_steps": self.trainer.guard.state_dict(),
+                                           "guard": self.trainer.guard.state_dict(),
+                                           "rows": dict(self.trainer.intake.rows),
                                            **({"schedule": saved} if saved else {})}}

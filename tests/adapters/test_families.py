@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapters.samples import adapter, answers, built, encode, pictures, record, talk
-from transformers import BartConfig, Florence2Config, PreTrainedConfig, T5Config
-from zoo import build
+from transformers import (
+    AutoProcessor,
+    BartConfig,
+    Florence2Config,
+    PreTrainedConfig,
+    T5Config,
+)
+from zoo import VLM_FAMILIES, build, save
 from zoo.images import image, noise
 from zoo.specs import SPECS
 
-from taid_vlm.adapters import EncodedBatch, make_adapter
+from taid_vlm.adapters import EncodedBatch, check_image_token, make_adapter
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.model import ModelSpec
-from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
+from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.models.loading import load_config
 from taid_vlm.records import Record, parse_record
 
@@ -174,10 +181,27 @@ def test_qwens_inputs_say_where_images_are(family: str) -> None:
 
 # ----- prompts --------------------------------------------------------------------------------
 
+def test_a_template_that_leaves_answers_open_is_closed() -> None:
+    """GLM-4 prints no end; in a conversation the next role's token stands there, and that is what
+    its models are trained to say."""
+    model = adapter("glm4")
+    assert model.added_end == "<|user|>"
+    rendered = model.render(talk("Is it?", "Yes", "And?", "It is"))
+    assert rendered.text.endswith("It is<|user|>") and rendered.text.count("<|user|>") == 3
+    (row,) = encode(model, [talk("Is it?", "Yes")]).rows
+    assert row.ids[row.answers[0].end_of_turn - row.offset] == model.end_of_turn_id
+    assert model.tokenizer.convert_ids_to_tokens(model.end_of_turn_id) == "<|user|>"
+    assert adapter("llama").added_end == ""
+
+
 OPENINGS = {
     "qwen3": ("", "<think>\n\n</think>\n\n"),
     "qwen3_5": ("", "\n</think>\n\n"),
+    "qwen3_moe": ("", "<think>\n\n</think>\n\n"),
+    "smollm3": ("", "<think>\n\n</think>\n\n"),
     "gemma4": ("<|channel>thought\n<channel|>", ""),
+    "gemma4_text": ("<|channel>thought\n<channel|>", ""),
+    "gpt_oss": ("", "<|channel|>final<|message|>"),
     "llava_onevision": ("\n", " \n"),
 }
 
@@ -209,10 +233,13 @@ def test_thoughts_are_learned(family: str) -> None:
     assert row.text.startswith(prompt + THOUGHT)
 
 
-def test_thoughts_of_earlier_answers_are_not_half_learned() -> None:
-    """Qwen3's template takes them out; a record that has them is dropped."""
-    with pytest.raises(AlignmentError, match="changes or drops part of an answer"):
-        adapter("qwen3").render(talk("Is it?", THOUGHT, "And?", "Yes"))
+def test_thoughts_of_earlier_answers_are_context_that_is_gone() -> None:
+    """Qwen3's template takes them out; what it prints of the answer is learned."""
+    rendered = adapter("qwen3").render(talk("Is it?", THOUGHT, "And?", "Yes"))
+    assert [rendered.text[s.start : s.end] for s in rendered.spans] == ["No.", "Yes"]
+    assert "A hat?" not in rendered.text
+    assert rendered.notes == (
+        "a thought that the student's chat template takes out of an earlier turn",)
 
 
 # ----- left padding ----------------------------------------------------------------------------
@@ -240,3 +267,27 @@ def test_encoder_decoders_are_refused(config: PreTrainedConfig, tmp_path: Path) 
     config.save_pretrained(tmp_path)
     with pytest.raises(TaidError, match=rf"student: .*{config.model_type}.* encoder-decoder"):
         load_config(ModelSpec(str(tmp_path)), "student")
+
+
+# ----- a tokenizer that has lost its image token -----------------------------------------------
+
+LAST = ("llava", "fast_vlm", "gemma3", "llava_next")  # it comes back with the same number
+
+
+@pytest.mark.parametrize("family", VLM_FAMILIES)
+def test_the_image_token_must_be_where_the_model_looks(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    folder, config = save(model, tmp_path / family), model.model.config
+    check_image_token(make_adapter(AutoProcessor.from_pretrained(folder), "student"), config)
+    token = model.processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
+    file = folder / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree["added_tokens"] = [x for x in tree["added_tokens"] if x["content"] != token]
+    file.write_text(json.dumps(tree))
+    moved = make_adapter(AutoProcessor.from_pretrained(folder), "student")
+    if family in LAST:
+        check_image_token(moved, config)
+        return
+    with pytest.raises(TaidError, match=f"image_token_id is {config.image_token_id}") as error:
+        check_image_token(moved, config)
+    assert "tokenizer.json" in str(error.value) and str(folder) in str(error.value)

@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from zoo import CORE_FAMILIES, CORE_TEXT_FAMILIES, make_tokenizer
 
 from taid_vlm.adapters import make_adapter
-from taid_vlm.adapters.template import CLOSE, OPEN, content_form, render, render_prompt
+from taid_vlm.adapters.template import content_form, render, render_prompt
+from taid_vlm.adapters.turns import CLOSE, OPEN
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Record, parse_record
 
+TRIMMING = ("gemma2", "gemma3", "llama")
 TEMPLATED = tuple(f for f in CORE_TEXT_FAMILIES if f != "gpt2")
 CASES = [(f, kind) for f in CORE_FAMILIES for kind in (*KINDS, "talk")]
 CASES += [(f, kind) for f in TEMPLATED for kind in TEXT_KINDS]
@@ -61,12 +63,18 @@ def test_prompts_are_how_training_texts_begin(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("family", [*CORE_FAMILIES, *TEMPLATED])
-def test_space_around_answers_is_not_learned(family: str) -> None:
-    rendered = render(processor(family), talk("a", "\n  so it is \n", "b", " no "),
-                      form_of(family))
-    clean = render(processor(family), talk("a", "so it is", "b", "no"), form_of(family))
-    assert rendered == clean
-    assert [rendered.text[s.start : s.end] for s in rendered.spans] == ["so it is", "no"]
+def test_space_around_answers_is_learned_as_the_template_prints_it(family: str) -> None:
+    form, spaced = form_of(family), ("\n  so it is \n", "   no ")
+    rendered = render(processor(family), talk("a", spaced[0], "b", spaced[1]), form)
+    messages = [{"role": role, "content": [{"type": "text", "text": text}] if form == "parts"
+                 else text} for role, text in zip(("user", "assistant") * 2,
+                                                  ("a", spaced[0], "b", spaced[1]), strict=True)]
+    assert rendered.text == processor(family).apply_chat_template(messages, tokenize=False)
+    shown = tuple(rendered.text[s.start : s.end] for s in rendered.spans)
+    assert shown == (("so it is", "no") if family in TRIMMING else spaced)
+    clean = render(processor(family), talk("a", "so it is", "b", "no"), form)
+    assert rendered.text[: rendered.spans[0].start] == clean.text[: clean.spans[0].start]
+    assert rendered.text[rendered.spans[1].end :] == clean.text[clean.spans[1].end :]
 
 
 @pytest.mark.parametrize("family", [*CORE_FAMILIES, *TEMPLATED])

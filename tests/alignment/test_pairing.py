@@ -427,9 +427,15 @@ def test_model_without_end_of_turn_is_told() -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n" \
         "{% endfor %}"
     model = make_adapter(tokenizer, "student")
-    assert model.end_of_turn_id is None
+    assert model.end_of_turn_id == tokenizer.eos_token_id
     pairing = pair_models(adapter("llama", "teacher"), model, 576, 576)
     assert pairing.warnings == (
+        "student: the chat template leaves the last answer open; <|eot_id|> is put behind it, so "
+        "that where to stop is learned",)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% endfor %}", "{% endfor %}end")
+    model = make_adapter(tokenizer, "student")
+    assert model.end_of_turn_id is None
+    assert pair_models(adapter("llama", "teacher"), model, 576, 576).warnings == (
         "student: no special token ends an answer, so where to stop is not distilled",)
 
 

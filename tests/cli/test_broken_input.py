@@ -205,8 +205,8 @@ TEXT_CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "a folder without data": (no_data, ("none", "a folder needs metadata.jsonl")),
     "a split of a file": (lambda k: [f"data.eval={{path: {k.folder}/eval.jsonl, split: test}}"],
                           ("data.eval: ", "eval.jsonl", "split = 'test' has no effect")),
-    "a stream of lines": (
-        lambda k: [f"data.train={{path: {k.folder}/train.jsonl, streaming: true}}"],
+    "a stream of one JSON text": (
+        lambda k: [f"data.train={{path: {k.write('a.json', f'[{GOOD}]')}, streaming: true}}"],
         ("data.train: ", "streaming = True has no effect")),
     "unknown file type": (lambda k: train(k.write("train.xlsx", "x")), ("train.xlsx", "'.xlsx'")),
     "wrong model path": (
@@ -230,7 +230,7 @@ TEXT_CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "no language model": (encoder, ("student", "vit", "neither")),
     "missing column": (lambda k: train(k.rows([{"prompt": "a", "response": "b"}])),
                        ("broken.jsonl:1", "'completion' is missing", "prompt, response",
-                        "data.columns")),
+                        "data.train.columns: {completion: response}")),
     "malformed JSON": (lambda k: train(k.write("broken.jsonl", f"{GOOD}\n\n{GOOD[:-4]}\n")),
                        ("broken.jsonl:3", "not valid JSON")),
     "a line that is no object": (lambda k: train(k.write("broken.jsonl", f"{GOOD}\n[1]\n")),

@@ -49,7 +49,8 @@ def pictures(tmp_path: Path, checkpoints: Checkpoints) -> Path:
     data = {"train": str(write_jsonl(tmp_path / "train.jsonl", [
         row for pair in zip(rows, odd, strict=True) for row in pair])),
         "eval": str(write_jsonl(tmp_path / "eval.jsonl", [*odd[:2], *rows[:4]]))}
-    return recipe(tmp_path, checkpoints("internvl"), checkpoints("llava", "permuted", 1), data)
+    return recipe(tmp_path, checkpoints("internvl"), checkpoints("llava", "permuted", 1), data,
+                  max_left_out=1)
 
 
 def test_odd_pictures_are_counted_alike_in_training_and_evaluation(

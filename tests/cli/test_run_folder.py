@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from cli.recipes import Outcome, write_recipe
 from cli.test_distill import minimal
 
-from taid_vlm.io.manifest import NAME, damage, read_manifest
+from taid_vlm.io.manifest import NAME, damage, read_manifest, seal
 
 Cli = Callable[..., Outcome]
 STEPS = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
@@ -53,6 +55,24 @@ def test_what_no_run_has_written_is_left(
     assert done.status == 2
     assert f"out/{name}'" in done.err
     assert contents(tmp_path / "out") == {f"{name}/mine.txt": b"precious"}
+
+
+@pytest.mark.parametrize(("name", "is_folder"), [
+    ("report.html", True), ("results.json", True), ("eval_answers.jsonl", True),
+    ("recipe.yaml", True), (".lock", True), ("student", False), ("checkpoint-2", False)])
+@pytest.mark.parametrize("word", ["--overwrite", "--resume"])
+def test_what_stands_in_the_way_is_named_before_training(
+    name: str, is_folder: bool, word: str, tree: dict[str, Any], cli: Cli, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("taid_vlm.runs.run.gather", None)  # nothing is opened
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.mkdir() if is_folder else path.write_text("mine")
+    done = cli("distill", write_recipe(tmp_path, tree), word)
+    assert done.status == 2
+    assert f"'{path}' is" in done.err and "move it away" in done.err
+    assert path.exists()
 
 
 def test_other_peoples_files_survive_a_whole_run(
@@ -118,6 +138,28 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert train["resumed_from"] == "checkpoint-2"
 
 
+@pytest.mark.parametrize("files", [[], None, "x"])
+def test_a_manifest_of_another_kind_is_none(files: Any, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text(json.dumps({"files": files}))
+    assert read_manifest(tmp_path) is None
+    assert damage(tmp_path) is not None
+
+
+@pytest.mark.parametrize(("name", "data"), [
+    ("optimizer.pt", b"none"), ("scheduler.pt", b""), ("rng_state.pth", b"none"),
+    ("model.safetensors", b"none"), ("trainer_state.json", b"{")])
+def test_files_that_do_not_load_are_named_with_their_checkpoint(
+    name: str, data: bytes, stopped: Path, cli: Cli, tmp_path: Path
+) -> None:
+    newest = tmp_path / "out/checkpoint-4"
+    facts = {key: x for key, x in (read_manifest(newest) or {}).items() if key != "files"}
+    (newest / name).write_bytes(data)
+    seal(newest, facts)  # as if it had been written so
+    done = cli("distill", stopped, "train.max_steps=6", "--resume")
+    assert done.status == 2
+    assert len(done.errors) == 1 and f"'{newest}' cannot be gone on from" in done.err
+
+
 def test_weights_alone_are_no_checkpoint_to_go_on_from(
     tree: dict[str, Any], cli: Cli, tmp_path: Path
 ) -> None:
@@ -140,6 +182,75 @@ def test_two_runs_do_not_share_a_folder(tree: dict[str, Any], cli: Cli, tmp_path
     assert done.status == 2
     assert f"in use by another run (process {os.getpid()})" in done.err
     assert not (output / "recipe.yaml").exists()
+
+
+def test_nobody_looks_at_checkpoints_of_a_run_that_writes_them(
+    stopped: Path, cli: Cli, tmp_path: Path
+) -> None:
+    newest = max((tmp_path / "out").glob("checkpoint-*"))
+    (newest / NAME).unlink()  # as while it is written
+    with (tmp_path / "out/.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = cli("distill", stopped, "--resume")
+    assert done.status == 2
+    assert "in use by another run" in done.err
+    assert "not whole" not in done.err
+
+
+@pytest.mark.parametrize("stages", [False, True])
+@pytest.mark.parametrize("folder", ["/proc/taid/out", "x" * 300])
+def test_a_folder_that_cannot_be_made(
+    folder: str, stages: bool, tree: dict[str, Any], cli: Cli, tmp_path: Path
+) -> None:
+    more = {"stages": [{"name": "one"}, {"name": "two"}]} if stages else {}
+    output = folder if folder.startswith("/") else str(tmp_path / folder)
+    done = cli("distill", write_recipe(tmp_path, {**tree, "output_dir": output, **more}))
+    assert done.status == 2, done.err
+    assert f"output_dir = '{output}" in done.err
+    assert "cannot be used" in done.err
+    assert "Traceback" not in done.err
+
+
+LOOKS = """
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from taid_vlm.errors import TaidError
+from taid_vlm.runs.folders import on_main
+
+state, folder, told = PartialState(cpu=True), Path(sys.argv[1]), []
+
+def look(problem):
+    (folder / f"looked-{state.process_index}").touch()
+    if problem:
+        raise problem
+    return folder / "checkpoint-2"
+
+for problem in (None, TaidError("no whole checkpoint", code="c"), OSError(13, "no permission")):
+    try:
+        told.append(str(on_main(lambda: look(problem), folder)))
+    except TaidError as error:
+        told.append(f"{error.code}|{error}")
+(folder / f"told-{state.process_index}").write_text(f"{state.num_processes} {told}")
+state.wait_for_everyone()
+state.destroy_process_group()
+"""
+
+
+def test_one_process_looks_for_all(tmp_path: Path) -> None:
+    (tmp_path / "looks.py").write_text(LOOKS)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(tmp_path / "looks.py"), str(tmp_path)],
+        check=True, timeout=300, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    first, second = ((tmp_path / f"told-{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith("2 ")
+    assert "checkpoint-2" in first
+    assert "c|no whole checkpoint" in first
+    assert "cannot be used: [Errno 13] no permission" in first
+    assert (tmp_path / "looked-0").exists()
+    assert not (tmp_path / "looked-1").exists()
 
 
 def test_a_lock_whose_process_is_gone_holds_nobody(

@@ -54,6 +54,22 @@ def test_one_message_and_a_file(owner: Any, name: str, log: str, recipe: Path, c
     assert SECRET not in text
 
 
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(("error", "status"), [
+    (OSError(28, "No space left on device", "/data/x"), 2), (OSError("of a library"), 1)])
+def test_what_the_system_refuses_is_a_users_to_mend(
+    error: OSError, status: int, recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "gather", refuse)
+    done = cli("distill", recipe)
+    assert done.status == status
+    assert len(done.errors) == 1
+    assert ("'/data/x': No space left on device." in done.err) == (status == 2)
+
+
 def test_a_variable_lets_it_through(
     recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -413,6 +413,28 @@ def test_names(tmp_path: Path) -> None:
     assert (both.name, len(both.runs)) == ("T", 1)
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("tasks", []), ("tasks__charts", []), ("tasks__charts__figures", {}), ("model", "x"),
+    ("tasks__charts__figures__accuracy__value", "0.5"), ("tasks__charts__answers", 3),
+    ("tasks__charts__n", None), ("tasks__charts__by_tag", {"kind": 3}), ("versions", [])])
+def test_an_evaluation_of_another_shape_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "a", [1, 0], **{key: value})
+    with pytest.raises(TaidError, match=key.split("__")[-1]) as error:
+        read_method(str(folder))
+    assert "is not an evaluation's results" in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("score", "x"), ("id", None), ("answer", 3)])
+def test_an_answer_of_another_shape_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "a", [1, 0])
+    path = folder / "answers/charts.jsonl"
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{json.dumps({**json.loads(second), key: value})}\n")
+    method = read_method(str(folder))
+    with pytest.raises(TaidError, match=rf"charts.jsonl:2: {key}"):
+        method.evaluations[0].answers("charts")
+
+
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
     distillation(tmp_path / "above" / "inside")
     (tmp_path / "unfinished").mkdir()

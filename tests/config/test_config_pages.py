@@ -62,6 +62,9 @@ def resolved(schema: dict[str, Any], *keys: str) -> dict[str, Any]:
     for key in (*keys, ""):
         while "$ref" in found:
             found = schema["$defs"][found["$ref"].rpartition("/")[2]]
+        found = found["oneOf"][0] if key and "oneOf" in found else found  # one source, not a list
+        while "$ref" in found:
+            found = schema["$defs"][found["$ref"].rpartition("/")[2]]
         options = [option for option in found.get("anyOf", ()) if option.get("type") != "null"]
         if options and key:
             found = options[-1]
@@ -83,7 +86,9 @@ def test_the_schema_of_a_recipe() -> None:
     assert train["additionalProperties"] is False
     assert train["properties"]["torch_compile"]["type"] == "boolean"
     assert all(field.get("description") for field in train["properties"].values())
-    assert resolved(schema, "data", "train")["anyOf"][0] == {"type": "string"}
+    one, several = resolved(schema, "data", "train")["oneOf"]
+    assert resolved({**schema, **one})["anyOf"][0] == {"type": "string"}
+    assert several == {"type": "array", "items": one}
     assert resolved(schema, "student", "dtype")["anyOf"][0]["enum"][0] == "auto"
     options = schema["properties"]["objective"]["oneOf"]
     forms = [resolved({**schema, **option}) for option in options]

@@ -80,7 +80,7 @@ def test_every_key_is_described(kind: type[Section]) -> None:
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: DataSource(), "DataSource: 'path' is missing."),
-    (lambda: DataSource(path=3), "path = 3, but it must be text."),
+    (lambda: DataSource(path=3), "path = 3, but it must be text, or a list"),
     (lambda: DataSource("x", max_records=0), "max_records = 0, but it must be at least 1."),
     (lambda: DataSource("x", colums={}), "DataSource has no key 'colums'. Did you mean 'columns'?"),
     (lambda: ModelSpec("x", dtype="half"), "dtype = 'half'."),
@@ -182,7 +182,8 @@ def test_keys_of_transformers_keep_their_values() -> None:
 
 
 def test_the_terms_are_the_losses() -> None:
-    per_token = {name: kind for name, kind in TERMS.items() if not name.startswith("visual_")}
+    per_token = {name: kind for name, kind in TERMS.items()
+                 if not name.startswith(("visual_", "router"))}
     assert list(per_token) == list(LOSSES)
     for name, kind in per_token.items():
         if name == "taid":  # its parameter is not the recipe's, but the schedule's
@@ -199,10 +200,10 @@ def test_the_terms_are_the_losses() -> None:
 @pytest.mark.parametrize("name", TERMS)
 def test_a_loss_alone_and_in_a_sum(name: str) -> None:
     extra = {key: TERMS[name].model_fields[key].default for key in TERMS[name].parameters()}
-    terms = [{"name": name, **extra}, *(["taid"] if name.startswith("visual_") else [])]
+    terms = [{"name": name, **extra}, *(["taid"] if name.startswith(("visual_", "router")) else [])]
     summed = parse_objective({"terms": terms, "kd_temperature": 2})
     assert summed.kd_temperature == 2
-    if not name.startswith("visual_"):
+    if not name.startswith(("visual_", "router")):
         assert summed == parse_objective({"name": name, **extra, "kd_temperature": 2})
         assert read_objective(name).needs_teacher == LOSSES[name].needs_teacher == (name != "ce")
 

@@ -277,7 +277,7 @@ def test_no_end_of_turn(patient: Patient) -> None:
                   "{% endfor %}")
     path = text_pair(patient, student=patient.with_template(
         patient.checkpoints("qwen2", seed=1), open_ended))
-    assert "student: no special token ends an answer" in warned(patient, path)
+    assert "leaves the last answer open; <|im_end|> is put behind it" in warned(patient, path)
 
 
 def test_samples_that_cannot_be_spelled(patient: Patient) -> None:

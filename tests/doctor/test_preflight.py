@@ -36,7 +36,8 @@ def mixed_rows(patient: Patient) -> list[dict[str, Any]]:
 def mixed(patient: Patient) -> Any:
     return patient.recipe(
         patient.checkpoints("internvl"), patient.checkpoints("llava", "other"),
-        mixed_rows(patient), train={"max_length": 200, "per_device_train_batch_size": 3})
+        mixed_rows(patient), train={"max_length": 200, "per_device_train_batch_size": 3,
+                                    "max_left_out": 0.4})
 
 
 def test_the_account_is_that_of_a_plain_loop(mixed: Any, patient: Patient) -> None:

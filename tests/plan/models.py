@@ -6,13 +6,16 @@ same configurations with random weights.
 
 from __future__ import annotations
 
+import json
 import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from cli.recipes import write_jsonl, write_recipe
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -37,11 +40,17 @@ TOWER = {"hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 6,
          "num_attention_heads": 4, "image_size": 96}
 
 
-def save_pair(folder: Path, families: Mapping[str, str], **text: Any) -> dict[str, str]:
-    """{role: folder} of configurations and processors; `text` changes the language models."""
+def save_pair(
+    folder: Path, families: Mapping[str, str], tokens: int = 0, **text: Any
+) -> dict[str, str]:
+    """{role: folder} of configurations and processors; `text` changes the language models.
+
+    Args:
+        tokens: that the tokenizers name (0: as many as they have).
+    """
     paths = {}
     for role, family in families.items():
-        tok = make_tokenizer(family)
+        tok = make_tokenizer(family) if not tokens else _with_tokens(make_tokenizer(family), tokens)
         wider = {"hidden_size": 256, "intermediate_size": 704} if role == "teacher" else {}
         own = {**TEXT, **wider, **text, "pad_token_id": tok.pad_token_id,
                "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
@@ -55,6 +64,21 @@ def save_pair(folder: Path, families: Mapping[str, str], **text: Any) -> dict[st
     return paths
 
 
+def _with_tokens(tokenizer: Any, number: int) -> Any:
+    """The tokenizer with tokens that no text has, before its added ones."""
+    stored = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab, added = stored["model"]["vocab"], stored["added_tokens"]
+    more = number - len(vocab) - len(added)
+    vocab.update({f"unused{i}": i for i in range(len(vocab), len(vocab) + more)})
+    for token in added:
+        token["id"] += more
+    for token in stored["post_processor"]["special_tokens"].values():
+        token["ids"] = [i + more for i in token["ids"]]
+    names = ("bos_token", "eos_token", "pad_token", "chat_template")
+    return type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(stored)),
+                           **{name: getattr(tokenizer, name) for name in names})
+
+
 def _enlarge(processor: Any, vision: Any) -> None:
     """A tower of LLaVA that sees 144 patches."""
     for key, value in TOWER.items():
@@ -66,12 +90,12 @@ def write_pair(
     folder: Path, words: int = 60, images: int = 0, number: int = 8,
     train: Mapping[str, Any] | None = None, student: Mapping[str, Any] | None = None,
     teacher: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None,
-    **recipe: Any,
+    families: tuple[str, str] | None = None, tokens: int = 0, **recipe: Any,
 ) -> Path:
     """A recipe on disk with its pair and its data, of text or of one image per row and more."""
-    families = ({"teacher": "llava", "student": "llava"} if images else
-                {"teacher": "llama", "student": "qwen2"})
-    pair = save_pair(folder, families, **(text or {}))
+    families = families or (("llava", "llava") if images else ("llama", "qwen2"))
+    pair = save_pair(folder, dict(zip(("teacher", "student"), families, strict=True)), tokens,
+                     **(text or {}))
     data = write_jsonl(folder / "train.jsonl", rows(folder, number, words, images))
     return write_recipe(folder, {
         "student": {"model_name_or_path": pair["student"], **(student or {})},
@@ -97,33 +121,33 @@ def rows(folder: Path, number: int, words: int, images: int = 0) -> list[dict[st
 
 
 class _Watch(TrainerCallback):
-    """Profiles the allocations of the second optimizer step, where the optimizer's state lies."""
+    """Profiles the allocations of two optimizer steps; the second one, where the optimizer's state
+    and the room for logits that the first has left lie there, is looked at."""
 
     def __init__(self) -> None:
         self.profile = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self.before = 0
+        self.second = 0  # when it begins
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 1:
-            states = kwargs["optimizer"].state.values()
-            self.before = sum(
-                value.nbytes for kept in states for value in kept.values()
-                if isinstance(value, torch.Tensor))
+        if state.global_step == 0:
             self.profile.start()
+        else:
+            self.second = time.time_ns()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
             self.profile.stop()
 
     def peak(self) -> int:
-        """The most that lay above what was there when the step began."""
+        """The most that lay in the second step above what was there when the first began."""
         events = [event for event in self.profile.profiler.kineto_results.events()
                   if event.name() == "[memory]"]
         live = most = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             live += event.nbytes()
-            most = max(most, live)
+            if event.start_ns() >= self.second:
+                most = max(most, live)
         return most
 
 
@@ -147,11 +171,16 @@ def _random(name: str, dtype: str | None) -> Any:
     return auto.from_config(config, dtype=getattr(torch, dtype or "float32"))
 
 
-def measured_step(recipe: Recipe, folder: Path) -> int:
-    """The most bytes of tensors in one optimizer step: what torch's CPU allocator gave out."""
+def measured_step(recipe: Recipe, folder: Path, bodies: set[str] | None = None) -> int:
+    """The most bytes of tensors in one optimizer step: what torch's CPU allocator gave out.
+
+    Args:
+        bodies: of the fused loss, that must have run.
+    """
     trainer, watch = real_trainer(recipe, folder), _Watch()
     trainer.add_callback(watch)
     trainer.train()
+    assert bodies is None or bodies == set((trainer.loss_report or {})["bodies"])
     models: list[nn.Module] = [trainer.model] + ([trainer.teacher_model] if trainer.teacher else [])
     resident = sum(t.nbytes for model in models for t in [*model.parameters(), *model.buffers()])
-    return resident + watch.before + watch.peak()
+    return resident + watch.peak()

@@ -20,6 +20,8 @@ from taid_vlm.plan.plan import Plan, plan_recipe
 
 TOLERANCE = 0.08
 WIDE = {"vocab_size": 16384, "hidden_size": 128, "num_hidden_layers": 1}
+# as Qwen's; the tests' tokenizers name 518 of its rows, so that almost all of them are padding
+LARGE = {"vocab_size": 151_936, "hidden_size": 32, "num_hidden_layers": 1}
 CASES: dict[str, dict[str, Any]] = {
     "text": {},
     "twice the batch": {"train": {"per_device_train_batch_size": 8}},
@@ -37,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
         "words": 60, "text": WIDE, "teacher": {"dtype": "bfloat16"},
         "train": {"bf16": True, "loss_implementation": "fused",
                   "loss_memory_budget": 4 * 2**20}},
+    "Qwen's vocabulary, mixed precision": {
+        "words": 60, "text": LARGE, "teacher": {"dtype": "bfloat16"}, "train": {"bf16": True}},
     "images": {"words": 20, "images": 1},
     "frozen tower": {"words": 20, "images": 1, "train": {"freeze": ["tower"]}},
 }
@@ -56,6 +60,19 @@ def test_tensors_of_a_step(case: str, tmp_path: Path) -> None:
     measured = measured_step(recipe, tmp_path / "run")
     assert measured > 20e6  # large enough that it is not about bookkeeping
     assert measured / without_process(plan) == pytest.approx(1, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_tensors_of_a_step_that_is_compiled(tmp_path: Path) -> None:
+    """Every row of a large vocabulary is compared: chunks are large enough for the compiled body,
+    whose scratch must not be more or less than what the plan has."""
+    recipe = load_recipe(write_pair(
+        tmp_path, words=25, families=("llama", "llama"), tokens=LARGE["vocab_size"], text=LARGE,
+        teacher={"dtype": "bfloat16"},
+        train={"bf16": True, "loss_memory_budget": 48 * 2**20}))
+    planned = without_process(plan_recipe(recipe)[0])
+    measured = measured_step(recipe, tmp_path / "run", {"compiled"})
+    assert measured / planned == pytest.approx(1, abs=TOLERANCE)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")

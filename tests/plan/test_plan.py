@@ -20,9 +20,16 @@ from taid_vlm.config.recipe import Recipe, load_recipe, parse_recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.advice import EIGHT_BIT, advise
-from taid_vlm.plan.plan import ESTIMATED, GPU_PROCESS, Plan, plan_recipe
+from taid_vlm.plan.plan import (
+    ESTIMATED,
+    EVALUATION,
+    GPU_PROCESS,
+    UPDATE,
+    Plan,
+    plan_recipe,
+)
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
-from taid_vlm.plan.text import human
+from taid_vlm.plan.text import as_text, human
 from taid_vlm.training.loss import FusedStep
 
 Cli = Callable[..., Outcome]
@@ -110,6 +117,21 @@ def test_evaluation_has_a_peak_of_its_own(tmp_path: Path, checkpoints: Checkpoin
     assert peaks[0]["training step"] == peaks[1]["training step"]
 
 
+def test_room_for_logits_is_kept_on_a_cpu(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    """It lies there while an optimizer steps and while a model is evaluated, too."""
+    def phases(implementation: str, **train: Any) -> Any:
+        tree = small(tmp_path, checkpoints, loss_implementation=implementation, **train)
+        tree["data"]["eval"] = tree["data"]["train"]
+        return plan_recipe(parse_recipe(tree))[0].phases
+
+    fused, reference = (phases(name, use_cpu=True) for name in ("fused", "reference"))
+    for phase in (UPDATE, EVALUATION):
+        assert fused[phase] > reference[phase] + 10_000
+    fused, reference = (phases(name) for name in ("fused", "reference"))
+    assert fused[UPDATE] == reference[UPDATE]
+    assert fused[EVALUATION] == reference[EVALUATION]
+
+
 def test_every_stage_has_a_plan(tmp_path: Path, checkpoints: Checkpoints) -> None:
     tree = small(tmp_path, checkpoints) | {"stages": [
         {"name": "head", "train": {"freeze": ["language_model"]}}, {"name": "all"}]}
@@ -130,6 +152,24 @@ def test_families_whose_shapes_depend_on_values(
     assert not plan.notes
     assert plan.batch.image_tokens["student"] > 0
     assert sizes(plan)[kinds.STUDENT_TOWER] > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "falcon_h1", "lfm2"])
+def test_experts_and_states_are_rehearsed(
+    family: str, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    data = write_jsonl(tmp_path / "train.jsonl", [
+        {"prompt": "what is this", "completion": f"a red square {i}"} for i in range(4)])
+    plan = plan_recipe(parse_recipe({
+        "student": checkpoints(family), "data": {"train": str(data)}, "objective": "ce",
+        "train": {"bf16": True}, "output_dir": str(tmp_path / "out")}))[0]
+    assert not plan.notes
+    assert sizes(plan)[kinds.STUDENT_LANGUAGE] > 0
+    assert bool(plan.experts) == (family not in ("falcon_h1", "lfm2"))
+    if plan.experts:
+        experts = plan.experts["student"]
+        assert experts.per_token < experts.parameters
+        assert f"a token passes {experts.per_token:,} (2 of " in as_text([plan])
 
 
 def test_a_model_that_cannot_be_rehearsed(

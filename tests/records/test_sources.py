@@ -144,7 +144,7 @@ def test_lines_are_counted_with_the_blank_ones(tmp_path):
     ('{"prompt": "a", ', "not valid JSON"),
     ("[1, 2]", r"must be an object \{\.\.\.\}"),
     ('{"prompt": "a"}', r"'completion' is missing \(found: prompt\)"),
-    ('{"question": "a", "answer": "b"}', r"'messages' is missing \(found: answer, question\)"),
+    ('{"statement": "a", "reply": "b"}', r"'messages' is missing \(found: reply, statement\)"),
     ('{"messages": [{"role": "usr", "content": "a"}]}', "role = 'usr'. Did you mean 'user'"),
 ])
 def test_the_last_bad_line_is_found_before_training(bad, message, tmp_path):
@@ -188,8 +188,8 @@ def test_json_lines_may_be_called_json(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
 def test_missing_columns_in_tables(name, tmp_path):
-    path = write_table(tmp_path / name, [{"question": "a", "answer": "b"}])
-    with pytest.raises(RecordError, match=rf"^{name}\[0\]: .*\(found: answer, question\)"):
+    path = write_table(tmp_path / name, [{"statement": "a", "reply": "b"}])
+    with pytest.raises(RecordError, match=rf"^{name}\[0\]: .*\(found: reply, statement\)"):
         open_records(path)
 
 
@@ -361,10 +361,10 @@ def test_streamed_records(tmp_path):
 
 
 def test_stream_with_wrong_columns(tmp_path):
-    path = write_table(tmp_path / "a.parquet", [{"question": "a", "answer": "b"}])
-    with pytest.raises(RecordError, match=r"\[streamed 0\]: .*\(found: answer, question\)"):
+    path = write_table(tmp_path / "a.parquet", [{"statement": "a", "reply": "b"}])
+    with pytest.raises(RecordError, match=r"\[streamed 0\]: .*\(found: reply, statement\)"):
         open_records(DataSource(path, streaming=True))
-    columns = {"prompt": "question", "completion": "answer"}
+    columns = {"prompt": "statement", "completion": "reply"}
     assert answers(open_records(DataSource(path, streaming=True, columns=columns))) == [["b"]]
 
 
@@ -470,7 +470,8 @@ def test_a_malformed_row_deep_in_a_table_is_counted_and_not_fatal(tmp_path):
 # ----- what has no effect -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [{"split": "test"}, {"name": "b"}, {"streaming": True}])
+@pytest.mark.parametrize("key", [{"split": "test"}, {"name": "b"}, {"revision": "main"},
+                                 {"data_files": "b.csv"}])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_file_has_no_splits(key, kind, tmp_path):
     path = tmp_path / f"a.{kind}"

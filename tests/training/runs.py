@@ -28,6 +28,7 @@ from zoo import build
 from zoo.images import images
 
 from taid_vlm import DistillationConfig, DistillationTrainer
+from taid_vlm.runs.ingredients import lora_config
 
 WORDS = ("a", "red", "green", "blue", "square", "circle", "left", "right", "above", "of", "the",
          "two", "three", "naïve", "图片")
@@ -78,15 +79,34 @@ class Recorder(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+POISON = "poison"
+
+
+def poison_teacher(trainer: DistillationTrainer, factor: float) -> None:
+    """The teacher's hidden states are multiplied by `factor` in rows whose prompt is POISON."""
+    mark = trainer.collator.teacher.tokenizer(POISON, add_special_tokens=False)["input_ids"]
+
+    def break_row(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        ids = kwargs["input_ids"]
+        for row in range(len(ids)):
+            if any(ids[row, i:i + len(mark)].tolist() == mark for i in range(ids.shape[1])):
+                output.last_hidden_state[row] *= factor
+        return output
+
+    trainer.teacher_model.base_model.register_forward_hook(break_row, with_kwargs=True)
+
+
 def make_trainer(
     output: str | Path, *, teacher: str = "internvl", student: str = "llava",
     tokenizer: str = "permuted", dropout: float = 0.0, data: list[dict[str, Any]] | None = None,
     kill_at: int | None = None, streamed: bool = False, kinds: Sequence[str] = KINDS,
-    student_config: dict[str, Any] | None = None, **arguments: Any,
+    student_config: dict[str, Any] | None = None, poison: float | None = None,
+    peft: dict[str, Any] | None = None, **arguments: Any,
 ) -> DistillationTrainer:
     """A trainer on a small cross-family pair; `streamed` data are texts without a length.
 
-    `student_config` sets attributes of the student's config after it was built.
+    `student_config` sets attributes of the student's config after it was built. With `poison`, rows
+    come in order, and it is what `poison_teacher` takes.
     """
     defaults = {
         "per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-3, "seed": 7,
@@ -107,7 +127,11 @@ def make_trainer(
     trainer = DistillationTrainer(
         ours.model, theirs.model, DistillationConfig(str(output), **{**defaults, **arguments}),
         train, data[:6], ours.processor, theirs.processor, callbacks=[recorder],
+        peft_config=lora_config(peft),
     )
+    if poison is not None:
+        trainer._get_train_sampler = lambda *_: None
+        poison_teacher(trainer, poison)
     recorder.trainer = trainer
     trainer.recorder = recorder
     return trainer
@@ -139,6 +163,9 @@ def main() -> None:
             output = Path(options["output"])
             save_file(weights(trainer), output / "final.safetensors")
             (output / "trajectory.json").write_text(json.dumps(trainer.recorder.t))
+        guarded = {"processes": trainer.accelerator.num_processes, **trainer.guard.state_dict()}
+        (Path(options["output"]) / f"guard-{trainer.args.process_index}.json").write_text(
+            json.dumps(guarded))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # processes that leave one by one can abort each other
 

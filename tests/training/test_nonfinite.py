@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training.runs import make_trainer, rows, weights
+from training.runs import POISON, make_trainer, poison_teacher, rows, weights
 from zoo import build, save
 
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import load_model
 from taid_vlm.records import parse_record
-
-POISON = "poison"
 
 
 def poisoned(folder: Path, at: int | None, steps: int = 4, **options: Any) -> Any:
@@ -29,16 +27,7 @@ def poisoned(folder: Path, at: int | None, steps: int = 4, **options: Any) -> An
     trainer = make_trainer(folder, student="gemma2", teacher="qwen2", data=records, max_steps=steps,
                            per_device_train_batch_size=4, logging_steps=1, **options)
     trainer._get_train_sampler = lambda *_: None
-    mark = trainer.collator.teacher.tokenizer(POISON, add_special_tokens=False)["input_ids"]
-
-    def break_row(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        ids = kwargs["input_ids"]
-        for row in range(len(ids)):
-            if any(ids[row, i:i + len(mark)].tolist() == mark for i in range(ids.shape[1])):
-                output.last_hidden_state[row] = math.nan
-        return output
-
-    trainer.teacher_model.base_model.register_forward_hook(break_row, with_kwargs=True)
+    poison_teacher(trainer, math.nan)
     return trainer
 
 

@@ -45,6 +45,8 @@ PLACES = {
     "qwen2_vl": ("model.visual", "model.visual.merger"),
     "qwen2_5_vl": ("model.visual", "model.visual.merger"),
     "qwen3_vl": ("model.visual", "model.visual.merger model.visual.deepstack_merger_list"),
+    "qwen3_vl_moe": ("model.visual", "model.visual.merger model.visual.deepstack_merger_list"),
+    "hy_v4_vl": ("model.vision_tower", "model.vision_tower.patch_merger"),
     "qwen3_5": ("model.visual", "model.visual.merger"),
     "ovis2": ("model.vision_tower", "model.vision_tower.head_linear model.vision_tower.head_norm "
                                     "model.visual_embeddings_table"),

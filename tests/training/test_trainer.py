@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def student() -> Built:
 def config(folder: Path, **arguments: Any) -> DistillationConfig:
     defaults = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3,
                 "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
-                "logging_steps": 1, "dataloader_pin_memory": False}
+                "logging_steps": 1, "dataloader_pin_memory": False, "max_left_out": 1}
     return DistillationConfig(str(folder), **{**defaults, **arguments})
 
 
@@ -110,6 +112,22 @@ def test_data_sets_of_the_datasets_library(
         student.model, teacher.model, config(tmp_path), table.to_iterable_dataset(), None,
         student.processor, teacher.processor)
     assert math.isfinite(streamed.train().training_loss)
+
+
+def test_rows_of_a_data_frame(teacher: Built, student: Built, tmp_path: Path) -> None:
+    """Also to evaluate on; the same as a list of its rows."""
+    listed = [{"messages": [{"role": "user", "content": "hello"},
+                            {"role": "assistant", "content": f"red {n}"}],
+               "image": float("nan")} for n in range(6)]
+    trained = []
+    for data in (listed, pd.DataFrame(listed)):
+        trainer = DistillationTrainer(
+            copy.deepcopy(student.model), teacher.model, config(tmp_path, max_steps=2), data, data,
+            student.processor, teacher.processor)
+        trainer.train()
+        trained.append((weights(trainer), trainer.evaluate(data)["eval_kl"]))
+    assert trained[0][1] == trained[1][1]
+    assert all(torch.equal(x, trained[1][0][name]) for name, x in trained[0][0].items())
 
 
 @pytest.mark.parametrize(("ours", "theirs", "named"), [
@@ -265,7 +283,7 @@ def test_a_batch_without_a_usable_row_changes_nothing(tmp_path: Path) -> None:
     good = rows(4, text_only=True)
     trainer = make_trainer(
         tmp_path, data=[*good, EMPTY, EMPTY, EMPTY, EMPTY], per_device_train_batch_size=1,
-        max_steps=8, logging_steps=1, optim="sgd", lr_scheduler_type="constant")
+        max_steps=8, logging_steps=1, optim="sgd", lr_scheduler_type="constant", max_left_out=1)
     trainer.add_callback(Steps())
     trainer.train()
     losses = [row["loss"] for row in logs(trainer)]

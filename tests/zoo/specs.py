@@ -68,6 +68,8 @@ _GEMMA_TOKENS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 _MISTRAL_TOKENS = ("<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]",
                    "[/SYSTEM_PROMPT]")
 _PHI_ROLES = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+_GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+_HARMONY = ("<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>")
 _GRID = [(row, col) for row in range(1, 5) for col in range(1, 5)]
 _IDEFICS_TOKENS = (
     "<fake_token_around_image>",
@@ -97,16 +99,21 @@ def _qwen(
     )
 
 
-def _llama3(template: str, vision: Mapping[str, str] | None = None) -> Spec:
+def _llama3(
+    template: str, vision: Mapping[str, str] | None = None, extra: tuple[str, ...] = (),
+    added: tuple[str, ...] = (), eos: str = "<|eot_id|>", adds_bos: bool = True,
+) -> Spec:
     named = dict(vision or {})
     return Spec(
-        special=(*_LLAMA_TOKENS, "<|eot_id|>", "<|finetune_right_pad_id|>", *named.values()),
+        special=(*_LLAMA_TOKENS, "<|eot_id|>", "<|finetune_right_pad_id|>", *named.values(),
+                 *extra),
         bos="<|begin_of_text|>",
-        eos="<|eot_id|>",
+        eos=eos,
         pad="<|finetune_right_pad_id|>",
         named=named,
         template=template,
-        adds_bos=True,
+        added=added,
+        adds_bos=adds_bos,
     )
 
 
@@ -156,6 +163,8 @@ SPECS: dict[str, Spec] = {
     "qwen2_5_vl": _qwen(
         templates.chatml(_QWEN_IMAGE, system=True, video=_QWEN_VIDEO), _QWEN_VISION),
     "qwen3_vl": _qwen(templates.chatml(_QWEN_IMAGE, video=_QWEN_VIDEO), _QWEN_VISION),
+    "qwen3_vl_moe": _qwen(templates.chatml(_QWEN_IMAGE, video=_QWEN_VIDEO), _QWEN_VISION),
+    "hy_v4_vl": _qwen(templates.chatml(_QWEN_IMAGE, video=_QWEN_VIDEO), _QWEN_VISION),
     "qwen3_5": _qwen(
         templates.thinking(_QWEN_IMAGE, open_thought=True, video=_QWEN_VIDEO), _QWEN_VISION,
         added=_THOUGHT, qwen_class=Qwen3_5Tokenizer,
@@ -219,6 +228,61 @@ SPECS: dict[str, Spec] = {
         template=templates.PHI3,
         rstrip=frozenset(_PHI_ROLES),
     ),
+    # The whole conversation in ChatML, thoughts as Qwen3's, its metadata left out.
+    "smollm3": _llama3(templates.thinking(), extra=("<|im_start|>", "<|im_end|>"), added=_THOUGHT,
+                       eos="<|im_end|>", adds_bos=False),
+    "olmo2": Spec(
+        special=("<|endoftext|>", "<|pad|>"),
+        bos="<|endoftext|>",
+        eos="<|endoftext|>",
+        pad="<|pad|>",
+        template=templates.OLMO,
+    ),
+    "granite": Spec(
+        special=("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"),
+        bos="<|end_of_text|>",
+        eos="<|end_of_text|>",
+        pad="<|end_of_text|>",
+        template=templates.GRANITE,
+    ),
+    "glm4": Spec(
+        special=("<|endoftext|>", "[gMASK]", "<sop>", *_GLM_ROLES),
+        eos="<|endoftext|>",
+        pad="<|endoftext|>",
+        template=templates.GLM4,
+        padding_side="left",
+    ),
+    "lfm2": Spec(
+        special=("<|pad|>", "<|startoftext|>", *_CHATML_TOKENS),
+        bos="<|startoftext|>",
+        eos="<|im_end|>",
+        pad="<|pad|>",
+        template=templates.chatml(bos="{{ bos_token }}"),
+        adds_bos=True,
+    ),
+    "gemma4_text": _gemma(
+        templates.gemma(None, ("<|turn>", "<turn|>"), "<|channel>thought\n<channel|>"),
+        ("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"),
+    ),
+    "falcon_h1": _qwen(templates.chatml()),
+    "qwen3_moe": _qwen(templates.thinking(), added=_THOUGHT),
+    "mixtral": _mistral(templates.mistral()),
+    "gpt_oss": Spec(
+        special=("<|startoftext|>", "<|endoftext|>", *_HARMONY),
+        bos="<|startoftext|>",
+        eos="<|return|>",
+        pad="<|endoftext|>",
+        template=templates.HARMONY,
+    ),
+    "deepseek_v3": Spec(
+        special=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"),
+        added=("<｜User｜>", "<｜Assistant｜>"),
+        bos="<｜begin▁of▁sentence｜>",
+        eos="<｜end▁of▁sentence｜>",
+        pad="<｜▁pad▁｜>",
+        template=templates.DEEPSEEK,
+        adds_bos=True,
+    ),
     # A base model: no chat template and, like the real one, no padding token.
     "gpt2": Spec(special=("<|endoftext|>",), bos="<|endoftext|>", eos="<|endoftext|>", pad=None),
 }
@@ -228,6 +292,7 @@ END_OF_TURN: dict[str, str] = {
     "idefics3": "<end_of_utterance>",
     "gemma3": "<end_of_turn>",
     "gemma4": "<turn|>",
+    "gemma4_text": "<turn|>",
     "gemma2": "<end_of_turn>",
     "gemma3_text": "<end_of_turn>",
     "phi3": "<|end|>",

@@ -66,6 +66,99 @@ def thinking(
     )
 
 
+def hermes(thoughts: bool = True) -> str:
+    """ChatML with tools as Qwen has them: schemas in the system turn, calls in <tool_call>, results
+    as the user's. With `thoughts` as Qwen3: those after the last question are printed, an empty one
+    before a last answer without, and those of earlier answers are taken out."""
+    thought = (
+        "{% set thought = '' %}{% if message.reasoning_content is string %}"
+        "{% set thought = message.reasoning_content %}{% elif '</think>' in content %}"
+        r"{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1] %}"
+        r"{% set thought = thought.lstrip('\n') %}"
+        r"{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+        "{% if loop.index0 > last.user and (loop.last or thought) %}"
+        r"{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
+        "{% else %}{{ content }}{% endif %}"
+    )
+    return (
+        "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}"
+        "{{ messages[0].content + '\n\n' }}{% endif %}{{ '# Tools\n<tools>' }}"
+        "{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}"
+        "{{ '\n</tools><|im_end|>\n' }}"
+        "{% elif messages[0].role == 'system' %}"
+        "{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}"
+        "{% set last = namespace(user=-1) %}{% for message in messages %}"
+        "{% if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for message in messages %}"
+        "{% set content = message.content if message.content is string else '' %}"
+        "{% if message.role == 'user' or (message.role == 'system' and not loop.first) %}"
+        "{{ '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}"
+        "{% elif message.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+        + (thought if thoughts else "{{ content }}") +
+        "{% for call in message.tool_calls or [] %}{% if content or not loop.first %}{{ '\n' }}"
+        "{% endif %}{% if call.function %}{% set call = call.function %}{% endif %}"
+        """{{ '<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}"""
+        "{{ call.arguments if call.arguments is string else call.arguments | tojson }}"
+        "{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
+        "{% elif message.role == 'tool' %}"
+        "{% if loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+        "{{ '\n<tool_response>\n' + content + '\n</tool_response>' }}"
+        "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}" + (
+            "{% if enable_thinking is defined and enable_thinking is false %}"
+            "{{ '<think>\n\n</think>\n\n' }}{% endif %}" if thoughts else "") + "{% endif %}"
+    )
+
+
+def llama31(ends: str = "<|eot_id|>") -> str:
+    """Llama 3.1's headers with tools: schemas before the first question, one call per turn under
+    `parameters`, results as JSON of the role ipython, a date that can be given.
+
+    `ends`: what a turn with a call ends with.
+    """
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    return (
+        "{{ bos_token }}{% if date_string is not defined %}{% set date_string = '26 Jul 2024' %}"
+        "{% endif %}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+        "{{ '" + header.format("system") + "Today Date: ' + date_string + '\n\n' + system }}"
+        "{{ '<|eot_id|>' }}{% for message in messages %}"
+        "{% if message.role == 'assistant' and message.tool_calls %}"
+        "{% if message.tool_calls | length != 1 %}"
+        "{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}"
+        "{% set call = message.tool_calls[0].function %}"
+        "{{ '" + header.format("assistant") + """{"name": "' + call.name + '", "parameters": ' }}"""
+        "{{ call.arguments | tojson + '}" + ends + "' }}"
+        "{% elif message.role == 'tool' %}{{ '" + header.format("ipython") + "' }}"
+        "{{ message.content | tojson + '<|eot_id|>' }}"
+        "{% else %}{{ '" + header.format("' + message.role + '") + "' }}"
+        "{% if tools and loop.first %}{% for tool in tools %}{{ tool | tojson + '\n\n' }}"
+        "{% endfor %}{% endif %}{{ message.content | trim + '<|eot_id|>' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}"
+        "{{ '" + header.format("assistant") + "' }}{% endif %}"
+    )
+
+
+def mistral_tools() -> str:
+    """Mistral's turns, which must alternate but for calls and their results."""
+    return (
+        "{{ bos_token }}{% set turn = namespace(index=0) %}{% for message in messages %}"
+        "{% if message.role in ('user', 'assistant') and not message.tool_calls %}"
+        "{% if (message.role == 'user') != (turn.index % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+        "{% set turn.index = turn.index + 1 %}{% endif %}{% endfor %}"
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        "{% if loop.first and tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson }}"
+        "{{ '[/AVAILABLE_TOOLS]' }}{% endif %}{{ '[INST]' + message.content + '[/INST]' }}"
+        "{% elif message.role == 'tool' %}"
+        "{{ '[TOOL_RESULTS]' + message.content + '[/TOOL_RESULTS]' }}"
+        "{% elif message.tool_calls %}{{ '[TOOL_CALLS][' }}{% for call in message.tool_calls %}"
+        "{{ call.function | tojson }}{% endfor %}{{ ']' + eos_token }}"
+        "{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
+    )
+
+
 def llava_qwen(after_role: str = "", system: str = "", video: str = "") -> str:
     """Images first, then the texts, each after a newline; with {% generation %}.
 
@@ -161,4 +254,47 @@ PHI3 = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+# OLMo 2: roles in plain characters; only the assistant's turns are closed.
+OLMO = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+    "{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
+)
+
+GRANITE = (
+    "{% for message in messages %}"
+    "{{ '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] }}"
+    "{{ '<|end_of_text|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+)
+
+# GLM-4: what closes a turn is the next one's role, or the end of all.
+GLM4 = (
+    "[gMASK]<sop>{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+# gpt-oss: every answer names its channel, which the generation prompt leaves to the model; the
+# last one ends with <|return|>, all others with <|end|>.
+HARMONY = (
+    "{% for message in messages %}{{ '<|start|>' + message['role'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|channel|>final' }}{% endif %}"
+    "{{ '<|message|>' + message['content'] }}"
+    "{% if loop.last and message['role'] == 'assistant' and not add_generation_prompt %}"
+    "{{ '<|return|>' }}{% else %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+
+DEEPSEEK = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '<｜Assistant｜>' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
 )

@@ -41,7 +41,7 @@ BY_PROCESSOR = tuple(family for family in FAMILIES if family not in NEED_AN_ADAP
 REBUILT = {(family, variant) for family in ("qwen2", "qwen3_5")
            for variant in ("metaspace", "unigram")}
 # The generation prompt is no prefix of the whole: a space after the role, an empty thought.
-OTHER_PROMPT = ("llava_onevision", "gemma4")
+OTHER_PROMPT = ("llava_onevision", "gemma4", "gemma4_text")
 ANSWER = "A red square, 21 naïve cats 图片."
 PROBES = (
     "What is in this picture? Describe it, please.",

@@ -81,6 +81,51 @@ def _qwen3_vl(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
     return processor, config, hf.Qwen3VLForConditionalGeneration
 
 
+def _qwen3_vl_moe(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
+    """As Qwen3-VL, two of four experts per token."""
+    experts = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+               "moe_intermediate_size": 16}
+    config = hf.Qwen3VLMoeConfig(
+        text_config=text | experts | _rope(mrope_section=[2, 1, 1], mrope_interleaved=True),
+        vision_config=_qwen_tower(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+        **tied(text),
+        **_qwen_ids(tok),
+    )
+    processor = hf.Qwen3VLProcessor(
+        hf.Qwen2VLImageProcessor(**_qwen_sizes(96)),
+        tok,
+        hf.Qwen3VLVideoProcessor(patch_size=8, merge_size=2, temporal_patch_size=2),
+        chat_template=tok.chat_template,
+    )
+    return processor, config, hf.Qwen3VLMoeForConditionalGeneration
+
+
+def _hy_v4_vl(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
+    """Latent attention over keys that an indexer picks, hyper-connections, experts; a token ends
+    every row of an image."""
+    layers = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+              "v_head_dim": 8, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 512,
+              "hc_mult": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
+              "moe_intermediate_size": 16}
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "out_hidden_size": 32, "patch_size": 8,
+             "max_image_size": 96}
+    config = hf.HYV4VLConfig(
+        text_config=text | layers | _rope(mrope_section=[2, 1, 1]),
+        vision_config=tower,
+        image_token_id=tok.image_token_id,
+        video_token_id=tok.video_token_id,
+        **tied(text),
+    )
+    sizes = {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 32 * 32,
+                                                        "longest_edge": 64 * 64}}
+    processor = hf.HYV4VLProcessor(
+        hf.HYV4VLImageProcessor(**sizes), tok, hf.HYV4VLVideoProcessor(patch_size=8, merge_size=2),
+        chat_template=tok.chat_template,
+    )
+    return processor, config, hf.HYV4VLForConditionalGeneration
+
+
 def _qwen2_vl(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
     """As Qwen2.5-VL, without windows in the tower."""
     tower = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2,
@@ -201,7 +246,8 @@ DYNAMIC: dict[str, Family] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
     "qwen3_5": _qwen3_5,
     "gemma4": _gemma4,
     "mistral3": _mistral3,
-}
+} | ({"hy_v4_vl": _hy_v4_vl} if hasattr(hf, "HYV4VLConfig") else {})  # from transformers 5.24 on

@@ -185,6 +185,8 @@ def _language_model(spec: ModelSpec, options: Options) -> Any:
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
     probe = "a b"
     if options.apply_chat_template:
+        tokenizer.apply_chat_template = functools.partial(
+            tokenizer.apply_chat_template, **spec.chat_template_kwargs)
         tokenizer.chat_template = getattr(processor, "chat_template", None)
         form = content_form(processor, "parts" if sees_images(config) else "string", ROLE)
         if form == "parts":

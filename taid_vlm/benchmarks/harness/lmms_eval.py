@@ -52,6 +52,7 @@ class TaidVlm(lmms):  # type: ignore[misc]
     Args:
         pretrained: folder or hub name.
         max_new_tokens: for tasks that do not say.
+        chat_template_kwargs: variables of the chat template, as JSON.
         device: None takes the process's own; others are as in `ModelSpec`.
     """
 
@@ -62,6 +63,7 @@ class TaidVlm(lmms):  # type: ignore[misc]
         max_batch_size: int | None = None, revision: str = "main", dtype: Dtype | None = None,
         attn_implementation: str | None = None, trust_remote_code: bool = False,
         chat_template: str | None = None, max_new_tokens: int = 1024, seed: int = 0,
+        chat_template_kwargs: str = "{}",
     ) -> None:
         super().__init__()
         self.accelerator = Accelerator()
@@ -72,9 +74,11 @@ class TaidVlm(lmms):  # type: ignore[misc]
             self.device = torch.device(device)
         spec = ModelSpec(model_name_or_path=pretrained, revision=revision, dtype=dtype,
                          chat_template=chat_template,
+                         chat_template_kwargs=json.loads(chat_template_kwargs),
                          attn_implementation=attn_implementation,
                          trust_remote_code=trust_remote_code)
-        self.adapter = make_adapter(load_processor(spec, "model"), "model")
+        self.adapter = make_adapter(load_processor(spec, "model"), "model",
+                                    chat_template_kwargs=spec.chat_template_kwargs)
         self.model = load_model(spec, "model").to(self.device).eval()
         self.batch_size, self.max_new_tokens, self.seed = int(batch_size), max_new_tokens, seed
 

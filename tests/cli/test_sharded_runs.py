@@ -1,0 +1,82 @@
+"""Whole runs under FSDP2, in two gloo processes: the student on disk is that of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.recipes import Checkpoints, write_recipe
+from cli.test_distill import minimal
+from safetensors.torch import load_file
+
+from taid_vlm.config.recipe import parse_recipe
+from taid_vlm.training.config import training_arguments
+
+PEFT = {"r": 4, "target_modules": "all-linear"}
+
+
+def run(folder: Path, checkpoints: Checkpoints, processes: int, peft: Any, **train: Any) -> Path:
+    """The output folder of a run with batches of 4."""
+    tree = minimal(folder, checkpoints, train={
+        "max_steps": 3, "seed": 1, "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4 // processes, **train})
+    tree["evaluate"] = {"examples": 0}
+    if peft is not None:
+        tree["student"]["peft"] = peft
+    launcher = [] if processes == 1 else [
+        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "taid_vlm", "distill", str(write_recipe(folder, tree))],
+        capture_output=True, text=True, timeout=400, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((folder / "out/results.json").read_text())
+    assert results["machine"]["processes"] == processes
+    return folder / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [None, PEFT], ids=["full", "lora"])
+def test_the_student_is_that_of_one_process(
+    peft: Any, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    one = run(tmp_path / "one", checkpoints, 1, peft)
+    two = run(tmp_path / "two", checkpoints, 2, peft, fsdp=True)
+    name = "model.safetensors" if peft is None else "adapter_model.safetensors"
+    whole, sharded = load_file(one / "student" / name), load_file(two / "student" / name)
+    assert whole.keys() == sharded.keys()
+    difference = max(float((whole[key] - sharded[key]).abs().max()) for key in whole)
+    assert difference < 1e-5
+    kept = load_file(two / "checkpoint-3" / name)
+    assert all(kept[key].equal(sharded[key]) for key in sharded)
+
+
+def test_a_student_without_weights_is_not_saved(
+    tmp_path: Path, checkpoints: Checkpoints, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with shards that nobody gathers."""
+    monkeypatch.setattr("taid_vlm.training.trainer.DistillationTrainer.save_model",
+                        lambda self, folder, **_: Path(folder, "config.json").touch())
+    tree = minimal(tmp_path, checkpoints, train={"max_steps": 1, "save_strategy": "no"})
+    done = cli("distill", write_recipe(tmp_path, tree))
+    assert done.status == 2
+    assert "weights were not gathered" in done.err
+    assert not (tmp_path / "out/student").exists()
+
+
+def test_a_mapping_of_a_recipe_stays_as_it_was_written(tmp_path: Path) -> None:
+    """It is compared with that of a checkpoint, and hashed."""
+    written = {"non_blocking": True}
+    recipe = parse_recipe({
+        "student": "a", "objective": "ce", "data": {"train": "b"}, "output_dir": str(tmp_path),
+        "train": {"use_cpu": True, "accelerator_config": dict(written),
+                  "fsdp_config": {"min_num_params": 0}}})
+    arguments = training_arguments(recipe)
+    arguments.fsdp_config["version"] = 2
+    assert recipe.train["fsdp_config"] == {"min_num_params": 0}
+    assert recipe.train["accelerator_config"] == written
