@@ -26,6 +26,8 @@ class TaidError(ValueError):
     def __init__(
         self, message: str, *, mend: str = "", code: str = "", reasons: Iterable[str] = ()
     ) -> None:
+        message, mend = (text.encode(errors="backslashreplace").decode()  # half characters of data
+                         for text in (message, mend))
         super().__init__(f"{message} {mend}" if mend else message)
         self.message, self.mend, self.code, self.reasons = message, mend, code, tuple(reasons)
 

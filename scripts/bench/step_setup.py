@@ -133,7 +133,7 @@ class Pair:
 def make_pair(setup: Setup, roles: tuple[str, ...] = ROLES) -> Pair:
     """Models, processors and rows; the same numbers in every process."""
     if setup.student is None:
-        processors = dict.fromkeys(ROLES, _processor(setup))
+        processors = dict.fromkeys(ROLES, make_processor(setup))
     else:
         processors = {role: load_processor(_spec(setup, role), role) for role in ROLES}
     image_side = SCALES[setup.scale].image_side if setup.kind == "vlm" else 0
@@ -191,7 +191,7 @@ def _llava_config(scale: Scale, size: Size, text: Qwen2Config, processor: Any) -
 # ----- tokenizers ---------------------------------------------------------------------------
 
 
-def _processor(setup: Setup) -> Any:
+def make_processor(setup: Setup) -> Any:
     """The demo's own, with as many tokens as the head has rows, so that all of them are shared."""
     scale, models = SCALES[setup.scale], data_folder() / "models"
     if setup.kind == "text":

@@ -192,6 +192,19 @@ class ModelAdapter:
         spans = (span.shifted(len(prompt)),)
         return self._with_special(Rendered(prompt + answer, spans), ends=True)
 
+    def seam(self, record: Record) -> str:
+        """Where a model without a template reads question and answer as one word; "" elsewhere."""
+        if self.form is not None or record.text is not None:
+            return ""
+        try:
+            rendered = self.render(record)
+        except SampleDropped:
+            return ""
+        start = rendered.spans[0].start
+        before, after = rendered.text[:start], rendered.text[start:]
+        joined = before and not before[-1].isspace() and not after[:1].isspace()
+        return before[-20:] + after[:20] if joined else ""
+
     def cut(self, rendered: Rendered, row: EncodedRow) -> Rendered:
         """A plain text shortened to `max_length` tokens (without the end that it now lacks)."""
         assert self.max_length is not None
@@ -280,9 +293,7 @@ class ModelAdapter:
 
     def _prompt(self, record: Record, turn: int) -> Rendered:
         if self.form is not None:
-            spoken = [m for m in record.messages if m.role == "assistant"]
-            thinks = any(map(has_thought, spoken[turn : turn + 1]))
-            text = self._as_learned(self.render_prompt(record, turn), thinks)
+            text = self._asked(record, turn)
             prompt = self._after_template(Rendered(text, ()))
         else:
             text = record.messages[0].text if record.messages else ""
@@ -290,6 +301,20 @@ class ModelAdapter:
         if not (prompt.add_special and self._adds_eos):
             return prompt
         return Rendered(self._added_bos + text, ())  # an EOS would end what is to be continued
+
+    def _asked(self, record: Record, turn: int) -> str:
+        """What is printed before an answer: where the record has it, what it is learned after (a
+        template may print earlier answers otherwise than the last)."""
+        asked, learned = self.render_prompt(record, turn), None
+        with contextlib.suppress(AlignmentError, SampleDropped):
+            assert self.form is not None
+            whole = render(self.processor, record, self.form, "answers", self.kwargs, self.role)
+            learned = next((whole.text[: s.start] for s in whole.spans if s.turn == turn), None)
+        if learned is None:
+            spoken = [message for message in record.messages if message.role == "assistant"]
+            return self._as_learned(asked, any(map(has_thought, spoken[turn : turn + 1])))
+        head_only = learned.startswith(asked) and not learned[len(asked) :].strip()
+        return asked if head_only else learned  # the space is part of the answer's first token
 
     def _as_learned(self, prompt: str, thinks: bool) -> str:
         """The prompt ending as the text does that answers are learned after."""
@@ -435,9 +460,11 @@ class ModelAdapter:
     def probe(self, answer: str) -> EncodedRow | None:
         """A small conversation in this model's tokens, to read its conventions off.
 
-        None if the tokenizer cannot spell it.
+        None if the tokenizer cannot spell it. Without a template nothing but the data stands
+        before an answer, so nothing may be glued to it here.
         """
-        messages = (Message("user", (answer,)), Message("assistant", (answer,)))
+        question = answer if self.form is not None else ""
+        messages = (Message("user", (question,)), Message("assistant", (answer,)))
         record = Record("probe", messages)
         try:
             return self.encode([self.render(record)], [[]]).rows[0]

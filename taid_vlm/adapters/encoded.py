@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class AnswerToken:
+class AnswerToken(NamedTuple):  # a batch has thousands
     """One token of a supervised text.
 
     position: index in the padded row (the predicting position is the one before).
@@ -89,12 +90,10 @@ def expand(text: str, expansions: list[dict[str, Any]]):  # type: ignore[no-unty
     return text, lambda offset: offset + gains[bisect.bisect_right(ends, offset)]
 
 
-def byte_index(text: str) -> list[int]:
+def byte_index(text: str) -> Sequence[int]:
     """Byte offset of every character, and of the end."""
     if text.isascii():
-        return list(range(len(text) + 1))
-    offsets, total = [0], 0
-    for character in text:
-        total += len(character.encode())
-        offsets.append(total)
-    return offsets
+        return range(len(text) + 1)
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000).astype(np.int64)
+    return [0, *np.cumsum(widths).tolist()]

@@ -10,6 +10,7 @@ space around a text, is what the same conversation prints where another word sta
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +30,11 @@ from taid_vlm.adapters.turns import (
     Supervise,
     chat_message,
     has_thought,
+    is_thoughtful,
     kinds_of,
     marked_texts,
     style_of,
+    without_thought,
 )
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Message, Record
@@ -228,13 +231,13 @@ class _Rendering:
             self.supervise == "all" and message.role != "tool")
         return said and message.weight > 0
 
-    def _raw(self, marked: bool, stand_ins: Collection[int] = (), end: int | None = None,
-             **options: Any) -> str:
-        """The first `end` messages as printed, with words in place of the `stand_ins`."""
-        kinds = kinds_of(self.record)
+    def _raw(self, marked: bool, stand_ins: Mapping[int, Message] | None = None,
+             end: int | None = None, **options: Any) -> str:
+        """The first `end` messages as printed, those of `stand_ins` with a word for their text."""
+        others, kinds = stand_ins or {}, kinds_of(self.record)
         messages = [
-            chat_message(message, self.style, marked and self._is_marked(message), i in stand_ins,
-                         kinds)
+            chat_message(others.get(i, message), self.style, marked and self._is_marked(message),
+                         i in others, kinds)
             for i, message in enumerate(self.record.messages[:end])]
         return apply_template(self.processor, messages, self.record, self.kwargs, **options)
 
@@ -273,18 +276,20 @@ class _Rendering:
                 texts += [part.strip() for part in message.parts if part]
             for each in texts:
                 if each not in text and as_json(each)[1:-1] not in text:
-                    what = "a call" if message.calls else "text"
-                    raise SampleDropped(NOT_PRINTED, f"{self.record.source}: {what} of a "
-                                        f"{message.role} message, by the {self.role}'s: "
-                                        f"{shown(each)}")
+                    raise self._not_printed("a call" if message.calls else "text", message, each)
         marked = any(m.calls or has_thought(m) for m in self.record.messages)
         if marked and self._raw(marked=False) != text:
             raise self._unfaithful()
 
+    def _not_printed(self, what: str, message: Message, text: str) -> SampleDropped:
+        return SampleDropped(NOT_PRINTED, f"{self.record.source}: {what} of a {message.role} "
+                             f"message, by the {self.role}'s: {shown(text)}")
+
     # ----- spans ----------------------------------------------------------------------------
 
     def _spans(self, text: str, places: Sequence[_Place]) -> Iterator[TextSpan]:
-        regions, turn = self._regions(text), -1
+        thinking = {place.marked.message for place in places if place.marked.kind == "thought"}
+        regions, turn = self._regions(text, thinking), -1
         for index, message in enumerate(self.record.messages):
             own = [place for place in places if place.marked.message == index]
             answers = message.role == "assistant"
@@ -304,9 +309,12 @@ class _Rendering:
         if places:
             start, end = min(start, places[0].start), max(end, places[-1].end)
         opens = _OPENS_THOUGHT if places and places[0].marked.kind == "thought" else \
-            _EMPTY_THOUGHT if has_thought(message) else None
+            _EMPTY_THOUGHT if has_thought(message) and not is_thoughtful(message) else None
         if opens is not None and (match := opens.search(text, max(0, start - 40), start)):
             start = match.start()
+        for call in message.calls:
+            if call["function"]["name"] not in text[start:end]:
+                raise self._not_printed("a call", message, call["function"]["name"])
         pieces = [(str(place.marked.kind), place.start, place.end) for place in places]
         cursor = places[-1].end if places else start
         for number, call in enumerate(message.calls):
@@ -317,11 +325,16 @@ class _Rendering:
                     pieces.append((f"call {number}: {name}", at, cursor))
         return TextSpan(start, end, turn, True, message.weight, tuple(pieces))
 
-    def _regions(self, text: str) -> dict[int, tuple[int, int]]:
-        """Where answers with calls, or with space around them, begin and end."""
-        indices = [index for index, message in enumerate(self.record.messages)
+    def _regions(self, text: str, thinking: Collection[int]) -> dict[int, tuple[int, int]]:
+        """Where answers with calls, or with space around them, begin and end.
+
+        Args:
+            thinking: the messages whose thoughts are printed.
+        """
+        indices = {index: message if index in thinking else Message("assistant", ())
+                   for index, message in enumerate(self.record.messages)
                    if message.role == "assistant" and self._is_marked(message)
-                   and (message.calls or message.text != message.text.strip())]
+                   and (message.calls or message.text != message.text.strip())}
         if not indices:
             return {}
         try:
@@ -329,20 +342,44 @@ class _Rendering:
         except SampleDropped:  # a template may want calls before their results
             around = []
         regions = dict(zip(indices, _between(text, around), strict=False))
-        if len(regions) == len(indices) == len(around) - 1:
-            return regions
-        return {index: self._after_prompt(text, index) for index in indices}
+        return {index: regions[index] if len(regions) == len(indices) == len(around) - 1
+                and not self._holds_results(text, index, *regions[index])
+                else self._as_printed(thinking, index)._after_prompt(text, stand_in)
+                for index, stand_in in indices.items()}
 
-    def _after_prompt(self, text: str, index: int) -> tuple[int, int]:
-        """The same for one answer, by what the conversation up to it prints."""
-        before = self._raw(marked=False, end=index, add_generation_prompt=True)
-        whole, ending = self._raw(marked=False, end=index + 1), ""
+    def _as_printed(self, thinking: Collection[int], last: int) -> _Rendering:
+        """The conversation up to one answer, without the thoughts that the whole does not print:
+        where nothing follows, a template may print them."""
+        messages = tuple(
+            without_thought(message) if message.role == "assistant" and index not in thinking
+            and self._is_marked(message) and is_thoughtful(message) else message
+            for index, message in enumerate(self.record.messages[: last + 1]))
+        return replace(self, record=replace(self.record, messages=messages))
+
+    def _holds_results(self, text: str, index: int, start: int, end: int) -> bool:
+        """Whether a template prints what the tools said into the turn that called them."""
+        results = itertools.takewhile(
+            lambda message: message.role == "tool", self.record.messages[index + 1 :])
+        if not any(message.text.strip() in text[start:end] for message in results):
+            return False
+        messages = tuple(  # a short result may stand in the call, too
+            replace(message, parts=(OPEN + message.text + CLOSE,)) if message.role == "tool"
+            else message for message in self.record.messages)
+        marked, places = _unmark(replace(
+            self, record=replace(self.record, messages=messages))._raw(marked=False))
+        return marked != text or any(start <= place < end for _, place, _ in places)
+
+    def _after_prompt(self, text: str, stand_in: Message) -> tuple[int, int]:
+        """The same for the last answer, by what the conversation up to it prints."""
+        last = len(self.record.messages) - 1
+        before = self._raw(marked=False, end=last, add_generation_prompt=True)
+        after, ending = self._raw(marked=False), ""
         with contextlib.suppress(SampleDropped):
-            ending = list(_around(self._raw(False, [index], index + 1)))[-1]
-        start, end = len(before), len(whole.removesuffix(ending))
-        if not (text.startswith(before) and text.startswith(whole) and start < end):
+            ending = list(_around(self._raw(False, {last: stand_in})))[-1]
+        whole = after.removesuffix(ending)
+        if not text.startswith(whole) or not whole.startswith(before) or whole == before:
             raise self._unfaithful()
-        return start, end
+        return len(before), len(whole)
 
 
 def _subsequence(

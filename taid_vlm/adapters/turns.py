@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -60,7 +60,7 @@ def style_of(processor: Processor, form: ContentForm) -> Style:
 def _style(source: str, form: ContentForm) -> Style:
     keys = tuple(sorted({a or b for a, b in _READS.findall(source)}))
     return Style(form, template_variables(source), keys, "</think>" in source,
-                 "developer" in source)
+                 re.search("""['"]developer['"]""", source) is not None)
 
 
 def template_source(processor: Processor) -> str:
@@ -107,6 +107,16 @@ class Marked:
 def has_thought(message: Message) -> bool:
     """Whether an answer begins with a thought, of its own key or in its text."""
     return bool(message.thought) or THOUGHT.match(message.text) is not None
+
+
+def is_thoughtful(message: Message) -> bool:
+    """Whether that thought says anything."""
+    return bool((_split(message)[0] or "").strip())
+
+
+def without_thought(message: Message) -> Message:
+    """An answer's text and calls alone."""
+    return replace(message, thought=None, parts=(_split(message)[1],))
 
 
 def kinds_of(record: Record) -> Iterator[str]:

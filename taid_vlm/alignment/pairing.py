@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -38,8 +38,7 @@ PROBES = (
 )
 
 
-@dataclass(frozen=True)
-class AlignedToken:
+class AlignedToken(NamedTuple):
     """One comparable prediction.
 
     teacher, student: positions of the predicted token in the padded rows.
@@ -53,8 +52,7 @@ class AlignedToken:
     map_index: int
 
 
-@dataclass(frozen=True)
-class AlignedChunk:
+class AlignedChunk(NamedTuple):
     """The same bytes of an answer, in tokens that are not the same; compared by likelihood.
 
     teacher, student: positions of its tokens in the padded rows, in order.
@@ -156,7 +154,7 @@ class Pairing:
             predicted = t_first.position > teacher.offset and s_first.position > student.offset
             if not predicted or not same_glue((t_tokens, s_tokens)):
                 continue
-            first = self._token(t_first, replace(s_first, suffix=t_first.suffix), s.turn)
+            first = self._token(t_first, s_first, s.turn, t_first.suffix)
             if first is not None and not self._comparable(first, teacher, student):
                 first = None
             one_each = len(t_tokens) == len(s_tokens) == 1
@@ -174,9 +172,15 @@ class Pairing:
         student_id = student.ids[token.student - student.offset]
         return self.maps[token.map_index].same_token(teacher_id, student_id)
 
-    def _token(self, teacher: AnswerToken, student: AnswerToken, turn: int) -> AlignedToken | None:
-        """The map under which two tokens of the same bytes may be compared."""
-        if teacher.suffix != student.suffix:
+    def _token(
+        self, teacher: AnswerToken, student: AnswerToken, turn: int, suffix: bytes | None = None
+    ) -> AlignedToken | None:
+        """The map under which two tokens of the same bytes may be compared.
+
+        Args:
+            suffix: of the student's token, where it is to count as another than its own.
+        """
+        if teacher.suffix != (student.suffix if suffix is None else suffix):
             return None
         if teacher.prefix == student.prefix:
             return AlignedToken(teacher.position, student.position, turn, 0)

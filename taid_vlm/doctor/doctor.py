@@ -24,11 +24,11 @@ from taid_vlm.errors import TaidError, with_place
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
-from taid_vlm.records import parts_of
+from taid_vlm.records import Record, first_rows, parts_of
 from taid_vlm.runs.ingredients import Ingredients, gather
 from taid_vlm.runs.stages import parts_by_name
 from taid_vlm.training.intake import PROBED_RECORDS, check_usable, named_unread, windowed
-from taid_vlm.training.pair import length_limit, pair_for_training
+from taid_vlm.training.pair import length_limit, pair_for_training, seams
 from taid_vlm.training.router import check_router
 from taid_vlm.training.visual import visual_collator
 
@@ -104,7 +104,8 @@ def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) ->
         verdict = refuse(stops) if stops else accept(pairs[0].pairing, facts, checks, hint)
         unread = [f"data.train: {sentence}" for pair in pairs
                   for sentence in named_unread(parts_of(pair.ingredients.train))]
-        verdict = replace(verdict, warnings=(*verdict.warnings, *dict.fromkeys(unread)))
+        verdict = replace(verdict, warnings=(*verdict.warnings, *dict.fromkeys(unread),
+                                             *_seams(pairs[0])))
         traced, problem = _trace(pairs[0], record)
         return Inspection(verdict, str(stops or problem), facts, traced, checks)
 
@@ -129,6 +130,12 @@ def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
             raise
         raise with_place(error, f"stages '{stage}'") from error
     return _Pair(stage, part, found, collator, plain, pairing)
+
+
+def _seams(pair: _Pair) -> Iterator[str]:
+    firsts = (row for row in first_rows(pair.ingredients.train, PROBED_RECORDS)
+              if isinstance(row, Record))
+    return seams(pair.collator.adapters, list(firsts))
 
 
 def _too_many(pair: _Pair) -> TaidError | None:

@@ -10,6 +10,8 @@ and `content` or `from` and `value`; a WebDataset's sample is read by its member
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from reprlib import repr as shown
 from typing import Any
@@ -24,6 +26,7 @@ PAIRS = (("query", "response"), ("instruction", "output"), ("instruction", "resp
          ("question", "answer"))
 BELOW = ("input", "context")  # what stands below an instruction
 UNCLEAR = ("context", "passage", "choices", "options", "hint")  # beside a question: in which order?
+_JSON_CHAT = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
 IDENTITY = {"id", "idx", "index", "uid", "uuid", "__key__", "__url__", "__index_level_0__"}
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 # what is proposed where nothing can be read
@@ -63,18 +66,28 @@ def read_columns(row: Mapping[Any, Any], source: str) -> Row:
     """
     if None in row:
         raise RecordError(f"{source}: more cells than the header has names: {shown(row[None])}.")
-    columns = {str(key): value for key, value in row.items() if not _absent(value)}
+    columns = {key if type(key) is str and key.isascii() else _name(key): value
+               for key, value in row.items() if not _absent(value)}
     if "__key__" in columns:
         columns = _sample(columns)
     for name in ("messages", "conversations", "image", "images", "categories"):
         if name in columns:
             columns[name] = _listed(columns[name], name, source)
     for name in ("prompt", "completion"):
-        if isinstance(columns.get(name), (np.ndarray, Mapping)):
-            columns[name] = _listed(columns[name], name, source)
+        value = columns.get(name)
+        if isinstance(value, (np.ndarray, Mapping)):
+            columns[name] = _listed(value, name, source)
+        elif isinstance(value, str) and _JSON_CHAT.match(value):
+            with contextlib.suppress(RecordError):  # a text that only begins so
+                columns[name] = _listed(value, name, source)
     if not any(name in columns for name in CHAT_COLUMNS):
         columns = _conversation(columns, source)
     return Row(columns)
+
+
+def _name(key: Any) -> str:
+    """A column's name, which may hold half a character."""
+    return str(key).encode(errors="backslashreplace").decode()
 
 
 def _absent(value: Any) -> bool:
@@ -200,7 +213,12 @@ def _sample(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 def proposal(row: Mapping[str, Any]) -> str:
     """The line of a recipe that most likely reads these columns; "" where none is likely."""
-    names = {key.lower(): key for key, value in row.items() if value}
+    if not {"prompt", "completion"} & set(row):
+        for key, value in row.items():
+            turns = value.tolist() if isinstance(value, np.ndarray) else value
+            if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
+                return _line({"messages": key})
+    names = {key.lower(): key for key in row}
     questions = [names[name] for name in _QUESTIONS if name in names]
     answers = [names[name] for name in _ANSWERS if name in names]
     texts = [key for key, value in row.items() if isinstance(value, str) and value
@@ -216,7 +234,7 @@ def proposal(row: Mapping[str, Any]) -> str:
     if questions and answers:
         pairs = {"prompt": questions[0], "completion": answers[0]}
         return _line({key: name for key, name in pairs.items() if key != name})
-    return _line({"text": texts[0]}) if texts and not ({"prompt", "completion"} & set(row)) else ""
+    return _line({"text": texts[0]}) if texts and not questions and "completion" not in row else ""
 
 
 def _line(columns: Mapping[str, str]) -> str:

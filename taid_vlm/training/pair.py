@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from taid_vlm.adapters import Processor, check_image_token, make_adapter
+from taid_vlm.adapters import ModelAdapter, Processor, check_image_token, make_adapter
 from taid_vlm.alignment import Pairing, check_modalities, pair_models
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.model import ModelSpec
@@ -64,13 +64,24 @@ def pair_for_training(
         pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),
                               [text[:2000] for text in answers], objective.alignment)
         _refuse_metric(args.metric_for_best_model, pairing)
-        for warning in pairing.warnings:
-            logger.warning(warning)
+    for warning in (*(pairing.warnings if pairing else ()), *seams(adapters, probed)):
+        logger.warning(warning)
     collator = DistillationCollator(
         ours, theirs, pairing, args.supervise, args.padding_side)  # type: ignore[arg-type]
     for number, part in enumerate(parts):
         check_usable(collator, part, 1.0 if number else args.max_left_out)
     return pairing, collator
+
+
+def seams(adapters: Sequence[ModelAdapter], records: Sequence[Record]) -> Iterator[str]:
+    """A warning for each model that reads questions and answers with nothing between."""
+    for adapter in adapters:
+        places = [place for place in map(adapter.seam, records) if place]
+        if places:
+            yield (f"{adapter.role}: no chat template, so a question and its answer are joined as "
+                   f"they are: with no space between in {len(places)} of the first {len(records)} "
+                   f"records ({places[0]!r}). End the questions in the data with a space or a new "
+                   f"line, or set {adapter.role}.chat_template")
 
 
 def of_chunks(metric: str | None) -> bool:

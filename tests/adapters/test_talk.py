@@ -137,6 +137,23 @@ def test_tools_for_a_template_without_are_refused_by_name() -> None:
         adapter("gpt2").render(chat(AGENT[:1] + SILENT[1:2], tools=[WEATHER]))
 
 
+@pytest.mark.parametrize("result", ["e", '{"t": 21}'])
+@pytest.mark.parametrize("inside", [True, False])
+def test_results_are_context_wherever_they_are_printed(result: str, inside: bool) -> None:
+    """Gemma 4 prints them into the turn that called; a short one may stand in the call, too."""
+    template = (
+        "{% for m in messages %}{% if m.role != 'tool' %}{{ '<' + m.role + '>' + (m.content or '')"
+        " }}{% for c in m.tool_calls or [] %}{{ c.function.name + (c.function.arguments | tojson)"
+        " }}{% endfor %}{% if inside and m.tool_calls and not loop.last %}"
+        "{{ '|' + loop.nextitem.content }}{% endif %}{{ '<|im_end|>' }}{% elif not inside %}"
+        "{{ '<tool>' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}{{ tools and '' }}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
+    one = model(template, inside=inside)
+    messages = [*SILENT[:2], {"role": "tool", "content": result}, SILENT[3]]
+    rendered = one.render(chat(messages, tools=[WEATHER]))
+    assert spans(rendered) == ['weather{"town": "Köln"}', "It is 21 degrees."]
+
+
 def test_a_result_that_is_not_printed_is_refused() -> None:
     template = templates.hermes().replace("'\n<tool_response>\n' + content", "'\n'")
     with pytest.raises(SampleDropped, match="text of a tool message, by the student's"):
@@ -282,6 +299,18 @@ def test_a_thought_that_is_lost_names_the_model_and_the_mend() -> None:
         one.render(chat(turns("Is it?", "<think>A hat?</think>No.")))
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "llama", "qwen2"])
+def test_every_turn_is_asked_as_it_is_learned(family: str) -> None:
+    one = adapter(family)
+    for talk in (turns("a", "It is", "b", "Yes"), turns("a", "<think>x</think>y", "b", "Yes"),
+                 turns("a", "It is", "b", "<think>x</think>y")):
+        rendered = one.render(chat(talk))
+        for span in rendered.spans:
+            assert one._prompt(chat(talk), span.turn).text == rendered.text[: span.start]
+        alone = chat(talk[:3])  # an answer that is not there yet
+        assert one._prompt(alone, 1).text.startswith(one.render_prompt(alone, 1)[:-20])
+
+
 # ----- variables of the template --------------------------------------------------------------
 
 
@@ -422,7 +451,7 @@ def test_tokens_that_steer_a_conversation_stay_refused(token: str) -> None:
 def test_image_tags_are_text_where_there_is_no_image() -> None:
     talk = turns("What is <image> in HTML?", "Write <image> as <img>.")
     assert spans(adapter("qwen2").render(chat(talk))) == ["Write <image> as <img>."]
-    assert chat(talk).unread == ("<image>: text, for the row has no image",)
+    assert chat(talk).without_effect == ("<image>: text, for the row has no image",)
     with pytest.raises(SampleDropped, match="stands for an image in the student") as caught:
         adapter("llava").render(chat(talk))
     assert caught.value.reason == "image token in a text"

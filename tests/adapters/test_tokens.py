@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from zoo import make_tokenizer
 from zoo.tokenizers import CORPUS
 
+from taid_vlm.adapters import tokens
 from taid_vlm.adapters.tokens import tile, token_table, tokenizer_change
 from taid_vlm.errors import AlignmentError
 
@@ -32,6 +34,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 EXACT = ("byte level", "gpt2 split", "bpe first", "bpe always", "bpe never", "bpe normalizer",
          "unigram bytes", "zoo metaspace", "zoo unigram")
+WRITTEN_OUT = tokens._written_out
 ALPHABET = "aeinst TRpic.,:\n\t 0123é图片🐈ß▄\u0301\u200d"
 
 
@@ -313,6 +316,186 @@ def test_word_level_tokenizers_forget_their_spaces() -> None:
     assert [text[start:end] for start, end in spans] == ["a", "red", "square", "."]
     with pytest.raises(AlignmentError):
         tile(token_table(fast), fast("a blue square")["input_ids"], "a blue square")
+
+
+# ----- what an added token spells: the rules of the tokenizers library ------------------------
+
+
+def with_added(name: str, *added: AddedToken) -> PreTrainedTokenizerBase:
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer(name).backend_tokenizer.to_str()))
+    fast.add_tokens(list(added))
+    return fast
+
+
+def pieces(fast: PreTrainedTokenizerBase, text: str) -> list[tuple[str, str]]:
+    """Every token and what it covers of a text."""
+    ids, data = fast(text, add_special_tokens=False)["input_ids"], text.encode()
+    table = token_table(fast)
+    spans = tile(table, ids, text)
+    return [(table.strings[index] or "", data[a:b].decode(errors="replace"))
+            for index, (a, b) in zip(ids, spans, strict=True)]
+
+
+def with_runs(normalized: bool) -> PreTrainedTokenizerBase:
+    """As Gemma 3: runs of "▁" are merged by the model, and added tokens that are not special."""
+    vocab = {name: i for i, name in enumerate(["<unk>", *BYTES, *"▁abx=1\n", "▁▁", "▁▁▁▁", "▁x"])}
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "x")]
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_tokens([AddedToken("▁" * n, normalized=normalized) for n in (2, 4)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_runs_of_spaces_that_are_added_tokens(normalized: bool) -> None:
+    fast, code = with_runs(normalized), "a  b\n    x = 1"
+    table = token_table(fast)
+    assert table.text[fast.convert_tokens_to_ids("▁▁▁▁")] == b"    "
+    assert [b for _, b in pieces(fast, code)] == ["a", "  ", "b", "\n", "    ", "x", " ", "=", " ",
+                                                  "1"]
+
+
+def test_a_run_that_is_written_with_the_sign_itself() -> None:
+    """Not normalised, it is found in the text as it is written, too."""
+    assert pieces(with_runs(False), "a▁▁b  b") == [
+        ("a", "a"), ("▁▁", "▁▁"), ("b", "b"), ("▁▁", "  "), ("b", "b")]
+
+
+@pytest.mark.parametrize("name", ["byte level", "gpt2 split"])
+def test_an_added_token_that_the_byte_level_model_has(name: str) -> None:
+    """Merged, it is the bytes that it stands for; where it is written out, it is itself."""
+    fast = with_added(name, *(AddedToken(token, normalized=False) for token in ("Ġthe", "Ã©", "é")))
+    table = token_table(fast)
+    told = {token: table.text[fast.convert_tokens_to_ids(token)] for token in ("Ġthe", "é")}
+    assert told == {"Ġthe": b" the", "é": b"\xe9"}
+    text = "on the Ġthe 鸡 é"
+    assert "".join(b for _, b in pieces(fast, text) if "\ufffd" not in b).replace(
+        " ", "") == "ontheĠtheé"
+    check = [a for a, b in pieces(fast, text) if b in ("Ġthe", " the", "é")]
+    assert check == ["Ġthe", "Ġthe", "é"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_an_added_token_that_the_model_has_not_is_itself(name: str) -> None:
+    fast = with_added(name, *(AddedToken(token, normalized=False) for token in ("<tag▁x>", "  ")))
+    text = "see <tag▁x>The  picture"
+    found = dict(pieces(fast, text))
+    assert found["<tag▁x>"] == "<tag▁x>" and found["  "] == "  "
+    table = token_table(fast)
+    assert table.text[fast.convert_tokens_to_ids("<tag▁x>")] == "<tag▁x>".encode()
+
+
+def test_a_normalised_added_token_is_found_in_normalised_text() -> None:
+    """Llama 2's normaliser puts a "▁" in front of the token, so that it takes the space before."""
+    fast = with_added("bpe normalizer", AddedToken("<tag>", normalized=True))
+    assert ("<tag>", " <tag>") in pieces(fast, "the <tag>picture")
+    assert pieces(fast, "<tag>picture")[0] == ("<tag>", "<tag>")
+    backend = bpe("never")
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_tokens([AddedToken("TAG", normalized=True)])
+    assert ("TAG", "tag") in pieces(wrap(backend), "the tag is")
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(("lstrip", "rstrip"), STRIPS)
+@pytest.mark.parametrize("space", [" ", "  ", " \n\t", "\u00a0", "\u3000 \u2009"])
+def test_an_ordinary_added_token_may_swallow_whitespace(
+    name: str, lstrip: bool, rstrip: bool, space: str
+) -> None:
+    fast = with_added(name, AddedToken("<tag>", lstrip=lstrip, rstrip=rstrip, normalized=False))
+    text = f"see{space}<tag>{space}now é<tag>"
+    found = pieces(fast, text)
+    assert [b for a, b in found if a == "<tag>"] == ["<tag>", "<tag>"]
+    ids, data = fast(text, add_special_tokens=False)["input_ids"], text.encode()
+    covered = b"".join(data[a:b] for a, b in tile(token_table(fast), ids, text)).decode()
+    if rstrip:  # a virtual space may lie on one that was swallowed
+        covered = re.sub(r"<tag>\s+", "<tag>", covered)
+    assert covered == f"see{'' if lstrip else space}<tag>{'' if rstrip else space}now é<tag>"
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_whitespace_that_no_token_swallows_is_an_error(name: str) -> None:
+    fast = with_added(name, AddedToken("<tag>", normalized=False))
+    ids = fast("see<tag>now", add_special_tokens=False)["input_ids"]
+    for text in ("see <tag>now", "see<tag> \nnow", "see<tag>now "):
+        with pytest.raises(AlignmentError):
+            tile(token_table(fast), ids, text)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_single_word_is_found_between_words_only(name: str) -> None:
+    fast = with_added(name, AddedToken("pic", single_word=True, normalized=False))
+    found = pieces(fast, "a pic, picture")
+    assert "".join(b for _, b in found) == "a pic, picture"
+    assert [b for a, b in found if a == "pic"].count("pic") >= 1
+
+
+def test_another_sign_for_a_space() -> None:
+    vocab = {token: i for i, token in enumerate(["<unk>", "_", "a", "▁", "_a", "b"])}
+    backend = Tokenizer(models.BPE(vocab, [("_", "a")], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="_", prepend_scheme="never")
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert [b for _, b in pieces(fast, "b a▁")] == ["b", " a", "▁"]
+
+
+@pytest.mark.parametrize(("model", "decoder", "expected"), [
+    (models.WordPiece({"<unk>": 0, "pic": 1, "##ture": 2, "a": 3}, unk_token="<unk>"),
+     decoders.WordPiece(), ["a", "pic", "ture"]),
+    (models.BPE({"<unk>": 0, "a</w>": 1, "p": 2, "q</w>": 3, "pq</w>": 4, "a": 5, "q": 6},
+                [("p", "q</w>")], unk_token="<unk>", end_of_word_suffix="</w>"),
+     decoders.BPEDecoder(), ["a", "pq"]),
+])
+def test_marks_of_words(model: Any, decoder: Any, expected: list[str]) -> None:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoder
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert [b for _, b in pieces(fast, "".join(expected[:1]) + " " + "".join(expected[1:]))] \
+        == expected
+
+
+def message(fast: PreTrainedTokenizerBase, text: str, shown: str | None = None) -> str:
+    with pytest.raises(AlignmentError) as error:
+        tile(token_table(fast), fast(text, add_special_tokens=False)["input_ids"], shown or text)
+    return str(error.value)
+
+
+def test_a_mismatch_names_what_is_at_fault() -> None:
+    changed = message(make_tokenizer("qwen2"), "un cafe\u0301")
+    assert "'e\u0301' becomes 'é'" in changed and "normalise the data" in changed
+    unknown = message(tokenizer("unigram"), "picture 🐈")
+    assert "no token for a character" in unknown and "normal form" not in unknown
+    sign = message(tokenizer("bpe never"), "the▁picture")
+    assert "a space as '▁'" in sign
+    table = message(make_tokenizer("qwen2"), "The red", "The blue")
+    assert "not at fault" in table and "tokenizer.json" in table and "normal form" not in table
+
+
+# ----- old and fast ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*EXACT, "unigram"])
+def test_a_long_text_is_tiled_as_its_tokens_one_by_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comparing many tokens at once changes nothing, wherever special tokens interrupt."""
+    fast = with_added(name, AddedToken("<img>", special=True, lstrip=True, normalized=False))
+    table = token_table(fast)
+    for seed in range(6):
+        text = "".join(random_text(seed * 9 + i) + "  <img>" * (i % 2) for i in range(9))
+        ids = fast(text, add_special_tokens=False)["input_ids"]
+        results = []
+        for block in (1, 7, 128):
+            monkeypatch.setattr(tokens, "_BLOCK", block)
+            monkeypatch.setattr(tokens, "_written_out",
+                                (lambda *_: None) if block == 1 else WRITTEN_OUT)
+            try:
+                results.append(tile(table, ids, text))
+            except AlignmentError as error:
+                results.append(str(error))
+        assert results[0] == results[1] == results[2]
 
 
 # ----- the same tokenizer after it was saved ------------------------------------------------

@@ -20,7 +20,8 @@ from adapters.samples import (
     record,
     talk,
 )
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from zoo import CORE_FAMILIES, CORE_TEXT_FAMILIES, make_tokenizer
 
 from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter, Side, make_adapter
@@ -499,3 +500,39 @@ def test_pairing_moves_to_a_device() -> None:
     assert pairing.maps[0].student.shared.device.type == "cpu"
 
 
+
+
+# ----- models without a template ----------------------------------------------------------------
+
+
+def base(*merges: tuple[str, str]) -> ModelAdapter:
+    """A byte-level base model's adapter whose tokenizer has a few merges."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["</s>", *letters, *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return make_adapter(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), "x")
+
+
+def test_base_models_glue_nothing_to_an_answer() -> None:
+    """Not even where a token joins a probed word to itself ("a" and "a")."""
+    merges = (("a", "a"), ("i", "s"), ("is", "is"), ("a", "is"))
+    teacher, student = base(*merges), base(("i", "s"))
+    found = pair_models(teacher, student, len(teacher.table), len(student.table), ["yes is it"])
+    assert found.glue is None
+    same = pair_models(base(*merges), base(*reversed(merges)), 261, 261)
+    assert same.glue is None and not same.has_chunks and len(same.maps) == 1
+
+
+@pytest.mark.parametrize(("prompt", "completion", "place"), [
+    ("Speak as POLIXENES.", "Sir, that's", "POLIXENES.Sir,"),
+    ("Speak as POLIXENES.", " Sir, that's", ""),
+    ("Speak as POLIXENES.\n", "Sir, that's", ""),
+])
+def test_where_question_and_answer_are_one_word(prompt: str, completion: str, place: str) -> None:
+    item = parse_record({"prompt": prompt, "completion": completion}, "x")
+    found = base().seam(item)
+    assert place in found and bool(place) == bool(found)
+    assert adapter("llama").seam(item) == ""  # its template stands between
+    assert base().seam(parse_record({"text": "plain"}, "x")) == ""

@@ -254,6 +254,21 @@ def test_a_plain_pair_is_warned_of_nothing(patient: Patient) -> None:
     assert warned(patient, path) == ""
 
 
+@pytest.mark.parametrize("teacher", [True, False])
+def test_questions_and_answers_that_nothing_separates(patient: Patient, teacher: bool) -> None:
+    rows = [{"prompt": "what is it?", "completion": ANSWER}] * 4
+    path = patient.recipe(patient.checkpoints("gpt2") if teacher else None,
+                          patient.checkpoints("gpt2", seed=1), rows,
+                          objective="taid" if teacher else "ce")
+    told = warned(patient, path)
+    for role in ("teacher", "student") if teacher else ("student",):
+        assert told.count(f"{role}: no chat template, so a question and its answer") == 1
+        assert f"'what is it?{ANSWER[:20]}'" in told and f"set {role}.chat_template" in told
+    spaced = [{"prompt": "what is it?", "completion": " " + ANSWER}] * 4
+    path = patient.recipe(None, patient.checkpoints("gpt2", seed=1), spaced, objective="ce")
+    assert "no chat template" not in warned(patient, path)
+
+
 def test_templates_that_think_differently(patient: Patient) -> None:
     path = text_pair(patient, teacher=patient.checkpoints("qwen3"))
     told = warned(patient, path)

@@ -40,6 +40,7 @@ def turns(record):
     {"conversations": json.dumps(SHARED)},
     {"conversations": {"from": ["human", "gpt"], "value": ["What?", "That."]}},
     {"prompt": np.array(TURNS[:1], dtype=object), "completion": TURNS[1:]},
+    {"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:])},
     {"query": "What?", "response": "That."},
     {"query": "What?", "response": "That.", "history": []},
     {"query": "What?", "response": "That.", "history": None},
@@ -52,6 +53,11 @@ def turns(record):
 def test_every_form_of_one_conversation(row):
     assert turns(read(**row)) == [("user", "What?"), ("assistant", "That.")]
     assert read(**row).unread == ()
+
+
+def test_a_prompt_that_only_begins_like_json_is_text():
+    text = '[{"role": "user"}] is what?'
+    assert turns(read(prompt=text, completion="A list."))[0] == ("user", text)
 
 
 def test_alpacas_input_is_read():
@@ -102,6 +108,9 @@ def test_unread_columns_are_named():
     ({"prompt": "a", "chosen": "b"}, r"'completion' is missing.* \{completion: chosen\}"),
     ({"ask": "a", "completion": "b"}, r"'prompt' is missing.* \{prompt: ask\}"),
     ({"content": "a", "url": ""}, r"\{text: content\}"),
+    ({"dialog": TURNS}, r"\{messages: dialog\}"),
+    ({"query": "a", "response": None}, r"\{prompt: \.\.\., completion: \.\.\.\}"),
+    ({"pro\ud83dmpt": "a"}, r"found: pro\\ud83dmpt"),
     ({"first": "a", "second": "b"}, r"\{prompt: first, completion: second\}"),
     ({"question": "a", "answer": "b", "choices": ["b", "c"]},
      r"'choices', which can be joined.*\{prompt: question, completion: answer\}"),
@@ -115,8 +124,9 @@ def test_unread_columns_are_named():
     ({"text": "a", None: ["b"]}, "more cells than the header has names"),
 ])
 def test_what_cannot_be_read(row, message):
-    with pytest.raises(RecordError, match=f"^a.jsonl:3: ?.*{message}"):
+    with pytest.raises(RecordError, match=f"^a.jsonl:3: ?.*{message}") as caught:
         parse_record(row, "a.jsonl:3")
+    assert str(caught.value).encode()  # half a character could not be printed
 
 
 # ----- through files ------------------------------------------------------------------------

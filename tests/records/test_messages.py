@@ -49,7 +49,7 @@ def test_tools_that_are_none(tools: Any, said: str) -> None:
 
 def test_keys_that_nothing_reads_are_kept_by_name() -> None:
     record = read({"score": 3, "id": None}, {"score": 1, "lang": "en", "name": "bot"})
-    assert record.unread == ("messages[].score: nothing reads it",
+    assert record.without_effect == ("messages[].score: nothing reads it",
                              "messages[].lang: nothing reads it")
     assert record.messages[2].name == "bot"
 

