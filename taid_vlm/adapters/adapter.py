@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +26,7 @@ from taid_vlm.adapters.encoded import (
     byte_index,
     expand,
 )
+from taid_vlm.adapters.pictures import arguments, check_pictures
 from taid_vlm.adapters.specials import CONTROL, control_ids, media_tokens, refuse_media_tokens
 from taid_vlm.adapters.template import (
     Rendered,
@@ -35,6 +35,7 @@ from taid_vlm.adapters.template import (
     has_chat_template,
     render,
     render_prompt,
+    video_token_printed,
 )
 from taid_vlm.adapters.tokens import TokenTable, tile, token_table
 from taid_vlm.adapters.turns import (
@@ -47,6 +48,7 @@ from taid_vlm.adapters.turns import (
 )
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Message, Record
+from taid_vlm.records.videos import Picture
 
 Side = Literal["left", "right"]
 NO_VISION, ONE_QUESTION = "image for a text model", "conversation for a model of one question"
@@ -71,7 +73,7 @@ class ModelAdapter:
     """
 
     prefer: ContentForm = "string"
-    sees_images = False
+    sees_images = takes_videos = False
     one_question = "has no chat template; set {}.chat_template."
 
     def __init__(
@@ -99,6 +101,7 @@ class ModelAdapter:
                 NO_VISION, f"{record.source} holds an image, but the {self.role} is a text model "
                 f"and cannot see it; choose a {self.role} with vision, or text records.")
         refuse_media_tokens(record, self._media_tokens, self.role)
+        check_pictures(record, self.processor, self.role, self.takes_videos)
         if record.text is not None:
             if not record.text.strip():
                 raise SampleDropped("empty text", record.source)
@@ -252,7 +255,7 @@ class ModelAdapter:
     def encode(
         self,
         rendered: Sequence[Rendered],
-        images: Sequence[Sequence[Image.Image]],
+        images: Sequence[Sequence[Picture]],
         padding_side: Side = "right",
     ) -> EncodedBatch:
         """Tokenize a batch.
@@ -279,7 +282,7 @@ class ModelAdapter:
         return {}
 
     def encode_prompts(
-        self, records: Sequence[tuple[Record, int]], images: Sequence[Sequence[Image.Image]]
+        self, records: Sequence[tuple[Record, int]], images: Sequence[Sequence[Picture]]
     ) -> dict[str, Tensor]:
         """Left-padded inputs of conversations cut before their `turn`-th answer."""
         for record, _ in records:
@@ -348,7 +351,7 @@ class ModelAdapter:
                 rendered.text[: rendered.spans[0].start])
 
     def _process(
-        self, rendered: Sequence[Rendered], images: Sequence[Sequence[Image.Image]],
+        self, rendered: Sequence[Rendered], images: Sequence[Sequence[Picture]],
         padding_side: Side, add_special: bool,
     ) -> tuple[dict[str, Tensor], list[list[dict[str, Any]]]]:
         """Padded inputs, and per row the image expansions ({span, new_span, replacement})."""
@@ -506,18 +509,25 @@ class ImageTextAdapter(ModelAdapter):
                             f"placed; set {role}.chat_template to one that does.",
                             code="no_typed_parts")
 
+    @cached_property
+    def takes_videos(self) -> bool:  # type: ignore[override]
+        """Whether processor and template both have a place for videos."""
+        token = getattr(self.processor, "video_token", None)
+        if not token or not hasattr(self.processor, "video_processor"):
+            return False
+        return video_token_printed(self.processor, token)
+
     def _after_template(self, rendered: Rendered) -> Rendered:
         """As ProcessorMixin.apply_chat_template: a BOS unless the template wrote one."""
         bos = self.tokenizer.bos_token
         return rendered if bos and rendered.text.startswith(bos) else self._with_special(rendered)
 
     def _process(self, rendered, images, padding_side, add_special):  # type: ignore[no-untyped-def]
-        pictures = [list(row) for row in images] if any(images) else None
         with _recorded_expansions(self.processor) as expansions:
             encoded = self.processor(
-                text=[item.text for item in rendered], images=pictures, padding=True,
-                padding_side=padding_side, add_special_tokens=add_special,
-                return_tensors=self.return_tensors, return_mm_token_type_ids=True,
+                text=[item.text for item in rendered], padding=True, padding_side=padding_side,
+                add_special_tokens=add_special, return_tensors=self.return_tensors,
+                return_mm_token_type_ids=True, **arguments(images, self.processor),
             )
         return self._tensors(encoded), expansions or [[] for _ in rendered]
 

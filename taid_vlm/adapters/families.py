@@ -16,9 +16,11 @@ from taid_vlm.adapters.adapter import ImageTextAdapter, ModelAdapter, Side, Text
 from taid_vlm.adapters.encoded import EncodedRow
 from taid_vlm.adapters.template import Rendered, TextSpan, has_chat_template
 from taid_vlm.adapters.turns import Processor
+from taid_vlm.adapters.video import FramesAdapter, TilesAdapter
 from taid_vlm.errors import TaidError
 from taid_vlm.records import ImageRef, Message, Record
 from taid_vlm.records.images import GREY
+from taid_vlm.records.videos import Picture
 
 # a token that stands for features is not that much rarer in an image than any other; one that only
 # marks where a row or an image ends is
@@ -32,6 +34,7 @@ class TileListAdapter(ImageTextAdapter):
     """
 
     return_tensors = None
+    takes_videos = False  # type: ignore[assignment]
 
     def _tensors(self, encoded: Mapping[str, Any]) -> dict[str, Tensor]:
         inputs = {key: torch.as_tensor(value) for key, value in encoded.items()
@@ -52,6 +55,8 @@ class PrefixAdapter(ImageTextAdapter):
 
     one_question = ("is PaliGemma, which answers one question; give records of one user's and one "
                     "assistant's turn, or choose another model.")
+
+    takes_videos = False  # type: ignore[assignment]
 
     def __init__(
         self, processor: Processor, role: str, max_length: int | None = None,
@@ -87,7 +92,7 @@ class PrefixAdapter(ImageTextAdapter):
         return Rendered(self._prefix(record), ())
 
     def _process(  # type: ignore[no-untyped-def]
-        self, rendered: Sequence[Rendered], images: Sequence[Sequence[Image.Image]],
+        self, rendered: Sequence[Rendered], images: Sequence[Sequence[Picture]],
         padding_side: Side, add_special: bool,
     ):
         prefixes, answers = [], []
@@ -116,8 +121,10 @@ class PrefixAdapter(ImageTextAdapter):
 
 
 EXCEPTIONS: dict[str, type[ImageTextAdapter]] = {
+    "Gemma3Processor": FramesAdapter,
     "PaliGemmaProcessor": PrefixAdapter,
     "PerceptionLMProcessor": TileListAdapter,
+    "SmolVLMProcessor": TilesAdapter,
 }
 
 

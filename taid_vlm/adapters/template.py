@@ -31,6 +31,7 @@ from taid_vlm.adapters.turns import (
     chat_message,
     has_thought,
     is_thoughtful,
+    kinds_of,
     marked_texts,
     style_of,
     without_thought,
@@ -117,6 +118,17 @@ def content_form(processor: Processor, prefer: ContentForm, role: str) -> Conten
     )
 
 
+def video_token_printed(processor: Processor, token: str) -> bool:
+    """Whether the chat template prints a video's placeholder, once."""
+    try:
+        text = apply_template(processor, [chat_message(
+            Message("user", (None, "probe")), Style("parts"), kinds=iter(["video"]))],
+            Record("probe"), {})
+    except SampleDropped:
+        return False
+    return text.count(token) == 1 and "'type'" not in text
+
+
 def render(
     processor: Processor, record: Record, form: ContentForm, supervise: Supervise = "answers",
     kwargs: Mapping[str, Any] | None = None, role: str = "model",
@@ -143,7 +155,8 @@ def render_prompt(
 ) -> str:
     """The conversation up to the assistant's `turn`-th answer, ready to be continued."""
     style = style_of(processor, form)
-    messages = [chat_message(message, style) for message in record.before(turn)]
+    kinds = kinds_of(record)
+    messages = [chat_message(message, style, kinds=kinds) for message in record.before(turn)]
     return apply_template(processor, messages, record, kwargs or {}, add_generation_prompt=True)
 
 
@@ -221,10 +234,10 @@ class _Rendering:
     def _raw(self, marked: bool, stand_ins: Mapping[int, Message] | None = None,
              end: int | None = None, **options: Any) -> str:
         """The first `end` messages as printed, those of `stand_ins` with a word for their text."""
-        others = stand_ins or {}
+        others, kinds = stand_ins or {}, kinds_of(self.record)
         messages = [
             chat_message(others.get(i, message), self.style, marked and self._is_marked(message),
-                         i in others)
+                         i in others, kinds)
             for i, message in enumerate(self.record.messages[:end])]
         return apply_template(self.processor, messages, self.record, self.kwargs, **options)
 

@@ -7,6 +7,7 @@ or not at all, so that thought and answer have marks of their own.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.records import Message
+from taid_vlm.records import Message, Record
 from taid_vlm.records.messages import THOUGHTS
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
@@ -118,13 +119,21 @@ def without_thought(message: Message) -> Message:
     return replace(message, thought=None, parts=(_split(message)[1],))
 
 
-def chat_message(message: Message, style: Style, marked: bool = False, stand_in: bool = False
-                 ) -> dict[str, Any]:
+def kinds_of(record: Record) -> Iterator[str]:
+    """Of the pictures that stand where a message's part is None: "image" or "video"."""
+    return iter([image.kind for image in record.images])
+
+
+def chat_message(
+    message: Message, style: Style, marked: bool = False, stand_in: bool = False,
+    kinds: Iterator[str] | None = None,
+) -> dict[str, Any]:
     """A message as apply_chat_template takes it.
 
     Args:
         marked: with marks inside the outer whitespace of its texts, so that a template's `| trim`
             still trims; an answer's thought has marks of its own.
+        kinds: what its pictures are, as `kinds_of` has it; without, all are images.
         stand_in: with a word in place of its text and its calls, to see what is printed around.
     """
     role = "system" if message.role == "developer" and not style.developer else message.role
@@ -136,7 +145,7 @@ def chat_message(message: Message, style: Style, marked: bool = False, stand_in:
         out |= {key: thought for key in style.thoughts if thought}
     elif marked:
         parts = [_around(part) if part and part.strip() else part for part in parts]
-    out["content"] = _content(parts, style.form)
+    out["content"] = _content(parts, style.form, kinds or itertools.repeat("image"))
     if message.calls and not stand_in:
         out["tool_calls"] = [dict(call) for call in message.calls]
     for key in ("name", "tool_call_id"):
@@ -206,8 +215,8 @@ def _around(text: str, opens: str = OPEN, closes: str = CLOSE) -> str:
     return before + opens + core + closes + after
 
 
-def _content(parts: list[str | None], form: ContentForm) -> Any:
+def _content(parts: list[str | None], form: ContentForm, kinds: Iterator[str]) -> Any:
     if form == "string":
         return "".join(part for part in parts if part is not None)
-    return [{"type": "image"} if part is None else {"type": "text", "text": part}
+    return [{"type": next(kinds)} if part is None else {"type": "text", "text": part}
             for part in parts]

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from taid_vlm.adapters import (
@@ -42,19 +41,21 @@ from taid_vlm.alignment import (
 from taid_vlm.errors import AlignmentError, Problem, RecordError, SampleDropped, TaidError
 from taid_vlm.records import Malformed, Record, first_rows, parse_record
 from taid_vlm.records.record import problem_of
+from taid_vlm.records.videos import Picture
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 Row: TypeAlias = Record | Malformed | Mapping[str, Any]
 TOO_LONG, UNALIGNED = "longer than max_length", "nothing aligned"
+NO_VIEW = "video for visual terms"
 CUT = "cut"  # not dropped: plain texts that were shortened
 
 
 @dataclass(frozen=True)
 class _Sample:
     record: Record
-    images: list[Image.Image]
+    images: list[Picture]
     rendered: dict[str, Rendered]  # by role
     cut: bool = False
 
@@ -98,7 +99,7 @@ class DistillationCollator:
     pairing: Pairing | None = None
     supervise: Supervise = "answers"
     padding_side: Side = "right"
-    degrade: Callable[[Image.Image], Image.Image] | None = None
+    degrade: Callable[[Picture], Picture] | None = None
     views: Mapping[str, GlobalViews] | None = None
     reported: dict[str, str] = field(default_factory=dict)
 
@@ -153,6 +154,9 @@ class DistillationCollator:
     def _prepare(self, record: Record) -> _Sample:
         rendered = agree({a.role: a.render(record, self.supervise) for a in self.adapters},
                          record.source)
+        if self.views and any(image.kind == "video" for image in record.images):
+            raise SampleDropped(NO_VIEW, f"{record.source} holds a video, but the visual terms of "
+                                "the objective compare images; leave them out.")
         return _Sample(record, [image.load() for image in record.images], rendered)
 
     def _notes(self, samples: Sequence[_Sample]) -> Counter[str]:

@@ -15,7 +15,7 @@ from taid_vlm.benchmarks.question import Benchmark, Question, Rule
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import find_benchmark
 from taid_vlm.benchmarks.store import data_hash, question_hash
-from taid_vlm.config.data import DataSource
+from taid_vlm.config.data import FRAMES, DataSource, VideoSpec
 from taid_vlm.errors import TaidError, at_least, nearest, one_of
 from taid_vlm.io.hashing import text_hash
 
@@ -91,6 +91,13 @@ class Task:
         """Of all that a model is shown, by question id."""
         return {question.id: question_hash(question) for question in self.questions}
 
+    @property
+    def video_frames(self) -> dict[str, int]:
+        """How many frames are shown of every video, where there are videos."""
+        if not any(image.kind == "video" for q in self.questions for image in q.images):
+            return {}
+        return {"video_frames": (self.source.video and self.source.video.frames) or FRAMES}
+
     @cached_property
     def sha256(self) -> str | None:
         """Of the data; None for those of the hub."""
@@ -103,7 +110,8 @@ class Task:
 
 
 def open_tasks(
-    names: Sequence[str], rules: Sequence[str] = (), max_records: int | None = None
+    names: Sequence[str], rules: Sequence[str] = (), max_records: int | None = None,
+    video_frames: int | None = None,
 ) -> list[Task]:
     """The benchmarks that `--tasks` names, with all their questions read.
 
@@ -111,11 +119,14 @@ def open_tasks(
         names: NAME, NAME=DATA or a YAML file each; without DATA they are read from the hub.
         rules: TASK:RULE each; the others are judged by their first rule.
         max_records: only the first so many rows of each.
+        video_frames: shown of every video.
 
     Raises:
         TaidError: an unknown task or rule, data that is not there or lacks columns.
     """
     at_least("--max-records", max_records, 1)
+    at_least("--video-frames", video_frames, 1)
+    video = VideoSpec(frames=video_frames)
     benchmarks: dict[str, Benchmark] = {}
     places: dict[str, str] = {}
     for name, _, data in (text.partition("=") for text in names):
@@ -124,7 +135,7 @@ def open_tasks(
             raise TaidError(f"--tasks: '{benchmark.name}' stands twice.")
         benchmarks[benchmark.name], places[benchmark.name] = benchmark, data
     chosen = _rules(benchmarks, rules)
-    return [open_task(benchmark, chosen[name], _source(benchmark, places[name], max_records))
+    return [open_task(benchmark, chosen[name], _source(benchmark, places[name], max_records, video))
             for name, benchmark in benchmarks.items()]
 
 
@@ -159,10 +170,12 @@ def _rules(benchmarks: Mapping[str, Benchmark], texts: Sequence[str]) -> dict[st
     return chosen
 
 
-def _source(benchmark: Benchmark, data: str, max_records: int | None) -> DataSource:
+def _source(
+    benchmark: Benchmark, data: str, max_records: int | None, video: VideoSpec
+) -> DataSource:
     path, name, split = benchmark.hub or ("", None, "train")
     if not data and not path:
         raise TaidError(f"--tasks {benchmark.name}: its data is not on the hub; say where it is, "
                         f"as in {benchmark.name}=FILE.")
     return DataSource(path=data or path, split=split, name=None if data else name,
-                      max_records=max_records)
+                      max_records=max_records, video=video)

@@ -144,8 +144,16 @@ class LocalModel:
         return {"weights_sha256": weights_hash(folder) if folder.is_dir() else None,
                 **({"base_sha256": weights_hash(base)} if base and base.is_dir() else {}),
                 "commit": getattr(self.config, "_commit_hash", None), "dtype": self.dtype,
-                "chat_template_sha256": digest,
+                "chat_template_sha256": digest, **self._shown,
                 **({"chat_template_kwargs": kwargs} if kwargs else {})}
+
+    @property
+    def _shown(self) -> dict[str, Any]:
+        """How pictures are cut and resized, which the processor's files say and not the weights."""
+        names = ("image_processor", "video_processor")
+        parts = [getattr(self.adapter.processor, name, None) for name in names]
+        settings = [part.to_json_string() for part in parts if part is not None]
+        return {"pictures_sha256": text_hash("".join(settings))} if settings else {}
 
     @property
     def dtype(self) -> str:

@@ -229,7 +229,7 @@ class _Evaluation:
             "rule": rule.name, "rule_version": rule.version, "rule_source": rule.source,
             "source": {"path": source.path, "name": source.name, "split": source.split,
                        "max_records": source.max_records, "sha256": task.sha256},
-            "prompt_hash": task.prompt_hash, "left_out": dict(task.left_out),
+            **task.video_frames, "prompt_hash": task.prompt_hash, "left_out": dict(task.left_out),
             **counts(answers, judged),
             "answering": {**settings, "seeds": list(self.asking.seeds)},
             "figures": figures(rule, judged), "by_tag": by_tag(rule, judged),

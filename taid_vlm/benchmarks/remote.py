@@ -176,6 +176,8 @@ class Remote:
 
 def chat_messages(question: Question) -> list[dict[str, Any]]:
     """The question as typed parts, its images inline as PNG; raises SampleDropped."""
+    if any(image.kind == "video" for image in question.images):
+        raise SampleDropped("video for a served model", "a server is sent images only")
     images = iter(question.images)
     content = [{"type": "text", "text": part} if part is not None else
                {"type": "image_url", "image_url": {

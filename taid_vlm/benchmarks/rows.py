@@ -15,7 +15,8 @@ from typing import Any
 
 from taid_vlm.errors import RecordError, nearest
 from taid_vlm.records import ImageRef, Records
-from taid_vlm.records.images import MAX_PIXELS, stored_image
+from taid_vlm.records.images import MAX_PIXELS, no_image, stored_image
+from taid_vlm.records.videos import VideoRef, stored_video
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +132,18 @@ class Row(Mapping[str, Any]):
         row."""
         return self._image(self.need(column), column, None)
 
+    def video(self, *values: Any) -> VideoRef:
+        """A video as a record may hold it; of several files, the first that is there."""
+        stored = [stored_video(value, self.root) for value in values]
+        first = next((x for x in stored if isinstance(x, Path) and x.is_file()), stored[0])
+        return VideoRef(first, self.where, getattr(self.records, "max_pixels", MAX_PIXELS),
+                        sampling=getattr(self.records, "video", None))
+
     def images(self, *columns: str) -> tuple[ImageRef, ...]:
         """The images of those columns that are there; a column may hold a list, also as text."""
         return tuple(self._image(value, column, place) for column in columns or ("image",)
-                     for place, value in enumerate(self._list(self.values_.get(column, []))))
+                     for place, value in enumerate(self._list(self.values_.get(column, [])))
+                     if not no_image(value))
 
     @staticmethod
     def _list(value: Any) -> Sequence[Any]:

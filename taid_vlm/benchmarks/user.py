@@ -6,10 +6,10 @@
     prompt: "{question}\\n{options}\\nAnswer with the option's letter."
     tags: [category]                 # columns that figures are split by
 
-Columns: `question`, `answer`, `image` (or `images`), `id`, `group` (questions about one item) and
-`options` (a list, or the columns A, B, C ...). An answer is an option's letter, its place from 0 or
-its text; yes or no; or one accepted text or a list of them. A prompt may name any column; where
-`<image>` stands in it (or in a question) an image is shown, otherwise the images come first.
+Columns: `question`, `answer`, `image` (or `images`), `video`, `id`, `group` (questions about one
+item) and `options` (a list, or the columns A, B, C ...). An answer is an option's letter, its place
+from 0 or its text; yes or no; or one accepted text or a list of them. A prompt may name any column;
+where `<image>` stands in it (or in a question) an image is shown, otherwise the images come first.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ def load_benchmark(path: str | Path) -> Benchmark:
         raise RecipeError(f"{path}: {error}") from None
     assert spec.name is not None
     kind = KINDS[spec.type]
+    missing: list[RecordError] = []
     return Benchmark(
-        spec.name, spec.title or spec.name, lambda row: [_question(spec, row)], kind.rules,
+        spec.name, spec.title or spec.name, lambda row: [_question(spec, row, missing)], kind.rules,
         hub=(_place(spec.data, path.parent), spec.subset, spec.split),
         max_new_tokens=spec.max_new_tokens or kind.max_new_tokens, likelihood=kind.likelihood,
-        file=str(path.resolve()))
+        complete=lambda questions: _with_some_image(questions, missing), file=str(path.resolve()))
 
 
 def _place(data: str, folder: Path) -> str:
@@ -65,16 +66,18 @@ def _place(data: str, folder: Path) -> str:
 # ----- one row ------------------------------------------------------------------------------
 
 
-def _question(spec: BenchmarkSpec, row: Row) -> Question:
+def _question(spec: BenchmarkSpec, row: Row, missing: list[RecordError]) -> Question:
     choices, answers = KINDS[spec.type].answers(row, spec)
-    images = _images(row, spec)
+    images = _images(row, spec, missing)
     text = "".join(literal + ("" if name is None else _filled(name, row, spec, choices))
                    for literal, name in prompt_pieces(spec.prompt or KINDS[spec.type].prompt))
-    places = [image.source for image in images]  # only where they stand is asked for
-    record = parse_record({"messages": [{"role": "user", "content": text}], "images": places},
-                          row.where)
+    places = {kind: [str(i) for i, image in enumerate(images) if image.kind == kind]
+              for kind in ("image", "video")}  # only where they stand is asked for
+    record = parse_record({"messages": [{"role": "user", "content": text}],
+                           "images": places["image"], "videos": places["video"]}, row.where)
     return Question(
-        id=row.id(spec.column("id")), prompt=record.messages[0].parts, images=images,
+        id=row.id(spec.column("id")), prompt=record.messages[0].parts,
+        images=tuple(images[int(str(place.value))] for place in record.images),
         answers=answers, choices=choices, tags={tag: row.text(tag) for tag in spec.tags},
         group=row.text(spec.column("group"), ""))
 
@@ -83,12 +86,28 @@ def _filled(name: str, row: Row, spec: BenchmarkSpec, choices: tuple[str, ...]) 
     return listed(choices) if name == "options" and choices else row.text(spec.column(name))
 
 
-def _images(row: Row, spec: BenchmarkSpec) -> tuple[ImageRef, ...]:
+def _images(row: Row, spec: BenchmarkSpec, missing: list[RecordError]) -> tuple[ImageRef, ...]:
+    """A row's images; a row without any is asked without, and why goes to `missing`."""
     if not spec.images:
         return ()
+    video = spec.column("video")
+    if video in row:
+        return (*row.images(spec.column("image")), row.video(row[video]))
     column = spec.column("image") if "image" in spec.columns else row.first("image", "images")
-    row.need(column)
+    try:
+        row.need(column)
+    except RecordError as problem:
+        missing.append(problem)
     return row.images(column)
+
+
+def _with_some_image(questions: list[Question], missing: list[RecordError]) -> list[Question]:
+    """Where no row has an image, the column has another name."""
+    problems = missing.copy()
+    missing.clear()
+    if problems and not any(question.images for question in questions):
+        raise problems[0]
+    return questions
 
 
 def _chosen(row: Row, spec: BenchmarkSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "; the same command goes on with the next question"
 _ASKING = ("method", "choose_by", "normalise", "max_new_tokens", "temperature", "top_p", "seeds")
-_LOCAL = ("dtype", "chat_template", "chat_template_kwargs")
+_LOCAL = ("dtype", "chat_template", "chat_template_kwargs", "processor_kwargs")
 _SERVED = ("api_key_env", "timeout")
 _OF_HARNESS = ("num_fewshot", "apply_chat_template")
 TIMEOUT = 120.0  # seconds
@@ -36,6 +36,7 @@ class EvaluateOptions(Options):
     output_dir: Path = option(default=...)
     batch_size: int = option("rows, or requests to a server, at once", "N", 8)
     max_records: int | None = option("the first rows only", "N")
+    video_frames: int | None = option("shown of every video (default 8)", "N")
     json_: bool = option("print JSON instead of a table", default=False)
 
     rule: Many | None = option(
@@ -56,6 +57,8 @@ class EvaluateOptions(Options):
     chat_template: str | None = option("jinja file, for all models", "FILE")
     chat_template_kwargs: Object | None = option(
         "variables of the chat template; default: for a run's student those of its recipe", "JSON")
+    processor_kwargs: Object | None = option(
+        'how pictures are shown, for all models, as in a recipe: {"max_pixels": 501760}', "JSON")
     base_url: str | None = option(
         "of OpenAI-compatible chat completions, as http://localhost:8000/v1", "URL")
     api_key_env: str | None = option("environment variable that holds the server's key", "NAME")
@@ -114,7 +117,8 @@ def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
 
     asking = Asking(**options.given(_ASKING), batch_size=options.batch_size)
     candidates = _candidates(options)
-    tasks = open_tasks(options.tasks, options.rule or (), options.max_records)
+    tasks = open_tasks(options.tasks, options.rule or (), options.max_records,
+                       options.video_frames)
     return evaluate(candidates, tasks, options.output_dir, asking)
 
 
@@ -131,14 +135,14 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
         timeout = TIMEOUT if options.timeout is None else options.timeout
         return parse_served(options.model, options.base_url, options.api_key_env, timeout)
     return parse_candidates(options.model, ModelSpec(
-        model_name_or_path="", dtype=options.dtype, chat_template=options.chat_template),
-        options.chat_template_kwargs)
+        model_name_or_path="", dtype=options.dtype, chat_template=options.chat_template,
+        processor_kwargs=options.processor_kwargs or {}), options.chat_template_kwargs)
 
 
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """lm-eval's own tasks, by lm-eval."""
-    options.refuse(("rule", *_ASKING, "base_url"), "is for this package's own benchmarks; leave it "
-                                                   "out with --harness")
+    options.refuse(("rule", *_ASKING, "base_url", "video_frames"),
+                   "is for this package's own benchmarks; leave it out with --harness")
     if not options.apply_chat_template:
         options.refuse(("chat_template_kwargs",), "goes with --apply-chat-template")
     from taid_vlm.benchmarks.harness.lm_eval import run_lm_eval

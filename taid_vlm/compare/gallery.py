@@ -143,6 +143,6 @@ def _first_image(images: Sequence[ImageRef]) -> bytes | None:
     if not images:
         return None
     try:
-        return thumbnail(images[0].load())
+        return thumbnail(images[0].still())
     except SampleDropped:
         return None

@@ -21,6 +21,7 @@ class Columns(Section):
         answer: An option's letter, place from 0 or text; yes or no; one accepted text or a list.
         options: A list of options; otherwise they are in the columns A, B, C, ...
         image: The image, or a list in `images`.
+        video: A video in place of it.
         id: What results call a question.
         group: Questions about one item share it.
     """
@@ -29,6 +30,7 @@ class Columns(Section):
     answer: Column = "answer"
     options: Column = "options"
     image: Column = "image"
+    video: Column = "video"
     id: Column = "id"
     group: Column = "group"
 
@@ -68,7 +70,8 @@ class BenchmarkSpec(Section):
             image is shown where <image> stands, otherwise first. Left out, the type's.
         columns: Our columns and what the data call them: {question: query}.
         tags: Columns that figures are split by.
-        images: false for questions of text alone; otherwise every question must have an image.
+        images: false for questions of text alone. Otherwise rows without an image are asked
+            without, but some row must have one.
         max_new_tokens (tokens): Longest answer; left out, the type's.
     """
 

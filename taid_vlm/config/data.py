@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from glob import glob
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from taid_vlm.config.kinds import Positive, Rate, wanted
 from taid_vlm.config.section import Section
 
 JSON_LINES = (".jsonl", ".ndjson")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+FRAMES, MAX_FRAMES = 8, 64  # of a video
 TAR = ".tar"
 COMPRESSED = (".gz", ".zst")  # behind JSON_LINES and DELIMITERS
 FILE_TYPES = (*JSON_LINES, ".json", ".parquet", *DELIMITERS, TAR)
@@ -31,6 +32,35 @@ def _sources(value: Any) -> Any:
 
 Paths = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(_listed),
                   wanted("text, or a list of texts")]
+
+
+class VideoSpec(Section):
+    """Which frames of a video are shown, the same ones to both models: spread over all of it, the
+    first and the last among them.
+
+    Args:
+        frames: So many of every video (8 unless said); one with fewer shows some of them twice.
+        fps: So many a second instead.
+        max_frames: With fps: never more than that (64 unless said).
+    """
+
+    frames: Positive | None = None
+    fps: Rate | None = None
+    max_frames: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.fps is not None and self.frames is not None:
+            raise ValueError("frames and fps cannot both be set; take one of them out.")
+        if self.fps is None and self.max_frames is not None:
+            raise ValueError("max_frames goes with fps; frames alone says how many are shown.")
+        return self
+
+    def number(self, seconds: float, total: int) -> int:
+        """How many frames are shown of a video of `total` frames."""
+        if self.fps is None:
+            return self.frames or FRAMES
+        return max(1, min(round(seconds * self.fps), total, self.max_frames or MAX_FRAMES))
 
 
 class DataSource(Section):
@@ -53,6 +83,7 @@ class DataSource(Section):
         max_records (records): Only the first so many.
         max_pixels (pixels): An image of more, as its header says, is not decoded (67,108,864 unless
             said); its record is left out and counted.
+        video: Which frames of its videos are shown, if not those that data.video says.
     """
 
     bare: ClassVar[str] = "path"
@@ -68,6 +99,7 @@ class DataSource(Section):
     image_root: str | None = None
     max_records: Positive | None = None
     max_pixels: Positive | None = None
+    video: VideoSpec | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -116,12 +148,25 @@ class DataSpec(Section):
     Args:
         train: Records to train on; several sources are a list, each with its weight.
         eval: Held-out records; without them nothing is measured. Of a list, all records are.
+        video: Which frames of videos are shown.
     """
 
     blank_is_absent: ClassVar[bool] = True
 
     train: Sources
     eval: Sources | None = None
+    video: VideoSpec | None = None
+
+    @property
+    def sides(self) -> dict[str, DataSource | tuple[DataSource, ...] | None]:
+        """By name, "train" and "eval"."""
+        return {"train": self.train, "eval": self.eval}
+
+    def sources(self, side: str) -> tuple[DataSource, ...]:
+        """Those of a side, each with what holds for all of them."""
+        return tuple(
+            source if source.video or self.video is None else
+            source.model_copy(update={"video": self.video}) for source in listed(self.sides[side]))
 
 
 class StageData(Section):

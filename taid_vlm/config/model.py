@@ -23,6 +23,9 @@ class ModelSpec(Section):
         attn_implementation: As in transformers, for example sdpa or flash_attention_2.
         trust_remote_code: Run code that came with the checkpoint.
         chat_template: A jinja file, or the template itself.
+        processor_kwargs: How its processor shows pictures, under the processor's own names
+            (max_pixels, size, max_patches, do_image_splitting ...), and under videos_kwargs for
+            videos. Saved with the student.
         chat_template_kwargs: Variables of the chat template, for training, inspection and
             answering alike: {enable_thinking: false}.
         init_kwargs: Anything else that from_pretrained takes.
@@ -37,6 +40,7 @@ class ModelSpec(Section):
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     chat_template: str | None = None
+    processor_kwargs: dict[str, Any] = {}
     chat_template_kwargs: dict[str, Any] = {}
     init_kwargs: dict[str, Any] = {}
 

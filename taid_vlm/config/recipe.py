@@ -138,7 +138,8 @@ class Recipe(Section):
 
     def resolved(self) -> Recipe:
         """The recipe with data paths that hold from anywhere, to be written with the run."""
-        sides = {name: replaced(side, self._resolved_source) for name, side in self.data}
+        sides = {name: replaced(side, self._resolved_source)
+                 for name, side in self.data.sides.items()}
         stages = self.stages and tuple(stage.model_copy(update={"data": {
             name: replaced(side, self._resolved_source) for name, side in stage.data.items()
         }}) for stage in self.stages)

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from taid_vlm.config.benchmark import BenchmarkSpec, Columns
-from taid_vlm.config.data import DataSource, DataSpec
+from taid_vlm.config.data import DataSource, DataSpec, VideoSpec
 from taid_vlm.config.evaluation import EvaluateSpec
 from taid_vlm.config.model import StudentSpec
 from taid_vlm.config.objective import TERMS, Common, Term, TokenWeights
@@ -29,6 +29,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
      "only.", StudentSpec),
     ("`data`", "", DataSpec),
     ("`data.train` and `data.eval`", "A text alone is `path`.", DataSource),
+    ("`data.video`", "", VideoSpec),
     ("`objective`", "`name` with the keys of that loss, or `terms`: a list of losses, summed by "
      "their weights. A text alone is `name`. Beside either:", Common),
     ("`objective.token_weights`", "A text alone is `name`.", TokenWeights),

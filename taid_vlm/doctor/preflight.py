@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from taid_vlm.adapters.adapter import NO_TEMPLATE, NO_VISION, ONE_QUESTION
+from taid_vlm.adapters.pictures import NO_VIDEO, VARYING
 from taid_vlm.adapters.specials import CONTROL, MEDIA_TOKEN
 from taid_vlm.adapters.template import NO_TOOLS, NOT_PRINTED, PRINTED_DIFFERENTLY
 from taid_vlm.alignment.pairing import ONE_SIDED
@@ -22,6 +23,7 @@ from taid_vlm.doctor.facts import image_tokens
 from taid_vlm.errors import HalfCharacterError, TaidError
 from taid_vlm.records import Malformed, Record, StreamedRecords, first_rows
 from taid_vlm.records.images import TOO_LARGE, UNREADABLE
+from taid_vlm.records.videos import UNREADABLE_VIDEO
 from taid_vlm.training.config import DistillationConfig
 
 EXAMPLES = 3  # sources named per reason
@@ -38,6 +40,10 @@ REMEDIES = {
     UNREADABLE: "Check that the files exist and are images; relative paths start at the "
                 "data file's folder, or at data.<side>.image_root.",
     TOO_LARGE: "Make the images smaller, or raise data.<side>.max_pixels.",
+    UNREADABLE_VIDEO: "Check that the files exist and are videos; relative paths start where those "
+                      "of images do.",
+    NO_VIDEO: "Choose a model that takes videos, or give their frames as images.",
+    VARYING: "Set data.video: {frames: 8} in place of fps.",
     ONE_QUESTION: "A model without a chat template takes one question and its answer; name "
                   "one (chat_template: template.jinja under the model in the recipe), or split the "
                   "conversations.",

@@ -104,7 +104,7 @@ def trace(record: Record, checked: Checked, adapters: Sequence[ModelAdapter]) ->
 def _thumbnails(record: Record) -> Iterator[bytes]:
     for image in record.images:
         with contextlib.suppress(SampleDropped):
-            yield png(image.load(), THUMBNAIL)
+            yield png(image.still(), THUMBNAIL)
 
 
 # ----- one side -----------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from taid_vlm.models.forward import answer_logits, evaluation_mode
 from taid_vlm.objectives import diagnose, divergence
 from taid_vlm.records import Record
 from taid_vlm.records.images import GREY
+from taid_vlm.records.videos import Clip, Picture, like, mapped, shown_as
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 # moves at most sqrt(0.001 / 2) = 2.2 % of a token's probability on average. Rounding logits around
 # 20 to bfloat16 alone gives 0.0006, so less could not be told from nothing.
 BLIND_BELOW = 1e-3
-REAL, BLANK, SHUFFLED = "real", "blank", "shuffled"
+REAL, BLANK, SHUFFLED, FROZEN = "real", "blank", "shuffled", "frozen"
 CHECKS = (
     "Check that the processor is the model's own, that its chat template puts the images before "
     "the answers, that the checkpoint held the weights of its vision tower and projector, that "
@@ -52,27 +53,37 @@ Looks = dict[str, Figures]  # by role
 # ----- substitutes --------------------------------------------------------------------------
 
 
-def blank(image: Image.Image) -> Image.Image:
+def blank(picture: Picture) -> Picture:
     """Mid grey of the same size, which is about 0 once a processor has normalised it.
 
     One colour for all records says nothing about any of them; an image's own mean colour would
     still answer what is asked about colours.
     """
-    return Image.new("RGB", image.size, GREY)
+    return mapped(picture, lambda image: like(Image.new("RGB", image.size, GREY), image))
+
+
+def frozen(picture: Picture) -> Picture:
+    """A video that stands still at its first frame: it tells who looks at one frame alone."""
+    return picture.frozen() if isinstance(picture, Clip) else picture
 
 
 def shuffled(records: Sequence[Record]) -> list[Record | None]:
-    """For every record the next one, in a circle, that has as many images and not the same.
+    """For every record the next one, in a circle, that has as many images (and videos) and not the
+    same.
 
     None where there is none. Without repeated images this is a permutation without fixed points
     of all records with the same number of images.
     """
     return [
         next((other for other in (*records[index + 1 :], *records[:index])
-              if len(other.images) == len(record.images) and _values(other) != _values(record)),
+              if _kinds(other) == _kinds(record) and _values(other) != _values(record)),
              None)
         for index, record in enumerate(records)
     ]
+
+
+def _kinds(record: Record) -> list[str]:
+    return [image.kind for image in record.images]
 
 
 def _values(record: Record) -> list[Any]:
@@ -103,8 +114,16 @@ class _Sample:
 
     rendered: Rendered
     turns: frozenset[int]
-    images: Mapping[str, list[Image.Image]]
+    images: Mapping[str, list[Picture]]
     has_partner: bool
+
+    @property
+    def has_video(self) -> bool:
+        return any(isinstance(picture, Clip) for picture in self.images[REAL])
+
+    def measured(self, version: str) -> bool:
+        """Whether that substitute is another picture than the record's own."""
+        return self.has_video if version == FROZEN else version == BLANK or self.has_partner
 
 
 def canary(
@@ -120,9 +139,10 @@ def canary(
         kl_blank, kl_shuffled: KL(real || substitute) in nats per answer token, over the model's
         whole vocabulary. gain_blank, gain_shuffled: nats per token that the real image adds to
         the log-likelihood of the reference answer; looking helps where it is above 0. Each with
-        its standard error (`kl_blank_stderr`, ...) over records. n_records, n_tokens, and
-        without_partner: records that the figures of shuffled images (absent if there are none)
-        do without, as no other record has as many images. {} without any records.
+        its standard error (`kl_blank_stderr`, ...) over records. kl_frozen, gain_frozen: the same
+        for videos whose every frame is the first, over the records that have one. n_records,
+        n_tokens, and without_partner: records that the figures of shuffled images (absent if
+        there are none) do without, as no other record has as many images. {} without any records.
     """
     merged = Tally()
     for part in gather_object([look(model, adapter, records, **options)]):
@@ -161,13 +181,14 @@ def look(
 
 
 def _sample(adapter: ModelAdapter, record: Record, partner: Record | None) -> _Sample:
-    real = [image.load() for image in record.images]
+    real: list[Picture] = [image.load() for image in record.images]
     # without a partner its own images fill the place, so that all three batches have one shape
     others = [image.load() for image in (partner or record).images]
-    images = {
+    images: dict[str, list[Picture]] = {
         REAL: real,
         BLANK: [blank(image) for image in real],
-        SHUFFLED: [other.resize(image.size) for other, image in zip(others, real, strict=True)],
+        FROZEN: [frozen(image) for image in real],
+        SHUFFLED: [shown_as(other, image) for other, image in zip(others, real, strict=True)],
     }
     turns = _answers_after_images(record)
     return _Sample(adapter.render(record), turns, images, partner is not None)
@@ -178,10 +199,12 @@ def _differences(
 ) -> Iterator[tuple[str, Tensor]]:
     """For every sample: a figure's name, and its values over the sample's tokens."""
     real, labels, rows = _predict(model, adapter, samples, REAL, device)
-    for version in (BLANK, SHUFFLED):
+    for version in (BLANK, SHUFFLED, FROZEN):
+        if not any(sample.measured(version) for sample in samples):
+            continue
         figures = _compared(real, labels, _predict(model, adapter, samples, version, device))
         for index, sample in enumerate(samples):
-            if version == BLANK or sample.has_partner:
+            if sample.measured(version):
                 for name, values in figures.items():
                     yield f"{name}_{version}", values[rows == index]
 

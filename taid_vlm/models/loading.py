@@ -36,6 +36,7 @@ from taid_vlm.models.lora import (
     refuse_quantized,
     untie_skeleton,
 )
+from taid_vlm.models.processing import set_processor
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +203,7 @@ def read_processor(config: PretrainedConfig, spec: ModelSpec, role: str) -> Proc
                         f"{role}.processor_name_or_path.", code="no_tokenizer")
     if spec.chat_template is not None:
         processor.chat_template = read_template(spec.chat_template, role)
+    set_processor(processor, spec.processor_kwargs, role)
     check_kwargs(processor, spec.chat_template_kwargs, role)
     return processor
 

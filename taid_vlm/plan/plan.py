@@ -150,10 +150,11 @@ def _looked(
 ) -> Looked:
     """The records of one side, looked at once for all recipes that show them alike."""
     models = [(spec.model_name_or_path, spec.revision, spec.processor_name_or_path,
-               spec.chat_template, spec.chat_template_kwargs)
+               spec.chat_template, spec.chat_template_kwargs, spec.processor_kwargs)
               for spec in (recipe.student, recipe.teacher) if spec]
     shown = [recipe.train.get(key) for key in ("max_length", "supervise")]
-    key = repr((side, getattr(recipe.data, side), models, shown, recipe.objective))
+    key = repr((side, getattr(recipe.data, side), recipe.data.video, models, shown,
+                recipe.objective))
     if key not in seen:
         seen[key] = look_at(trainer, records)
     return seen[key]

@@ -10,6 +10,7 @@ from taid_vlm.errors import TaidError
 from taid_vlm.io.hashing import SHORT, file_sha256, sha256
 from taid_vlm.records.images import ImageRef
 from taid_vlm.records.record import Malformed, Record, first_rows
+from taid_vlm.records.videos import VideoRef
 
 
 def fingerprint(records: Sequence[Any]) -> str:
@@ -31,6 +32,15 @@ def _of_record(record: Record | Malformed) -> bytes:
 def image_hash(image: ImageRef, of_file: Callable[[Path], bytes]) -> bytes:
     """Of what is stored, which need not be decoded; `of_file` says it where that is a path."""
     value = image.stored()
+    frames = value if isinstance(value, tuple) else (value,)
+    hashes = [_stored_hash(frame, of_file) for frame in frames]
+    shown: list[Any] = [image.sizes] if image.sizes else []
+    if isinstance(image, VideoRef):
+        shown = [(image.kind, type(value) is tuple, image.rate, repr(image.sampling))]
+    return sha256([*hashes, repr(shown).encode()]) if shown else hashes[0]
+
+
+def _stored_hash(value: Any, of_file: Callable[[Path], bytes]) -> bytes:
     if isinstance(value, (str, Path)):
         return of_file(Path(value))
     if not isinstance(value, bytes):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -20,8 +21,11 @@ from taid_vlm.errors import SampleDropped
 MAX_PIXELS = 2**26  # Pillow itself stops at 179 million
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 UNREADABLE, TOO_LARGE = "unreadable image", "image larger than max_pixels"
+LONGEST_NAME = 1024  # characters of a path
 SHORTEST_BASE64 = 64  # characters; a shorter text is a path, or names another row
 GREY = (128, 128, 128)  # says nothing: about 0 once a processor has normalised it
+SIZES = "sizes"  # in `Image.info`: how large a picture asks to be shown
+SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _URL_SAFE = str.maketrans("-_", "+/", "\r\n")
 
 
@@ -31,11 +35,15 @@ class ImageRef:
 
     value: path, bytes, PIL image or a URL, or what gives one of them when it is called.
     max_pixels: an image of more, as its header says, is not decoded.
+    sizes: how large it asks to be shown, by SIZE_KEYS; for families that have limits per picture.
     """
 
     value: Any
     source: str
     max_pixels: int = MAX_PIXELS
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    kind: ClassVar[str] = "image"  # as typed parts call it
 
     def stored(self) -> Any:
         """The path, bytes, PIL image or URL."""
@@ -53,7 +61,9 @@ class ImageRef:
                 raise Image.DecompressionBombError(
                     f"{image.width:,} x {image.height:,} pixels; at most {self.max_pixels:,} are "
                     "decoded")
-            return _in_rgb(ImageOps.exif_transpose(image))
+            image = _in_rgb(ImageOps.exif_transpose(image))
+            image.info[SIZES] = dict(self.sizes)
+            return image
         except Exception as error:  # decoders raise anything
             large = isinstance(error, Image.DecompressionBombError)
             message = str(error) if large else f"{type(error).__name__}: {error}"
@@ -63,6 +73,10 @@ class ImageRef:
                 message = "its bytes are no image"
             raise SampleDropped(TOO_LARGE if large else UNREADABLE,
                                 f"{self.source}: {message:.400}") from None
+
+    def still(self) -> Image.Image:
+        """What a page shows of it; raises as `load`."""
+        return self.load()
 
 
 def stored_image(value: Any, root: Path | None) -> Any:
@@ -75,19 +89,35 @@ def stored_image(value: Any, root: Path | None) -> Any:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        value = _from_text(value)
-    if isinstance(value, (str, Path)) and not _is_url(value):
+        value = _from_text(value, root)
+    if isinstance(value, (str, Path)) and not is_url(value):
         value = Path(value) if root is None else root / value
     return value
 
 
-def _from_text(text: str) -> bytes | str:
+def no_image(value: Any) -> bool:
+    """What tables write where a row has no image: nothing, blank text, NaN."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _from_text(text: str, root: Path | None) -> bytes | str:
     if text.startswith("data:"):
         head, _, data = text.partition(",")
         return (_from_base64(data) if head.endswith(";base64") else None) or b""
     if text.startswith("file://"):
-        return unquote(text.removeprefix("file://"))
-    return (_from_base64(text) if len(text) >= SHORTEST_BASE64 else None) or text
+        return unquote(text.removeprefix("file://").removeprefix("localhost"))
+    decoded = _from_base64(text) if len(text) >= SHORTEST_BASE64 else None
+    if decoded is None or (len(text) <= LONGEST_NAME and _is_file(text, root)):
+        return text  # a file named after its hash looks like base64, too
+    return decoded
+
+
+def _is_file(text: str, root: Path | None) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return (Path(text) if root is None else root / text).is_file()
+    return False
 
 
 def _from_base64(text: str) -> bytes | None:
@@ -105,14 +135,15 @@ def _opened(value: Any) -> Image.Image:
         return value
     if isinstance(value, bytes):
         return Image.open(io.BytesIO(value), formats=_formats())
-    if _is_url(value):
+    if is_url(value):
         raise ValueError("an image is not fetched from a URL; save it as a file")
     if not Path(value).is_file():
         raise FileNotFoundError("there is no such file")
     return Image.open(value, formats=_formats())
 
 
-def _is_url(value: Any) -> bool:
+def is_url(value: Any) -> bool:
+    """Also of a kind that nobody fetches."""
     return isinstance(value, str) and "://" in value[:16]
 
 

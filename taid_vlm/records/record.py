@@ -1,8 +1,9 @@
 """One record: a conversation (with images) or a plain text, whatever columns it came in.
 
-Columns understood, with `image` or `images` (path, bytes, {"bytes", "path"} or PIL image) beside:
-- `messages`: [{"role", "content"}], content a string with `<image>` tags or typed parts; what else
-  a message may hold: `messages.py`;
+Columns understood, with `image` or `images` (path, bytes, {"bytes", "path"} or PIL image) and
+`video` or `videos` (file, bytes or list of frames) beside:
+- `messages`: [{"role", "content"}], content a string with `<image>` and `<video>` tags or typed
+  parts; what else a message may hold: `messages.py`;
 - `prompt` and `completion`: strings, or lists of messages, of which only the completion is learned;
 - `conversations`: LLaVA's [{"from": "human" | "gpt", "value"}];
 - `text`: plain text for pre-training, or a caption where an image stands beside it;
@@ -20,11 +21,10 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from PIL import Image
-
+from taid_vlm.config.data import VideoSpec
 from taid_vlm.errors import RecordError
 from taid_vlm.records.columns import CHAT_COLUMNS, chat_keys, proposal, read_columns
-from taid_vlm.records.images import MAX_PIXELS, ImageRef, stored_image
+from taid_vlm.records.images import MAX_PIXELS, ImageRef
 from taid_vlm.records.messages import (
     LLAVA_ROLES,
     ROLES,
@@ -35,8 +35,16 @@ from taid_vlm.records.messages import (
     read_turns,
     without_filled,
 )
+from taid_vlm.records.pictures import (
+    Pictures,
+    image_column,
+    kind_of,
+    settled,
+    split_tags,
+    video_column,
+)
 
-IMAGE_TAG = "<image>"
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 TAG_AS_TEXT = f"{IMAGE_TAG}: text, for the row has no image"
 
 
@@ -52,7 +60,8 @@ class Malformed:
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation with its images in order of appearance, or (without messages) a text.
+    """A conversation with its images and videos in order of appearance, or (without messages) a
+    text.
 
     tools: JSON schemas of what the assistant can call.
     without_effect: what stands in it and has none, in words: keys of messages, and tags.
@@ -102,7 +111,8 @@ class Record:
 
 
 def parse_record(
-    row: Mapping[str, Any], source: str, root: Path | None = None, max_pixels: int = MAX_PIXELS
+    row: Mapping[str, Any], source: str, root: Path | None = None, max_pixels: int = MAX_PIXELS,
+    video: VideoSpec | None = None,
 ) -> Record:
     """Read one row.
 
@@ -111,20 +121,22 @@ def parse_record(
         source: what error messages call the row, for example "train.jsonl:12".
         root: folder that relative image paths start from.
         max_pixels: of an image; larger ones are not decoded.
+        video: which frames of videos are shown, where they do not say it themselves.
 
     Raises:
         RecordError: columns or values that cannot be understood.
     """
     row = columns = read_columns(row, source)
-    images = _image_column(row, source, root)
+    images, videos = image_column(row, source, root), video_column(row, source, root)
     categories = _categories(row, source)
-    if "text" in row and not images and not any(column in row for column in CHAT_COLUMNS):
+    if "text" in row and not images + videos and not any(column in row for column in CHAT_COLUMNS):
         text = expect_text(row["text"], f"{source}: text")
         return Record(source, text=text, categories=categories, unread=columns.unread)
     turns = _with_system(_read_messages(row, source), row, source)
     tools = read_tools(row.get("tools"), source)
-    messages, images = _resolve_images([(t.role, t.content) for t in turns], images, source, root)
-    images = [replace(image, max_pixels=max_pixels) for image in images]
+    messages, images = _resolve_images(
+        [(t.role, t.content) for t in turns], images, videos, source, root)
+    images = [settled(image, max_pixels, video) for image in images]
     messages = tuple(replace(m, **{**t.extra, "calls": without_filled(t.calls, tools)})
                      for m, t in zip(messages, turns, strict=True))
     without_effect = tuple(dict.fromkeys(key for turn in turns for key in turn.unread))
@@ -223,77 +235,50 @@ def _categories(row: Mapping[str, Any], source: str) -> tuple[str, ...]:
 # ----- images -------------------------------------------------------------------------------
 
 
-def _image_column(row: Mapping[str, Any], source: str, root: Path | None) -> list[ImageRef]:
-    value = row.get("images", row.get("image"))
-    if value is None:
-        return []
-    listed = value if isinstance(value, (list, tuple)) else [value]
-    return [_image_ref(item, source, root) for item in listed
-            if item is not None and not (isinstance(item, str) and not item)]
-
-
-def _image_ref(value: Any, source: str, root: Path | None) -> ImageRef:
-    value = stored_image(value, root)
-    if not isinstance(value, (str, Path, bytes, Image.Image)):
-        raise RecordError(f"{source}: an image must be a path, bytes or a PIL image, got "
-                          f"{type(value).__name__}.")
-    return ImageRef(value, source)
-
-
 def _resolve_images(
-    raw: list[RawMessage], column: list[ImageRef], source: str, root: Path | None
+    raw: list[RawMessage], images: list[ImageRef], videos: list[ImageRef], source: str,
+    root: Path | None,
 ) -> tuple[tuple[Message, ...], list[ImageRef]]:
     """Split content into parts and bring the images into the order in which they appear."""
-    waiting, images, messages = list(column), [], []
-    tagged = _tagged(raw, len(column))
+    pictures = Pictures.of(images, videos, source, root)
+    messages: list[Message] = []
+    typed = any(kind_of(part) for _, content in raw for part in _as_parts(content))
+    tagged = set() if typed else _tagged(raw, len(images) + len(videos))
     for role, content in raw:
         parts: list[str | None] = []
         for part in _as_parts(content):
-            if _is_image_part(part):
-                images.append(_next_image(_inline_image(part), waiting, source, root))
+            if kind_of(part):
+                pictures.take_part(part, role)
                 parts.append(None)
             else:
-                texts = _split_tags(_part_text(part, role, source), split=role in tagged)
-                for piece in texts:
-                    if piece is None:
-                        images.append(_next_image(None, waiting, source, root))
-                    parts.append(piece)
+                text = _part_text(part, role, source)
+                parts += [text] if typed else split_tags(text, pictures, role, role in tagged)
+        if role == "assistant" and None in parts:
+            raise RecordError(f"{source}: an image stands in an assistant's message, but models "
+                              "answer with text; move it into the user's.")
         messages.append(Message(role, tuple(part for part in parts if part != "")))
-    if waiting and not images:  # images without a mark in the text open the first question
-        images, messages = list(waiting), _open_with_images(messages, len(waiting), source)
-    elif waiting:
-        raise RecordError(f"{source}: {len(images)} image marks in the text, but "
-                          f"{len(column)} images.")
-    return tuple(messages), images
+    unmarked = pictures.unmarked()
+    if not unmarked:
+        return tuple(messages), pictures.taken
+    return _open_with_images(messages, pictures.taken, unmarked, source)
 
 
-def _tagged(raw: list[RawMessage], images: int) -> set[str]:
-    """Whose `<image>` stands for an image: nobody's where the row has none, or where typed parts
-    say where they are; the assistant's only where images are left over by the others."""
-    parts = [(role, part) for role, content in raw for part in _as_parts(content)]
-    if not images or any(_is_image_part(part) for _, part in parts):
+def _tagged(raw: list[RawMessage], pictures: int) -> set[str]:
+    """Whose `<image>` stands for an image: nobody's where the row has none; the assistant's only
+    where images are left over by the others."""
+    if not pictures:
         return set()
+    parts = [(role, part) for role, content in raw for part in _as_parts(content)]
     texts = [(role, part.get("text") if isinstance(part, Mapping) else part)
              for role, part in parts]
-    asked = sum(text.count(IMAGE_TAG) for role, text in texts
+    asked = sum(text.count(IMAGE_TAG) + text.count(VIDEO_TAG) for role, text in texts
                 if role != "assistant" and isinstance(text, str))
     roles = {role for role, _ in raw}
-    return roles if asked < images else roles - {"assistant"}
+    return roles if asked < pictures else roles - {"assistant"}
 
 
 def _as_parts(content: Any) -> Sequence[Any]:
     return content if isinstance(content, (list, tuple)) else [content]
-
-
-def _is_image_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
-
-
-def _inline_image(part: Mapping[str, Any]) -> Any:
-    """The image a typed part carries itself, or None; `image_url` as chat APIs write it."""
-    url = part.get("image_url")
-    inline = url.get("url") if isinstance(url, Mapping) else url
-    return part.get("image") or part.get("path") or part.get("url") or inline
 
 
 def _part_text(part: Any, role: str, source: str) -> str:
@@ -302,34 +287,20 @@ def _part_text(part: Any, role: str, source: str) -> str:
     if isinstance(part, Mapping):
         if part.get("type") != "text":
             raise RecordError(f"{source}: content part of type '{part.get('type')}' in a {role} "
-                              "message; only 'text' and 'image' are supported.")
+                              "message; only 'text', 'image' and 'video' are supported.")
         part = part.get("text")
     return expect_text(part, f"{source}: the {role} message")
 
 
-def _split_tags(text: str, split: bool) -> list[str | None]:
-    """Texts and None for every `<image>` tag, without the newlines LLaVA writes around a tag."""
-    if not split or IMAGE_TAG not in text:
-        return [text]
-    parts: list[str | None] = []
-    for index, piece in enumerate(text.split(IMAGE_TAG)):
-        parts.extend([None, piece.strip("\n")] if index else [piece.strip("\n")])
-    return parts
-
-
-def _next_image(
-    inline: Any, waiting: list[ImageRef], source: str, root: Path | None
-) -> ImageRef:
-    if inline is not None:
-        return _image_ref(inline, source, root)
-    if not waiting:
-        raise RecordError(f"{source}: more image marks in the text than images.")
-    return waiting.pop(0)
-
-
-def _open_with_images(messages: list[Message], count: int, source: str) -> list[Message]:
+def _open_with_images(
+    messages: list[Message], taken: list[ImageRef], unmarked: list[ImageRef], source: str
+) -> tuple[tuple[Message, ...], list[ImageRef]]:
+    """Images without a mark in the text open the first question."""
+    before = 0
     for index, message in enumerate(messages):
         if message.role == "user":
-            opened = Message("user", (*(None for _ in range(count)), *message.parts))
-            return [*messages[:index], opened, *messages[index + 1 :]]
+            opened = Message("user", (*(None for _ in unmarked), *message.parts))
+            return ((*messages[:index], opened, *messages[index + 1 :]),
+                    [*taken[:before], *unmarked, *taken[before:]])
+        before += message.parts.count(None)
     raise RecordError(f"{source}: images, but no user message they could stand in.")

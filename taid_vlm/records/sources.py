@@ -40,6 +40,7 @@ class _Source:
     def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
         self.rows, self.label, self.root = rows, label, root
         self.columns, self.max_pixels = dict(source.columns), source.max_pixels or MAX_PIXELS
+        self.video = source.video
         self._named, self._absent = dict(source.columns), set(source.columns.values())
         self.has_images, self.origin = False, ""
         self.unread, self.probed = Counter[str](), 0
@@ -52,7 +53,7 @@ class _Source:
             self._absent -= row.keys()
         try:
             record = parse_record(
-                _with_columns(row, self.columns), where, root, self.max_pixels)
+                _with_columns(row, self.columns), where, root, self.max_pixels, self.video)
         except RecordError:
             absent = absent_column(row, self._named, where)
             if absent:
@@ -378,8 +379,8 @@ def _without_decoding(rows: Any) -> Any:
     import datasets
 
     def undecoded(feature: Any) -> Any:
-        if isinstance(feature, datasets.Image):
-            return datasets.Image(decode=False)
+        if isinstance(feature, (datasets.Image, datasets.Video)):
+            return type(feature)(decode=False)
         if isinstance(feature, datasets.List):
             return datasets.List(undecoded(feature.feature))
         if isinstance(feature, dict):

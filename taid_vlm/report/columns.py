@@ -34,9 +34,12 @@ LOOKS = (
            "How far a model's answers are from those with a grey image; 0: it does not look."),
     Column("kl_shuffled", "KL(real ‖ another's image)", "", ".4f", "nats/token",
            "The same against the image of another record."),
+    Column("kl_frozen", "KL(real ‖ frozen video)", "", ".4f", "nats/token",
+           "The same against a video that stands still; 0: one frame is all it looks at."),
     Column("gain_blank", "gain over blank", "", ".4f", "nats/token",
            "Log-likelihood of the reference answer that the real image adds."),
     Column("gain_shuffled", "gain over another's", "", ".4f", "nats/token"),
+    Column("gain_frozen", "gain over a frozen video", "", ".4f", "nats/token"),
 )
 CHUNKS = Column("chunk_kl", "KL of chunks", "lower", ".4f", "nats/chunk",
                 "KL(teacher ‖ student) of the likelihoods of pieces of text that the two "

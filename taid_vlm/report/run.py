@@ -146,7 +146,7 @@ def curves(history: Sequence[dict[str, Any]]) -> list[Curve]:
 
 
 def _card(example: of_run.Example, image: ImageRef | None) -> Example:
-    return Example(png(image.load()) if image else None, example.prompt, example.reference,
+    return Example(png(image.still()) if image else None, example.prompt, example.reference,
                    example.category, example.answers)
 
 

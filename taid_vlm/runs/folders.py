@@ -176,8 +176,8 @@ def _refuse_inputs(recipe: Recipe, output: Path) -> None:
     specs = {"student": recipe.student, "teacher": recipe.teacher}
     inputs = {f"{role}.{key}": getattr(spec, key) for role, spec in specs.items() if spec
               for key in ("model_name_or_path", "processor_name_or_path") if getattr(spec, key)}
-    data = [(f"data.{side}", path) for side, sources in recipe.data for source in listed(sources)
-            for path in source.paths]
+    data = [(f"data.{side}", path) for side, sources in recipe.data.sides.items()
+            for source in listed(sources) for path in source.paths]
     written = [folder.resolve() for folder in (output / STUDENT, *checkpoints(output))]
     for key, value in [*inputs.items(), *data]:
         path = Path(value).expanduser().resolve()

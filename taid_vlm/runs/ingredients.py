@@ -60,11 +60,11 @@ def gather(recipe: Recipe) -> Ingredients:
     if recipe.teacher is not None:
         configs["teacher"] = load_config(recipe.teacher, "teacher")
     seed = args.seed if args.data_seed is None else args.data_seed
-    train = open_sources(listed(recipe.data.train), recipe.start_of, "data.train", seed)
+    train = open_sources(recipe.data.sources("train"), recipe.start_of, "data.train", seed)
     for sentence in named_unread(parts_of(train)):
         logger.warning("data.train: %s.", sentence)
     held_out: Any = recipe.data.eval and open_sources(
-        listed(recipe.data.eval), recipe.start_of, "data.eval", weighted=False)
+        recipe.data.sources("eval"), recipe.start_of, "data.eval", weighted=False)
     if isinstance(train, StreamedRecords) and args.max_steps <= 0:
         raise TaidError("data.train is streamed, so its length is not known: set train.max_steps.")
     if args.window is not None and args.max_steps <= 0:

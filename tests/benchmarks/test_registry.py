@@ -175,6 +175,30 @@ def test_an_image_stands_where_its_mark_is(own: Own) -> None:
         asked(own([{**ROWS[0], "query": "Is <image> like <image>?"}], **CHOICE))
 
 
+def test_rows_without_an_image_are_asked_without(own: Own) -> None:
+    plain = {key: value for key, value in ROWS[0].items() if key != "image"}
+    rows = [ROWS[1], plain, *({**plain, "id": str(i), "image": nothing}
+                              for i, nothing in enumerate(("", None, [None], [])))]
+    benchmark = own(rows, **CHOICE)
+    for _ in range(2):
+        questions = asked(benchmark)
+        assert [len(q.images) for q in questions] == [1, 0, 0, 0, 0, 0]
+        assert [None in q.prompt for q in questions] == [True, *[False] * 5]
+    with pytest.raises(RecordError, match=r"rows.jsonl:1: column 'image' is missing"):
+        asked(own(rows[1:], **CHOICE))
+
+
+def test_questions_about_videos(own: Own) -> None:
+    rows = [{**ROWS[0], "clip": ["0.png", "1.png"], "query": "Is <image> in <video>?"},
+            {**ROWS[1], "clip": {"frames": ["1.png", "0.png", "1.png"]}}]
+    columns = {**CHOICE["columns"], "video": "clip"}
+    first, second = asked(own(rows, **{**CHOICE, "columns": columns}))
+    assert [image.kind for image in first.images] == ["image", "video"]
+    assert first.prompt[:4] == ("Is ", None, " in ", None)
+    assert [image.kind for image in second.images] == ["image", "video"]
+    assert second.images[1].load().total == 3
+
+
 def test_questions_of_text_alone(own: Own) -> None:
     rows = [{key: value for key, value in ROWS[0].items() if key != "image"}]
     with pytest.raises(RecordError, match=r"rows.jsonl:1: column 'image' is missing"):

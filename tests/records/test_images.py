@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageDraw, ImageFile
 
+from taid_vlm.benchmarks.rows import Row
 from taid_vlm.errors import RecordError, SampleDropped
 from taid_vlm.records import ImageRef, parse_record
 from taid_vlm.records.images import FORMATS, MAX_PIXELS, TOO_LARGE, UNREADABLE
@@ -314,3 +315,101 @@ def test_a_row_may_have_no_image(nothing):
 def test_an_empty_place_among_images_counts_as_none():
     with pytest.raises(RecordError, match="more image marks in the text than images"):
         parse_record({"prompt": "<image><image>", "completion": "a", "images": [PNG, ""]}, "x")
+
+
+@pytest.mark.parametrize("nothing", ["  ", float("nan"), [float("nan"), " "]])
+def test_what_tables_write_for_no_image(nothing):
+    assert read(nothing).images == ()
+    (row,) = [Row({"image": nothing}, "t[0]")]
+    assert row.images() == ()
+
+
+def test_a_file_named_after_its_hash_is_no_base64(tmp_path):
+    name = "0123456789abcdef" * 4
+    (tmp_path / name).write_bytes(PNG)
+    (ref,) = read(name, tmp_path).images
+    assert ref.value == tmp_path / name
+    assert np.array_equal(np.asarray(ref.load()), NOISE)
+
+
+def test_a_file_of_this_machine_as_url(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (ref,) = read(f"file://localhost{tmp_path}/a.png").images
+    assert np.array_equal(np.asarray(ref.load()), NOISE)
+
+
+def test_the_first_picture_of_an_animation():
+    frames = [drawing(), Image.new("RGBA", (12, 8), (255, 0, 0, 99))]
+    for kind in ("GIF", "WEBP", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:],
+                       **({"lossless": True} if kind == "WEBP" else {}))
+        assert np.array_equal(loaded(data), loaded(drawing()))
+
+
+# ----- marks in the text --------------------------------------------------------------------
+
+
+def conversation(*turns, **row):
+    return parse_record({"messages": [
+        {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)],
+        **row}, "data.jsonl:3", Path("/root"))
+
+
+def values(record):
+    return [str(ref.stored()) for ref in record.images]
+
+
+@pytest.mark.parametrize("path", ["a.png", " a.png\n", "file:///root/a.png"])
+def test_the_paths_that_qwen_vl_wrote_into_texts(path):
+    record = conversation(f"Picture 1: <img>{path}</img>\nWhat is it?", "A dog.")
+    assert values(record) == ["/root/a.png"]
+    assert record.messages[0].parts == ("Picture 1: ", None, "What is it?")
+    record = conversation([{"type": "text", "text": f"<img>{path}</img>What?"}], "A dog.")
+    assert (values(record), record.messages[0].parts) == (["/root/a.png"], (None, "What?"))
+
+
+def test_paths_in_texts_and_a_column_together():
+    record = conversation("<image> or <img>b.png</img> or <image>?", "Yes.",
+                          images=["a.png", "c.png"])
+    assert values(record) == ["/root/a.png", "/root/b.png", "/root/c.png"]
+    assert record.messages[0].parts == (None, " or ", None, " or ", None, "?")
+
+
+def test_a_path_that_is_none_in_text():
+    with pytest.raises(SampleDropped, match="no such file"):
+        conversation("<img>no.png</img>What?", "A").images[0].load()
+    assert conversation("Write <img> and <i>.", "Yes <img/>.").images == ()
+
+
+@pytest.mark.parametrize("text", ["It is <img>a.png</img>.", "It is <image>."])
+def test_an_image_in_an_answer_is_refused(text):
+    with pytest.raises(RecordError, match=r"data.jsonl:3: an image stands in an assistant's"):
+        conversation("What?", text, images=["b.png"])
+
+
+def mixed(*parts):
+    return [{"type": "text", "text": p, "index": None} if isinstance(p, str) else
+            {"type": "image", "text": None, "index": p} for p in parts]
+
+
+def test_image_parts_by_index():
+    record = conversation(mixed(1, "or", 0, "?"), "No.", mixed("And", 1, "?"), "Yes.",
+                          images=["a.png", "b.png"])
+    assert values(record) == ["/root/b.png", "/root/a.png", "/root/b.png"]
+
+
+@pytest.mark.parametrize(("indices", "message"), [
+    ((0, 2), r"data.jsonl:3: an image part's index = 2, but the row has 2 images"),
+    ((-1, 0), "index = -1"), (("x", 0), "some have none|index = "), ((True, 0), "index = True"),
+    ((0, 0), "2 image marks in the text, but 2 images"),
+])
+def test_an_index_that_names_no_image(indices, message):
+    parts = [{"type": "image", "index": index} for index in indices]
+    with pytest.raises(RecordError, match=message):
+        conversation(parts, "No.", images=["a.png", "b.png"])
+
+
+def test_some_parts_with_an_index_and_some_without():
+    with pytest.raises(RecordError, match="give all of them one, or none"):
+        conversation([{"type": "image", "index": 1}, {"type": "image"}], "No.",
+                     images=["a.png", "b.png"])

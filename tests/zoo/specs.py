@@ -36,6 +36,7 @@ _QWEN_VISION = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
 }
+_QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _INTERN_VISION = {
     "start_image_token": "<img>",
@@ -148,7 +149,7 @@ SPECS: dict[str, Spec] = {
     "llava": _qwen(templates.llava_qwen(), {"image_token": "<image>"}, side="left"),
     "llava_next": _llama3(templates.llama3("{{ '<image>\n' }}"), {"image_token": "<image>"}),
     "llava_onevision": _qwen(
-        templates.llava_qwen(after_role="{{ ' ' }}"),
+        templates.llava_qwen(after_role="{{ ' ' }}", video="{{ '<video>' }}"),
         {"image_token": "<image>", "video_token": "<video>"},
     ),
     "fast_vlm": _qwen(
@@ -157,16 +158,19 @@ SPECS: dict[str, Spec] = {
     "perception_lm": _llama3(
         templates.llama3("<|image|>"), {"image_token": "<|image|>", "video_token": "<|video|>"}
     ),
-    "qwen2_vl": _qwen(templates.chatml(_QWEN_IMAGE, system=True), _QWEN_VISION),
-    "qwen2_5_vl": _qwen(templates.chatml(_QWEN_IMAGE, system=True), _QWEN_VISION),
-    "qwen3_vl": _qwen(templates.chatml(_QWEN_IMAGE), _QWEN_VISION),
-    "qwen3_vl_moe": _qwen(templates.chatml(_QWEN_IMAGE), _QWEN_VISION),
-    "hy_v4_vl": _qwen(templates.chatml(_QWEN_IMAGE), _QWEN_VISION),
+    "qwen2_vl": _qwen(
+        templates.chatml(_QWEN_IMAGE, system=True, video=_QWEN_VIDEO), _QWEN_VISION),
+    "qwen2_5_vl": _qwen(
+        templates.chatml(_QWEN_IMAGE, system=True, video=_QWEN_VIDEO), _QWEN_VISION),
+    "qwen3_vl": _qwen(templates.chatml(_QWEN_IMAGE, video=_QWEN_VIDEO), _QWEN_VISION),
+    "qwen3_vl_moe": _qwen(templates.chatml(_QWEN_IMAGE, video=_QWEN_VIDEO), _QWEN_VISION),
+    "hy_v4_vl": _qwen(templates.chatml(_QWEN_IMAGE, video=_QWEN_VIDEO), _QWEN_VISION),
     "qwen3_5": _qwen(
-        templates.thinking(_QWEN_IMAGE, open_thought=True), _QWEN_VISION, added=_THOUGHT,
-        qwen_class=Qwen3_5Tokenizer,
+        templates.thinking(_QWEN_IMAGE, open_thought=True, video=_QWEN_VIDEO), _QWEN_VISION,
+        added=_THOUGHT, qwen_class=Qwen3_5Tokenizer,
     ),
-    "internvl": _qwen(templates.chatml("{{ '<IMG_CONTEXT>\n' }}"), _INTERN_VISION),
+    "internvl": _qwen(
+        templates.chatml("{{ '<IMG_CONTEXT>\n' }}", video="{{ '<video>\n' }}"), _INTERN_VISION),
     "ovis2": _qwen(
         templates.chatml("{{ '<image>\n' }}", system=True), {"image_token": "<image>"},
         extra=_OVIS_TOKENS,
@@ -203,7 +207,8 @@ SPECS: dict[str, Spec] = {
     "mistral": _mistral(templates.mistral()),
     "gemma3": _gemma(templates.gemma("<start_of_image>"), vision=_GEMMA_VISION),
     "gemma4": _gemma(
-        templates.gemma("<|image|>", ("<|turn>", "<turn|>"), "<|channel>thought\n<channel|>"),
+        templates.gemma("<|image|>", ("<|turn>", "<turn|>"), "<|channel>thought\n<channel|>",
+                        video="<|video|>"),
         ("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|video|>"),
         _GEMMA4_MODALITIES,
     ),

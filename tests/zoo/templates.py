@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _PARTS = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
+    "{% elif part['type'] == 'video' %}VIDEO"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
 )
 
@@ -12,11 +13,17 @@ def _string_or_parts(text: str, parts: str) -> str:
     return f"{{% if message['content'] is string %}}{text}{{% else %}}{parts}{{% endif %}}"
 
 
-def chatml(image: str | None = None, system: bool = False, bos: str = "") -> str:
+def _parts(image: str, video: str) -> str:
+    return _PARTS.replace("IMAGE", image).replace("VIDEO", video)
+
+
+def chatml(
+    image: str | None = None, system: bool = False, bos: str = "", video: str = ""
+) -> str:
     """ChatML; without `image`, string content only: a list is an error, as in Qwen2's own."""
     content = "{{ '' + message['content'] }}"
     if image is not None:
-        content = _string_or_parts("{{ message['content'] }}", _PARTS.replace("IMAGE", image))
+        content = _string_or_parts("{{ message['content'] }}", _parts(image, video))
     default = (
         "{% if loop.first and message['role'] != 'system' %}"
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -28,7 +35,9 @@ def chatml(image: str | None = None, system: bool = False, bos: str = "") -> str
     )
 
 
-def thinking(image: str | None = None, open_thought: bool = False) -> str:
+def thinking(
+    image: str | None = None, open_thought: bool = False, video: str = ""
+) -> str:
     """Qwen3's ChatML: the last answer has its thought in front, an empty one where there is none;
     thoughts of earlier answers are taken out.
 
@@ -36,7 +45,7 @@ def thinking(image: str | None = None, open_thought: bool = False) -> str:
     """
     content = "{{ '' + content }}"
     if image is not None:
-        parts = _PARTS.replace("IMAGE", image).replace("message['content']", "content")
+        parts = _parts(image, video).replace("message['content']", "content")
         content = "{% if content is string %}{{ content }}{% else %}" + parts + "{% endif %}"
     unless = "{% else %}{{ '<think>\n' }}" if open_thought else ""
     return (
@@ -150,7 +159,7 @@ def mistral_tools() -> str:
     )
 
 
-def llava_qwen(after_role: str = "", system: str = "") -> str:
+def llava_qwen(after_role: str = "", system: str = "", video: str = "") -> str:
     """Images first, then the texts, each after a newline; with {% generation %}.
 
     `after_role`: LLaVA-OneVision prints a space behind every role but in the generation prompt.
@@ -164,6 +173,8 @@ def llava_qwen(after_role: str = "", system: str = "") -> str:
         + "{% if message['content'] is string %}{{ '\n' + message['content'] }}{% else %}"
         "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
         "{{ '<image>' }}{% endfor %}"
+        "{% for part in message['content'] | selectattr('type', 'equalto', 'video') %}"
+        + video + "{% endfor %}"
         "{% if message['role'] == 'assistant' %}{% generation %}" + text + "{% endgeneration %}"
         "{% else %}" + text + "{% endif %}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -175,7 +186,7 @@ def idefics(bos: str) -> str:
     return (
         bos + "{% for message in messages %}{{ message['role'] | capitalize }}"
         "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
-        + _PARTS.replace("IMAGE", "<image>")
+        + _parts("<image>", "")
         + "{{ '<end_of_utterance>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
     )
@@ -183,7 +194,7 @@ def idefics(bos: str) -> str:
 
 def gemma(
     image: str | None = None, turn: tuple[str, str] = ("<start_of_turn>", "<end_of_turn>"),
-    opening: str = "",
+    opening: str = "", video: str = "",
 ) -> str:
     """Gemma trims every text, calls the assistant `model` and insists on alternating turns.
 
@@ -191,7 +202,7 @@ def gemma(
     """
     content = "{{ message['content'] | trim }}"
     if image is not None:
-        parts = _PARTS.replace("IMAGE", image).replace("part['text']", "part['text'] | trim")
+        parts = _parts(image, video).replace("part['text']", "part['text'] | trim")
         content = _string_or_parts(content, parts)
     return (
         "{{ bos_token }}{% for message in messages %}"
@@ -229,7 +240,7 @@ def mistral(image: str | None = None) -> str:
     space, content = " ", "{{ message['content'] | trim }}"
     if image is not None:
         space = ""
-        content = _string_or_parts(content, _PARTS.replace("IMAGE", image))
+        content = _string_or_parts(content, _parts(image, ""))
     return (
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
         "{{ '[INST]" + space + "' }}" + content + "{{ '[/INST]' }}"

@@ -26,6 +26,7 @@ from taid_vlm.config.model import Dtype, ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.records import ImageRef, Message, Record
+from taid_vlm.records.images import stored_image
 
 logger = logging.getLogger(__name__)
 _READ = {"until", "max_new_tokens", "temperature", "top_p", "do_sample", "num_beams"}
@@ -123,7 +124,7 @@ def conversation(messages: Sequence[Mapping[str, Any]], source: str, index: int)
             if part["type"] not in ("text", "image"):
                 raise TaidError(f"{source}: '{part['type']}' cannot be shown to an image-text "
                                 "model of this package.")
-        images += [ImageRef(part["url"], source) for part in message["content"]
+        images += [ImageRef(stored_image(part["url"], None), source) for part in message["content"]
                    if part["type"] == "image"]
         turns.append(Message(message["role"], tuple(
             part["text"] if part["type"] == "text" else None for part in message["content"])))

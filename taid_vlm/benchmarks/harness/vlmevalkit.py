@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import itertools
 import logging
 import os
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from taid_vlm.benchmarks.choices import listed
 from taid_vlm.benchmarks.prompts import LETTER_LINE
@@ -144,16 +146,26 @@ def _with_images(rows: Sequence[Cells], questions: Sequence[Question]) -> Iterat
 
 
 def _base64(image: ImageRef, name: str) -> str:
-    """The file's own bytes where there is one, and a PNG of what is in memory."""
+    """The file's own bytes where whoever decodes them sees the same, and otherwise (transparency,
+    16 bits, EXIF's directions) a PNG of what models are shown."""
+    if image.kind == "video":
+        raise TaidError(f"question '{name}' holds a video, which VLMEvalKit's tables do not.")
     try:
         stored, shown = image.stored(), image.load()
     except SampleDropped as problem:
         raise TaidError(f"question '{name}': {problem}") from None
     if isinstance(stored, (str, Path)):
         stored = Path(stored).read_bytes()
-    text = base64.b64encode(stored if isinstance(stored, bytes) else b"").decode()
+    if not isinstance(stored, bytes) or not _plain(stored, shown):
+        stored = b""
+    text = base64.b64encode(stored).decode()
     # a shorter text is taken for the index of another row
     return text if len(text) > SHORTEST_BASE64 else png_base64(shown)
+
+
+def _plain(stored: bytes, shown: Image.Image) -> bool:
+    image = Image.open(io.BytesIO(stored)).convert("RGB")
+    return (image.size, image.tobytes()) == (shown.size, shown.tobytes())
 
 
 def _read_back(path: Path, rows: Sequence[Cells], columns: Sequence[str], name: str) -> None:
