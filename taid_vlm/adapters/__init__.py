@@ -1,7 +1,6 @@
 """Modality adapters: a record through one model's own template, processor and tokenizer."""
 
 from taid_vlm.adapters.adapter import (
-    PROBE_WORDS,
     ImageTextAdapter,
     ModelAdapter,
     Side,
@@ -12,6 +11,7 @@ from taid_vlm.adapters.encoded import AnswerSpan, AnswerToken, EncodedBatch, Enc
 from taid_vlm.adapters.families import check_image_token, make_adapter, probe_image
 from taid_vlm.adapters.grids import GlobalViews, View
 from taid_vlm.adapters.template import Rendered, agree
+from taid_vlm.adapters.texts import PROBE_WORDS
 from taid_vlm.adapters.tokens import TOKENIZER_PROBES, TokenTable, check_reloaded
 from taid_vlm.adapters.turns import Processor, Supervise, check_kwargs
 

@@ -12,10 +12,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from taid_vlm.adapters.adapter import NO_TEMPLATE, NO_VISION, ONE_QUESTION
 from taid_vlm.adapters.pictures import NO_VIDEO, VARYING
 from taid_vlm.adapters.specials import CONTROL, MEDIA_TOKEN
 from taid_vlm.adapters.template import NO_TOOLS, NOT_PRINTED, PRINTED_DIFFERENTLY
+from taid_vlm.adapters.texts import NO_TEMPLATE, NO_VISION, ONE_QUESTION
 from taid_vlm.alignment.pairing import ONE_SIDED
 from taid_vlm.batch.collator import TOO_LONG, UNALIGNED, DistillationCollator
 from taid_vlm.doctor.checkup import Listener

@@ -126,6 +126,14 @@ class DistillationTrainer(Trainer):
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.router = RouterTerm(self.objective.router, student, self.accelerator)
+        self._begin(train_dataset)
+        self._step: ReferenceStep | FusedStep | None = None
+        self.add_callback(ScheduleCallback(self))
+        self.add_callback(self.parts)
+
+    def _begin(self, train_dataset: Any) -> None:
+        """What is counted and carried from step to step."""
+        args = self.args
         self.schedule: TaidSchedule | None = None
         self.dropped: Counter[str] = Counter()  # records left out, by reason
         self.notes: Counter[str] = Counter()  # what of the records has no effect
@@ -140,9 +148,6 @@ class DistillationTrainer(Trainer):
         self.recipe: Mapping[str, Any] | None = None  # what checkpoints say they were written with
         self.guard = StepGuard(self.accelerator, args.max_nonfinite_steps, args.spike_factor,
                                args.spike_window)
-        self._step: ReferenceStep | FusedStep | None = None
-        self.add_callback(ScheduleCallback(self))
-        self.add_callback(self.parts)
 
     @property
     def loss_report(self) -> dict[str, Any] | None:
