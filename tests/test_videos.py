@@ -26,8 +26,8 @@ from taid_vlm.records.videos import Clip, VideoRef
 
 torch.set_num_threads(1)
 
-VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "smolvlm",
-                  "llava_onevision", "gemma3", "gemma4")
+VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "hy_v4_vl", "qwen3_5",
+                  "internvl", "smolvlm", "llava_onevision", "gemma3", "gemma4")
 SIDES = ("left", "right")
 ANSWER = "The picture shows a red square, then 图片 🐈."
 TURNS: dict[str, list[Any]] = {

@@ -70,7 +70,7 @@ def read_columns(row: Mapping[Any, Any], source: str) -> Row:
                for key, value in row.items() if not _absent(value)}
     if "__key__" in columns:
         columns = _sample(columns)
-    for name in ("messages", "conversations", "image", "images", "categories"):
+    for name in ("messages", "conversations", "image", "images", "video", "videos", "categories"):
         if name in columns:
             columns[name] = _listed(columns[name], name, source)
     for name in ("prompt", "completion"):
@@ -98,7 +98,7 @@ def _absent(value: Any) -> bool:
 
 def _listed(value: Any, name: str, source: str) -> Any:
     """A list, where a value stands for one; others as they came."""
-    images = name.startswith("image")
+    images = name.startswith(("image", "video"))
     if isinstance(value, str) and value.lstrip().startswith("[") and (
             not images or value.rstrip().endswith("]")):
         value = parse_json(value, f"{source}: {name}")

@@ -266,6 +266,13 @@ def test_a_list_of_frames(value):
     assert [str(frame) for frame in ref.stored()] == ["/root/a.png", "/root/b.png"]
 
 
+@pytest.mark.parametrize("value", ['["a.mp4"]', np.array(["a.mp4"], object)])
+def test_a_list_as_a_table_has_it(value):
+    record = conversation("<video>What?", "A dog.", videos=value)
+    assert [str(ref.stored()) for ref in record.images] == ["/root/a.mp4"]
+    assert record.unread == ()
+
+
 def test_frames_in_one_column_and_bytes():
     assert len(conversation("What?", "A", video=[PNG, {"bytes": PNG, "path": None}]).images) == 1
     text = base64.b64encode(PNG).decode()
