@@ -220,10 +220,15 @@ class _Rendering:
         places = self._matched(marks, text, expected)
         self._check_printed(text)
         gone = [marked for marked in expected if marked not in {each.marked for each in places}]
-        notes = dict.fromkeys(
-            (BESIDE_CALL if self.record.messages[marked.message].calls else THOUGHT_GONE
-             ).format(self.role) for marked in gone)
+        notes = dict.fromkeys(self._gone(marked).format(self.role) for marked in gone)
         return Rendered(text, tuple(self._spans(text, places)), notes=tuple(notes))
+
+    def _gone(self, marked: Marked) -> str:
+        """What it means that a marked text is not printed."""
+        messages = self.record.messages
+        earlier = any(message.role == "assistant" for message in messages[marked.message + 1 :])
+        thought = marked.kind == "thought" and earlier
+        return BESIDE_CALL if messages[marked.message].calls and not thought else THOUGHT_GONE
 
     def _is_marked(self, message: Message) -> bool:
         """Whether a message is learned. What tools say is context, whatever is supervised."""

@@ -87,6 +87,8 @@ class Texts:
         if record.text is not None:
             if not record.text.strip():
                 raise SampleDropped("empty text", record.source)
+            if record.context == len(record.text):
+                raise SampleDropped("no answer is learned", f"{record.source}: it says so")
             if record.context or record.goes_on:
                 return self._render_window(record.text, record.context, record.goes_on)
             return self._render_text(record.text)

@@ -74,7 +74,7 @@ class Windows(StreamedRecords):
 
     def split(self, record: Record | Malformed) -> Iterator[Record | Malformed]:
         """A record's windows; one that cannot be tokenized is left to the collator to count."""
-        if isinstance(record, Malformed) or not (record.text or "").strip():
+        if isinstance(record, Malformed) or record.context or not (record.text or "").strip():
             yield record
             return
         text = str(record.text)

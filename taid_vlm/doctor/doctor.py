@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from taid_vlm.adapters import make_adapter
@@ -24,7 +24,7 @@ from taid_vlm.errors import TaidError, with_place
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
-from taid_vlm.records import Record, first_rows, parts_of
+from taid_vlm.records import MixedStream, Record, first_rows, parts_of
 from taid_vlm.runs.ingredients import Ingredients, gather
 from taid_vlm.runs.stages import parts_by_name
 from taid_vlm.training.intake import PROBED_RECORDS, check_usable, named_unread, windowed
@@ -189,8 +189,13 @@ def _preflight(pair: _Pair, everything: bool) -> Iterator[Preflight]:
             name = f"{pair.stage}: data.{side}" if pair.stage else f"data.{side}"
             if everything:
                 check_sized(f"data.{side}", records)
+            parts: list[Any] = [records]
+            if everything and isinstance(records, MixedStream):
+                parts = [*records.parts]  # mixed they have no end
             if side == "train":
-                records = windowed(records, pair.plain, pair.ingredients.args, passes=1)
+                parts = [windowed(part, pair.plain, pair.ingredients.args, passes=1)
+                         for part in parts]
+            records = parts[0] if len(parts) == 1 else chain.from_iterable(parts)
             yield preflight(name, records, collator, pair.ingredients.args,
                             None if everything else PROBED_RECORDS)
 

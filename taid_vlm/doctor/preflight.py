@@ -21,7 +21,7 @@ from taid_vlm.batch.collator import TOO_LONG, UNALIGNED, DistillationCollator
 from taid_vlm.doctor.checkup import Listener
 from taid_vlm.doctor.facts import image_tokens
 from taid_vlm.errors import HalfCharacterError, TaidError
-from taid_vlm.records import Malformed, Record, StreamedRecords, first_rows
+from taid_vlm.records import Malformed, Record, StreamedRecords, first_rows, parts_of
 from taid_vlm.records.images import TOO_LARGE, UNREADABLE
 from taid_vlm.records.videos import UNREADABLE_VIDEO
 from taid_vlm.training.config import DistillationConfig
@@ -204,9 +204,12 @@ def preflight(
 
 def check_sized(name: str, records: Any) -> None:
     """Raise TaidError for a stream that has no known end."""
-    if isinstance(records, StreamedRecords) and records.limit is None:
-        raise TaidError(f"--all goes over every record, but {name} is streamed and its end is not "
-                        f"known: set {name}.max_records, or look at it without --all.")
+    parts = parts_of(records)
+    for number, part in enumerate(parts):
+        if isinstance(part, StreamedRecords) and not part.ends:
+            where = f"{name}[{number}]" if len(parts) > 1 else name
+            raise TaidError(f"--all goes over every record, but {where} is streamed and its end is "
+                            f"not known: set {where}.max_records, or look at it without --all.")
 
 
 def _measured(listener: Listener, row: Record | Malformed) -> _Measured:

@@ -7,7 +7,7 @@ Columns understood, with `image` or `images` (path, bytes, {"bytes", "path"} or 
 - `prompt` and `completion`: strings, or lists of messages, of which only the completion is learned;
 - `conversations`: LLaVA's [{"from": "human" | "gpt", "value"}];
 - `text`: plain text for pre-training, or a caption where an image stands beside it;
-and the forms of `columns.py`.
+and the forms of `columns.py`. A row of which a column says `train: false` is not learned.
 Optional: `system` (the first turn), `tools` (JSON schemas of what can be called); for evaluation
 `category` (a string) or `categories` (one per assistant turn).
 """
@@ -23,9 +23,10 @@ from typing import Any
 
 from taid_vlm.config.data import VideoSpec
 from taid_vlm.errors import RecordError
-from taid_vlm.records.columns import CHAT_COLUMNS, chat_keys, proposal, read_columns
+from taid_vlm.records.columns import CHAT_COLUMNS, Row, chat_keys, proposal, read_columns
 from taid_vlm.records.images import MAX_PIXELS, ImageRef
 from taid_vlm.records.messages import (
+    LEARNED,
     LLAVA_ROLES,
     ROLES,
     Message,
@@ -128,10 +129,11 @@ def parse_record(
     """
     row = columns = read_columns(row, source)
     images, videos = image_column(row, source, root), video_column(row, source, root)
-    categories = _categories(row, source)
+    categories, learned = _categories(row, source), _is_learned(columns)
     if "text" in row and not images + videos and not any(column in row for column in CHAT_COLUMNS):
         text = expect_text(row["text"], f"{source}: text")
-        return Record(source, text=text, categories=categories, unread=columns.unread)
+        return Record(source, text=text, categories=categories, unread=columns.unread,
+                      context=0 if learned else len(text))
     turns = _with_system(_read_messages(row, source), row, source)
     tools = read_tools(row.get("tools"), source)
     messages, images = _resolve_images(
@@ -139,11 +141,19 @@ def parse_record(
     images = [settled(image, max_pixels, video) for image in images]
     messages = tuple(replace(m, **{**t.extra, "calls": without_filled(t.calls, tools)})
                      for m, t in zip(messages, turns, strict=True))
+    if not learned:
+        messages = tuple(replace(message, weight=0.0) for message in messages)
     without_effect = tuple(dict.fromkeys(key for turn in turns for key in turn.unread))
     if not images and any(IMAGE_TAG in message.text for message in messages):
         without_effect += (TAG_AS_TEXT,)
     return Record(source, messages, tuple(images), None, categories, tools, without_effect,
                   columns.unread)
+
+
+def _is_learned(row: Row) -> bool:
+    """False where a row says of itself that it is not: `train: false`, `loss: false`."""
+    flags = [key for key in LEARNED if isinstance(dict.get(row, key), bool)]
+    return all(row.get(key) for key in flags)
 
 
 def problem_of(row: Malformed) -> RecordError:

@@ -106,6 +106,11 @@ class StreamedRecords(_Source, torch.utils.data.IterableDataset[Record | Malform
         if self.limit is not None and hasattr(rows, "take"):
             self.rows = rows.take(self.limit)
 
+    @property
+    def ends(self) -> bool:
+        """Whether all of it can be read: files on this machine, or so many rows."""
+        return self.limit is not None or isinstance(self.rows, Stream)
+
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)

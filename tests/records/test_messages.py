@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from zoo import make_tokenizer
 
+from taid_vlm.adapters import make_adapter
+from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import RecordError
 from taid_vlm.records import Record, fingerprint, open_records, parse_record
 from taid_vlm.records.record import Malformed, first_rows
@@ -50,7 +53,7 @@ def test_tools_that_are_none(tools: Any, said: str) -> None:
 def test_keys_that_nothing_reads_are_kept_by_name() -> None:
     record = read({"score": 3, "id": None}, {"score": 1, "lang": "en", "name": "bot"})
     assert record.without_effect == ("messages[].score: nothing reads it",
-                             "messages[].lang: nothing reads it")
+                                     "messages[].lang: nothing reads it")
     assert record.messages[2].name == "bot"
 
 
@@ -95,3 +98,15 @@ def test_half_characters_cost_their_records_and_are_named(suffix: str, tmp_path:
     line = "data.jsonl:{}" if suffix == ".jsonl" else "data.json[{}]"
     assert places == [line.format(i + (suffix == ".jsonl")) for i in (1, 2, 3)]
     assert {row.reason for row in read_rows if isinstance(row, Malformed)} == {"half a character"}
+
+
+@pytest.mark.parametrize("key", ["train", "loss", "trainable"])
+def test_a_row_may_say_that_it_is_not_learned(key: str) -> None:
+    record = parse_record({"prompt": "a", "completion": "b", key: False}, "row")
+    assert record.learned == [] and record.unread == ()
+    assert parse_record({"prompt": "a", "completion": "b", key: True}, "row").learned == [0]
+    assert parse_record({"prompt": "a", "completion": "b", key: 0.3}, "row").unread == (key,)
+    text = parse_record({"text": "once upon", key: False}, "row")
+    collator = DistillationCollator(make_adapter(make_tokenizer("llama"), "student"))
+    for row in (record, text):
+        assert collator([row])["counts"]["dropped"] == {"no answer is learned": 1}

@@ -66,10 +66,12 @@ def thinking(
     )
 
 
-def hermes(thoughts: bool = True) -> str:
+def hermes(thoughts: bool = True, image: str = "", video: str = "") -> str:
     """ChatML with tools as Qwen has them: schemas in the system turn, calls in <tool_call>, results
     as the user's. With `thoughts` as Qwen3: those after the last question are printed, an empty one
-    before a last answer without, and those of earlier answers are taken out."""
+    before a last answer without, and those of earlier answers are taken out. With `image` also in
+    typed parts."""
+    typed = _parts(image, video).replace("message['content']", "content") if image else ""
     thought = (
         "{% set thought = '' %}{% if message.reasoning_content is string %}"
         "{% set thought = message.reasoning_content %}{% elif '</think>' in content %}"
@@ -81,16 +83,18 @@ def hermes(thoughts: bool = True) -> str:
         "{% else %}{{ content }}{% endif %}"
     )
     return (
+        "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}" + typed
+        + "{% endif %}{% endmacro %}"
         "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}"
-        "{{ messages[0].content + '\n\n' }}{% endif %}{{ '# Tools\n<tools>' }}"
+        "{{ text(messages[0].content) + '\n\n' }}{% endif %}{{ '# Tools\n<tools>' }}"
         "{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}"
         "{{ '\n</tools><|im_end|>\n' }}"
         "{% elif messages[0].role == 'system' %}"
-        "{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>system\n' + text(messages[0].content) + '<|im_end|>\n' }}{% endif %}"
         "{% set last = namespace(user=-1) %}{% for message in messages %}"
         "{% if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
         "{% for message in messages %}"
-        "{% set content = message.content if message.content is string else '' %}"
+        "{% set content = text(message.content) %}"
         "{% if message.role == 'user' or (message.role == 'system' and not loop.first) %}"
         "{{ '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}"
         "{% elif message.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
