@@ -72,6 +72,19 @@ def films(folder: Path, number: int) -> list[dict[str, Any]]:
     return rows
 
 
+KILLED = """
+import os, signal, sys
+from taid_vlm.training import trainer
+step = trainer.DistillationTrainer.finish_step
+def finish(self):
+    if self.state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)
+    step(self)
+trainer.DistillationTrainer.finish_step = finish
+from taid_vlm.cli import main
+main(sys.argv[1:])
+"""
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, checkpoints: Checkpoints) -> Path:
     models = {}
@@ -132,16 +145,7 @@ def test_it_trains_is_killed_and_goes_on_bit_for_bit(
     assert sum(train["records_left_out"].values()) == sum(
         rows["left_out"] for rows in train["sources"].values()) > 0
     assert train["without_effect"]["messages[].mood: nothing reads it"] == read["talks.jsonl"]
-    script = ("import os, signal, sys\n"
-              "from taid_vlm.training import trainer\n"
-              "step = trainer.DistillationTrainer.finish_step\n"
-              "def finish(self):\n"
-              "    if self.state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "    step(self)\n"
-              "trainer.DistillationTrainer.finish_step = finish\n"
-              "from taid_vlm.cli import main\n"
-              "main(sys.argv[1:])\n")
-    gone = subprocess.run([sys.executable, "-c", script, "distill", str(recipe),
+    gone = subprocess.run([sys.executable, "-c", KILLED, "distill", str(recipe),
                            f"output_dir={killed}"], env=os.environ, capture_output=True)
     assert gone.returncode == -9, gone.stderr
     done = cli("distill", recipe, "--resume", f"output_dir={killed}")
@@ -151,3 +155,27 @@ def test_it_trains_is_killed_and_goes_on_bit_for_bit(
                   for folder in (whole, killed))
     assert all(equal(one[name], other[name]) for name in one)
     assert loaded(killed / "results.json")["train"]["sources"] == train["sources"]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_bit_for_bit(recipe: Path, tmp_path: Path) -> None:
+    def run(*arguments: Any, script: str = "") -> int:
+        (tmp_path / "killed.py").write_text(KILLED)
+        started = [str(tmp_path / "killed.py")] if script else ["-m", "taid_vlm"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc_per_node=2", *started, "distill", str(recipe), *map(str, arguments)]
+        return subprocess.run(command, env=os.environ, capture_output=True).returncode
+
+    options = ("train.gradient_accumulation_steps=1",)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(f"output_dir={whole}", *options) == 0
+    assert run(f"output_dir={killed}", *options, script="killed") != 0
+    assert not (killed / "student").exists()
+    assert run(f"output_dir={killed}", *options, "--resume") == 0
+    results = [loaded(folder / "results.json") for folder in (whole, killed)]
+    assert [one["machine"]["processes"] for one in results] == [2, 2]
+    assert results[1]["train"]["resumed_from"] == "checkpoint-4"
+    assert results[0]["train"]["sources"] == results[1]["train"]["sources"]
+    one, other = (load_file(folder / "student" / "model.safetensors")
+                  for folder in (whole, killed))
+    assert all(equal(one[name], other[name]) for name in one)
