@@ -68,7 +68,8 @@ class LocalTeacher:
         log_probs = self.logits(batch).float().log_softmax(-1)
         top, ids = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
         rest = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
-        return SparseSignal(ids, top, rest)
+        own = log_probs.gather(-1, batch["teacher_labels"][:, None])[:, 0]
+        return SparseSignal(ids, top, rest, own)
 
 
 def _placed(model: PreTrainedModel, accelerator: Accelerator) -> Any:
