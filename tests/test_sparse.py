@@ -152,6 +152,8 @@ def test_figures() -> None:
     student, teacher = sparse_pair(same(), s, signal)
     torch.testing.assert_close(figures["kl"].values.double(),
                                kl(teacher.softmax(-1), student.softmax(-1)), rtol=1e-5, atol=1e-6)
+    agreement = (s.argmax(-1) == u.argmax(-1)).float()
+    assert torch.equal(figures["agreement"].values, agreement)
     assert signal.own is not None
     assert torch.equal(figures["teacher_nll"].values, -signal.own)
     assert {"nll", "agreement", "confidence", "token_accuracy"} <= figures.keys()

@@ -81,14 +81,28 @@ def sparse_figures(
     batch: Batch, student_logits: Tensor, signal: SparseSignal, pairing: Pairing,
     closely: bool = False,
 ) -> dict[str, Measured]:
-    """As `figures.token_figures`; what compares the models is over the k + 1 entries."""
+    """As `figures.token_figures`, what can be known of it: kl and reverse_kl are over the k + 1
+    entries, and so at most what they are over all; agreement is exact."""
     figures = {"nll": divergence("ce", student_logits, None, labels=batch["labels"])}
     if closely:
         figures |= best_guess(student_logits, batch["labels"])
     if signal.own is not None:
         figures["teacher_nll"] = -signal.own
-    figures |= diagnose(*sparse_pair(pairing.maps[0], student_logits, signal))
+    compared = diagnose(*sparse_pair(pairing.maps[0], student_logits, signal))
+    figures |= {name: compared[name] for name in ("kl", "reverse_kl")}
+    figures["agreement"] = _agreement(pairing.maps[0], student_logits, signal)
     return {name: Measured(values) for name, values in figures.items()}
+
+
+def _agreement(
+    vocabulary: VocabularyMap, student_logits: Tensor, signal: SparseSignal
+) -> Tensor:
+    """1.0 where both models' most likely entry is the same; where padding is the teacher's most
+    likely row it is none."""
+    best = _entries(vocabulary, signal.ids)[:, 0]
+    if vocabulary.has_rest:
+        best = torch.where(best == ONE_SIDED, vocabulary.width - 1, best)
+    return (vocabulary.map_student(student_logits).argmax(-1) == best).float()
 
 
 def sparse_pair(

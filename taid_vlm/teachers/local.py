@@ -29,6 +29,8 @@ class LocalTeacher:
             as and where it is.
     """
 
+    top: int | None = None
+
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator | None = None) -> None:
         model.requires_grad_(False).eval()
         self.model: Any = model if accelerator is None else _placed(model, accelerator)

@@ -29,8 +29,12 @@ class HiddenSignal(NamedTuple):
 class Teacher(Protocol):
     """A frozen model's next-token laws at a batch's aligned positions.
 
-    rows: V. No method takes a gradient or moves random state.
+    rows: V. top: the k that `sparse` takes where that is all there is; None of a teacher whose
+    whole law is known. No method takes a gradient or moves random state.
     """
+
+    @property
+    def top(self) -> int | None: ...
 
     @property
     def rows(self) -> int: ...
