@@ -155,11 +155,6 @@ def _some(collator: DistillationCollator, dataset: Any) -> list[Record]:
 
 def _check_data(teacher: ServedTeacher, batch: dict[str, Any], signal: SparseSignal) -> None:
     labels, row = batch["teacher_labels"], batch["row"]
-    own = -_likelihood(signal, labels, teacher.rows).mean()
-    uniform = math.log(teacher.rows)
-    if own > uniform + ABOVE_UNIFORM:
-        raise _refused(teacher, f"knows nothing of the data: {own:.2f} nats per token, where a "
-                       f"guess among all {teacher.rows:,} tokens has {uniform:.2f}")
     for by in (-1, 1):
         here = slice(1, None) if by < 0 else slice(None, -1)
         there = slice(None, -1) if by < 0 else slice(1, None)
@@ -176,6 +171,11 @@ def _check_data(teacher: ServedTeacher, batch: dict[str, Any], signal: SparseSig
             raise _refused(teacher, f"is shifted: its laws fit the tokens {side} those they are "
                            f"said to be of ({beside.mean():.2f} against {plain.mean():.2f} nats "
                            "per token)")
+    own = -_likelihood(signal, labels, teacher.rows).mean()
+    uniform = math.log(teacher.rows)
+    if own > uniform + ABOVE_UNIFORM:
+        raise _refused(teacher, f"knows nothing of the data: {own:.2f} nats per token, where a "
+                       f"guess among all {teacher.rows:,} tokens has {uniform:.2f}")
 
 
 def _likelihood(signal: SparseSignal, tokens: Tensor, rows: int) -> Tensor:
