@@ -476,7 +476,7 @@ def test_a_mistake_is_refused_before_the_server_is_asked(
 def test_a_teacher_that_dies_ends_the_command(
     server: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 2, one message; `--resume` goes on where it was."""
+    """Status 2, one message; `--resume` goes on where it was, at the server's new address."""
     path = recipe(server, tmp_path)
     asked = 1 + 8 + len(ROWS) + 8  # a probe, the check, the held-out records, and two steps
 
@@ -489,8 +489,8 @@ def test_a_teacher_that_dies_ends_the_command(
     assert len(lines) == 1
     assert "the engine died" in lines[0]
     assert "--resume" in lines[0]
-    server.twist = lambda body, answer, number: answer
-    assert main(["distill", str(path), "--resume"]) == 0
+    with standing_in(server.built) as back:
+        assert main(["distill", str(path), "--resume", f"teacher.server.url={back.url}"]) == 0
 
 
 def test_what_has_no_effect_beside_a_server_is_refused(server: StandIn, tmp_path: Path) -> None:
