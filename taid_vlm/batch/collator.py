@@ -71,6 +71,8 @@ class DistillationCollator:
         padding_side: of both models' inputs.
         degrade: makes an image that says nothing, of the same size; the teacher is then shown
             these, too.
+        chat: what a served teacher is sent of a row with images, from its adapter, the record, its
+            rendering and its images; None of a row without.
         views: by role, what finds the images' global views.
         reported: the first message of every reason for which a record was left out.
 
@@ -83,6 +85,7 @@ class DistillationCollator:
         sources: list of B names of the records; images: [B] how many each has.
         teacher_degraded: with `degrade`, those of the teacher's inputs in which degraded images
             differ; {} where no row has an image.
+        teacher_chats: with `chat`, a list of B.
         student_views, teacher_views: with `views`, a View per image, in the same order.
         counts: `dropped` {reason: rows}, `cut` texts, and tokens supervised and aligned.
         notes: {what of the rows has no effect: rows}.
@@ -100,6 +103,7 @@ class DistillationCollator:
     supervise: Supervise = "answers"
     padding_side: Side = "right"
     degrade: Callable[[Picture], Picture] | None = None
+    chat: Callable[..., Mapping[str, Any] | None] | None = None
     views: Mapping[str, GlobalViews] | None = None
     reported: dict[str, str] = field(default_factory=dict)
 
@@ -290,6 +294,9 @@ class DistillationCollator:
             batch |= _partners([pair for _, pair in flat])
         if self.degrade is not None:
             batch["teacher_degraded"] = self._degraded(samples, encoded["teacher"])
+        if self.chat is not None:
+            batch["teacher_chats"] = [
+                self.chat(self.teacher, s.record, s.rendered["teacher"], s.images) for s in samples]
         for role, views in (self.views or {}).items():
             batch[f"{role}_views"] = views(encoded[role])
         encoded_rows = encoded["student"].rows if flat else []

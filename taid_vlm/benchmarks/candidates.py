@@ -15,11 +15,11 @@ import torch
 from transformers import PretrainedConfig
 
 from taid_vlm.adapters import ModelAdapter, check_image_token, make_adapter
-from taid_vlm.benchmarks.remote import Endpoint
 from taid_vlm.benchmarks.store import weights_hash
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import load_recipe
 from taid_vlm.errors import TaidError
+from taid_vlm.io.endpoint import Endpoint
 from taid_vlm.io.hashing import text_hash
 from taid_vlm.models import loading
 from taid_vlm.models.lora import find_adapter

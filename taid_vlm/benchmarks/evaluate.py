@@ -23,7 +23,7 @@ from taid_vlm.benchmarks.answering import Answer, Answerer, Generating
 from taid_vlm.benchmarks.asking import Asking, Task
 from taid_vlm.benchmarks.candidates import Candidate, LocalModel, ServedModel
 from taid_vlm.benchmarks.likelihood import Choosing
-from taid_vlm.benchmarks.remote import Endpoint, Remote
+from taid_vlm.benchmarks.remote import Remote
 from taid_vlm.benchmarks.scoring import (
     KIND,
     by_tag,
@@ -36,6 +36,7 @@ from taid_vlm.benchmarks.scoring import (
 )
 from taid_vlm.benchmarks.store import FOLDER, AnswerStore, flat
 from taid_vlm.errors import TaidError
+from taid_vlm.io.endpoint import Endpoint
 from taid_vlm.io.files import write_json
 from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.models.loading import load_model

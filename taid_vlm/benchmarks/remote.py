@@ -3,79 +3,20 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import http.client
 import json
 import random
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from typing import Any
 
 from taid_vlm.benchmarks.answering import Answer, Given, Settings, generate_settings, hold_back
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.io.endpoint import SHOWN, Endpoint, Failure, GivenUp, persistently, send
 from taid_vlm.io.images import png
 
-PASSING = frozenset({408, 409, 425, 429, *range(500, 600)})  # worth another attempt
-REFUSING = frozenset({400, 413, 422})  # of one question: too long, filtered, ...
-LONGEST_WAIT = 60.0  # seconds between two attempts
-SHOWN = 300  # characters of a server's own words in a message
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A server and how patiently it is asked.
-
-    Args:
-        url: up to and with the version, for example "http://localhost:8000/v1".
-        model: the name under which the server knows the model.
-        key: sent as bearer token, and never written or shown.
-        timeout: seconds until a request that says nothing is given up.
-        attempts: how often a question is asked before the evaluation stops.
-        backoff: seconds before the second attempt, doubled before every further one.
-    """
-
-    url: str
-    model: str
-    key: str | None = field(default=None, repr=False)
-    timeout: float = 120.0
-    attempts: int = 6
-    backoff: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise TaidError(f"--base-url = '{self.url}', but it must begin with http:// or "
-                            "https://, as in http://localhost:8000/v1.")
-
-    @property
-    def address(self) -> str:
-        return self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-
-    def hide(self, text: str) -> str:
-        """A server's words without the key, which some repeat."""
-        return " ".join((text.replace(self.key, "***") if self.key else text).split())[:SHOWN]
-
-
-class _Failure(Exception):
-    """No answer; `passing`: another attempt may help, after the `seconds` the server asks for."""
-
-    def __init__(self, reason: str, passing: bool = True, seconds: float = 0.0) -> None:
-        super().__init__(reason)
-        self.passing, self.seconds = passing, seconds
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another machine."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
+CHAT = "/chat/completions"
 
 
 class Remote:
@@ -96,7 +37,7 @@ class Remote:
     ) -> Iterator[Given]:
         pending = [question for question in questions if question.id not in done]
         return hold_back(self._ask_all(pending, seed), bool(done),
-                         f"'{self.endpoint.address}' refuses every question: {{}}")
+                         f"'{self.endpoint.address(CHAT)}' refuses every question: {{}}")
 
     def _ask_all(
         self, questions: Sequence[Question], seed: int
@@ -124,18 +65,15 @@ class Remote:
         except SampleDropped as problem:
             return Answer(problem=problem.reason), ""
         end = self.endpoint
-        for attempt in range(end.attempts):
-            try:
-                return self._post(body), ""
-            except _Failure as failure:
-                if not failure.passing:
-                    return Answer(problem="refused by the server"), str(failure)
-                last = failure
-            pause = min(max(end.backoff * 2**attempt, last.seconds), LONGEST_WAIT)
-            if attempt + 1 == end.attempts or self._closing.wait(pause):
-                break
-        raise TaidError(f"'{end.address}' gives no answer after {attempt + 1} attempts; the last "
-                        f"one: {last}. The answers so far are kept; run again to go on.")
+        try:
+            return persistently(end, lambda: send(end, CHAT, body, read_completion),
+                                self._closing), ""
+        except Failure as failure:
+            return Answer(problem="refused by the server"), str(failure)
+        except GivenUp as last:
+            raise TaidError(f"'{end.address(CHAT)}' gives no answer after {last.attempts} "
+                            f"attempts; the last one: {last}. The answers so far are kept; run "
+                            "again to go on.") from last
 
     def _request(self, question: Question, seed: int) -> dict[str, Any]:
         how = self.settings
@@ -143,35 +81,6 @@ class Remote:
         return {"model": self.endpoint.model, "messages": chat_messages(question),
                 "max_tokens": how["max_new_tokens"], "temperature": how["temperature"],
                 **(sampling if how["temperature"] else {})}
-
-    def _post(self, body: bytes) -> Answer:
-        end = self.endpoint
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {end.key}"} if end.key else {}
-        request = urllib.request.Request(end.address, body, headers)
-        try:
-            with _OPENER.open(request, timeout=end.timeout) as response:
-                return read_completion(response.read())
-        except urllib.error.HTTPError as error:
-            raise self._failure(error) from error
-        except TimeoutError:
-            raise _Failure(f"nothing within {end.timeout:g} seconds (--timeout)") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise _Failure(end.hide(f"{type(error).__name__}: {reason}")) from None
-
-    def _failure(self, error: urllib.error.HTTPError) -> Exception:
-        end, code = self.endpoint, error.code
-        body = b""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            body = error.read()
-        words = end.hide(f"{code} {error.reason}: {body.decode(errors='replace')}")
-        if code in PASSING | REFUSING:
-            return _Failure(words, code in PASSING, _seconds(error.headers.get("Retry-After")))
-        hint = "; check --base-url (it mostly ends in /v1) and the model's name" if code == 404 \
-            else "; set the variable that --api-key-env names to a valid key" \
-            if code in (401, 403) else ""
-        return TaidError(f"'{end.address}' answers {words}{hint}")
 
 
 def chat_messages(question: Question) -> list[dict[str, Any]]:
@@ -211,10 +120,3 @@ def own_seed(seed: int, name: str) -> int:
 def png_base64(image: Any) -> str:
     """A PIL image as PNG in base64."""
     return base64.b64encode(png(image, longest=None)).decode("ascii")
-
-
-def _seconds(value: str | None) -> float:
-    """Of a Retry-After; 0 where there is none, or a date."""
-    with contextlib.suppress(ValueError):
-        return max(float(value or 0), 0.0)
-    return 0.0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
+from pydantic import Field, model_validator
+
+from taid_vlm.config.kinds import Count, Positive, Rate, wanted
 from taid_vlm.config.section import Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -54,3 +58,62 @@ class StudentSpec(ModelSpec):
     """
 
     peft: dict[str, Any] | None = None
+
+
+class ServerSpec(Section):
+    """A teacher behind a URL: an OpenAI-compatible vLLM server.
+
+    Args:
+        url: Up to and with the version: http://localhost:8000/v1.
+        model: The name under which the server knows the model.
+        top_logprobs: How many of the most likely tokens are compared one by one, the others
+            together; the server has to be started with --max-logprobs of at least as many.
+        timeout (seconds): Until a request that says nothing is given up.
+        retries: How often a request is sent again, with longer and longer pauses, before the run
+            ends.
+        concurrency: Requests at once, from each process.
+        api_key_env: The environment variable with the server's key.
+        check: The served model's weights, if they are at hand: before training, what the server
+            says is compared with what they say.
+    """
+
+    url: Annotated[str, Field(pattern=r"^https?://."), wanted(
+        "a URL up to and with the version, as http://localhost:8000/v1")]
+    model: str
+    top_logprobs: Positive = 64
+    timeout: Rate = 120.0
+    retries: Count = 5
+    concurrency: Positive = 8
+    api_key_env: str | None = None
+    check: str | None = None
+
+
+class TeacherSpec(ModelSpec):
+    """The model that is learned from: its weights in this process, or a server that has them.
+
+    Args:
+        server: Where the teacher is served. No weights are loaded then, only configuration and
+            processor, from processor_name_or_path.
+    """
+
+    server: ServerSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_processor(cls, value: Any) -> Any:
+        """With a server the processor's folder is also where the configuration comes from."""
+        if not isinstance(value, Mapping) or value.get("server") is None:
+            return value
+        place = value.get("model_name_or_path") or value.get("processor_name_or_path")
+        if not place:
+            raise ValueError(".processor_name_or_path is missing: with a server it says where the "
+                             "model's configuration and processor are; no weights are loaded.")
+        return {**value, "model_name_or_path": place}
+
+    @model_validator(mode="after")
+    def _nothing_to_load(self) -> Self:
+        for key in ("dtype", "attn_implementation", "init_kwargs"):
+            if self.server is not None and getattr(self, key):
+                raise ValueError(f".{key} has no effect with a server, which has loaded its model; "
+                                 "take it out.")
+        return self

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from taid_vlm.config.benchmark import BenchmarkSpec, Columns
 from taid_vlm.config.data import DataSource, DataSpec, VideoSpec
 from taid_vlm.config.evaluation import EvaluateSpec
-from taid_vlm.config.model import StudentSpec
+from taid_vlm.config.model import ServerSpec, StudentSpec
 from taid_vlm.config.objective import TERMS, Common, Term, TokenWeights
 from taid_vlm.config.recipe import Recipe, StageSpec
 from taid_vlm.config.training import ELSEWHERE, WITHOUT_EFFECT, TrainSpec
@@ -27,6 +27,8 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("A recipe", "", Recipe),
     ("`teacher` and `student`", "A text alone is `model_name_or_path`. `peft` is for the student "
      "only.", StudentSpec),
+    ("`teacher.server`", "Instead of weights in this process; `teacher.processor_name_or_path` "
+     "then says where the configuration and the processor are.", ServerSpec),
     ("`data`", "", DataSpec),
     ("`data.train` and `data.eval`", "A text alone is `path`.", DataSource),
     ("`data.video`", "", VideoSpec),

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from taid_vlm.alignment import Pairing
-from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.batch.collator import Batch, DistillationCollator
 from taid_vlm.batch.figures import Measured, token_figures
 from taid_vlm.batch.forward import student_forward
+from taid_vlm.batch.sparse import sparse_figures
 from taid_vlm.evaluation.calibration import Calibration, Sums, binned_sums
 from taid_vlm.evaluation.statistics import standard_error
 from taid_vlm.models.forward import Autocast, evaluation_mode
@@ -214,9 +215,20 @@ def evaluate_pair(
             batch = send_to_device(batch, device)
             with autocast():
                 s = student_forward(student, batch)
-                u = teacher.logits(batch) if teacher is not None else None
-            tally.add(batch, token_figures(batch, s, u, pairing, closely=True))
+            tally.add(batch, teacher_figures(batch, s, teacher, pairing, autocast))
     return tally
+
+
+def teacher_figures(
+    batch: Batch, s: Tensor, teacher: Teacher | None, pairing: Pairing | None, autocast: Autocast
+) -> dict[str, Measured]:
+    """All figures of a batch from the student's logits, against whatever the teacher gives."""
+    if teacher is not None and teacher.top is not None and pairing is not None:
+        signal = teacher.sparse(batch, teacher.top)
+        return sparse_figures(batch, s, signal, pairing, closely=True)
+    with autocast():
+        u = teacher.logits(batch) if teacher is not None else None
+    return token_figures(batch, s, u, pairing, closely=True)
 
 
 def summarise(tally: Tally) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from taid_vlm.models.parts import TOWER, parts_of
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.rehearsal import Memory, parameters, trained
 from taid_vlm.plan.sizes import bytes_of, resident
+from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.loss import FusedStep
 from taid_vlm.training.trainer import DistillationTrainer
 
@@ -51,7 +52,7 @@ def evaluation(trainer: DistillationTrainer, batch: Batch) -> Memory:
 def resident_models(trainer: DistillationTrainer) -> dict[str, int]:
     """Bytes of what lies in memory all the time."""
     live = {kinds.STUDENT: bytes_of([*parameters(trainer), *trainer.model.buffers()])}
-    if trainer.teacher is not None:
+    if isinstance(trainer.teacher, LocalTeacher):
         live[kinds.TEACHER] = resident(trainer.teacher.model)
     return live
 
@@ -59,7 +60,8 @@ def resident_models(trainer: DistillationTrainer) -> dict[str, int]:
 def _logits(trainer: DistillationTrainer, batch: Batch, copies: int) -> int:
     size = len(batch["labels"]) * head_rows(trainer.model) * copies
     if trainer.teacher is not None:
-        size += len(batch["teacher_labels"]) * trainer.teacher.rows
+        width = trainer.teacher.top or trainer.teacher.rows
+        size += len(batch["teacher_labels"]) * width
     return 4 * size
 
 

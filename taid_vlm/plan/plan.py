@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
@@ -17,6 +18,7 @@ from taid_vlm.errors import TaidError, at_least
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.experts import chosen_experts, parameters_per_token
 from taid_vlm.models.forward import unwrap
+from taid_vlm.models.loading import load_skeleton
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
@@ -31,6 +33,8 @@ from taid_vlm.plan.shapes import Shapes, model_of_shapes
 from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.stages import parts_by_name
+from taid_vlm.teachers import ServedTeacher, SparseSignal
+from taid_vlm.teachers.protocol import Laws, Question
 from taid_vlm.training.pair import with_adapter
 from taid_vlm.training.trainer import DistillationTrainer
 
@@ -178,13 +182,37 @@ def _trainer(recipe: Recipe, found: Ingredients, shapes: Shapes) -> Distillation
     if recipe.student.peft is not None:
         student = with_adapter(student, lora_config(recipe.student.peft), on_meta=True)
         shapes.hollow(student)
-    teacher = None if recipe.teacher is None else model_of_shapes(
-        _stored(recipe.teacher, recipe), "teacher", shapes)
+    teacher: Any = None
+    if recipe.teacher is not None and recipe.teacher.server is not None:
+        teacher = _Served(recipe.teacher.server, load_skeleton(recipe.teacher, "teacher"))
+    elif recipe.teacher is not None:
+        teacher = model_of_shapes(_stored(recipe.teacher, recipe), "teacher", shapes)
     trainer = DistillationTrainer(student, teacher, found.args, found.train, None,
                                   found.student_processor, found.teacher_processor)
     if trainer.visual.map is not None:
         shapes.hollow(trainer.visual.map)
     return trainer
+
+
+class _Served(ServedTeacher):
+    """A served teacher whose server is not asked: laws of the right shapes."""
+
+    asks = False
+
+    def _connect(self) -> None:
+        return None
+
+    def _ask(self, question: Question) -> Laws:
+        ids = torch.zeros(len(question.places), self.top, dtype=torch.long)
+        return Laws(ids, ids.double(), ids[:, 0].double())
+
+    def wait(self, batches: Sequence[dict[str, Any]]) -> None:
+        pass
+
+    def sparse(self, batch: Mapping[str, Any], k: int) -> SparseSignal:
+        labels = batch["teacher_labels"]
+        ids, own = labels[:, None].expand(-1, k), labels.float()
+        return SparseSignal(ids.contiguous(), ids.float(), own.clone(), own)
 
 
 def _stored(spec: ModelSpec, recipe: Recipe) -> ModelSpec:
@@ -296,6 +324,9 @@ def _notes(recipe: Recipe, phases: Mapping[str, Memory]) -> Iterator[str]:
     for key in ("torch_compile", "auto_find_batch_size"):
         if recipe.train.get(key):
             yield f"train.{key} is not followed; the plan is of a run without it."
+    if recipe.teacher is not None and recipe.teacher.server is not None:
+        yield (f"the teacher is served ('{recipe.teacher.server.model}'): it takes no memory here, "
+               "and its server is not asked.")
     for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
         if spec is not None and spec.init_kwargs:
             named = ", ".join(spec.init_kwargs)

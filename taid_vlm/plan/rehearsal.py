@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from taid_vlm.batch.collator import Batch
-from taid_vlm.batch.figures import token_figures
 from taid_vlm.batch.forward import student_forward
+from taid_vlm.evaluation.held_out import teacher_figures
 from taid_vlm.fused.divergence import Rows
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.head import LogitTransform, known_logit_transforms
@@ -28,7 +28,16 @@ from taid_vlm.models.parts import TOWER, frozen_modules
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.ledger import Ledger
 from taid_vlm.plan.shapes import Shapes
-from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step, obstacle
+from taid_vlm.teachers import LocalTeacher
+from taid_vlm.training.loss import (
+    FusedStep,
+    SparseStep,
+    Step,
+    StepLoss,
+    choose_step,
+    obstacle,
+    plain_step,
+)
 from taid_vlm.training.trainer import DistillationTrainer
 
 ACTIVATIONS = {"student": (kinds.STUDENT_TOWER, kinds.STUDENT_LANGUAGE),
@@ -83,19 +92,22 @@ def rehearse_training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes
     return Memory(ledger.at_peak, ledger.most)
 
 
-def _loss_step(trainer: DistillationTrainer, batch: Batch) -> ReferenceStep | FusedStep:
+def _loss_step(trainer: DistillationTrainer, batch: Batch) -> Step:
     """The implementation of the loss that `choose_step` finds, where it compares logits.
 
     What a model does behind its head is taken from its configuration, and the arithmetic is the
     uncompiled one, whose scratch space has the same bound.
     """
     args, pairing = trainer.args, trainer.pairing
+    plain = plain_step(trainer.objective, pairing, trainer.teacher)
+    if isinstance(plain, SparseStep):
+        return plain
     if args.loss_implementation == "reference" or obstacle(
             trainer.objective, pairing) is not None:
         return choose_step(
             args.loss_implementation, trainer.objective, pairing, trainer.model, trainer.teacher,
             batch, args.loss_memory_budget, trainer.accelerator.autocast)
-    if trainer.teacher is not None:
+    if isinstance(trainer.teacher, LocalTeacher):
         trainer.teacher.transform = _configured_transform(trainer.teacher.model)
     step = _FewFigures(trainer.objective, pairing, trainer.model,
                        _configured_transform(trainer.model), args.loss_memory_budget,
@@ -135,15 +147,14 @@ def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shap
     with _watched(ledger, trainer), shapes, ledger:
         with trainer.accelerator.autocast():
             s = student_forward(trainer.model, batch)
-            u = None if trainer.teacher is None else trainer.teacher.logits(batch)
-        token_figures(batch, s, u, trainer.pairing, closely=True)
+        teacher_figures(batch, s, trainer.teacher, trainer.pairing, trainer.accelerator.autocast)
     return Memory(ledger.at_peak, ledger.most)
 
 
 def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:
     """A ledger that knows what lies there before the step begins."""
     ledger = Ledger()
-    if trainer.teacher is not None:
+    if isinstance(trainer.teacher, LocalTeacher):
         teacher = trainer.teacher.model
         ledger.adopt([*teacher.parameters(), *teacher.buffers()], kinds.TEACHER)
     ledger.adopt([*parameters(trainer), *trainer.model.buffers()], kinds.STUDENT)

@@ -57,7 +57,9 @@ def _on_hub(name: str) -> bool:
 
 
 def _model(spec: Any) -> str:
-    return "" if spec is None else str(spec["model_name_or_path"])
+    if spec is None:
+        return ""
+    return str(spec["server"]["model"] if spec.get("server") else spec["model_name_or_path"])
 
 
 def _metadata(results: Mapping[str, Any], student: str, sees: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from taid_vlm.report.data import (
 from taid_vlm.report.judge import is_finite
 from taid_vlm.report.page import write_report
 from taid_vlm.runs import results as of_run
-from taid_vlm.runs.results import Canary, HeldOut, Means, Results
+from taid_vlm.runs.results import Canary, HeldOut, Means, Model, Results
 
 if TYPE_CHECKING:  # a page needs no torch
     from taid_vlm.records import ImageRef
@@ -205,7 +205,7 @@ def provenance(results: Results) -> dict[str, str]:
     """What is needed to repeat the run, as label -> text."""
     train, loss = results.train, results.train.loss_implementation
     models = {role.capitalize(): f"{model.name} ({model.model_type}, {model.parameters:,} "
-              "parameters)" for role, model in results.models.items()}
+              f"parameters{_served(model)})" for role, model in results.models.items()}
     return {
         **models,
         "Seed": str(results.seed),
@@ -216,6 +216,13 @@ def provenance(results: Results) -> dict[str, str]:
         "Peak memory": f"{results.memory['peak_rss_bytes'] / 2**30:.2f} GiB",
         "Machine": listed(results.machine), "Versions": listed(results.versions),
     }
+
+
+def _served(model: Model) -> str:
+    size = "" if model.bytes_per_token is None else \
+        f", {model.bytes_per_token:,.0f} bytes per answer token on the wire"
+    return "" if model.top_logprobs is None else \
+        f", served: its {model.top_logprobs} most likely tokens and the rest{size}"
 
 
 def listed(table: dict[str, Any]) -> str:

@@ -39,7 +39,9 @@ MAY_CHANGE = ("output_dir", "evaluate", "train.max_steps", "train.num_train_epoc
               "train.disable_tqdm", "train.dataloader_", "train.load_best_model_at_end",
               "train.metric_for_best_model", "train.greater_is_better",
               "train.per_device_eval_batch_size", "train.max_nonfinite_steps",
-              "train.push_to_hub", "train.hub_", "train.max_left_out")
+              "train.push_to_hub", "train.hub_", "train.max_left_out",
+              "teacher.server.url", "teacher.server.timeout", "teacher.server.retries",
+              "teacher.server.concurrency", "teacher.server.api_key_env", "teacher.server.check")
 
 
 def find_checkpoint(recipe: Recipe, resume: bool, overwrite: bool = False) -> Path | None:
@@ -230,8 +232,8 @@ def _refuse_other_recipe(checkpoint: Path, recipe: Recipe) -> None:
                          for key in changed[:4])
         raise TaidError(
             f"--resume: '{checkpoint}' was written with another recipe: {told}. Take the change "
-            "back, or choose another output_dir (logging, saving, pushing, evaluation and the "
-            "number of steps may change).")
+            "back, or choose another output_dir (logging, saving, pushing, evaluation, where a "
+            "teacher is served and the number of steps may change).")
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from taid_vlm.adapters import Processor, check_image_token, make_adapter
 from taid_vlm.alignment import check_modalities
+from taid_vlm.batch.sparse import check_sparse
 from taid_vlm.config.data import listed
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
@@ -20,6 +21,7 @@ from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_config, load_processor, load_skeleton, sees_images
 from taid_vlm.models.lora import check_names
 from taid_vlm.models.parts import freeze_parts
+from taid_vlm.objectives import parse_objective
 from taid_vlm.records import AnyRecords, Record, StreamedRecords, open_sources, parts_of
 from taid_vlm.training.config import DistillationConfig, training_arguments
 from taid_vlm.training.early import check_files, refuse_early
@@ -57,6 +59,8 @@ def gather(recipe: Recipe) -> Ingredients:
             check_names(skeleton, adapter)
     configs = {"student": load_config(recipe.student, "student")}
     refuse_early(args, recipe, lora_config(recipe.student.peft))
+    if recipe.teacher is not None and recipe.teacher.server is not None:
+        check_sparse(parse_objective(args.objective), "a served teacher")
     if recipe.teacher is not None:
         configs["teacher"] = load_config(recipe.teacher, "teacher")
     seed = args.seed if args.data_seed is None else args.data_seed

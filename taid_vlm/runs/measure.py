@@ -22,6 +22,7 @@ from taid_vlm.models.parts import count_parameters
 from taid_vlm.records import ImageRef, fingerprint
 from taid_vlm.runs.machine import machine, peak_memory, versions
 from taid_vlm.runs.results import Alignment, Example, HeldOutData, Results, Stage, Train
+from taid_vlm.teachers import ServedTeacher
 from taid_vlm.training.trainer import DistillationTrainer
 
 
@@ -172,5 +173,9 @@ def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, dict[str,
                 "model_type": trainer.accelerator.unwrap_model(model).config.model_type,
                 "parameters": sum(p.numel() for p in model.parameters()),
             }
+    if isinstance(served := trainer.teacher, ServedTeacher):
+        described["teacher"] = {
+            **served.report(), "model_type": served.skeleton.config.model_type,
+            "parameters": sum(p.numel() for p in served.skeleton.parameters())}
     described["student"]["parts"] = count_parameters(trainer.model)
     return described

@@ -137,7 +137,9 @@ class Model(Part):
 
     name, revision: as in the recipe. model_type: transformers' name of its family. parameters: how
     many. parts: of a student, {part: {"parameters": how many, "trained": of these}}. saved: as what
-    a LoRA student was written, its adapter or its base model with the adapter merged.
+    a LoRA student was written, its adapter or its base model with the adapter merged. Of a served
+    teacher, whose name is the server's: top_logprobs: how many most likely tokens it gave;
+    bytes_per_token: of its answers, on the wire, per answer token.
     """
 
     name: str
@@ -146,16 +148,19 @@ class Model(Part):
     parameters: int
     parts: dict[str, dict[Literal["parameters", "trained"], int]] = {}
     saved: Literal["adapter", "merged"] | None = None
+    top_logprobs: int | None = None
+    bytes_per_token: float | None = None
 
 
 class LossImplementation(Part):
     """How the loss was computed.
 
-    name: on hidden states without all logits in memory, or from logits. reason: why it is not the
+    name: on hidden states without all logits in memory, from logits, or from logits against a
+    teacher's most likely tokens. reason: why it is not the
     other one. bodies: what computed chunks of a fused loss ("eager", "compiled", "triton_body").
     """
 
-    name: Literal["fused", "reference"]
+    name: Literal["fused", "reference", "sparse"]
     reason: str | None = None
     bodies: list[str] = []
 

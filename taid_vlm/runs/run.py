@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 
@@ -14,7 +15,7 @@ from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_text
-from taid_vlm.models.loading import load_model
+from taid_vlm.models.loading import load_model, load_skeleton
 from taid_vlm.models.lora import find_adapter
 from taid_vlm.runs.folders import (
     ANSWERS,
@@ -32,6 +33,7 @@ from taid_vlm.runs.measure import Outcome, make_measuring, outcome_of, train_acc
 from taid_vlm.runs.publish import Push, prepare_push, push_student
 from taid_vlm.runs.results import Stage
 from taid_vlm.runs.save import save_student
+from taid_vlm.teachers import ServedTeacher
 from taid_vlm.training.trainer import DistillationTrainer
 
 WriteReport = Callable[[Outcome, str, Path], None]  # with the recipe as YAML and the page's path
@@ -131,8 +133,12 @@ def _saved_as(outcome: Outcome, saved: str) -> Outcome:
 
 def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrainer:
     set_seed(ingredients.args.seed)
+    served = None if recipe.teacher is None else recipe.teacher.server
+    teacher: Any = None if recipe.teacher is None or served is None else ServedTeacher(
+        served, load_skeleton(recipe.teacher, "teacher"))  # refused before the student is loaded
     student = load_model(recipe.student, "student")
-    teacher = None if recipe.teacher is None else load_model(recipe.teacher, "teacher")
+    if recipe.teacher is not None and served is None:
+        teacher = load_model(recipe.teacher, "teacher")
     return DistillationTrainer(
         student, teacher, ingredients.args, ingredients.train, ingredients.eval,
         ingredients.student_processor, ingredients.teacher_processor,

@@ -1,6 +1,8 @@
 """Where a teacher's signal comes from: a batch in, next-token laws at the aligned positions out."""
 
 from taid_vlm.teachers.local import LocalTeacher
+from taid_vlm.teachers.served import ServedTeacher, TeacherLost
 from taid_vlm.teachers.signal import HiddenSignal, SparseSignal, Teacher
 
-__all__ = ["HiddenSignal", "LocalTeacher", "SparseSignal", "Teacher"]
+__all__ = ["HiddenSignal", "LocalTeacher", "ServedTeacher", "SparseSignal", "Teacher",
+           "TeacherLost"]

@@ -29,6 +29,8 @@ class LocalTeacher:
             as and where it is.
     """
 
+    top: int | None = None
+
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator | None = None) -> None:
         model.requires_grad_(False).eval()
         self.model: Any = model if accelerator is None else _placed(model, accelerator)
@@ -68,7 +70,8 @@ class LocalTeacher:
         log_probs = self.logits(batch).float().log_softmax(-1)
         top, ids = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
         rest = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
-        return SparseSignal(ids, top, rest)
+        own = log_probs.gather(-1, batch["teacher_labels"][:, None])[:, 0]
+        return SparseSignal(ids, top, rest, own)
 
 
 def _placed(model: PreTrainedModel, accelerator: Accelerator) -> Any:

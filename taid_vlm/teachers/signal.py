@@ -3,7 +3,7 @@
 N are the batch's aligned tokens of the teacher (`teacher_mask`), V the rows of its head. The three
 forms of one signal, from the leanest exact one to what a server has: hidden states with their head
 (exact, H numbers a token), logits (exact, V numbers), and the k most likely tokens with what is
-left (2k + 1 numbers). The objective does not know which teacher it came from.
+left (2k + 1 numbers; `batch/sparse.py`). The objective does not know which teacher it came from.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from taid_vlm.batch.forward import Batch
+from taid_vlm.batch.sparse import SparseSignal
 from taid_vlm.fused.heads import Head, ModuleHead
+
+__all__ = ["HiddenSignal", "SparseSignal", "Teacher"]
 
 
 class HiddenSignal(NamedTuple):
@@ -23,20 +26,15 @@ class HiddenSignal(NamedTuple):
     head: Head | ModuleHead
 
 
-class SparseSignal(NamedTuple):
-    """ids and log_probs [N, k] of the most likely tokens, most likely first, and log_rest [N], the
-    log-probability of all others together (-inf where there are none)."""
-
-    ids: Tensor
-    log_probs: Tensor
-    log_rest: Tensor
-
-
 class Teacher(Protocol):
     """A frozen model's next-token laws at a batch's aligned positions.
 
-    rows: V. No method takes a gradient or moves random state.
+    rows: V. top: the k that `sparse` takes where that is all there is; None of a teacher whose
+    whole law is known. No method takes a gradient or moves random state.
     """
+
+    @property
+    def top(self) -> int | None: ...
 
     @property
     def rows(self) -> int: ...

@@ -21,6 +21,7 @@ from taid_vlm.alignment import Pairing
 from taid_vlm.batch.figures import Measured, compared_figures, token_figures
 from taid_vlm.batch.forward import Batch, student_forward
 from taid_vlm.batch.losses import advantage_weights, by_weight, token_losses
+from taid_vlm.batch.sparse import sparse_figures, sparse_losses
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedDivergence, FusedLoss, Rows
@@ -86,6 +87,35 @@ def _advantage(objective: Objective, teacher: Teacher, batch: Batch, u: Tensor) 
 
     return advantage_weights(objective.visual_advantage, batch, nll(u),
                              lambda blind: nll(teacher.logits(blind)))
+
+
+class SparseStep:
+    """The k most likely tokens of a teacher whose whole law is not known, and the rest; all logits
+    of the student in memory.
+
+    Args:
+        k: what the teacher's `sparse` takes.
+    """
+
+    def __init__(self, objective: Objective, pairing: Pairing, k: int) -> None:
+        self.objective, self.pairing, self.k = objective, pairing, k
+
+    def report(self) -> dict[str, Any]:
+        """For the run's results: which implementation ran, and why."""
+        return {"name": "sparse", "bodies": [],
+                "reason": f"the teacher gives its {self.k} most likely tokens and the rest"}
+
+    def __call__(
+        self, model: nn.Module, teacher: Teacher | None, batch: Batch, t: float | None,
+        with_figures: bool,
+    ) -> StepLoss:
+        assert teacher is not None
+        signal = teacher.sparse(batch, self.k)
+        s = student_forward(model, batch)
+        losses = sparse_losses(self.objective, batch, s, signal, self.pairing, t)
+        sums = {name: by_weight(batch, x).sum() for name, x in losses.items()}
+        figures = sparse_figures(batch, s, signal, self.pairing) if with_figures else {}
+        return StepLoss(self.objective.weighted(sums), losses, None, figures)
 
 
 class FusedStep:
@@ -169,6 +199,8 @@ def _hidden(teacher: Teacher, batch: Batch) -> HiddenSignal:
     return signal
 
 
+Step = ReferenceStep | SparseStep | FusedStep
+
 # ----- the student's forward ----------------------------------------------------------------
 
 
@@ -197,7 +229,7 @@ def choose_step(
     implementation: str, objective: Objective, pairing: Pairing | None, student: nn.Module,
     teacher: Teacher | None, probe: Batch, memory_budget: int = MEMORY_BUDGET,
     autocast: Autocast = contextlib.nullcontext,
-) -> ReferenceStep | FusedStep:
+) -> Step:
     """The implementation asked for; "auto" takes the fused one where it gives the same.
 
     Args:
@@ -208,6 +240,11 @@ def choose_step(
     Raises:
         TaidError: "fused" for something only the reference can do, with the reason.
     """
+    if isinstance(step := plain_step(objective, pairing, teacher), SparseStep):
+        if implementation == "fused":
+            raise TaidError(f"loss_implementation = 'fused', but {step.report()['reason']}. Use "
+                            "auto.")
+        return step
     if implementation == "reference":
         return ReferenceStep(objective, pairing, "loss_implementation = 'reference'")
     reason, transform = obstacle(objective, pairing), None
@@ -225,6 +262,15 @@ def choose_step(
         raise TaidError(f"loss_implementation = 'fused', but {reason}. Use auto or reference.")
     logger.warning("The loss keeps the logits of all answer positions: %s.", reason)
     return ReferenceStep(objective, pairing, reason)
+
+
+def plain_step(
+    objective: Objective, pairing: Pairing | None, teacher: Teacher | None
+) -> ReferenceStep | SparseStep:
+    """The implementation that works without knowing what stands behind the heads."""
+    if teacher is None or teacher.top is None or pairing is None or not objective.needs_teacher:
+        return ReferenceStep(objective, pairing)
+    return SparseStep(objective, pairing, teacher.top)
 
 
 def _unknown_head(role: str, model: Any) -> str:

@@ -44,14 +44,22 @@ from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
 from taid_vlm.models.published import use_published_names
 from taid_vlm.objectives import TaidSchedule, parse_objective
-from taid_vlm.teachers import LocalTeacher
+from taid_vlm.teachers import ServedTeacher
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.intake import Intake, prepared, windowed
-from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
+from taid_vlm.training.loss import Step, StepLoss, choose_step, plain_step
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
-from taid_vlm.training.visual import VisualTerms, visual_collator
+from taid_vlm.training.served import (
+    await_signals,
+    kept_if_lost,
+    place_teacher,
+    serve,
+    shapes_of,
+    training_collator,
+)
+from taid_vlm.training.visual import VisualTerms
 from taid_vlm.training.window import Window
 
 logger = logging.getLogger(__name__)
@@ -63,8 +71,8 @@ class DistillationTrainer(Trainer):
     """Distil `teacher_model` into `model` on records with or without images.
 
     Args:
-        model, teacher_model: transformers models, or names to load. The teacher may be left out
-            for objectives that need none (`ce`).
+        model, teacher_model: transformers models, or names to load; a ServedTeacher is asked over
+            the network. The teacher may be left out for objectives that need none (`ce`).
         args: a DistillationConfig.
         train_dataset, eval_dataset: `Records`, or any dataset of rows in the columns that
             `taid_vlm.records` understands; evaluation needs one with a length.
@@ -82,7 +90,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | ServedTeacher | None = None,
         args: DistillationConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -103,31 +111,30 @@ class DistillationTrainer(Trainer):
         if self.objective.needs_teacher and teacher is None:
             raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
         pairing, collator = pair_for_training(
-            student, teacher, processing_class, teacher_processing_class, args,
+            student, shapes_of(teacher), processing_class, teacher_processing_class, args,
             [d for d in (train_dataset, eval_dataset) if d is not None])
+        collator = serve(collator, teacher, self.objective, train_dataset)
         if peft_config is not None:
             student = with_adapter(student, peft_config)
         self.parts = TrainedParts(student, args)
-        if args.n_gpu > 1:
-            logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
-            args._n_gpu = 1
+        _use_one_gpu(args)
         super().__init__(
             model=student, args=args, eval_dataset=eval_dataset,
             train_dataset=windowed(train_dataset, collator, args),
-            data_collator=visual_collator(collator, self.objective, student, teacher),
+            data_collator=training_collator(collator, self.objective, student, teacher),
             processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
         )
         use_published_names(self.model)
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
-        self.teacher = None if teacher is None else LocalTeacher(teacher, self.accelerator)
+        self.teacher = place_teacher(teacher, self.accelerator)
         self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.router = RouterTerm(self.objective.router, student, self.accelerator)
         self._begin(train_dataset)
-        self._step: ReferenceStep | FusedStep | None = None
+        self._step: Step | None = None
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
 
@@ -184,18 +191,21 @@ class DistillationTrainer(Trainer):
             loss = loss + self.router.weight * routed.sum() * processes / max(float(fed), 1.0)
         return (loss, found.losses) if return_outputs else loss
 
-    def _loss_step(self, batch: Batch) -> ReferenceStep | FusedStep:
+    def _loss_step(self, batch: Batch) -> Step:
         """The implementation of the loss, chosen at the first batch that has tokens to check it."""
         if self._step is None and len(batch["labels"]):
             self._step = choose_step(
                 self.args.loss_implementation, self.objective, self.pairing, self.model,
                 self.teacher, batch, self.args.loss_memory_budget, self.accelerator.autocast)
-        return self._step or ReferenceStep(self.objective, self.pairing)
+        return self._step or plain_step(self.objective, self.pairing, self.teacher)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """What the answer tokens of the optimizer step count, over all micro-batches and
         processes; its images and the tokens it is fed are noted. All are on the CPU: no
         micro-batch waits for the device to know them."""
+        if isinstance(self.teacher, ServedTeacher):
+            with kept_if_lost(self):
+                await_signals(self.teacher, batch_samples, self.accelerator)
         counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
@@ -330,12 +340,13 @@ class DistillationTrainer(Trainer):
 
     def tally(self, dataset: Sequence[Any], keep_answers: bool = False) -> Tally:
         """`taid_vlm.evaluation.held_out.evaluate_pair` over all processes."""
-        tally = evaluate_pair(
-            self.model, self.teacher, dataset, self.collator, self.pairing,
-            keep_answers=keep_answers,
-            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-            **self._evaluation_options(),
-        )
+        with kept_if_lost(self):
+            tally = evaluate_pair(
+                self.model, self.teacher, dataset, self.collator, self.pairing,
+                keep_answers=keep_answers,
+                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+                **self._evaluation_options(),
+            )
         merged = Tally()
         for part in gather_object([tally]):
             merged.merge(part)
@@ -424,6 +435,12 @@ class DistillationTrainer(Trainer):
                             f"kept: {error}") from error
         finally:
             self.args.save_total_limit = kept
+
+
+def _use_one_gpu(args: DistillationConfig) -> None:
+    if args.n_gpu > 1:
+        logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
+        args._n_gpu = 1
 
 
 def _counts(batch: Batch) -> Tensor:

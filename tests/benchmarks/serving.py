@@ -12,7 +12,8 @@ from typing import Any
 
 from taid_vlm.benchmarks.answering import Answer
 from taid_vlm.benchmarks.question import Question
-from taid_vlm.benchmarks.remote import Endpoint, Remote
+from taid_vlm.benchmarks.remote import Remote
+from taid_vlm.io.endpoint import Endpoint
 
 KEY = "sk-secret-0123456789"
 Reply = tuple[int, dict[str, str], bytes]

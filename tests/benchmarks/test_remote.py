@@ -24,8 +24,9 @@ from PIL import Image, ImageChops
 
 from taid_vlm.benchmarks.answering import Answer
 from taid_vlm.benchmarks.question import Question
-from taid_vlm.benchmarks.remote import Endpoint, Remote, own_seed
+from taid_vlm.benchmarks.remote import Remote, own_seed
 from taid_vlm.errors import TaidError
+from taid_vlm.io.endpoint import Endpoint
 from taid_vlm.records import ImageRef
 
 

@@ -1,0 +1,298 @@
+"""A teacher that a vLLM server runs: its k most likely tokens, and the mass of all others."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from transformers import PreTrainedModel
+
+from taid_vlm.adapters import ModelAdapter, Rendered
+from taid_vlm.batch.forward import Batch
+from taid_vlm.batch.sparse import SparseSignal
+from taid_vlm.config.model import ServerSpec
+from taid_vlm.errors import TaidError, nearest
+from taid_vlm.io.endpoint import Endpoint, Failure, GivenUp, persistently, send
+from taid_vlm.models.forward import head_rows
+from taid_vlm.records import Record
+from taid_vlm.records.videos import Picture
+from taid_vlm.teachers.protocol import (
+    MODELS,
+    Laws,
+    Question,
+    WrongAnswer,
+    as_chat,
+    questions,
+    read_laws,
+    request,
+)
+
+SIGNAL = "teacher_signal"  # a batch's key: what was asked ahead
+SETTINGS = ("teacher.server.url", "teacher.server.timeout", "teacher.server.api_key_env")
+PROBE_TOKENS = 8  # of the prompt that is asked again, to see whether the model is the same
+PROBE_EVERY = 100  # batches
+# nats, weighted by the first answer's probabilities; rounding in bfloat16 stays well below
+DRIFT = 0.1
+
+
+class TeacherLost(TaidError):
+    """The server does not answer any more, or with something else than it was asked for."""
+
+
+class Pending:
+    """Answers that are under way, one for each row of a batch that has any."""
+
+    def __init__(self, rows: Sequence[Future[Laws]]) -> None:
+        self.rows = rows
+
+
+class ServedTeacher:
+    """The model behind a server; no weights are in this process.
+
+    Args:
+        server: where it is and how it is asked.
+        skeleton: the model's shapes (`models.loading.load_skeleton`), for its configuration and
+            the rows of its head.
+
+    Raises:
+        TaidError: no server there, none with that model, or one that gives no such laws.
+    """
+
+    model = None  # in this process
+    asks = True  # a plan's does not
+
+    def __init__(self, server: ServerSpec, skeleton: PreTrainedModel) -> None:
+        key = None if server.api_key_env is None else os.environ.get(server.api_key_env)
+        if server.api_key_env is not None and not key:
+            raise TaidError(f"teacher.server.api_key_env = '{server.api_key_env}', but there is no "
+                            "such environment variable.")
+        self.server, self.skeleton = server, skeleton
+        self.rows = head_rows(skeleton)
+        self.top = min(server.top_logprobs, self.rows)
+        self.end = Endpoint(server.url, server.model, key, server.timeout, server.retries + 1, 0.5,
+                            SETTINGS)
+        self.received = self.tokens = 0  # bytes of answers, and tokens that they are about
+        self.retried = False
+        self._waited = 0
+        self._closing = threading.Event()
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None  # and the process it belongs to
+        self.longest = self._connect()
+        probe = torch.arange(PROBE_TOKENS).remainder(self.rows).tolist()
+        self._probe = Question(probe, list(range(1, PROBE_TOKENS)), None, "a probe")
+        self._first = self._ask(self._probe)
+
+    def __getstate__(self) -> dict[str, Any]:  # for data-loader workers that are not forked
+        return {**vars(self), "_pool": None, "_closing": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _closing=threading.Event())
+
+    # ----- what every teacher gives ---------------------------------------------------------
+
+    def logits(self, batch: Batch) -> Tensor:
+        raise TaidError("a served teacher gives its most likely tokens only.")
+
+    def hidden(self, batch: Batch) -> None:
+        """A server keeps its hidden states."""
+
+    def sparse(self, batch: Batch, k: int) -> SparseSignal:
+        """The k most likely tokens, see `Teacher`; those that were asked ahead, or asks now."""
+        assert k == self.top
+        ahead = dict(batch)
+        if SIGNAL not in ahead:
+            ahead[SIGNAL] = self.submit(batch)
+            self.wait([ahead])
+        device = batch["teacher_labels"].device
+        return SparseSignal(**{name: part.to(device) for name, part in ahead[SIGNAL].items()})
+
+    # ----- asking ahead ---------------------------------------------------------------------
+
+    def chat(
+        self, adapter: ModelAdapter, record: Record, rendered: Rendered,
+        images: Sequence[Picture],
+    ) -> Mapping[str, Any] | None:
+        """What the collator adds to a batch of every row, as `teacher_chats`."""
+        return as_chat(adapter, record, rendered, images)
+
+    def submit(self, batch: Batch) -> Pending:
+        """Send a batch's requests, at most `concurrency` at once."""
+        asked = questions(batch)
+        self._refuse_placeholders(asked)
+        return Pending([self._threads().submit(self._ask, question) for question in asked])
+
+    def collate(self, collator: Any) -> AskingCollator:
+        """The collator that also asks: the answers are under way while the student trains."""
+        return AskingCollator(collator, self)
+
+    def wait(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Put the answers, the parts of a SparseSignal by name, in place of what is under way.
+
+        Raises:
+            TeacherLost: there is no answer, or a wrong one; nothing is asked any more then.
+        """
+        try:
+            for batch in batches:
+                pending = batch.get(SIGNAL)
+                if isinstance(pending, str):  # from a data-loader worker
+                    raise TeacherLost(pending)
+                if isinstance(pending, Pending):
+                    laws = [future.result() for future in pending.rows]
+                    pending = _joined(laws, self.top)
+                if isinstance(pending, Laws):
+                    self.received += pending.size
+                    self.tokens += len(pending.ids)
+                    batch[SIGNAL] = to_signal(pending, self.rows)._asdict()
+                self._waited += 1
+            if self.retried or self._waited >= PROBE_EVERY:
+                self._check_same()
+        except TaidError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ask no more; what waits for another attempt gives up."""
+        self._closing.set()
+        if self._pool is not None:
+            self._pool[1].shutdown(wait=False, cancel_futures=True)
+
+    def report(self) -> dict[str, Any]:
+        """For the run's results. Bytes per token are those on the wire."""
+        return {"name": self.server.model, "top_logprobs": self.top,
+                "bytes_per_token": self.received / self.tokens if self.tokens else None}
+
+    # ----- one request ----------------------------------------------------------------------
+
+    def _ask(self, question: Question) -> Laws:
+        path, body = request(question, self.server.model, self.top)
+
+        def attempt() -> Laws:
+            try:
+                return send(self.end, path, body, lambda data: read_laws(
+                    data, question, self.server.model, self.top, self.rows))
+            except Failure as failure:
+                self.retried |= failure.passing
+                raise
+
+        address = self.end.address(path)
+        try:
+            return persistently(self.end, attempt, self._closing)
+        except Failure as failure:
+            raise TeacherLost(f"teacher.server: '{address}' refuses {question.source}: {failure}."
+                              f"{_mend(str(failure), self.top)}") from failure
+        except GivenUp as last:
+            raise TeacherLost(f"teacher.server: '{address}' gives no answer after {last.attempts} "
+                              f"attempts; the last one: {last}.") from last
+        except WrongAnswer as wrong:
+            raise TeacherLost(f"teacher.server: '{address}' answers wrongly: {wrong}.") from wrong
+
+    def _connect(self) -> int | None:
+        """The longest row that the server takes, if it says so."""
+        try:
+            tree = persistently(self.end, lambda: send(self.end, MODELS, None, json.loads),
+                                self._closing)
+            models = {card["id"]: card for card in tree["data"]}
+        except GivenUp as last:
+            raise TeacherLost(f"teacher.server.url = '{self.server.url}' gives no answer after "
+                              f"{last.attempts} attempts; the last one: {last}.") from last
+        except (Failure, LookupError, TypeError) as problem:
+            raise TaidError(f"teacher.server.url = '{self.server.url}' lists no models: {problem}."
+                            ) from problem
+        if self.server.model not in models:
+            raise TaidError(f"teacher.server.model = '{self.server.model}' is not served at "
+                            f"'{self.server.url}'.{nearest(self.server.model, models)}")
+        length = models[self.server.model].get("max_model_len")
+        return length - 1 if isinstance(length, int) else None  # a token is generated, too
+
+    def _check_same(self) -> None:
+        """After an interruption, and now and then: is it still the model of the beginning?"""
+        again, self.retried, self._waited = self._ask(self._probe), False, 0
+        moved = distance(self._first, again)
+        if moved > DRIFT:
+            raise TeacherLost(f"teacher.server: '{self.server.model}' at '{self.server.url}' is "
+                              "not the model it was when the run began: the same prompt has other "
+                              f"probabilities (by {moved:.2g} nats).")
+
+    def _refuse_placeholders(self, asked: Sequence[Question]) -> None:
+        """A server takes the ids of an image without one, and answers as if it had seen noise."""
+        config = self.skeleton.config
+        image = {getattr(config, key, None) for key in ("image_token_id", "image_token_index")}
+        for question in asked:
+            if question.chat is None and not image.isdisjoint(question.ids):
+                raise TeacherLost(f"{question.source} has image tokens, but no image to send.")
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None or self._pool[0] != os.getpid():
+            worker = get_worker_info()
+            share = self.server.concurrency // (1 if worker is None else worker.num_workers)
+            self._pool = os.getpid(), ThreadPoolExecutor(max(1, share))
+        return self._pool[1]
+
+
+class AskingCollator:
+    """A collator whose batches carry the teacher's answers, or are waiting for them.
+
+    In the training process they are under way when it returns. What a data-loader worker gives is
+    sent to another process, so that the worker waits; it works ahead as it is.
+    """
+
+    def __init__(self, collator: Any, teacher: ServedTeacher) -> None:
+        self.collator, self.teacher = collator, teacher
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(rows)
+        try:
+            pending = self.teacher.submit(batch)
+            in_worker = get_worker_info() is not None
+            batch[SIGNAL] = _joined([future.result() for future in pending.rows],
+                                    self.teacher.top) if in_worker else pending
+        except TaidError as problem:
+            batch[SIGNAL] = str(problem)
+        batch.pop("teacher_chats", None)  # large, and sent
+        return batch
+
+
+def _joined(laws: Sequence[Laws], k: int) -> Laws:
+    """All rows' tokens one behind the other, as `teacher_mask` has them."""
+    none = torch.empty(0, k)
+    columns = list(zip(*laws, strict=True)) or [(none.long(),), (none.double(),),
+                                                (none[:, 0].double(),), (0,)]
+    ids, log_probs, own, sizes = columns
+    return Laws(torch.cat(ids), torch.cat(log_probs), torch.cat(own), sum(sizes))
+
+
+def to_signal(laws: Laws, rows: int) -> SparseSignal:
+    """In float32, with the exact rest: log(1 - sum) in float64; -inf where all tokens are known."""
+    mass = laws.log_probs.exp().sum(-1)
+    whole = laws.ids.shape[-1] >= rows
+    rest = torch.full_like(mass, -torch.inf) if whole else torch.log1p(-mass.clamp(max=1.0))
+    return SparseSignal(laws.ids, laws.log_probs.float(), rest.float(), laws.own.float())
+
+
+def distance(first: Laws, second: Laws) -> float:
+    """The largest over tokens of sum p |log p - log q| over the first's k, in nats.
+
+    A token that is not among the second's k counts as its least likely one at most.
+    """
+    same = first.ids[:, :, None] == second.ids[:, None, :]
+    least = second.log_probs.min(-1, keepdim=True).values
+    q = torch.where(same, second.log_probs[:, None, :], -torch.inf).amax(-1)
+    q = torch.where(q > -torch.inf, q, torch.minimum(least, first.log_probs))
+    gaps = first.log_probs.exp() * (first.log_probs - q).abs()
+    return float(gaps.sum(-1).max()) if len(gaps) else 0.0
+
+
+def _mend(words: str, k: int) -> str:
+    if "logprobs" in words:
+        return f" Start the server with --max-logprobs {k}, or lower teacher.server.top_logprobs."
+    if "context length" in words:
+        return " Lower train.max_length, or start the server with a larger --max-model-len."
+    if "chat template" in words or "chat_template" in words:
+        return " Start the server with --chat-template, as the processor has it."
+    return ""

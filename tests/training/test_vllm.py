@@ -1,0 +1,116 @@
+"""A real vLLM server as the teacher. TAID_VLM_VLLM names the Python of an environment that has
+vLLM on CPU (`scripts/setup_vllm_cpu.sh` makes one); without it nothing here runs.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from training.runs import weights
+from training.test_served import FIGURES, STEPS, K, logged, pupil, train
+from training.vllm import wide_llama
+from zoo import save
+
+from taid_vlm import DistillationTrainer
+from taid_vlm.config.model import ServerSpec
+from taid_vlm.teachers import ServedTeacher, TeacherLost
+
+PYTHON = os.environ.get("TAID_VLM_VLLM")
+READY_WITHIN = 300  # seconds
+pytestmark = pytest.mark.skipif(not PYTHON, reason="TAID_VLM_VLLM names no Python with vLLM")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Vllm:
+    """A server process of a saved model."""
+
+    def __init__(self, folder: Path) -> None:
+        assert PYTHON is not None
+        port, home = free_port(), Path(PYTHON).parent
+        self.url, self.log = f"http://127.0.0.1:{port}/v1", folder.parent / "vllm.log"
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment |= {
+            "PATH": f"{home}:{environment['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        command = [str(home / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port",
+                   str(port), "--served-model-name", "teacher", "--max-model-len", "512",
+                   "--max-num-seqs", "8", "--max-logprobs", "-1", "--enforce-eager", "--dtype",
+                   "float32"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        self._wait()
+
+    def _wait(self) -> None:
+        end = time.monotonic() + READY_WITHIN
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{self.url}/models", timeout=5).close()
+                return
+            except OSError:
+                time.sleep(1)
+        self.stop()
+        raise RuntimeError(f"vLLM does not serve: {self.log.read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        self.process.terminate()  # it ends its engine itself
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    server = Vllm(save(wide_llama(), tmp_path_factory.mktemp("vllm") / "model"))
+    yield server
+    server.stop()
+
+
+def test_vllm_teaches_as_the_same_model_here(vllm: Vllm, tmp_path: Path) -> None:
+    """Three steps: losses and figures within 1e-4 of a local teacher with the same top k."""
+    built = wide_llama()
+    spec = ServerSpec(url=vllm.url, model="teacher", top_logprobs=K, timeout=60.0, retries=1)
+    teacher = ServedTeacher(spec, built.model)
+    remote = train(tmp_path, teacher, built.processor, pupil())
+    local = train(tmp_path, built.model, built.processor, pupil())
+    ours, theirs = (torch.tensor(logged(run, *FIGURES), dtype=torch.float64)
+                    for run in (remote, local))
+    apart = max(float((weights(remote)[name] - weight).abs().max())
+                for name, weight in weights(local).items())
+    print(f"vLLM against transformers over {STEPS} steps, k = {K}: largest difference of a logged "
+          f"figure {float((ours - theirs).abs().max()):.2g}; of a weight "
+          f"{apart:.2g}; {teacher.report()}")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert apart < 1e-4
+
+
+def test_a_vllm_that_is_stopped_leaves_a_checkpoint(
+    vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a run; the last test here, for the server is gone after it."""
+    built, finish = wide_llama(), DistillationTrainer.finish_step
+    spec = ServerSpec(url=vllm.url, model="teacher", top_logprobs=K, timeout=60.0, retries=1)
+
+    def stops(trainer: DistillationTrainer) -> None:
+        finish(trainer)
+        if trainer.state.global_step == 1:
+            vllm.stop()
+
+    monkeypatch.setattr(DistillationTrainer, "finish_step", stops)
+    with pytest.raises(TeacherLost, match="no answer after 2 attempts"):
+        train(tmp_path, ServedTeacher(spec, built.model), built.processor, pupil(), max_steps=9)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1

@@ -1,0 +1,173 @@
+"""A stand-in for vLLM: a zoo model behind the parts of its protocol that a teacher is asked with.
+
+`vllm_0_32.json` holds what vLLM 0.32 answered for `wide_llama()`; `test_served.py` holds the
+stand-in's answers against it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from unittest import mock
+
+import torch
+from PIL import Image
+from zoo import Built, build, families
+
+Tree = dict[str, Any]
+NAME = "zoo-llama"
+
+
+def wide_llama(**options: Any) -> Built:
+    """Heads of size 32, which is the least that vLLM takes on a CPU."""
+    plain = families._text_args
+
+    def wide(*args: Any) -> Tree:
+        return {**plain(*args), "hidden_size": 64, "num_attention_heads": 2,
+                "num_key_value_heads": 1}
+
+    with mock.patch.object(families, "_text_args", wide):
+        return build("llama", **{"seed": 3, **options})
+
+
+class StandIn:
+    """Serves `built`. `twist` may change an answer (a tree) or take its place with (status, tree);
+    it is called with the request's body, the answer and how many there were before.
+
+    Args:
+        max_logprobs: as vLLM's option; -1: the model's vocabulary.
+    """
+
+    def __init__(self, built: Built, name: str = NAME, max_logprobs: int = -1) -> None:
+        self.built, self.name, self.length = built, name, 512
+        self.twist: Callable[[Tree, Tree, int], Any] = lambda body, answer, number: answer
+        self.bodies: list[Tree] = []
+        self.now = self.most = 0
+        self.pause = 0.0
+        self.lock, self.one = threading.Lock(), threading.Lock()
+        rows = built.model.get_output_embeddings().weight.shape[0]
+        self.max_logprobs = rows if max_logprobs < 0 else max_logprobs
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                card = {"id": server.name, "object": "model", "created": 0, "owned_by": "vllm",
+                        "root": server.name, "parent": None, "max_model_len": server.length,
+                        "permission": []}
+                self._reply(200, {"object": "list", "data": [card]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with server.lock:
+                    number = len(server.bodies)
+                    server.bodies.append(body)
+                    server.now += 1
+                    server.most = max(server.most, server.now)
+                try:
+                    time.sleep(server.pause)
+                    self._reply(*server.answer(self.path, body, number))
+                finally:
+                    with server.lock:
+                        server.now -= 1
+
+            def _reply(self, status: int, tree: Any) -> None:
+                data = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer(self, path: str, body: Tree, number: int) -> tuple[int, Any]:
+        if body["model"] != self.name:
+            return 404, error(404, f"The model `{body['model']}` does not exist.")
+        k = body["prompt_logprobs"]
+        if k > self.max_logprobs:
+            return 400, error(400, f"Requested prompt logprobs of {k}, which is greater than max "
+                              f"allowed: {self.max_logprobs} (parameter=prompt_logprobs, value={k})"
+                              , "prompt_logprobs")
+        ids, entries = self.laws(body, k)
+        plain = self.twist(body, self.tree(path, ids, entries), number)
+        return plain if isinstance(plain, tuple) else (200, plain)
+
+    @torch.no_grad()
+    def laws(self, body: Tree, k: int) -> tuple[list[int], list[Any]]:
+        inputs = self.inputs(body)
+        with self.one:
+            log_p = self.built.model(**inputs).logits[0].float().log_softmax(-1)
+        ids = inputs["input_ids"][0].tolist()
+        entries: list[Any] = [None]
+        for law, token in zip(log_p, ids[1:], strict=False):
+            order = law.argsort(descending=True).tolist()
+            shown = [token, *(i for i in order[:k] if i != token)]
+            entries.append({str(i): {"logprob": float(law[i]), "rank": order.index(i) + 1,
+                                     "decoded_token": self.built.tokenizer.decode([i])}
+                            for i in shown})
+        return ids, entries
+
+    def inputs(self, body: Tree) -> Mapping[str, Any]:
+        if "prompt" in body:
+            return {"input_ids": torch.tensor([body["prompt"]])}
+        for message in body["messages"]:
+            for part in message["content"] if isinstance(message["content"], list) else ():
+                if part["type"] == "image_url":
+                    data = part.pop("image_url")["url"].removeprefix("data:image/png;base64,")
+                    part |= {"type": "image", "image": Image.open(io.BytesIO(
+                        base64.b64decode(data)))}
+        encoded: Mapping[str, Any] = self.built.processor.apply_chat_template(
+            body["messages"], add_generation_prompt=body["add_generation_prompt"], tokenize=True,
+            return_dict=True, return_tensors="pt")
+        return encoded
+
+    def tree(self, path: str, ids: list[int], entries: list[Any]) -> Tree:
+        shared = {"created": 0, "model": self.name, "service_tier": None,
+                  "system_fingerprint": "vllm-0.32.0", "kv_transfer_params": None,
+                  "ec_transfer_params": None, "metrics": None,
+                  "usage": {"prompt_tokens": len(ids), "total_tokens": len(ids) + 1,
+                            "completion_tokens": 1, "prompt_tokens_details": None,
+                            "completion_tokens_details": None}}
+        choice = {"index": 0, "logprobs": None, "finish_reason": "length", "stop_reason": None,
+                  "token_ids": [0], "routed_experts": None}
+        if path.endswith("/chat/completions"):
+            message = {"role": "assistant", "content": "", "refusal": None, "annotations": None,
+                       "audio": None, "function_call": None, "reasoning": None}
+            return {"id": "chatcmpl-0", "object": "chat.completion", **shared,
+                    "choices": [{**choice, "message": message}], "prompt_logprobs": entries,
+                    "prompt_token_ids": ids, "prompt_text": None}
+        return {"id": "cmpl-0", "object": "text_completion", **shared, "choices": [
+            {**choice, "text": "", "prompt_logprobs": entries, "prompt_token_ids": ids}]}
+
+
+def error(status: int, words: str, param: str = "model") -> Tree:
+    return {"error": {"message": words, "type": "BadRequestError", "param": param, "code": status}}
+
+
+@contextlib.contextmanager
+def standing_in(built: Built, **options: Any) -> Iterator[StandIn]:
+    server = StandIn(built, **options)
+    try:
+        yield server
+    finally:
+        server.close()
