@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from PIL import Image
@@ -49,6 +49,21 @@ TOO_LONG, UNALIGNED = "longer than max_length", "nothing aligned"
 CUT = "cut"  # not dropped: plain texts that were shortened
 
 
+class TeacherRow(NamedTuple):
+    """A record as the teacher is shown it: token ids without padding, images, and the positions
+    among the ids of those tokens that are compared, in order."""
+
+    record: Record
+    ids: list[int]
+    images: list[Image.Image]
+    positions: list[int]
+
+    @property
+    def source(self) -> str:
+        """What messages call the record."""
+        return self.record.source
+
+
 @dataclass(frozen=True)
 class _Sample:
     record: Record
@@ -69,6 +84,8 @@ class DistillationCollator:
         degrade: makes an image that says nothing, of the same size; the teacher is then shown
             these, too.
         views: by role, what finds the images' global views.
+        stored: what has the teacher's hidden states, or takes note of where they are asked for:
+            given the batch's rows and the batch, it says what of the batch is another.
         reported: the first message of every reason for which a record was left out.
 
     A batch holds, for N aligned tokens in B rows:
@@ -80,6 +97,7 @@ class DistillationCollator:
         sources: list of B names of the records; images: [B] how many each has.
         teacher_degraded: with `degrade`, those of the teacher's inputs in which degraded images
             differ; {} where no row has an image.
+        teacher_hidden: with a cache as `stored`, the teacher's hidden states [N_teacher, H].
         student_views, teacher_views: with `views`, a View per image, in the same order.
         counts: `dropped` {reason: rows}, `cut` texts, and tokens supervised and aligned.
         notes: {what of the rows has no effect: rows}.
@@ -97,6 +115,7 @@ class DistillationCollator:
     padding_side: Side = "right"
     degrade: Callable[[Image.Image], Image.Image] | None = None
     views: Mapping[str, GlobalViews] | None = None
+    stored: Callable[[Sequence[TeacherRow], Batch], Batch] | None = None
     reported: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
@@ -273,6 +292,9 @@ class DistillationCollator:
             batch |= _partners([pair for _, pair in flat])
         if self.degrade is not None:
             batch["teacher_degraded"] = self._degraded(samples, encoded["teacher"])
+        if self.stored is not None:
+            batch |= self.stored(_teacher_rows(samples, encoded["teacher"], tokens["teacher"]),
+                                 batch)
         for role, views in (self.views or {}).items():
             batch[f"{role}_views"] = views(encoded[role])
         encoded_rows = encoded["student"].rows if flat else []
@@ -307,6 +329,16 @@ class DistillationCollator:
                                 "so a degraded image cannot take its place; leave out "
                                 "objective.token_weights.")
         return changed
+
+
+def _teacher_rows(
+    samples: Sequence[_Sample], encoded: EncodedBatch, tokens: Sequence[tuple[int, int, int]]
+) -> list[TeacherRow]:
+    places: list[list[int]] = [[] for _ in samples]
+    for index, position, _ in tokens:
+        places[index].append(position - encoded.rows[index].offset)
+    return [TeacherRow(sample.record, row.ids, sample.images, positions)
+            for sample, row, positions in zip(samples, encoded.rows, places, strict=True)]
 
 
 def _partners(flat: list[Aligned]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateA
 from taid_vlm.config.data import DataSource, DataSpec, StageData
 from taid_vlm.config.evaluation import EvaluateSpec
 from taid_vlm.config.kinds import AsWritten, Name, wanted
-from taid_vlm.config.model import ModelSpec, StudentSpec
+from taid_vlm.config.model import StudentSpec, TeacherSpec
 from taid_vlm.config.objective import ObjectiveSpec, read_objective
 from taid_vlm.config.secrets import holds_hidden, redact
 from taid_vlm.config.section import Section, check
@@ -99,7 +99,7 @@ class Recipe(Section):
     student: Annotated[StudentSpec, AfterValidator(_named)]
     data: DataSpec
     output_dir: Annotated[str, Field(min_length=1), wanted("a folder's path")]
-    teacher: Annotated[ModelSpec | None, AfterValidator(_named)] = None
+    teacher: Annotated[TeacherSpec | None, AfterValidator(_named)] = None
     objective: Objective = {"name": "taid"}
     train: Train = {}
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)

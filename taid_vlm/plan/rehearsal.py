@@ -28,6 +28,7 @@ from taid_vlm.models.parts import TOWER, frozen_modules
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.ledger import Ledger
 from taid_vlm.plan.shapes import Shapes
+from taid_vlm.teachers import CachedTeacher, LocalTeacher
 from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step, obstacle
 from taid_vlm.training.trainer import DistillationTrainer
 
@@ -95,7 +96,7 @@ def _loss_step(trainer: DistillationTrainer, batch: Batch) -> ReferenceStep | Fu
         return choose_step(
             args.loss_implementation, trainer.objective, pairing, trainer.model, trainer.teacher,
             batch, args.loss_memory_budget, trainer.accelerator.autocast)
-    if trainer.teacher is not None:
+    if isinstance(trainer.teacher, LocalTeacher):
         trainer.teacher.transform = _configured_transform(trainer.teacher.model)
     step = _FewFigures(trainer.objective, pairing, trainer.model,
                        _configured_transform(trainer.model), args.loss_memory_budget,
@@ -143,13 +144,19 @@ def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shap
 def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:
     """A ledger that knows what lies there before the step begins."""
     ledger = Ledger()
-    if trainer.teacher is not None:
-        teacher = trainer.teacher.model
-        ledger.adopt([*teacher.parameters(), *teacher.buffers()], kinds.TEACHER)
+    ledger.adopt(teacher_tensors(trainer), kinds.TEACHER)
     ledger.adopt([*parameters(trainer), *trainer.model.buffers()], kinds.STUDENT)
     ledger.adopt(tree_leaves(dict(batch)), kinds.BATCH)
     ledger.adopt(kept(trainer), kinds.LOSS)
     return ledger
+
+
+def teacher_tensors(trainer: DistillationTrainer) -> list[Tensor]:
+    """The teacher in memory: of a cached one the head."""
+    if isinstance(trainer.teacher, CachedTeacher):
+        return trainer.teacher.head.parameters()
+    model = trainer.teacher_model
+    return [] if model is None else [*model.parameters(), *model.buffers()]
 
 
 def kept(trainer: DistillationTrainer) -> list[Tensor]:

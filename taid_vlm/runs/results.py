@@ -132,12 +132,24 @@ class Alignment(Part):
     warnings: list[str]
 
 
+class Cache(Part):
+    """Of a cached teacher.
+
+    folder: as in the recipe. identity: of what it holds. bytes_per_token: on disk, of an answer's.
+    """
+
+    folder: str
+    identity: str
+    bytes_per_token: float
+
+
 class Model(Part):
     """A model of the run.
 
     name, revision: as in the recipe. model_type: transformers' name of its family. parameters: how
     many. parts: of a student, {part: {"parameters": how many, "trained": of these}}. saved: as what
-    a LoRA student was written, its adapter or its base model with the adapter merged.
+    a LoRA student was written, its adapter or its base model with the adapter merged. cache: of a
+    teacher that was asked once, where its hidden states lie and how many bytes a token takes.
     """
 
     name: str
@@ -146,6 +158,7 @@ class Model(Part):
     parameters: int
     parts: dict[str, dict[Literal["parameters", "trained"], int]] = {}
     saved: Literal["adapter", "merged"] | None = None
+    cache: Cache | None = None
 
 
 class LossImplementation(Part):

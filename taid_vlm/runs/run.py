@@ -132,7 +132,8 @@ def _saved_as(outcome: Outcome, saved: str) -> Outcome:
 def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrainer:
     set_seed(ingredients.args.seed)
     student = load_model(recipe.student, "student")
-    teacher = None if recipe.teacher is None else load_model(recipe.teacher, "teacher")
+    teacher = ingredients.cache or (
+        None if recipe.teacher is None else load_model(recipe.teacher, "teacher"))
     return DistillationTrainer(
         student, teacher, ingredients.args, ingredients.train, ingredients.eval,
         ingredients.student_processor, ingredients.teacher_processor,

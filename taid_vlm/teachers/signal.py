@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from taid_vlm.batch.forward import Batch
@@ -30,6 +31,13 @@ class SparseSignal(NamedTuple):
     ids: Tensor
     log_probs: Tensor
     log_rest: Tensor
+
+
+def most_likely(logits: Tensor, k: int) -> SparseSignal:
+    """The k most likely tokens of logits [N, V] in float32, with the exact rest."""
+    log_probs = logits.float().log_softmax(-1)
+    top, ids = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
+    return SparseSignal(ids, top, log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1))
 
 
 class Teacher(Protocol):

@@ -18,8 +18,9 @@ from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.models.lora import check_names, name_base
-from taid_vlm.objectives import parse_objective
+from taid_vlm.objectives import Objective, parse_objective
 from taid_vlm.records import Record, first_rows
+from taid_vlm.teachers.cache import TeacherCache
 from taid_vlm.training.router import check_router
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ CHUNK = "chunk_"  # before the names of figures of chunks
 
 
 def pair_for_training(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, processing_class: Processor | None,
-    teacher_processing_class: Processor | None, args: DistillationConfig, datasets: Sequence[Any],
+    student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache | None,
+    processing_class: Processor | None, teacher_processing_class: Processor | None,
+    args: DistillationConfig, datasets: Sequence[Any],
 ) -> tuple[Pairing | None, DistillationCollator]:
     """Adapters, pairing and collator for two models, checked against the data."""
     if processing_class is None or (teacher is not None and teacher_processing_class is None):
@@ -62,16 +64,31 @@ def pair_for_training(
                      any(record.images for record in probed))
     if teacher is not None and theirs is not None:
         answers = [text for r in probed for text in (r.answers or [r.text or ""])]
-        pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),
+        rows = teacher.rows if isinstance(teacher, TeacherCache) else head_rows(teacher)
+        pairing = pair_models(theirs, ours, rows, head_rows(student),
                               [text[:2000] for text in answers], objective.alignment)
         _refuse_metric(args.metric_for_best_model, pairing)
         for warning in pairing.warnings:
             logger.warning(warning)
     collator = DistillationCollator(
-        ours, theirs, pairing, args.supervise, args.padding_side)  # type: ignore[arg-type]
+        ours, theirs, pairing, args.supervise, args.padding_side,  # type: ignore[arg-type]
+        stored=_stored(teacher, objective))
     for first in firsts:
         _refuse_empty(collator, first)
     return pairing, collator
+
+
+def _stored(teacher: Any, objective: Objective) -> TeacherCache | None:
+    """The cache that stands for a teacher; raises TaidError where a term asks a live one."""
+    if not isinstance(teacher, TeacherCache):
+        return None
+    for key, asks in (("token_weights", bool(objective.visual_advantage)),
+                      (" and ".join(term.name for term in objective.visual), objective.visual)):
+        if asks:
+            raise TaidError(f"objective.{key} shows images to the teacher while training, and "
+                            "teacher.cache holds its hidden states only: leave it out, or name the "
+                            "teacher with teacher.model_name_or_path.")
+    return teacher
 
 
 def of_chunks(metric: str | None) -> bool:

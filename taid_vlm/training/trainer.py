@@ -44,7 +44,7 @@ from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
 from taid_vlm.models.published import use_published_names
 from taid_vlm.objectives import TaidSchedule, parse_objective
-from taid_vlm.teachers import LocalTeacher
+from taid_vlm.teachers import CachedTeacher, LocalTeacher, TeacherCache
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
@@ -62,8 +62,8 @@ class DistillationTrainer(Trainer):
     """Distil `teacher_model` into `model` on records with or without images.
 
     Args:
-        model, teacher_model: transformers models, or names to load. The teacher may be left out
-            for objectives that need none (`ce`).
+        model, teacher_model: transformers models, or names to load. The teacher may be a
+            TeacherCache, or be left out for objectives that need none (`ce`).
         args: a DistillationConfig.
         train_dataset, eval_dataset: `Records`, or any dataset of rows in the columns that
             `taid_vlm.records` understands; evaluation needs one with a length.
@@ -81,7 +81,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | TeacherCache | None = None,
         args: DistillationConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -119,7 +119,7 @@ class DistillationTrainer(Trainer):
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
-        self.teacher = None if teacher is None else LocalTeacher(teacher, self.accelerator)
+        self.teacher = teacher_of(teacher, self.accelerator)
         self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
@@ -148,7 +148,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def teacher_model(self) -> Any:
-        """The model behind the teacher, None without one."""
+        """The model behind the teacher; None without one in this process."""
         return None if self.teacher is None else self.teacher.model
 
     # ----- the step -------------------------------------------------------------------------
@@ -409,6 +409,16 @@ class DistillationTrainer(Trainer):
                             f"kept: {error}") from error
         finally:
             self.args.save_total_limit = kept
+
+
+def teacher_of(teacher: Any, accelerator: Any) -> LocalTeacher | CachedTeacher | None:
+    """What gives a model's or a cache's signal on this process's device."""
+    if not isinstance(teacher, TeacherCache):
+        return None if teacher is None else LocalTeacher(teacher, accelerator)
+    if accelerator.is_main_process:
+        logger.info("The teacher is cached in '%s' and shown no images: whether it looks at its "
+                    "own (the canary) is not measured.", teacher.folder)
+    return CachedTeacher(teacher, accelerator)
 
 
 def _counts(batch: Batch) -> Tensor:

@@ -1,0 +1,36 @@
+"""`taid-vlm cache`: a teacher's hidden states on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from taid_vlm.commands.options import option
+from taid_vlm.commands.recipes import RecipeOptions
+
+INTERRUPTED = "; the same command goes on after the shards that are whole"
+
+
+class CacheOptions(RecipeOptions):
+    output: Path = option("new, or of a build that was interrupted", "FOLDER", ...)
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "of the hidden states on disk; auto: as the teacher gives them, which loses nothing",
+        default="auto")
+    batch_size: PositiveInt | None = option(
+        "records at a time (default: train.per_device_eval_batch_size)", "N")
+
+
+def run(options: CacheOptions) -> None:
+    recipe = options.load()
+
+    from accelerate import PartialState
+
+    from taid_vlm.runs.cache import build_cache
+
+    built = build_cache(recipe, options.output, options.dtype, options.batch_size)
+    process = PartialState()
+    if process.is_main_process:
+        print(built)
+    process.destroy_process_group()  # left to the interpreter's exit, processes can abort

@@ -1,0 +1,337 @@
+"""A teacher that was asked once: its hidden states on disk, the head in memory.
+
+    DIR/taid_vlm.json       the manifest, written last: what the cache holds, and every file's hash
+    DIR/identity.json       whose hidden states these are, and how they were computed
+    DIR/head.safetensors    weight [V, H] and, where there is one, bias [V]
+    DIR/teacher/            config, processor and chat template, as a model's folder has them
+    DIR/shards/*.safetensors
+
+A shard holds R records with n tokens in all: `hidden` [n, H] at the predicting positions of
+`positions` [n] (of the predicted tokens, in the row without padding), `starts` [R + 1] of each
+record among them, and of each record 16 bytes of SHA-256 of its token ids, its images' pixels and
+its name in the data (`ids`, `images`, `sources` [R, 16]), the CRC-32 of its hidden states
+(`sums` [R]), and where it stood: (side, number) (`places` [R, 2]).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+from transformers import AutoConfig, PretrainedConfig
+
+from taid_vlm.batch.collator import TeacherRow
+from taid_vlm.batch.forward import Batch
+from taid_vlm.config.model import DESCRIPTION, TeacherSpec
+from taid_vlm.errors import TaidError
+from taid_vlm.fused.heads import Head
+from taid_vlm.io.files import read_json
+from taid_vlm.io.hashing import file_sha256, sha256
+from taid_vlm.io.manifest import read_manifest
+from taid_vlm.models.forward import Autocast
+from taid_vlm.models.head import LogitTransform, keeps_type
+from taid_vlm.teachers.signal import HiddenSignal, SparseSignal, most_likely
+
+logger = logging.getLogger(__name__)
+
+KIND = "teacher_cache"
+SHARDS, HEAD, IDENTITY = "shards", "head.safetensors", "identity.json"
+BYTES = 16  # of every hash in an index
+INDEX = ("ids", "images", "sources", "sums", "starts", "places")
+AGAIN = "Build the cache again with `taid-vlm cache` from this recipe's models and data."
+
+
+class Key(NamedTuple):
+    """What a record's hidden states depend on beside the teacher, hashed."""
+
+    ids: bytes
+    images: bytes
+
+
+def key_of(ids: Sequence[int], images: Sequence[Image.Image]) -> Key:
+    """Of a row's token ids without padding, and its images as they were decoded."""
+    pixels = (part for image in images
+              for part in (repr((image.mode, image.size)).encode(), image.tobytes()))
+    return Key(sha256([np.asarray(ids, np.int64).tobytes()])[:BYTES], sha256(pixels)[:BYTES])
+
+
+def source_hash(source: str) -> bytes:
+    """Of a record's name in the data."""
+    return sha256([source.encode()])[:BYTES]
+
+
+def checksum(hidden: Tensor) -> int:
+    """CRC-32 of the bytes of hidden states [n, H] on the CPU."""
+    return zlib.crc32(hidden.contiguous().view(torch.uint8).numpy().data)
+
+
+class TeacherCache:
+    """A finished cache, read through memory maps; picklable, for data-loader workers.
+
+    A DistillationCollator takes it as `stored`: it puts `teacher_hidden` [N_teacher, H] into a
+    batch and leaves of the teacher's inputs only what the batch's masks belong to.
+
+    Args:
+        folder: that `taid-vlm cache` wrote.
+
+    Raises:
+        TaidError: no cache, one that is not finished, or a file that is not as it was written.
+    """
+
+    def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
+        self.folder, self.trust_remote_code = Path(folder).expanduser(), trust_remote_code
+        self.facts = _manifest(self.folder)
+        self.identity: dict[str, Any] = read_json(self.folder / IDENTITY, "a cache's identity")
+        self.names = sorted(self.facts["shards"])
+        self.dtype: torch.dtype = getattr(torch, self.identity["computed"]["hidden"])
+        parts = [read_index(self.folder / SHARDS / name, self.facts["identity"])
+                 for name in self.names]
+        self._index = {name: np.concatenate([part[name] for part in parts])
+                       for name in ("ids", "images", "sources", "sums")}
+        self._spans = np.concatenate([np.stack([part["starts"][:-1], part["starts"][1:]], 1)
+                                      for part in parts])
+        self._shard = np.repeat(np.arange(len(parts)), [len(part["ids"]) for part in parts])
+        self._by_ids = _Lookup(self._index["ids"])
+        self._by_source = _Lookup(self._index["sources"])
+        self._files: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_files": {}}
+
+    @property
+    def records(self) -> int:
+        """How many it holds."""
+        return len(self._shard)
+
+    @functools.cached_property
+    def config(self) -> PretrainedConfig:
+        """The teacher's."""
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            self.folder / DESCRIPTION, trust_remote_code=self.trust_remote_code)
+        return config
+
+    @property
+    def rows(self) -> int:
+        """Of the teacher's head."""
+        return int(self.identity["head"]["rows"])
+
+    @property
+    def bytes_per_token(self) -> float:
+        """On disk, for the hidden state and all that is kept beside it."""
+        return self.bytes / max(int(self.facts["tokens"]), 1)
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return int(sum(self.facts["shards"].values()))
+
+    def head(self, device: torch.device | str = "cpu") -> Head:
+        """The teacher's head, with what stands behind it."""
+        tensors = load_file(self.folder / HEAD, device=str(device))
+        behind = self.identity["head"]
+        return Head(tensors["weight"], tensors.get("bias"),
+                    LogitTransform(behind["scale"], behind["softcap"]))
+
+    # ----- a batch --------------------------------------------------------------------------
+
+    def __call__(self, rows: Sequence[TeacherRow], batch: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = {key: batch["teacher_inputs"][key] for key in ("input_ids", "attention_mask")}
+        width = int(self.identity["head"]["width"])
+        try:
+            hidden = [self.hidden(row) for row in rows if row.positions]
+        except TaidError as error:
+            if get_worker_info() is None:
+                raise
+            # a worker's error would reach the user inside its traceback: the main process raises
+            return {"teacher_inputs": inputs, "teacher_problem": str(error)}
+        return {"teacher_inputs": inputs, "teacher_hidden": torch.cat(
+            hidden or [torch.zeros(0, width, dtype=self.dtype)])}
+
+    def hidden(self, row: TeacherRow) -> Tensor:
+        """[len(row.positions), H], in the type that the teacher gave; raises TaidError."""
+        key, places = key_of(row.ids, row.images), list[int]()
+        for place in self._by_ids.places(key.ids):
+            if self._index["images"][place].tobytes() == key.images:
+                places.append(place)
+                at = self._positions(place, row.positions)
+                if at is not None:
+                    return self._read(place, row)[at].to(self.dtype)
+        if places:
+            raise TaidError(
+                f"'{self.folder}' holds {row.source}, but not at all of its answer tokens that "
+                "this pair compares: it was built for another student, alignment or supervision.",
+                mend=AGAIN)
+        raise self._missing(row, key)
+
+    def _positions(self, place: int, wanted: Sequence[int]) -> Tensor | None:
+        """Where the wanted positions stand among a record's, None if one is not there."""
+        start, end = self._spans[place]
+        stored = self._open(place).get_slice("positions")[int(start):int(end)].long()
+        at = torch.searchsorted(stored, torch.tensor(wanted, dtype=torch.long))
+        if len(stored) == 0 or bool((at >= len(stored)).any()) or \
+                stored[at].tolist() != list(wanted):
+            return None
+        return at
+
+    def _read(self, place: int, row: TeacherRow) -> Tensor:
+        start, end = self._spans[place]
+        hidden: Tensor = self._open(place).get_slice("hidden")[int(start):int(end)]
+        if checksum(hidden) != int(self._index["sums"][place]):
+            name = self.names[self._shard[place]]
+            raise TaidError(f"'{self.folder / SHARDS / name}' is not as it was written: the hidden "
+                            f"states of {row.source} have another checksum.", mend=AGAIN)
+        return hidden
+
+    def _open(self, place: int) -> Any:
+        number = int(self._shard[place])
+        if number not in self._files:
+            path = self.folder / SHARDS / self.names[number]
+            self._files[number] = opened(path)
+        return self._files[number]
+
+    def _missing(self, row: TeacherRow, key: Key) -> TaidError:
+        """What is known of a record that has no entry: what differs, or that nothing is there."""
+        same_ids = self._by_ids.places(key.ids)
+        same_name = self._by_source.places(source_hash(row.source))
+        if len(same_ids):
+            what = "with the same tokens, but other images"
+        elif any(self._index["images"][i].tobytes() == key.images for i in same_name):
+            what = ("with the same images, but other tokens: its text has changed since" if
+                    row.images else "with other tokens: its text has changed since")
+        elif len(same_name):
+            what = "with other tokens and other images"
+        else:
+            return TaidError(f"'{self.folder}' does not hold {row.source}; it holds "
+                             f"{self.records:,} records of {self._sides()}.", mend=AGAIN)
+        return TaidError(f"'{self.folder}' holds {row.source} {what}.", mend=AGAIN)
+
+    def _sides(self) -> str:
+        return ", ".join(dict.fromkeys(f"'{side['path']}'" for side in self.identity["data"]))
+
+
+class _Lookup:
+    """Which rows of hashes [R, 16] are a given one."""
+
+    def __init__(self, hashes: np.ndarray[Any, Any]) -> None:
+        self.hashes = hashes
+        first = np.ascontiguousarray(hashes[:, :8]).view(np.uint64)[:, 0]
+        self.order = np.argsort(first, kind="stable")
+        self.first = first[self.order]
+
+    def places(self, wanted: bytes) -> list[int]:
+        first = np.frombuffer(wanted[:8], np.uint64)[0]
+        start, end = (int(np.searchsorted(self.first, first, side)) for side in ("left", "right"))
+        return [int(i) for i in self.order[start:end] if self.hashes[i].tobytes() == wanted]
+
+
+# ----- files --------------------------------------------------------------------------------
+
+
+def opened(path: Path) -> Any:
+    """A shard, memory-mapped; raises TaidError where it is torn."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise TaidError(f"'{path}' is not as it was written ({error}).", mend=AGAIN) from None
+
+
+def read_index(path: Path, identity: str) -> dict[str, np.ndarray[Any, Any]]:
+    """What a shard says of its records; raises TaidError where it is torn, or of another cache."""
+    file = opened(path)
+    owner = (file.metadata() or {}).get("identity")
+    if owner != identity:
+        raise TaidError(f"'{path}' belongs to another cache (its identity is {owner}, this "
+                        f"cache's {identity}).", mend=AGAIN)
+    return {name: file.get_tensor(name).numpy() for name in INDEX}
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Of a cache whose files are as they were written, but for the insides of shards: those are
+    checked record by record, when they are read."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("kind") != KIND:
+        state = "is no folder" if not folder.is_dir() else \
+            "holds a cache that is not finished" if (folder / IDENTITY).is_file() else \
+            "holds no cache"
+        mend = "`taid-vlm cache RECIPE.yaml --output DIR` builds one, and goes on with one that " \
+               "was interrupted."
+        raise TaidError(f"teacher.cache: '{folder}' {state}.", mend=mend)
+    for name, digest in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise TaidError(f"teacher.cache: '{path}' is missing.", mend=AGAIN)
+        size = manifest["shards"].get(path.name) if path.parent.name == SHARDS else None
+        whole = file_sha256(path).hex() == digest if size is None else path.stat().st_size == size
+        if not whole:
+            raise TaidError(f"teacher.cache: '{path}' is not as it was written.", mend=AGAIN)
+    return manifest
+
+
+def template_kwargs(spec: TeacherSpec) -> dict[str, Any]:
+    """Variables of the teacher's chat template: the recipe's, or those its cache was built with."""
+    if spec.cache is None:
+        return spec.chat_template_kwargs
+    identity = read_json(Path(spec.cache).expanduser() / IDENTITY, "a teacher cache's identity")
+    return dict(identity["chat_template_kwargs"])
+
+
+# ----- the teacher --------------------------------------------------------------------------
+
+
+class CachedTeacher:
+    """A teacher whose hidden states come with the batch, and whose head alone is in memory.
+
+    Args:
+        accelerator: says on which device, and brings its mixed precision.
+    """
+
+    model = None  # none is loaded
+
+    def __init__(self, cache: TeacherCache, accelerator: Accelerator | None = None) -> None:
+        self.cache = cache
+        self.head = cache.head("cpu" if accelerator is None else accelerator.device)
+        self.autocast: Autocast = (
+            contextlib.nullcontext if accelerator is None else accelerator.autocast)
+        if keeps_type(self.head.weight.dtype):
+            self.autocast = functools.partial(
+                torch.autocast, self.head.weight.device.type, enabled=False)
+
+    @property
+    def rows(self) -> int:
+        return self.head.rows
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """[N, V], see `Teacher`."""
+        with self.autocast():
+            z = nn.functional.linear(_stored(batch), self.head.weight, self.head.bias)
+        return self.head.transform.forward(z)
+
+    def hidden(self, batch: Batch) -> HiddenSignal:
+        """As they were cached, with the head."""
+        return HiddenSignal(_stored(batch), self.head)
+
+    @torch.no_grad()
+    def sparse(self, batch: Batch, k: int) -> SparseSignal:
+        """The k most likely tokens in float32, see `Teacher`."""
+        return most_likely(self.logits(batch), k)
+
+
+def _stored(batch: Batch) -> Tensor:
+    if "teacher_problem" in batch:
+        raise TaidError(batch["teacher_problem"])
+    hidden: Tensor = batch["teacher_hidden"]
+    return hidden
