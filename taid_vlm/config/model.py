@@ -73,7 +73,7 @@ class TeacherSpec(ModelSpec):
     def _described_by_its_cache(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or not isinstance(value.get("cache"), str):
             return value
-        return {"model_name_or_path": str(Path(value["cache"]) / DESCRIPTION), **value}
+        return {"model_name_or_path": _described(value["cache"]), **value}
 
     @model_validator(mode="after")
     def _cache_alone(self) -> Self:
@@ -83,7 +83,7 @@ class TeacherSpec(ModelSpec):
             raise ValueError(".cache = '', but it must be a folder that `taid-vlm cache` wrote.")
         plain = TeacherSpec.model_fields
         described = {"cache", "trust_remote_code"}
-        if self.model_name_or_path == str(Path(self.cache) / DESCRIPTION):
+        if self.model_name_or_path == _described(self.cache):
             described.add("model_name_or_path")
         for key, inner in self:
             if key not in described and inner != plain[key].default:
@@ -91,3 +91,7 @@ class TeacherSpec(ModelSpec):
                     f".{key} = {inner!r:.60} has no effect beside .cache = '{self.cache}', which "
                     "holds its own teacher, processor and chat template; take one of the two out.")
         return self
+
+
+def _described(cache: str) -> str:
+    return str(Path(cache).expanduser() / DESCRIPTION)

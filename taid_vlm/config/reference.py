@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from taid_vlm.config.benchmark import BenchmarkSpec, Columns
 from taid_vlm.config.data import DataSource, DataSpec
 from taid_vlm.config.evaluation import EvaluateSpec
-from taid_vlm.config.model import StudentSpec
+from taid_vlm.config.model import StudentSpec, TeacherSpec
 from taid_vlm.config.objective import TERMS, Common, Term, TokenWeights
 from taid_vlm.config.recipe import Recipe, StageSpec
 from taid_vlm.config.training import ELSEWHERE, WITHOUT_EFFECT, TrainSpec
@@ -25,8 +25,8 @@ another kind (but 1e3 is a fine whole number).
 """
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("A recipe", "", Recipe),
-    ("`teacher` and `student`", "A text alone is `model_name_or_path`. `peft` is for the student "
-     "only.", StudentSpec),
+    ("`student`", "A text alone is `model_name_or_path`.", StudentSpec),
+    ("`teacher`", "A text alone is `model_name_or_path`.", TeacherSpec),
     ("`data`", "", DataSpec),
     ("`data.train` and `data.eval`", "A text alone is `path`.", DataSource),
     ("`objective`", "`name` with the keys of that loss, or `terms`: a list of losses, summed by "

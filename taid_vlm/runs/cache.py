@@ -15,13 +15,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from safetensors.torch import save_file
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -35,24 +34,22 @@ from taid_vlm.io.files import read_json, whole_file, write_json
 from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256
 from taid_vlm.io.manifest import read_manifest, seal
 from taid_vlm.io.quiet import quiet
-from taid_vlm.models.loading import load_model, load_processor, load_skeleton
+from taid_vlm.models.loading import load_model, load_processor, load_skeleton, weights_dtype
 from taid_vlm.records import StreamedRecords, first_rows
 from taid_vlm.runs.folders import LOCK, locked, on_main
 from taid_vlm.runs.ingredients import Ingredients, gather
 from taid_vlm.runs.stages import parts_by_name
-from taid_vlm.teachers.cache import (
+from taid_vlm.teachers.cache import HEAD, IDENTITY, KIND, SHARDS
+from taid_vlm.teachers.local import LocalTeacher
+from taid_vlm.teachers.shards import (
     BYTES,
-    HEAD,
-    IDENTITY,
-    KIND,
-    SHARDS,
-    Key,
-    checksum,
+    Entry,
+    ShardWriter,
     key_of,
     read_index,
     source_hash,
+    whole_shards,
 )
-from taid_vlm.teachers.local import LocalTeacher
 from taid_vlm.training.pair import pair_for_training
 
 logger = logging.getLogger(__name__)
@@ -60,12 +57,10 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 PARTIAL = f".{DESCRIPTION}.partial"
 SHARD_BYTES = 2**28  # of hidden states, after which a shard is written
-SHARD_SECONDS = 300.0  # after which one is written anyway: so much is lost at most
 PROBED = 64  # records that the size is estimated from
 SPARE = 1.02  # of the estimated size, that the disk has to have room for
 BESIDE = 3 * BYTES + 8 * 4  # bytes of an index per record
 Dtype = Literal["auto", "float32", "bfloat16"]
-Place = tuple[int, int]  # which side of the data, and which of its records
 
 
 @dataclass(frozen=True)
@@ -76,16 +71,6 @@ class Side:
     records: Any
     collator: DistillationCollator
     source: Mapping[str, Any]
-
-
-class Entry(NamedTuple):
-    """One record's hidden states [n, H] on the CPU, and what they are of."""
-
-    place: Place
-    source: bytes
-    key: Key
-    positions: list[int]
-    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -146,11 +131,12 @@ def build_cache(
     sides, found = _sides(recipe)
     with locked(output):
         on_main(lambda: _check_folder(output), output)
-        estimate = on_main(lambda: _estimate(recipe.teacher, sides, dtype, output), output)
+        spec = recipe.teacher
+        estimate = on_main(lambda: _estimate(spec, sides, dtype, output), output)
         accelerator = _accelerator(found)
         if accelerator.is_main_process:
             print(f"size          {estimate}", flush=True)
-        model = load_model(recipe.teacher, "teacher")
+        model = load_model(spec, "teacher")
         described = _Described(recipe, sides, dtype, found, output)
         identity = on_main(lambda: described.write(model), output)
         builder = _Builder(LocalTeacher(model, accelerator), accelerator, output, described,
@@ -215,11 +201,12 @@ def _check_folder(output: Path) -> None:
                         "of a cache; choose another folder.")
 
 
-def _estimate(spec: Any, sides: Sequence[Side], dtype: Dtype, output: Path) -> Estimate:
+def _estimate(spec: TeacherSpec, sides: Sequence[Side], dtype: Dtype, output: Path) -> Estimate:
     """From the first records of every side; raises TaidError where the disk has no room."""
     skeleton = load_skeleton(spec, "teacher")
     rows, width = (int(n) for n in skeleton.get_output_embeddings().weight.shape)
-    item = _item_bytes(spec, skeleton, dtype)
+    stored = _weight_bytes(spec, skeleton)
+    item = stored if dtype == "auto" else getattr(torch, dtype).itemsize
     per_token = width * item + 4
     tokens = records = 0
     for side in sides:
@@ -228,7 +215,7 @@ def _estimate(spec: Any, sides: Sequence[Side], dtype: Dtype, output: Path) -> E
             seen = sum(len(side.collator([row])["teacher_labels"]) for row in first)
         records += len(side.records)
         tokens += round(seen * len(side.records) / max(len(first), 1))
-    size = tokens * per_token + records * BESIDE + rows * width * item
+    size = tokens * per_token + records * BESIDE + rows * width * stored
     there = sum(path.stat().st_size for path in (output / SHARDS).glob("*.safetensors"))
     free = shutil.disk_usage(output).free
     if size * SPARE - there > free:
@@ -238,10 +225,9 @@ def _estimate(spec: Any, sides: Sequence[Side], dtype: Dtype, output: Path) -> E
     return Estimate(records, tokens, size, per_token)
 
 
-def _item_bytes(spec: Any, skeleton: Any, dtype: Dtype) -> int:
-    """Of a hidden state's number on disk; "auto" as the checkpoint's weights are, as far as its
-    configuration says."""
-    name = dtype if dtype != "auto" else spec.dtype or "auto"
+def _weight_bytes(spec: TeacherSpec, skeleton: PreTrainedModel) -> int:
+    """Of a number in the teacher's weights as they will be loaded, and in its hidden states."""
+    name = weights_dtype(spec, "teacher", skeleton.config)
     kind = getattr(skeleton.config, "dtype", None) if name == "auto" else getattr(torch, name)
     return kind.itemsize if isinstance(kind, torch.dtype) else 4
 
@@ -391,11 +377,11 @@ class _Builder:
 
     def run(self, sides: Sequence[Side], batch_size: int, workers: int) -> Built:
         started, dropped = time.perf_counter(), Counter[str]()
-        done = on_main(lambda: whole_shards(self.output, self.identity), self.output)
+        done = on_main(lambda: whole_shards(self.output / SHARDS, self.identity), self.output)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         shares = [[i for i in range(len(side.records)) if (number, i) not in done][rank::world]
                   for number, side in enumerate(sides)]
-        writer = _Writer(self.output, self.identity, rank, self.shard_bytes)
+        writer = ShardWriter(self.output / SHARDS, self.identity, rank, self.shard_bytes)
         on_main(lambda: self._head(sides), self.output)
         with tqdm(total=sum(map(len, shares)), desc="cache", unit=" records",
                   disable=None if self.accelerator.is_main_process else True) as bar:
@@ -406,12 +392,20 @@ class _Builder:
                                         collate_fn=_Collate(side.collator), num_workers=workers):
                     for entry in self._ask(number, batch):
                         writer.add(entry)
+                    if bar.n == 0:
+                        self._say_how_long(time.perf_counter() - started, batch_size, bar.total)
                     dropped.update(batch["counts"]["dropped"])
                     bar.update(min(batch_size, bar.total - bar.n))
         writer.flush()
         dropped = sum(gather_object([dropped]), Counter[str]())
         self.accelerator.wait_for_everyone()
         return on_main(lambda: self._finish(dropped, time.perf_counter() - started), self.output)
+
+    def _say_how_long(self, seconds: float, batch_size: int, records: int) -> None:
+        """From the first batch, in which everything runs for the first time."""
+        if self.accelerator.is_main_process:
+            whole = seconds * max(records / batch_size, 1.0)
+            print(f"time          at most about {whole:,.0f} s, after the first batch", flush=True)
 
     def _head(self, sides: Sequence[Side]) -> None:
         """The head and what stands behind it, from the first record that can be used."""
@@ -459,60 +453,3 @@ class _Builder:
         seal(self.output, {"kind": KIND, "identity": self.identity, "shards": sizes,
                            "records": records, "tokens": tokens, "dropped": dict(dropped)}, [LOCK])
         return Built(self.output, records, tokens, sum(sizes.values()), dict(dropped), seconds)
-
-
-class _Writer:
-    """Entries, gathered into shards."""
-
-    def __init__(self, output: Path, identity: str, rank: int, shard_bytes: int) -> None:
-        self.folder, self.identity, self.rank = output / SHARDS, identity, rank
-        self.shard_bytes, self.entries = shard_bytes, list[Entry]()
-        self.size, self.since = 0, time.perf_counter()
-
-    def add(self, entry: Entry) -> None:
-        self.entries.append(Entry(*entry[:-1], entry.hidden.clone()))
-        self.size += entry.hidden.numel() * entry.hidden.element_size()
-        if self.size >= self.shard_bytes or time.perf_counter() - self.since > SHARD_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has been gathered as one shard, whole or not at all."""
-        if self.entries:
-            number = 1 + max((int(path.stem.split("-")[1]) for path in
-                              self.folder.glob(f"{self.rank:05d}-*.safetensors")), default=-1)
-            with whole_file(self.folder / f"{self.rank:05d}-{number:06d}.safetensors") as partial:
-                save_file(_tensors(self.entries), partial, {"identity": self.identity})
-        self.entries, self.size, self.since = [], 0, time.perf_counter()
-
-
-def _tensors(entries: Sequence[Entry]) -> dict[str, Tensor]:
-    def hashes(values: Sequence[bytes]) -> Tensor:
-        return torch.frombuffer(bytearray(b"".join(values)), dtype=torch.uint8).view(-1, BYTES)
-
-    lengths = torch.tensor([0, *(len(entry.positions) for entry in entries)])
-    return {
-        "hidden": torch.cat([entry.hidden for entry in entries]),
-        "positions": torch.tensor([p for entry in entries for p in entry.positions],
-                                  dtype=torch.int32),
-        "starts": lengths.cumsum(0),
-        "ids": hashes([entry.key.ids for entry in entries]),
-        "images": hashes([entry.key.images for entry in entries]),
-        "sources": hashes([entry.source for entry in entries]),
-        "sums": torch.tensor([checksum(entry.hidden) for entry in entries]),
-        "places": torch.tensor([entry.place for entry in entries]),
-    }
-
-
-def whole_shards(output: Path, identity: str) -> set[Place]:
-    """Places of the records that an interrupted build has kept; what it left half is removed."""
-    done = set[Place]()
-    for path in (output / SHARDS).glob(".*"):
-        path.unlink()
-    for path in sorted((output / SHARDS).glob("*.safetensors")):
-        try:
-            done |= {(int(side), int(number)) for side, number in
-                     read_index(path, identity)["places"]}
-        except TaidError as error:
-            logger.warning("%s It is removed, and its records are asked again.", error.message)
-            path.unlink()
-    return done

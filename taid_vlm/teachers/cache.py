@@ -4,13 +4,7 @@
     DIR/identity.json       whose hidden states these are, and how they were computed
     DIR/head.safetensors    weight [V, H] and, where there is one, bias [V]
     DIR/teacher/            config, processor and chat template, as a model's folder has them
-    DIR/shards/*.safetensors
-
-A shard holds R records with n tokens in all: `hidden` [n, H] at the predicting positions of
-`positions` [n] (of the predicted tokens, in the row without padding), `starts` [R + 1] of each
-record among them, and of each record 16 bytes of SHA-256 of its token ids, its images' pixels and
-its name in the data (`ids`, `images`, `sources` [R, 16]), the CRC-32 of its hidden states
-(`sums` [R]), and where it stood: (side, number) (`places` [R, 2]).
+    DIR/shards/*.safetensors, see `shards.py`
 """
 
 from __future__ import annotations
@@ -18,16 +12,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
@@ -39,43 +31,20 @@ from taid_vlm.config.model import DESCRIPTION, TeacherSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.heads import Head
 from taid_vlm.io.files import read_json
-from taid_vlm.io.hashing import file_sha256, sha256
+from taid_vlm.io.hashing import file_sha256
 from taid_vlm.io.manifest import read_manifest
 from taid_vlm.models.forward import Autocast
 from taid_vlm.models.head import LogitTransform, keeps_type
+from taid_vlm.teachers.shards import AGAIN, Key, checksum, key_of, opened, read_index, source_hash
 from taid_vlm.teachers.signal import HiddenSignal, SparseSignal, most_likely
 
 logger = logging.getLogger(__name__)
 
 KIND = "teacher_cache"
 SHARDS, HEAD, IDENTITY = "shards", "head.safetensors", "identity.json"
-BYTES = 16  # of every hash in an index
-INDEX = ("ids", "images", "sources", "sums", "starts", "places")
-AGAIN = "Build the cache again with `taid-vlm cache` from this recipe's models and data."
+DTYPES = {str(x).removeprefix("torch."): x
+          for x in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
-
-class Key(NamedTuple):
-    """What a record's hidden states depend on beside the teacher, hashed."""
-
-    ids: bytes
-    images: bytes
-
-
-def key_of(ids: Sequence[int], images: Sequence[Image.Image]) -> Key:
-    """Of a row's token ids without padding, and its images as they were decoded."""
-    pixels = (part for image in images
-              for part in (repr((image.mode, image.size)).encode(), image.tobytes()))
-    return Key(sha256([np.asarray(ids, np.int64).tobytes()])[:BYTES], sha256(pixels)[:BYTES])
-
-
-def source_hash(source: str) -> bytes:
-    """Of a record's name in the data."""
-    return sha256([source.encode()])[:BYTES]
-
-
-def checksum(hidden: Tensor) -> int:
-    """CRC-32 of the bytes of hidden states [n, H] on the CPU."""
-    return zlib.crc32(hidden.contiguous().view(torch.uint8).numpy().data)
 
 
 class TeacherCache:
@@ -93,12 +62,23 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
         self.folder, self.trust_remote_code = Path(folder).expanduser(), trust_remote_code
-        self.facts = _manifest(self.folder)
-        self.identity: dict[str, Any] = read_json(self.folder / IDENTITY, "a cache's identity")
-        self.names = sorted(self.facts["shards"])
-        self.dtype: torch.dtype = getattr(torch, self.identity["computed"]["hidden"])
-        parts = [read_index(self.folder / SHARDS / name, self.facts["identity"])
-                 for name in self.names]
+        self._files: dict[int, Any] = {}
+        try:
+            self.facts = _manifest(self.folder)
+            self.identity: dict[str, Any] = read_json(self.folder / IDENTITY, "a cache's identity")
+            self.names = sorted(self.facts["shards"])
+            self.dtype = DTYPES[self.identity["computed"]["hidden"]]
+            self._take(read_index(self.folder / SHARDS / name, self.facts["identity"])
+                       for name in self.names)
+        except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+            if isinstance(error, TaidError):
+                raise
+            raise TaidError(f"teacher.cache: '{self.folder}' is not as it was written "
+                            f"({error!r:.80}).", mend=AGAIN) from error
+
+    def _take(self, indices: Iterable[Mapping[str, np.ndarray[Any, Any]]]) -> None:
+        """Of all shards, one behind the other."""
+        parts = list(indices)
         self._index = {name: np.concatenate([part[name] for part in parts])
                        for name in ("ids", "images", "sources", "sums")}
         self._spans = np.concatenate([np.stack([part["starts"][:-1], part["starts"][1:]], 1)
@@ -106,7 +86,6 @@ class TeacherCache:
         self._shard = np.repeat(np.arange(len(parts)), [len(part["ids"]) for part in parts])
         self._by_ids = _Lookup(self._index["ids"])
         self._by_source = _Lookup(self._index["sources"])
-        self._files: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_files": {}}
@@ -140,7 +119,7 @@ class TeacherCache:
 
     def head(self, device: torch.device | str = "cpu") -> Head:
         """The teacher's head, with what stands behind it."""
-        tensors = load_file(self.folder / HEAD, device=str(device))
+        tensors = {name: x.to(device) for name, x in load_file(self.folder / HEAD).items()}
         behind = self.identity["head"]
         return Head(tensors["weight"], tensors.get("bias"),
                     LogitTransform(behind["scale"], behind["softcap"]))
@@ -240,24 +219,6 @@ class _Lookup:
 # ----- files --------------------------------------------------------------------------------
 
 
-def opened(path: Path) -> Any:
-    """A shard, memory-mapped; raises TaidError where it is torn."""
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise TaidError(f"'{path}' is not as it was written ({error}).", mend=AGAIN) from None
-
-
-def read_index(path: Path, identity: str) -> dict[str, np.ndarray[Any, Any]]:
-    """What a shard says of its records; raises TaidError where it is torn, or of another cache."""
-    file = opened(path)
-    owner = (file.metadata() or {}).get("identity")
-    if owner != identity:
-        raise TaidError(f"'{path}' belongs to another cache (its identity is {owner}, this "
-                        f"cache's {identity}).", mend=AGAIN)
-    return {name: file.get_tensor(name).numpy() for name in INDEX}
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     """Of a cache whose files are as they were written, but for the insides of shards: those are
     checked record by record, when they are read."""
@@ -317,21 +278,20 @@ class CachedTeacher:
     def logits(self, batch: Batch) -> Tensor:
         """[N, V], see `Teacher`."""
         with self.autocast():
-            z = nn.functional.linear(_stored(batch), self.head.weight, self.head.bias)
+            z = nn.functional.linear(self._stored(batch), self.head.weight, self.head.bias)
         return self.head.transform.forward(z)
 
     def hidden(self, batch: Batch) -> HiddenSignal:
         """As they were cached, with the head."""
-        return HiddenSignal(_stored(batch), self.head)
+        return HiddenSignal(self._stored(batch), self.head)
 
     @torch.no_grad()
     def sparse(self, batch: Batch, k: int) -> SparseSignal:
         """The k most likely tokens in float32, see `Teacher`."""
         return most_likely(self.logits(batch), k)
 
-
-def _stored(batch: Batch) -> Tensor:
-    if "teacher_problem" in batch:
-        raise TaidError(batch["teacher_problem"])
-    hidden: Tensor = batch["teacher_hidden"]
-    return hidden
+    def _stored(self, batch: Batch) -> Tensor:
+        if "teacher_problem" in batch:
+            raise TaidError(batch["teacher_problem"])
+        hidden: Tensor = batch["teacher_hidden"]
+        return hidden.to(self.cache.dtype)  # DeepSpeed casts what goes to the device

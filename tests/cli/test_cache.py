@@ -1,7 +1,9 @@
-"""A cached teacher: training on its hidden states is training on itself, and nothing else passes."""
+"""A cached teacher: training on its hidden states is training on itself; all else is refused."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import os
 import shutil
@@ -23,12 +25,13 @@ from cli.recipes import (
     write_jsonl,
     write_recipe,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from taid_vlm.errors import TaidError
 from taid_vlm.runs import cache as building
 from taid_vlm.teachers import TeacherCache
-from taid_vlm.teachers.cache import AGAIN
+from taid_vlm.teachers.shards import AGAIN
 
 # by the case of alignment: teacher, student, the student's tokenizer, rows
 CASES: dict[str, tuple[str, str, str, Callable[..., Any]]] = {
@@ -86,7 +89,8 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 def figures(results: dict[str, Any]) -> Any:
     """Everything that was measured of training and held-out records."""
-    clock = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    clock = ("answer_tokens_per_second", "train_runtime", "train_samples_per_second",
+             "train_steps_per_second")
     return results["eval"], [{key: value for key, value in line.items() if key not in clock}
                              for line in results["history"]]
 
@@ -166,7 +170,7 @@ def contents(folder: Path) -> dict[bytes, bytes]:
     for path in sorted((folder / "shards").glob("*.safetensors")):
         shard = load_file(path)
         starts = shard["starts"].tolist()
-        for i, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for i, (start, end) in enumerate(itertools.pairwise(starts)):
             held[shard["places"][i].numpy().tobytes()] = \
                 shard["hidden"][start:end].numpy().tobytes()
     return held
@@ -198,15 +202,17 @@ def test_two_processes_build_and_train_on_the_same(
     assert difference(carried_out(cli, tmp_path, live), {"weights": weights}) < 1e-6
 
 
-def test_a_killed_build_goes_on(cli: Cli, checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_a_killed_build_goes_on(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     live = tree(tmp_path, checkpoints)
     whole = contents(built(cli, tmp_path, live))
     shutil.rmtree(tmp_path / "cache")
     recipe, shards = write_recipe(tmp_path, live), tmp_path / "cache/shards"
     script = ("import sys, time; from taid_vlm.runs import cache; from taid_vlm.config.recipe "
-              "import load_recipe; f = cache._Writer.flush\n"
+              "import load_recipe; f = cache.ShardWriter.flush\n"
               "def slow(self):\n    f(self)\n    time.sleep(0.5)\n"
-              "cache._Writer.flush = slow\n"
+              "cache.ShardWriter.flush = slow\n"
               "cache.build_cache(load_recipe(sys.argv[1]), sys.argv[2], shard_bytes=1)")
     process = subprocess.Popen([sys.executable, "-c", script, str(recipe),
                                 str(tmp_path / "cache")], env=ENVIRONMENT,
@@ -226,7 +232,7 @@ def test_a_killed_build_goes_on(cli: Cli, checkpoints: Checkpoints, tmp_path: Pa
     (shards / torn).write_bytes((shards / torn).read_bytes()[:-20])
     done = cli("cache", recipe, "--output", tmp_path / "cache")
     assert done.status == 0, done.err
-    assert f"{torn}' is not as it was written" in done.err
+    assert f"{torn}' is not as it was written" in caplog.text
     assert contents(tmp_path / "cache") == whole
     assert all((shards / name).stat().st_mtime_ns == kept[name] for name in kept if name != torn)
     assert not list(shards.glob(".*"))
@@ -306,8 +312,8 @@ def spoiled(original: tuple[Path, dict[str, Any]], folder: Path) -> tuple[Path, 
         elif path.is_file():
             shutil.copy(path, folder)
     sides = {side: str(folder / f"{side}.jsonl") for side in ("train", "eval")}
-    recipe = cached({**live, "data": sides, "output_dir": str(folder / "out")}, folder / "cache")
-    return folder / "cache", recipe
+    changed = {"data": sides, "output_dir": str(folder / "out")}
+    return folder / "cache", cached({**copy.deepcopy(live), **changed}, folder / "cache")
 
 
 def refused(
@@ -383,7 +389,8 @@ def test_a_record_that_is_not_in_it_is_named(
     if harm == "text":
         rows[2]["completion"] += " the red square"
     elif harm == "image":
-        shutil.copy(tmp_path / "0.png", tmp_path / "2.png")
+        path_of_image = tmp_path / rows[2]["image"]
+        Image.open(path_of_image).rotate(180).save(path_of_image)
     elif harm == "more":
         rows.append({**rows[0], "completion": "two naïve circle", "image": "3.png"})
     else:
@@ -411,7 +418,7 @@ def test_another_students_tokens_are_named_before_weights(
 
 
 @pytest.mark.parametrize("objective", [
-    {"name": "taid", "token_weights": {"visual_advantage": 0.5}},
+    {"name": "taid", "token_weights": {"name": "visual_advantage"}},
     {"terms": ["taid", {"name": "visual_relation", "weight": 0.1}]},
 ])
 def test_terms_that_show_the_teacher_images_are_refused(
