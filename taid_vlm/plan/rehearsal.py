@@ -29,7 +29,7 @@ from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.ledger import Ledger
 from taid_vlm.plan.shapes import Shapes
 from taid_vlm.teachers import CachedTeacher, LocalTeacher
-from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step, obstacle
+from taid_vlm.training.loss import FusedStep, Step, StepLoss, choose_step, obstacle
 from taid_vlm.training.trainer import DistillationTrainer
 
 ACTIVATIONS = {"student": (kinds.STUDENT_TOWER, kinds.STUDENT_LANGUAGE),
@@ -84,14 +84,16 @@ def rehearse_training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes
     return Memory(ledger.at_peak, ledger.most)
 
 
-def _loss_step(trainer: DistillationTrainer, batch: Batch) -> ReferenceStep | FusedStep:
+def _loss_step(trainer: DistillationTrainer, batch: Batch) -> Step:
     """The implementation of the loss that `choose_step` finds, where it compares logits.
 
     What a model does behind its head is taken from its configuration, and the arithmetic is the
     uncompiled one, whose scratch space has the same bound.
     """
     args, pairing = trainer.args, trainer.pairing
-    if args.loss_implementation == "reference" or obstacle(
+    teacher = trainer.teacher
+    sparse = isinstance(teacher, CachedTeacher) and teacher.cache.signal.is_sparse
+    if sparse or args.loss_implementation == "reference" or obstacle(
             trainer.objective, pairing) is not None:
         return choose_step(
             args.loss_implementation, trainer.objective, pairing, trainer.model, trainer.teacher,

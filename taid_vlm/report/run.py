@@ -174,7 +174,7 @@ def _account(results: Results) -> list[str]:
         text.extend(alignment.warnings)
     cache = results.models["teacher"].cache if "teacher" in results.models else None
     if cache is not None:
-        text.append(f"The teacher was not loaded: its hidden states are from '{cache.folder}', "
+        text.append(f"The teacher was not loaded: what it says is from '{cache.folder}', "
                     f"{cache.bytes_per_token:,.0f} bytes an answer token. Whether it looks at its "
                     "images was not measured.")
     frozen = [f"{part} ({count['parameters']:,})"

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator, TeacherRow
 from taid_vlm.config.model import DESCRIPTION, TeacherSpec
 from taid_vlm.config.recipe import Recipe
@@ -35,6 +37,7 @@ from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256
 from taid_vlm.io.manifest import read_manifest, seal
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_model, load_processor, load_skeleton, weights_dtype
+from taid_vlm.objectives import parse_objective
 from taid_vlm.records import StreamedRecords, first_rows
 from taid_vlm.runs.folders import LOCK, locked, on_main
 from taid_vlm.runs.ingredients import Ingredients, gather
@@ -50,11 +53,13 @@ from taid_vlm.teachers.shards import (
     source_hash,
     whole_shards,
 )
+from taid_vlm.teachers.sparse import Signal, cut_down, maps_hash
 from taid_vlm.training.pair import pair_for_training
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+WHOLE = Signal()  # hidden states
 PARTIAL = f".{DESCRIPTION}.partial"
 SHARD_BYTES = 2**28  # of hidden states, after which a shard is written
 PROBED = 64  # records that the size is estimated from
@@ -67,10 +72,16 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 class Side:
     """One set of records, and the collator that training would use for it."""
 
+    learned: bool
     name: str
     records: Any
     collator: DistillationCollator
     source: Mapping[str, Any]
+
+    @property
+    def pairing(self) -> Pairing:
+        assert self.collator.pairing is not None  # there is a teacher
+        return self.collator.pairing
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ class Built:
 
 def build_cache(
     recipe: Recipe, output_dir: str | Path, dtype: Dtype = "auto", batch_size: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES, signal: Signal = WHOLE,
 ) -> Built:
     """Ask a recipe's teacher once about data.train and data.eval, of all stages.
 
@@ -118,7 +129,9 @@ def build_cache(
         output_dir: new, empty, or an interrupted build of the same cache, which goes on.
         dtype: of the hidden states on disk; "auto" as the teacher gives them, which loses nothing.
         batch_size: records at a time (default: the recipe's train.per_device_eval_batch_size).
-        shard_bytes: of hidden states, after which a shard is written.
+        shard_bytes: of what is kept, after which a shard is written.
+        signal: of the records to train on; of held-out ones hidden states are kept, so that their
+            figures are exact.
 
     Raises:
         TaidError: anything a user can mend; what shows without weights, before they are loaded.
@@ -128,16 +141,16 @@ def build_cache(
         raise TaidError("cache: the recipe's teacher " + (
             "is missing." if recipe.teacher is None else f"is '{recipe.teacher.cache}', a cache.")
             + " Name the model with teacher.model_name_or_path.")
-    sides, found = _sides(recipe)
+    sides, found = _sides(recipe, signal)
     with locked(output):
         on_main(lambda: _check_folder(output), output)
         spec = recipe.teacher
-        estimate = on_main(lambda: _estimate(spec, sides, dtype, output), output)
+        estimate = on_main(lambda: _estimate(spec, sides, dtype, output, signal), output)
         accelerator = _accelerator(found)
         if accelerator.is_main_process:
             print(f"size          {estimate}", flush=True)
         model = load_model(spec, "teacher")
-        described = _Described(recipe, sides, dtype, found, output)
+        described = _Described(recipe, sides, dtype, found, output, signal)
         identity = on_main(lambda: described.write(model), output)
         builder = _Builder(LocalTeacher(model, accelerator), accelerator, output, described,
                            identity, shard_bytes)
@@ -150,7 +163,7 @@ def build_cache(
 # ----- before weights -----------------------------------------------------------------------
 
 
-def _sides(recipe: Recipe) -> tuple[list[Side], Ingredients]:
+def _sides(recipe: Recipe, signal: Signal) -> tuple[list[Side], Ingredients]:
     """Every set of records of every stage once, and what the first stage names."""
     sides: dict[str, Side] = {}
     firsts: list[Ingredients] = []
@@ -170,10 +183,15 @@ def _sides(recipe: Recipe) -> tuple[list[Side], Ingredients]:
                 raise TaidError(f"data.{name} is streamed, so nobody knows when all of it has been "
                                 "seen: leave streaming out to cache a teacher.")
             if records is not None:
-                key = repr((source, part.objective, part.train.get("max_length"),
+                key = repr((name, source, part.objective, part.train.get("max_length"),
                             part.train.get("supervise")))
-                sides.setdefault(key, Side(f"{stage}: data.{name}" if stage else f"data.{name}",
-                                           records, collator, _described_source(part, source)))
+                sides.setdefault(key, Side(
+                    name == "train", f"{stage}: data.{name}" if stage else f"data.{name}", records,
+                    collator, _described_source(part, source)))
+                signal.check(collator.pairing, parse_objective(part.objective))
+    if signal.is_sparse and len({maps_hash(side.pairing) for side in sides.values()}) > 1:
+        raise TaidError(f"--signal {signal.kind}: the stages compare other entries, so what is "
+                        "kept for one says nothing for the other. Keep hidden states.")
     return list(sides.values()), firsts[0]
 
 
@@ -201,21 +219,24 @@ def _check_folder(output: Path) -> None:
                         "of a cache; choose another folder.")
 
 
-def _estimate(spec: TeacherSpec, sides: Sequence[Side], dtype: Dtype, output: Path) -> Estimate:
+def _estimate(
+    spec: TeacherSpec, sides: Sequence[Side], dtype: Dtype, output: Path, signal: Signal
+) -> Estimate:
     """From the first records of every side; raises TaidError where the disk has no room."""
     skeleton = load_skeleton(spec, "teacher")
     rows, width = (int(n) for n in skeleton.get_output_embeddings().weight.shape)
     stored = _weight_bytes(spec, skeleton)
     item = stored if dtype == "auto" else getattr(torch, dtype).itemsize
-    per_token = width * item + 4
-    tokens = records = 0
+    tokens = records = size = 0
     for side in sides:
         first = list(first_rows(side.records, PROBED))
         with quiet("taid_vlm", warn=False):
             seen = sum(len(side.collator([row])["teacher_labels"]) for row in first)
-        records += len(side.records)
-        tokens += round(seen * len(side.records) / max(len(first), 1))
-    size = tokens * per_token + records * BESIDE + rows * width * stored
+        more = round(seen * len(side.records) / max(len(first), 1))
+        size += more * (signal.bytes if signal.is_sparse and side.learned else width * item + 4)
+        tokens, records = tokens + more, records + len(side.records)
+    per_token = round(size / max(tokens, 1))
+    size += records * BESIDE + rows * width * stored
     there = sum(path.stat().st_size for path in (output / SHARDS).glob("*.safetensors"))
     free = shutil.disk_usage(output).free
     if size * SPARE - there > free:
@@ -251,6 +272,7 @@ class _Described:
     dtype: Dtype
     found: Ingredients
     output: Path
+    signal: Signal
 
     def write(self, model: PreTrainedModel) -> str:
         """Write what describes the teacher, or compare it with an interrupted build's; the
@@ -292,6 +314,8 @@ class _Described:
             "processor": folder_sha256(folder, folder.rglob("*")).hex()[:SHORT],
             "chat_template_kwargs": self.spec.chat_template_kwargs,
             "dtype": self.dtype,
+            "signal": {"kind": self.signal.kind, "k": self.signal.k},
+            "entries": maps_hash(self.sides[0].pairing) if self.signal.is_sparse else None,
             "precision": {"weights": _name(model.dtype), "bf16": args.bf16, "fp16": args.fp16,
                           "attention": model.config._attn_implementation},
             "data": [{"side": side.name, "records": len(side.records), **side.source}
@@ -374,6 +398,7 @@ class _Builder:
     described: _Described
     identity: str
     shard_bytes: int
+    times: list[float] = field(default_factory=list)  # of the start, and after every batch
 
     def run(self, sides: Sequence[Side], batch_size: int, workers: int) -> Built:
         started, dropped = time.perf_counter(), Counter[str]()
@@ -383,6 +408,7 @@ class _Builder:
                   for number, side in enumerate(sides)]
         writer = ShardWriter(self.output / SHARDS, self.identity, rank, self.shard_bytes)
         on_main(lambda: self._head(sides), self.output)
+        self.times.append(time.perf_counter())
         with tqdm(total=sum(map(len, shares)), desc="cache", unit=" records",
                   disable=None if self.accelerator.is_main_process else True) as bar:
             for number, (side, share) in enumerate(zip(sides, shares, strict=True)):
@@ -390,10 +416,9 @@ class _Builder:
                     continue
                 for batch in DataLoader(_Numbered(side.records, share), batch_size,
                                         collate_fn=_Collate(side.collator), num_workers=workers):
-                    for entry in self._ask(number, batch):
+                    for entry in self._ask(number, side, batch):
                         writer.add(entry)
-                    if bar.n == 0:
-                        self._say_how_long(time.perf_counter() - started, batch_size, bar.total)
+                    self._say_how_long(batch_size, sum(map(len, shares)))
                     dropped.update(batch["counts"]["dropped"])
                     bar.update(min(batch_size, bar.total - bar.n))
         writer.flush()
@@ -401,11 +426,12 @@ class _Builder:
         self.accelerator.wait_for_everyone()
         return on_main(lambda: self._finish(dropped, time.perf_counter() - started), self.output)
 
-    def _say_how_long(self, seconds: float, batch_size: int, records: int) -> None:
-        """From the first batch, in which everything runs for the first time."""
-        if self.accelerator.is_main_process:
-            whole = seconds * max(records / batch_size, 1.0)
-            print(f"time          at most about {whole:,.0f} s, after the first batch", flush=True)
+    def _say_how_long(self, batch_size: int, records: int) -> None:
+        """Once, from the second batch: in the first everything runs for the first time."""
+        self.times.append(time.perf_counter())
+        if self.accelerator.is_main_process and len(self.times) == 3:
+            seconds = (self.times[2] - self.times[1]) * records / batch_size
+            print(f"time          about {seconds:,.0f} s, after two batches", flush=True)
 
     def _head(self, sides: Sequence[Side]) -> None:
         """The head and what stands behind it, from the first record that can be used."""
@@ -425,20 +451,28 @@ class _Builder:
                             "all that it says; train with the teacher itself.")
         self.described.finish(signal.hidden.dtype, signal.head)
 
-    def _ask(self, side: int, batch: Batch) -> Iterator[Entry]:
+    def _ask(self, number: int, side: Side, batch: Batch) -> Iterator[Entry]:
+        """What the teacher says of every record of a batch."""
         if not batch["kept"]:
             return
         moved = send_to_device({key: batch[key] for key in ("teacher_inputs", "teacher_mask")},
                                self.accelerator.device)
-        signal = self.teacher.hidden(moved)
-        assert signal is not None  # `_head` has asked
-        hidden = signal.hidden.cpu()
-        if self.described.dtype != "auto":
-            hidden = hidden.to(getattr(torch, self.described.dtype))
         sizes = [len(positions) for *_, positions in batch["kept"]]
-        for (number, source, key, positions), part in zip(
-                batch["kept"], hidden.split(sizes), strict=True):
-            yield Entry((side, number), source, key, positions, part)
+        if self.described.signal.is_sparse and side.learned:
+            parts = zip(self.teacher.logits(moved).cpu().split(sizes),
+                        batch["map_index"].split(sizes), batch["kept"], strict=True)
+            signals = [cut_down(self.described.signal, side.pairing, maps, logits, key.ids)
+                       for logits, maps, (_, _, key, _) in parts]
+        else:
+            signals = [{"hidden": part} for part in self._hidden(moved).split(sizes)]
+        for (place, source, key, positions), signal in zip(batch["kept"], signals, strict=True):
+            yield Entry((number, place), source, key, positions, signal)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        signal = self.teacher.hidden(batch)
+        assert signal is not None  # `_head` has asked
+        hidden, dtype = signal.hidden.cpu(), self.described.dtype
+        return hidden if dtype == "auto" else hidden.to(getattr(torch, dtype))
 
     def _finish(self, dropped: Mapping[str, int], seconds: float) -> Built:
         """The manifest, once every process has written its last shard."""

@@ -174,6 +174,7 @@ def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, dict[str,
         cache = trainer.teacher.cache
         described["teacher"] = {**cache.identity["model"], "cache": {
             "folder": str(cache.folder), "identity": cache.facts["identity"],
+            "signal": str(cache.signal),
             "bytes_per_token": cache.bytes_per_token}}
     described["student"]["parts"] = count_parameters(trainer.model)
     return described

@@ -135,11 +135,13 @@ class Alignment(Part):
 class Cache(Part):
     """Of a cached teacher.
 
-    folder: as in the recipe. identity: of what it holds. bytes_per_token: on disk, of an answer's.
+    folder: as in the recipe. identity: of what it holds. signal: what is kept of the records to
+    train on. bytes_per_token: on disk, of an answer's.
     """
 
     folder: str
     identity: str
+    signal: str
     bytes_per_token: float
 
 

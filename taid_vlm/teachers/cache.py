@@ -35,8 +35,20 @@ from taid_vlm.io.hashing import file_sha256
 from taid_vlm.io.manifest import read_manifest
 from taid_vlm.models.forward import Autocast
 from taid_vlm.models.head import LogitTransform, keeps_type
-from taid_vlm.teachers.shards import AGAIN, Key, checksum, key_of, opened, read_index, source_hash
+from taid_vlm.teachers.shards import (
+    AGAIN,
+    HIDDEN,
+    SIGNALS,
+    SPARSE,
+    Key,
+    checksum,
+    key_of,
+    opened,
+    read_index,
+    source_hash,
+)
 from taid_vlm.teachers.signal import HiddenSignal, SparseSignal, most_likely
+from taid_vlm.teachers.sparse import Signal
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +92,7 @@ class TeacherCache:
         """Of all shards, one behind the other."""
         parts = list(indices)
         self._index = {name: np.concatenate([part[name] for part in parts])
-                       for name in ("ids", "images", "sources", "sums")}
+                       for name in ("ids", "images", "sources", "sums", "kind")}
         self._spans = np.concatenate([np.stack([part["starts"][:-1], part["starts"][1:]], 1)
                                       for part in parts])
         self._shard = np.repeat(np.arange(len(parts)), [len(part["ids"]) for part in parts])
@@ -124,55 +136,90 @@ class TeacherCache:
         return Head(tensors["weight"], tensors.get("bias"),
                     LogitTransform(behind["scale"], behind["softcap"]))
 
+    @property
+    def signal(self) -> Signal:
+        """What is kept of the records to train on; of held-out ones hidden states are."""
+        return Signal(**self.identity["signal"])
+
     # ----- a batch --------------------------------------------------------------------------
 
     def __call__(self, rows: Sequence[TeacherRow], batch: Mapping[str, Any]) -> dict[str, Any]:
-        inputs = {key: batch["teacher_inputs"][key] for key in ("input_ids", "attention_mask")}
-        width = int(self.identity["head"]["width"])
+        changed = {"teacher_inputs": {
+            key: batch["teacher_inputs"][key] for key in ("input_ids", "attention_mask")}}
         try:
-            hidden = [self.hidden(row) for row in rows if row.positions]
+            return changed | self._signals([row for row in rows if row.positions])
         except TaidError as error:
             if get_worker_info() is None:
                 raise
             # a worker's error would reach the user inside its traceback: the main process raises
-            return {"teacher_inputs": inputs, "teacher_problem": str(error)}
-        return {"teacher_inputs": inputs, "teacher_hidden": torch.cat(
-            hidden or [torch.zeros(0, width, dtype=self.dtype)])}
+            return {**changed, "teacher_problem": str(error)}
 
-    def hidden(self, row: TeacherRow) -> Tensor:
-        """[len(row.positions), H], in the type that the teacher gave; raises TaidError."""
-        key, places = key_of(row.ids, row.images), list[int]()
+    def _signals(self, rows: Sequence[TeacherRow]) -> dict[str, Tensor]:
+        """`teacher_NAME` of every kind that is kept of all rows."""
+        kept = [self.places(row) for row in rows]
+        found: dict[str, Tensor] = {}
+        for kind in (HIDDEN, SPARSE) if self.signal.is_sparse else (HIDDEN,):
+            if all(kind in places for places in kept):
+                parts = [self._read(*places[kind], row)
+                         for places, row in zip(kept, rows, strict=True)]
+                found |= {f"teacher_{name}": torch.cat([
+                    empty, *(part[name].to(empty.dtype) for part in parts)])
+                    for name, empty in self._empty(kind).items()}
+        if not found:
+            raise TaidError(f"'{self.folder}' holds hidden states of some of "
+                            f"{', '.join(row.source for row in rows)} only.", mend=AGAIN)
+        return found
+
+    def _empty(self, kind: str) -> dict[str, Tensor]:
+        """Of no token: what a record's tensors look like."""
+        if kind == HIDDEN:
+            return {"hidden": torch.zeros(0, self.identity["head"]["width"], dtype=self.dtype)}
+        k = self.signal.k
+        return {"entries": torch.zeros(0, k, dtype=torch.long), "log_probs": torch.zeros(0, k),
+                "log_rest": torch.zeros(0)}
+
+    def places(self, row: TeacherRow) -> dict[str, tuple[int, Tensor]]:
+        """By kind where a record's signal is, and which of its tokens are asked for; raises
+        TaidError where there is none."""
+        key, known, found = key_of(row.ids, row.images), False, dict[str, tuple[int, Tensor]]()
         for place in self._by_ids.places(key.ids):
             if self._index["images"][place].tobytes() == key.images:
-                places.append(place)
-                at = self._positions(place, row.positions)
+                known, at = True, self._positions(place, row.positions)
                 if at is not None:
-                    return self._read(place, row)[at].to(self.dtype)
-        if places:
+                    found.setdefault(str(self._index["kind"][place]), (place, at))
+        if known and not found:
             raise TaidError(
                 f"'{self.folder}' holds {row.source}, but not at all of its answer tokens that "
                 "this pair compares: it was built for another student, alignment or supervision.",
                 mend=AGAIN)
-        raise self._missing(row, key)
+        if not found:
+            raise self._missing(row, key)
+        return found
 
     def _positions(self, place: int, wanted: Sequence[int]) -> Tensor | None:
         """Where the wanted positions stand among a record's, None if one is not there."""
-        start, end = self._spans[place]
-        stored = self._open(place).get_slice("positions")[int(start):int(end)].long()
+        stored = self._slice(place, "positions").long()
         at = torch.searchsorted(stored, torch.tensor(wanted, dtype=torch.long))
         if len(stored) == 0 or bool((at >= len(stored)).any()) or \
                 stored[at].tolist() != list(wanted):
             return None
         return at
 
-    def _read(self, place: int, row: TeacherRow) -> Tensor:
-        start, end = self._spans[place]
-        hidden: Tensor = self._open(place).get_slice("hidden")[int(start):int(end)]
-        if checksum(hidden) != int(self._index["sums"][place]):
+    def _read(self, place: int, at: Tensor, row: TeacherRow) -> dict[str, Tensor]:
+        """What is stored of some of a record's tokens."""
+        names = SIGNALS[str(self._index["kind"][place])]
+        signal = {name: self._slice(place, name) for name in names}
+        if checksum(signal, self._slice(place, "positions").tolist()) != int(
+                self._index["sums"][place]):
             name = self.names[self._shard[place]]
-            raise TaidError(f"'{self.folder / SHARDS / name}' is not as it was written: the hidden "
-                            f"states of {row.source} have another checksum.", mend=AGAIN)
-        return hidden
+            raise TaidError(f"'{self.folder / SHARDS / name}' is not as it was written: what it "
+                            f"holds of {row.source} has another checksum.", mend=AGAIN)
+        return {name: values[at] for name, values in signal.items()}
+
+    def _slice(self, place: int, name: str) -> Tensor:
+        start, end = self._spans[place]
+        values: Tensor = self._open(place).get_slice(name)[int(start):int(end)]
+        return values
 
     def _open(self, place: int) -> Any:
         number = int(self._shard[place])
@@ -290,8 +337,21 @@ class CachedTeacher:
         """The k most likely tokens in float32, see `Teacher`."""
         return most_likely(self.logits(batch), k)
 
+    def entries(self, batch: Batch) -> SparseSignal:
+        """Of the pair's entries, as they were cached: `entries` in the place of ids."""
+        self._refuse(batch, "teacher_entries")
+        return SparseSignal(*(batch[f"teacher_{name}"] for name in SIGNALS[SPARSE]))
+
     def _stored(self, batch: Batch) -> Tensor:
-        if "teacher_problem" in batch:
-            raise TaidError(batch["teacher_problem"])
+        self._refuse(batch, "teacher_hidden")
         hidden: Tensor = batch["teacher_hidden"]
         return hidden.to(self.cache.dtype)  # DeepSpeed casts what goes to the device
+
+    def _refuse(self, batch: Batch, name: str) -> None:
+        if "teacher_problem" in batch:
+            raise TaidError(batch["teacher_problem"])
+        if name not in batch:
+            raise TaidError(
+                f"'{self.cache.folder}' has no {name.removeprefix('teacher_')} of "
+                f"{batch['sources'][0]}: with its signal, only records of data.eval are measured, "
+                "and only those of data.train are trained on.", mend=AGAIN)

@@ -1,9 +1,10 @@
 """Shards of a teacher's cache: records with their hidden states, whole or absent.
 
-A shard holds R records with n tokens in all: `hidden` [n, H] at the predicting positions of
-`positions` [n] (of the predicted tokens, in the row without padding), `starts` [R + 1] of each
-record among them, and of each record 16 bytes of SHA-256 of its token ids, its images' pixels and
-its name in the data (`ids`, `images`, `sources` [R, 16]), the CRC-32 of its hidden states
+A shard holds R records with n tokens in all: at the predicting positions of `positions` [n] (of the
+predicted tokens, in the row without padding) either `hidden` [n, H], or `entries` and `log_probs`
+[n, k] of the entries that the pair compares with `log_rest` [n] of all others; `starts` [R + 1] of
+each record among them, and of each record 16 bytes of SHA-256 of its token ids, its images' pixels
+and its name in the data (`ids`, `images`, `sources` [R, 16]), the CRC-32 of what is stored of it
 (`sums` [R]), and where it stood: (side, number) (`places` [R, 2]).
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 BYTES = 16  # of every hash in an index
 INDEX = ("ids", "images", "sources", "sums", "starts", "places")
 SECONDS = 300.0  # after which a shard is written, however small: so much is lost at most
+HIDDEN, SPARSE = "hidden", "sparse"
+SIGNALS = {HIDDEN: ("hidden",), SPARSE: ("entries", "log_probs", "log_rest")}
 AGAIN = "Build the cache again with `taid-vlm cache` from this recipe's models and data."
 Place = tuple[int, int]  # which side of the data, and which of its records
 
@@ -55,19 +58,23 @@ def source_hash(source: str) -> bytes:
     return sha256([source.encode()])[:BYTES]
 
 
-def checksum(hidden: Tensor) -> int:
-    """CRC-32 of the bytes of hidden states [n, H] on the CPU."""
-    return zlib.crc32(hidden.contiguous().view(torch.uint8).numpy().data)
+def checksum(signal: Mapping[str, Tensor], positions: Sequence[int]) -> int:
+    """CRC-32 of the bytes of one record's tensors on the CPU, and of where they stand."""
+    total = zlib.crc32(np.asarray(positions, np.int64).tobytes())
+    for name in sorted(signal):
+        total = zlib.crc32(signal[name].contiguous().view(torch.uint8).numpy().data, total)
+    return total
 
 
 class Entry(NamedTuple):
-    """One record's hidden states [n, H] on the CPU, and what they are of."""
+    """What the teacher said of one record, by name as in SIGNALS [n, ...] on the CPU, and what it
+    is of."""
 
     place: Place
     source: bytes
     key: Key
     positions: list[int]
-    hidden: Tensor
+    signal: Mapping[str, Tensor]
 
 
 def opened(path: Path) -> Any:
@@ -82,10 +89,15 @@ def read_index(path: Path, identity: str) -> dict[str, np.ndarray[Any, Any]]:
     """What a shard says of its records; raises TaidError where it is torn, or of another cache."""
     file = opened(path)
     owner = (file.metadata() or {}).get("identity")
+    if not {*INDEX, "positions"} <= {*file.keys()}:
+        raise TaidError(f"'{path}' is no shard of a cache.", mend=AGAIN)
     if owner != identity:
         raise TaidError(f"'{path}' belongs to another cache (its identity is {owner}, this "
                         f"cache's {identity}).", mend=AGAIN)
-    return {name: file.get_tensor(name).numpy() for name in INDEX}
+    kind = next((kind for kind, names in SIGNALS.items() if {*names} <= {*file.keys()}), "")
+    records = file.get_slice("sums").get_shape()[0]
+    return {**{name: file.get_tensor(name).numpy() for name in INDEX},
+            "kind": np.full(records, kind)}
 
 
 # ----- writing -----------------------------------------------------------------------------
@@ -100,8 +112,11 @@ class ShardWriter:
         self.size, self.since = 0, time.perf_counter()
 
     def add(self, entry: Entry) -> None:
-        self.entries.append(Entry(*entry[:-1], entry.hidden.clone()))
-        self.size += entry.hidden.numel() * entry.hidden.element_size()
+        if self.entries and self.entries[0].signal.keys() != entry.signal.keys():
+            self.flush()  # a shard is of one kind
+        signal = {name: values.clone() for name, values in entry.signal.items()}
+        self.entries.append(Entry(*entry[:-1], signal))
+        self.size += sum(values.nbytes for values in signal.values())
         if self.size >= self.shard_bytes or time.perf_counter() - self.since > SECONDS:
             self.flush()
 
@@ -121,14 +136,15 @@ def _tensors(entries: Sequence[Entry]) -> dict[str, Tensor]:
 
     lengths = torch.tensor([0, *(len(entry.positions) for entry in entries)])
     return {
-        "hidden": torch.cat([entry.hidden for entry in entries]),
+        **{name: torch.cat([entry.signal[name] for entry in entries])
+           for name in entries[0].signal},
         "positions": torch.tensor([p for entry in entries for p in entry.positions],
                                   dtype=torch.int32),
         "starts": lengths.cumsum(0),
         "ids": hashes([entry.key.ids for entry in entries]),
         "images": hashes([entry.key.images for entry in entries]),
         "sources": hashes([entry.source for entry in entries]),
-        "sums": torch.tensor([checksum(entry.hidden) for entry in entries]),
+        "sums": torch.tensor([checksum(entry.signal, entry.positions) for entry in entries]),
         "places": torch.tensor([entry.place for entry in entries]),
     }
 

@@ -11,16 +11,16 @@ import contextlib
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from taid_vlm.alignment import Pairing
+from taid_vlm.alignment import Pairing, VocabularyMap
 from taid_vlm.batch.figures import Measured, compared_figures, token_figures
 from taid_vlm.batch.forward import Batch, student_forward
-from taid_vlm.batch.losses import advantage_weights, by_weight, token_losses
+from taid_vlm.batch.losses import advantage_weights, by_map, by_weight, token_losses
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedDivergence, FusedLoss, Rows
@@ -28,7 +28,8 @@ from taid_vlm.fused.model_head import find_logit_transform, output_head
 from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, divergence, parse_objective
-from taid_vlm.teachers import HiddenSignal, Teacher
+from taid_vlm.teachers import CachedTeacher, HiddenSignal, SparseSignal, Teacher
+from taid_vlm.teachers.sparse import of_entries
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,48 @@ def _advantage(objective: Objective, teacher: Teacher, batch: Batch, u: Tensor) 
 
     return advantage_weights(objective.visual_advantage, batch, nll(u),
                              lambda blind: nll(teacher.logits(blind)))
+
+
+class SparseStep:
+    """The objective over a few entries of the teacher's law and one rest, as they were cached.
+
+    Figures are over the same entries: kl, for the most likely ones, is at most the whole law's.
+    """
+
+    def __init__(
+        self, objective: Objective, pairing: Pairing, teacher: CachedTeacher
+    ) -> None:
+        self.objective, self.pairing = objective, pairing
+        self.signal = teacher.cache.signal
+
+    def report(self) -> dict[str, Any]:
+        """For the run's results: which implementation ran, and why."""
+        return {"name": "reference", "bodies": [], "reason": "the teacher is cached as "
+                f"{self.signal.k} {self.signal.kind} entries of its law"}
+
+    def __call__(
+        self, model: nn.Module, teacher: Teacher | None, batch: Batch, t: float | None,
+        with_figures: bool,
+    ) -> StepLoss:
+        assert isinstance(teacher, CachedTeacher)  # `choose_step` has asked
+        signal, s = teacher.entries(batch), student_forward(model, batch)
+        rows = torch.arange(len(s), device=s.device)
+
+        def laws(vocabulary: VocabularyMap, s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            return of_entries(vocabulary, s, SparseSignal(*(part[rows] for part in signal)))
+
+        losses = self.objective.on_data(s, batch["labels"]) | by_map(
+            self.pairing, batch, s, rows, lambda *of: self.objective.between(*laws(*of), t))
+        sums = {name: by_weight(batch, x).sum() for name, x in losses.items()}
+        figures = {}
+        if with_figures:
+            figures = {"nll": divergence("ce", s, None, labels=batch["labels"])}
+        if with_figures and self.signal.kind == "topk":
+            with torch.no_grad():
+                figures |= by_map(self.pairing, batch, s, rows,
+                                  lambda *of: {"kl": divergence("forward_kl", *laws(*of))})
+        return StepLoss(self.objective.weighted(sums), losses, None,
+                        {name: Measured(values.detach()) for name, values in figures.items()})
 
 
 class FusedStep:
@@ -193,11 +236,14 @@ def accept_distill(model: PreTrainedModel) -> None:
 # ----- which one ----------------------------------------------------------------------------
 
 
+Step: TypeAlias = ReferenceStep | FusedStep | SparseStep
+
+
 def choose_step(
     implementation: str, objective: Objective, pairing: Pairing | None, student: nn.Module,
     teacher: Teacher | None, probe: Batch, memory_budget: int = MEMORY_BUDGET,
     autocast: Autocast = contextlib.nullcontext,
-) -> ReferenceStep | FusedStep:
+) -> Step:
     """The implementation asked for; "auto" takes the fused one where it gives the same.
 
     Args:
@@ -208,6 +254,13 @@ def choose_step(
     Raises:
         TaidError: "fused" for something only the reference can do, with the reason.
     """
+    if isinstance(teacher, CachedTeacher) and teacher.cache.signal.is_sparse and \
+            objective.needs_teacher:
+        assert pairing is not None
+        if implementation == "fused":
+            raise TaidError("loss_implementation = 'fused', but the teacher is cached as a few "
+                            "entries of its law. Use auto or reference.")
+        return SparseStep(objective, pairing, teacher)
     if implementation == "reference":
         return ReferenceStep(objective, pairing, "loss_implementation = 'reference'")
     reason, transform = obstacle(objective, pairing), None

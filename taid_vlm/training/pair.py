@@ -13,7 +13,7 @@ from taid_vlm.adapters import Processor, check_image_token, make_adapter
 from taid_vlm.alignment import Pairing, check_modalities, pair_models
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.model import ModelSpec
-from taid_vlm.errors import RecipeError, TaidError, nearest
+from taid_vlm.errors import RecipeError, TaidError, nearest, with_place
 from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.loading import load_model, load_processor
@@ -21,6 +21,8 @@ from taid_vlm.models.lora import check_names, name_base
 from taid_vlm.objectives import Objective, parse_objective
 from taid_vlm.records import Record, first_rows
 from taid_vlm.teachers.cache import TeacherCache
+from taid_vlm.teachers.shards import AGAIN
+from taid_vlm.teachers.sparse import maps_hash
 from taid_vlm.training.router import check_router
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ def pair_for_training(
         _refuse_metric(args.metric_for_best_model, pairing)
         for warning in pairing.warnings:
             logger.warning(warning)
+    if isinstance(teacher, TeacherCache) and teacher.signal.is_sparse and objective.needs_teacher:
+        _check_entries(teacher, pairing, objective)
     collator = DistillationCollator(
         ours, theirs, pairing, args.supervise, args.padding_side,  # type: ignore[arg-type]
         stored=_stored(teacher, objective))
@@ -89,6 +93,17 @@ def _stored(teacher: Any, objective: Objective) -> TeacherCache | None:
                             "teacher.cache holds its hidden states only: leave it out, or name the "
                             "teacher with teacher.model_name_or_path.")
     return teacher
+
+
+def _check_entries(cache: TeacherCache, pairing: Pairing | None, objective: Objective) -> None:
+    """Raise TaidError where a cache of a few entries is not of this pair, or of this objective."""
+    try:
+        cache.signal.check(pairing, objective)
+    except TaidError as error:
+        raise with_place(error, f"teacher.cache '{cache.folder}', built with") from error
+    if pairing is None or maps_hash(pairing) != cache.identity["entries"]:
+        raise TaidError(f"teacher.cache '{cache.folder}' holds entries of another pair's "
+                        "vocabulary: it was built for another student or alignment.", mend=AGAIN)
 
 
 def of_chunks(metric: str | None) -> bool:

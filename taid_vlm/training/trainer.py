@@ -47,7 +47,7 @@ from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.teachers import CachedTeacher, LocalTeacher, TeacherCache
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
-from taid_vlm.training.loss import FusedStep, ReferenceStep, StepLoss, choose_step
+from taid_vlm.training.loss import ReferenceStep, Step, StepLoss, choose_step
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
 from taid_vlm.training.visual import VisualTerms, visual_collator
@@ -137,7 +137,7 @@ class DistillationTrainer(Trainer):
         self.recipe: Mapping[str, Any] | None = None  # what checkpoints say they were written with
         self.guard = StepGuard(self.accelerator, args.max_nonfinite_steps, args.spike_factor,
                                args.spike_window)
-        self._step: ReferenceStep | FusedStep | None = None
+        self._step: Step | None = None
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
 
@@ -176,7 +176,7 @@ class DistillationTrainer(Trainer):
             loss = loss + self.router.weight * routed.sum() * processes / max(float(fed), 1.0)
         return (loss, found.losses) if return_outputs else loss
 
-    def _loss_step(self, batch: Batch) -> ReferenceStep | FusedStep:
+    def _loss_step(self, batch: Batch) -> Step:
         """The implementation of the loss, chosen at the first batch that has tokens to check it."""
         if self._step is None and len(batch["labels"]):
             self._step = choose_step(

@@ -375,7 +375,7 @@ def test_a_broken_cache_is_named_before_weights(
     ("text", "eval.jsonl:3 with the same images, but other tokens"),
     ("image", "with the same tokens, but other images"),
     ("more", "does not hold eval.jsonl:4"),
-    ("bit", "have another checksum"),
+    ("bit", "has another checksum"),
 ])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_record_that_is_not_in_it_is_named(
@@ -442,3 +442,48 @@ def test_plan_and_inspect_know_a_cache(
     assert any(str(folder) in note and "bytes on disk" in note for note in stage["notes"])
     done = cli("inspect", write_recipe(tmp_path, recipe))
     assert done.status == 0, done.err
+
+
+# ----- a few entries of every law ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_all_entries_train_as_hidden_states_do(
+    case: str, cli: Cli, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    live = tree(tmp_path, checkpoints, case, optim="sgd", learning_rate=0.05)
+    done = cli("cache", write_recipe(tmp_path, live), "--output", tmp_path / "cache",
+               "--signal", "topk", "--k", "100000")
+    assert done.status == 2
+    width = int(done.err.split("the pair compares ")[1].split()[0])
+    folder = built(cli, tmp_path, live, "--signal", "topk", "--k", str(width))
+    expected = carried_out(cli, tmp_path, live)
+    results = carried_out(cli, tmp_path, cached(live, folder))
+    assert difference(expected, results) < 1e-6
+    for moment in ("before", "after"):  # of held-out records hidden states are kept
+        assert results["eval"][moment]["kl"] == pytest.approx(
+            expected["eval"][moment]["kl"], abs=1e-6)
+    assert results["models"]["teacher"]["cache"]["signal"] == f"topk {width}"
+    assert f"{width} topk entries" in results["train"]["loss_implementation"]["reason"]
+
+
+def test_draws_train_and_refuse_what_they_cannot(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = {**tree(tmp_path, checkpoints), "objective": "forward_kl"}
+    folder = built(cli, tmp_path, live, "--signal", "sampled")
+    recipe = cached(live, folder)
+    assert carried_out(cli, tmp_path, recipe)["train"]["steps"] == 6
+    assert cli("plan", write_recipe(tmp_path, recipe)).status == 0
+    message = refused(cli, tmp_path, {**recipe, "objective": "taid"}, monkeypatch)
+    assert "the loss 'taid' is not linear in the teacher's probabilities" in message
+    other = {**recipe, "student": checkpoints("llava", "plain", seed=1)}
+    assert "entries of another pair's vocabulary" in refused(cli, tmp_path, other, monkeypatch)
+
+
+def test_chunks_need_whole_laws(cli: Cli, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    live = {**tree(tmp_path, checkpoints, "c"), "objective": "forward_kl"}
+    done = cli("cache", write_recipe(tmp_path, live), "--output", tmp_path / "cache",
+               "--signal", "topk")
+    assert done.status == 2
+    assert "chunks need single tokens' whole laws" in done.err
