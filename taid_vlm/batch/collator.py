@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,6 +52,21 @@ NO_VIEW = "video for visual terms"
 CUT = "cut"  # not dropped: plain texts that were shortened
 
 
+class TeacherRow(NamedTuple):
+    """A record as the teacher is shown it: token ids without padding, images, and the positions
+    among the ids of those tokens that are compared, in order."""
+
+    record: Record
+    ids: list[int]
+    images: list[Picture]
+    positions: list[int]
+
+    @property
+    def source(self) -> str:
+        """What messages call the record."""
+        return self.record.source
+
+
 @dataclass(frozen=True)
 class _Sample:
     record: Record
@@ -74,6 +89,8 @@ class DistillationCollator:
         chat: what a served teacher is sent of a row with images, from its adapter, the record, its
             rendering and its images; None of a row without.
         views: by role, what finds the images' global views.
+        stored: what has the teacher's hidden states, or takes note of where they are asked for:
+            given the batch's rows and the batch, it says what of the batch is another.
         reported: the first message of every reason for which a record was left out.
 
     A batch holds, for N aligned tokens in B rows:
@@ -86,6 +103,7 @@ class DistillationCollator:
         teacher_degraded: with `degrade`, those of the teacher's inputs in which degraded images
             differ; {} where no row has an image.
         teacher_chats: with `chat`, a list of B.
+        teacher_hidden: with a cache as `stored`, the teacher's hidden states [N_teacher, H].
         student_views, teacher_views: with `views`, a View per image, in the same order.
         counts: `dropped` {reason: rows}, `cut` texts, and tokens supervised and aligned.
         notes: {what of the rows has no effect: rows}.
@@ -105,6 +123,7 @@ class DistillationCollator:
     degrade: Callable[[Picture], Picture] | None = None
     chat: Callable[..., Mapping[str, Any] | None] | None = None
     views: Mapping[str, GlobalViews] | None = None
+    stored: Callable[[Sequence[TeacherRow], Batch], Batch] | None = None
     reported: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
@@ -297,6 +316,9 @@ class DistillationCollator:
         if self.chat is not None:
             batch["teacher_chats"] = [
                 self.chat(self.teacher, s.record, s.rendered["teacher"], s.images) for s in samples]
+        if self.stored is not None:
+            batch |= self.stored(_teacher_rows(samples, encoded["teacher"], tokens["teacher"]),
+                                 batch)
         for role, views in (self.views or {}).items():
             batch[f"{role}_views"] = views(encoded[role])
         encoded_rows = encoded["student"].rows if flat else []
@@ -347,6 +369,16 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _teacher_rows(
+    samples: Sequence[_Sample], encoded: EncodedBatch, tokens: Sequence[tuple[int, int, int]]
+) -> list[TeacherRow]:
+    places: list[list[int]] = [[] for _ in samples]
+    for index, position, _ in tokens:
+        places[index].append(position - encoded.rows[index].offset)
+    return [TeacherRow(sample.record, row.ids, sample.images, positions)
+            for sample, row, positions in zip(samples, encoded.rows, places, strict=True)]
 
 
 def _partners(flat: list[Aligned]) -> dict[str, Tensor]:

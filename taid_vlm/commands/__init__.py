@@ -11,6 +11,7 @@ COMMANDS = {  # and what each is for
     "inspect": "say whether a recipe can work, what is compared, and what to change",
     "plan": "say how much memory a recipe needs, and what to change if it does not fit",
     "distill": "carry out a recipe",
+    "cache": "ask a recipe's teacher once, and keep its hidden states for training without it",
     "shrink": "make a student of a teacher: fewer layers, fewer image tokens",
     "compose": "make a student of a vision tower and a language model",
     "merge": "write a LoRA student as a model of its own",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -12,6 +13,7 @@ from taid_vlm.config.section import Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
+DESCRIPTION = "teacher"  # in a cache: the folder with the teacher's config and processor
 
 
 class ModelSpec(Section):
@@ -89,14 +91,19 @@ class ServerSpec(Section):
 
 
 class TeacherSpec(ModelSpec):
-    """The model that is learned from: its weights in this process, or a server that has them.
+    """The model that is learned from: its weights in this process, a server that has them, or
+    what it said once.
 
     Args:
         server: Where the teacher is served. No weights are loaded then, only configuration and
             processor, from processor_name_or_path.
+        cache: Folder that `taid-vlm cache` wrote, instead of a model: training then loads none of
+            the teacher's weights but its head. Config, processor, chat template and its variables
+            come from there, so that only trust_remote_code may stand beside it.
     """
 
     server: ServerSpec | None = None
+    cache: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -117,3 +124,31 @@ class TeacherSpec(ModelSpec):
                 raise ValueError(f".{key} has no effect with a server, which has loaded its model; "
                                  "take it out.")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _described_by_its_cache(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not isinstance(value.get("cache"), str):
+            return value
+        return {"model_name_or_path": _described(value["cache"]), **value}
+
+    @model_validator(mode="after")
+    def _cache_alone(self) -> Self:
+        if self.cache is None:
+            return self
+        if not self.cache:
+            raise ValueError(".cache = '', but it must be a folder that `taid-vlm cache` wrote.")
+        plain = TeacherSpec.model_fields
+        described = {"cache", "trust_remote_code"}
+        if self.model_name_or_path == _described(self.cache):
+            described.add("model_name_or_path")
+        for key, inner in self:
+            if key not in described and inner != plain[key].default:
+                raise ValueError(
+                    f".{key} = {inner!r:.60} has no effect beside .cache = '{self.cache}', which "
+                    "holds its own teacher, processor and chat template; take one of the two out.")
+        return self
+
+
+def _described(cache: str) -> str:
+    return str(Path(cache).expanduser() / DESCRIPTION)

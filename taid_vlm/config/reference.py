@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from taid_vlm.config.benchmark import BenchmarkSpec, Columns
 from taid_vlm.config.data import DataSource, DataSpec, VideoSpec
 from taid_vlm.config.evaluation import EvaluateSpec
-from taid_vlm.config.model import ServerSpec, StudentSpec
+from taid_vlm.config.model import ServerSpec, StudentSpec, TeacherSpec
 from taid_vlm.config.objective import TERMS, Common, Term, TokenWeights
 from taid_vlm.config.recipe import Recipe, StageSpec
 from taid_vlm.config.training import ELSEWHERE, WITHOUT_EFFECT, TrainSpec
@@ -25,8 +25,8 @@ another kind (but 1e3 is a fine whole number).
 """
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("A recipe", "", Recipe),
-    ("`teacher` and `student`", "A text alone is `model_name_or_path`. `peft` is for the student "
-     "only.", StudentSpec),
+    ("`student`", "A text alone is `model_name_or_path`.", StudentSpec),
+    ("`teacher`", "A text alone is `model_name_or_path`.", TeacherSpec),
     ("`teacher.server`", "Instead of weights in this process; `teacher.processor_name_or_path` "
      "then says where the configuration and the processor are.", ServerSpec),
     ("`data`", "", DataSpec),

@@ -121,8 +121,8 @@ def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
                 load_skeleton(spec, role)
         student, teacher = skeletons["student"], skeletons.get("teacher")
         pairing, plain = pair_for_training(
-            student, teacher, found.student_processor, found.teacher_processor, whole,
-            [data for data in (found.train, found.eval) if data is not None])
+            student, found.cache or teacher, found.student_processor, found.teacher_processor,
+            whole, [data for data in (found.train, found.eval) if data is not None])
         objective = parse_objective(found.args.objective)
         collator = visual_collator(plain, objective, student, teacher)
     except TaidError as error:

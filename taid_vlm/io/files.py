@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,28 @@ def write_bytes(content: bytes, path: Path) -> Path:
         return _replace_file(content, path)
     except OSError as error:
         raise TaidError(f"'{path}' could not be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden file beside `path` to write to, put in its place once all went well.
+
+    Raises:
+        TaidError: the folder or the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.chmod(partial, usual_mode())
+        os.replace(partial, path)
+    except TaidError:
+        raise
+    except Exception as error:  # libraries have errors of their own for a full disk
+        raise TaidError(f"'{path}' could not be written: "
+                        f"{getattr(error, 'strerror', None) or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def usual_mode() -> int:

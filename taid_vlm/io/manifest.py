@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from taid_vlm.io.hashing import file_sha256
 NAME = "taid_vlm.json"
 
 
-def seal(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the folder's manifest, last of all: facts, and the hash of every file in it."""
+def seal(folder: Path, facts: Mapping[str, Any], without: Sequence[str] = ()) -> None:
+    """Write the folder's manifest, last of all: facts, and the hash of every file in it but those
+    that are named `without`."""
     files = {path.relative_to(folder).as_posix(): file_sha256(path).hex()
-             for path in sorted(folder.rglob("*")) if path.is_file() and path.name != NAME}
+             for path in sorted(folder.rglob("*"))
+             if path.is_file() and path.name not in (NAME, *without)}
     write_json({**facts, "files": files}, folder / NAME)
 
 

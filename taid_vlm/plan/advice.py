@@ -177,7 +177,7 @@ def _smaller_batches(recipe: Recipe) -> Iterator[Change]:
 
 def _half_precision(recipe: Recipe) -> Iterator[Change]:
     teacher: list[str] = []
-    if recipe.teacher is not None and recipe.teacher.server is None:
+    if recipe.teacher is not None and not (recipe.teacher.server or recipe.teacher.cache):
         config = load_config(recipe.teacher, "teacher")
         kept = weights_dtype(recipe.teacher, "teacher", config)
         stored = str(getattr(config, "dtype", None)).removeprefix("torch.")

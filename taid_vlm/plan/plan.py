@@ -33,7 +33,7 @@ from taid_vlm.plan.shapes import Shapes, model_of_shapes
 from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.stages import parts_by_name
-from taid_vlm.teachers import ServedTeacher, SparseSignal
+from taid_vlm.teachers import CachedTeacher, ServedTeacher, SparseSignal
 from taid_vlm.teachers.protocol import Laws, Question
 from taid_vlm.training.pair import with_adapter
 from taid_vlm.training.trainer import DistillationTrainer
@@ -182,10 +182,10 @@ def _trainer(recipe: Recipe, found: Ingredients, shapes: Shapes) -> Distillation
     if recipe.student.peft is not None:
         student = with_adapter(student, lora_config(recipe.student.peft), on_meta=True)
         shapes.hollow(student)
-    teacher: Any = None
+    teacher: Any = found.cache
     if recipe.teacher is not None and recipe.teacher.server is not None:
         teacher = _Served(recipe.teacher.server, load_skeleton(recipe.teacher, "teacher"))
-    elif recipe.teacher is not None:
+    elif recipe.teacher is not None and teacher is None:
         teacher = model_of_shapes(_stored(recipe.teacher, recipe), "teacher", shapes)
     trainer = DistillationTrainer(student, teacher, found.args, found.train, None,
                                   found.student_processor, found.teacher_processor)
@@ -283,7 +283,7 @@ def _account(
         {phase: memory.peak for phase, memory in whole.items()},
         tuple(Component(kind, most[kind], worst.at_peak.get(kind, 0), _how(kind, phases, recipe))
               for kind in kinds.KINDS if most[kind]),
-        lengths, tuple(_notes(recipe, phases)), _experts(trainer))
+        lengths, tuple(_notes(recipe, phases, trainer)), _experts(trainer))
 
 
 def _experts(trainer: DistillationTrainer) -> dict[str, Experts]:
@@ -313,8 +313,14 @@ def _how(kind: str, phases: Mapping[str, Memory], recipe: Recipe) -> str:
     return ESTIMATED if guessed else REHEARSED
 
 
-def _notes(recipe: Recipe, phases: Mapping[str, Memory]) -> Iterator[str]:
-    """What the plan could not know."""
+def _notes(
+    recipe: Recipe, phases: Mapping[str, Memory], trainer: DistillationTrainer
+) -> Iterator[str]:
+    """What the plan could not know, and what is not in memory."""
+    if isinstance(trainer.teacher, CachedTeacher):
+        cache = trainer.teacher.cache
+        yield (f"of the teacher its head alone is in memory; '{cache.folder}' has "
+               f"{cache.bytes:,} bytes on disk, {cache.bytes_per_token:,.0f} an answer token.")
     if optim_of(recipe) not in OPTIMIZERS:
         yield f"train.optim = '{optim_of(recipe)}' is not known here; counted like adamw_torch."
     for key in _SHARDING:

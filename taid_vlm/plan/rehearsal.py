@@ -28,10 +28,10 @@ from taid_vlm.models.parts import TOWER, frozen_modules
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.ledger import Ledger
 from taid_vlm.plan.shapes import Shapes
-from taid_vlm.teachers import LocalTeacher
+from taid_vlm.teachers import CachedTeacher, LocalTeacher
 from taid_vlm.training.loss import (
     FusedStep,
-    SparseStep,
+    ReferenceStep,
     Step,
     StepLoss,
     choose_step,
@@ -100,7 +100,7 @@ def _loss_step(trainer: DistillationTrainer, batch: Batch) -> Step:
     """
     args, pairing = trainer.args, trainer.pairing
     plain = plain_step(trainer.objective, pairing, trainer.teacher)
-    if isinstance(plain, SparseStep):
+    if not isinstance(plain, ReferenceStep):
         return plain
     if args.loss_implementation == "reference" or obstacle(
             trainer.objective, pairing) is not None:
@@ -154,13 +154,19 @@ def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shap
 def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:
     """A ledger that knows what lies there before the step begins."""
     ledger = Ledger()
-    if isinstance(trainer.teacher, LocalTeacher):
-        teacher = trainer.teacher.model
-        ledger.adopt([*teacher.parameters(), *teacher.buffers()], kinds.TEACHER)
+    ledger.adopt(teacher_tensors(trainer), kinds.TEACHER)
     ledger.adopt([*parameters(trainer), *trainer.model.buffers()], kinds.STUDENT)
     ledger.adopt(tree_leaves(dict(batch)), kinds.BATCH)
     ledger.adopt(kept(trainer), kinds.LOSS)
     return ledger
+
+
+def teacher_tensors(trainer: DistillationTrainer) -> list[Tensor]:
+    """The teacher in memory: of a cached one the head."""
+    if isinstance(trainer.teacher, CachedTeacher):
+        return trainer.teacher.head.parameters()
+    model = trainer.teacher_model
+    return [] if model is None else [*model.parameters(), *model.buffers()]
 
 
 def kept(trainer: DistillationTrainer) -> list[Tensor]:

@@ -30,6 +30,8 @@ def model_card(results: Mapping[str, Any], recipe_yaml: str) -> str:
     """
     recipe = parse_yaml(recipe_yaml)
     student, teacher = (_model(recipe.get(role)) for role in ("student", "teacher"))
+    if teacher:
+        teacher = results["models"]["teacher"]["name"]  # of a cached one: the model's
     sees = bool(results["models"]["student"]["parts"].get("tower", {}).get("parameters"))
     auto, processor = (("AutoModelForImageTextToText", "AutoProcessor") if sees else
                        ("AutoModelForCausalLM", "AutoTokenizer"))

@@ -172,6 +172,11 @@ def _account(results: Results) -> list[str]:
         text.append(f"Alignment, case {alignment.case}: {alignment.reason}."
                     f"{_coverage(results.eval.after)}")
         text.extend(alignment.warnings)
+    cache = results.models["teacher"].cache if "teacher" in results.models else None
+    if cache is not None:
+        text.append(f"The teacher was not loaded: what it says is from '{cache.folder}', "
+                    f"{cache.bytes_per_token:,.0f} bytes an answer token. Whether it looks at its "
+                    "images was not measured.")
     frozen = [f"{part} ({count['parameters']:,})"
               for part, count in results.models["student"].parts.items() if not count["trained"]]
     if frozen:

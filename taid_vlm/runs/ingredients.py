@@ -23,6 +23,7 @@ from taid_vlm.models.lora import check_names
 from taid_vlm.models.parts import freeze_parts
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import AnyRecords, Record, StreamedRecords, open_sources, parts_of
+from taid_vlm.teachers import TeacherCache
 from taid_vlm.training.config import DistillationConfig, training_arguments
 from taid_vlm.training.early import check_files, refuse_early
 from taid_vlm.training.intake import named_unread
@@ -36,7 +37,7 @@ class Ingredients:
     """What a recipe names.
 
     configs: of the models, by role. eval: held-out records, which have a length and an order; None
-    without any.
+    without any. cache: of a teacher that is not loaded.
     """
 
     args: DistillationConfig
@@ -45,11 +46,15 @@ class Ingredients:
     eval: Any
     student_processor: Processor
     teacher_processor: Processor | None
+    cache: TeacherCache | None = None
 
 
 def gather(recipe: Recipe) -> Ingredients:
     """Open data and processors; every mistake that can show without weights shows here."""
     check_files(recipe.train)
+    spec = recipe.teacher
+    cache = None if spec is None or spec.cache is None else TeacherCache(
+        spec.cache, spec.trust_remote_code)
     args = training_arguments(recipe)
     adapter = lora_config(recipe.student.peft)
     if args.freeze or args.learning_rates or adapter is not None:
@@ -87,12 +92,12 @@ def gather(recipe: Recipe) -> Ingredients:
     for role, processor in (("student", student), ("teacher", teacher)):
         if processor is not None and role not in blind:
             check_image_token(make_adapter(processor, role), configs[role])
-    if recipe.teacher is not None and of_chunks(args.metric_for_best_model):
+    if recipe.teacher is not None and (cache or of_chunks(args.metric_for_best_model)):
         skeletons = (load_skeleton(recipe.student, "student"),
-                     load_skeleton(recipe.teacher, "teacher"))
+                     cache or load_skeleton(recipe.teacher, "teacher"))
         with quiet("taid_vlm", warn=False):  # the run itself says what there is to say
             pair_for_training(*skeletons, student, teacher, args, [train, held_out or []])
-    return Ingredients(args, configs, train, held_out, student, teacher)
+    return Ingredients(args, configs, train, held_out, student, teacher, cache)
 
 
 def _has_images(records: Any) -> bool:

@@ -22,7 +22,7 @@ from taid_vlm.models.parts import count_parameters
 from taid_vlm.records import ImageRef, fingerprint
 from taid_vlm.runs.machine import machine, peak_memory, versions
 from taid_vlm.runs.results import Alignment, Example, HeldOutData, Results, Stage, Train
-from taid_vlm.teachers import ServedTeacher
+from taid_vlm.teachers import CachedTeacher, ServedTeacher
 from taid_vlm.training.trainer import DistillationTrainer
 
 
@@ -177,5 +177,11 @@ def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, dict[str,
         described["teacher"] = {
             **served.report(), "model_type": served.skeleton.config.model_type,
             "parameters": sum(p.numel() for p in served.skeleton.parameters())}
+    if isinstance(trainer.teacher, CachedTeacher):
+        cache = trainer.teacher.cache
+        described["teacher"] = {**cache.identity["model"], "cache": {
+            "folder": str(cache.folder), "identity": cache.facts["identity"],
+            "signal": str(cache.signal),
+            "bytes_per_token": cache.bytes_per_token}}
     described["student"]["parts"] = count_parameters(trainer.model)
     return described

@@ -132,6 +132,19 @@ class Alignment(Part):
     warnings: list[str]
 
 
+class Cache(Part):
+    """Of a cached teacher.
+
+    folder: as in the recipe. identity: of what it holds. signal: what is kept of the records to
+    train on. bytes_per_token: on disk, of an answer's.
+    """
+
+    folder: str
+    identity: str
+    signal: str
+    bytes_per_token: float
+
+
 class Model(Part):
     """A model of the run.
 
@@ -139,7 +152,8 @@ class Model(Part):
     many. parts: of a student, {part: {"parameters": how many, "trained": of these}}. saved: as what
     a LoRA student was written, its adapter or its base model with the adapter merged. Of a served
     teacher, whose name is the server's: top_logprobs: how many most likely tokens it gave;
-    bytes_per_token: of its answers, on the wire, per answer token.
+    bytes_per_token: of its answers, on the wire, per answer token. cache: of a teacher that was
+    asked once, where its hidden states lie and how many bytes a token takes.
     """
 
     name: str
@@ -150,6 +164,7 @@ class Model(Part):
     saved: Literal["adapter", "merged"] | None = None
     top_logprobs: int | None = None
     bytes_per_token: float | None = None
+    cache: Cache | None = None
 
 
 class LossImplementation(Part):

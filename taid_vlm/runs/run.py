@@ -134,10 +134,10 @@ def _saved_as(outcome: Outcome, saved: str) -> Outcome:
 def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrainer:
     set_seed(ingredients.args.seed)
     served = None if recipe.teacher is None else recipe.teacher.server
-    teacher: Any = None if recipe.teacher is None or served is None else ServedTeacher(
+    teacher: Any = ingredients.cache if recipe.teacher is None or served is None else ServedTeacher(
         served, load_skeleton(recipe.teacher, "teacher"))  # refused before the student is loaded
     student = load_model(recipe.student, "student")
-    if recipe.teacher is not None and served is None:
+    if recipe.teacher is not None and teacher is None:
         teacher = load_model(recipe.teacher, "teacher")
     return DistillationTrainer(
         student, teacher, ingredients.args, ingredients.train, ingredients.eval,

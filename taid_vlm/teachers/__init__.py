@@ -1,8 +1,9 @@
 """Where a teacher's signal comes from: a batch in, next-token laws at the aligned positions out."""
 
+from taid_vlm.teachers.cache import CachedTeacher, TeacherCache
 from taid_vlm.teachers.local import LocalTeacher
 from taid_vlm.teachers.served import ServedTeacher, TeacherLost
 from taid_vlm.teachers.signal import HiddenSignal, SparseSignal, Teacher
 
-__all__ = ["HiddenSignal", "LocalTeacher", "ServedTeacher", "SparseSignal", "Teacher",
-           "TeacherLost"]
+__all__ = ["CachedTeacher", "HiddenSignal", "LocalTeacher", "ServedTeacher", "SparseSignal",
+           "Teacher", "TeacherCache", "TeacherLost"]

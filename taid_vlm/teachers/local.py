@@ -15,7 +15,7 @@ from taid_vlm.batch.forward import Batch, teacher_forward
 from taid_vlm.fused.model_head import find_logit_transform, output_head
 from taid_vlm.models.forward import Autocast, answer_hidden, head_rows, unwrap
 from taid_vlm.models.head import LogitTransform, keeps_type
-from taid_vlm.teachers.signal import HiddenSignal, SparseSignal
+from taid_vlm.teachers.signal import HiddenSignal, SparseSignal, most_likely
 
 
 class LocalTeacher:
@@ -67,11 +67,7 @@ class LocalTeacher:
     @torch.no_grad()
     def sparse(self, batch: Batch, k: int) -> SparseSignal:
         """The k most likely tokens in float32, see `Teacher`."""
-        log_probs = self.logits(batch).float().log_softmax(-1)
-        top, ids = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
-        rest = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
-        own = log_probs.gather(-1, batch["teacher_labels"][:, None])[:, 0]
-        return SparseSignal(ids, top, rest, own)
+        return most_likely(self.logits(batch), k, batch["teacher_labels"])
 
 
 def _placed(model: PreTrainedModel, accelerator: Accelerator) -> Any:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from taid_vlm.batch.forward import Batch
 from taid_vlm.batch.sparse import SparseSignal
 from taid_vlm.fused.heads import Head, ModuleHead
 
-__all__ = ["HiddenSignal", "SparseSignal", "Teacher"]
+__all__ = ["HiddenSignal", "SparseSignal", "Teacher", "most_likely"]
 
 
 class HiddenSignal(NamedTuple):
@@ -24,6 +25,15 @@ class HiddenSignal(NamedTuple):
 
     hidden: Tensor
     head: Head | ModuleHead
+
+
+def most_likely(logits: Tensor, k: int, labels: Tensor | None = None) -> SparseSignal:
+    """The k most likely tokens of logits [N, V] in float32, with the exact rest, and what the
+    law says of `labels` [N]."""
+    log_probs = logits.float().log_softmax(-1)
+    top, ids = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
+    own = None if labels is None else log_probs.gather(-1, labels[:, None])[:, 0]
+    return SparseSignal(ids, top, log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1), own)
 
 
 class Teacher(Protocol):

@@ -17,6 +17,7 @@ from taid_vlm.config.training import MEMORY_BUDGET, OwnArguments, TrainSpec, of_
 from taid_vlm.errors import RecipeError, TaidError
 from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.objectives import parse_objective
+from taid_vlm.teachers.cache import template_kwargs
 
 
 @dataclass
@@ -119,7 +120,7 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
            "canary_records": recipe.evaluate.canary,
            "chat_template_kwargs": recipe.student.chat_template_kwargs,
            "teacher_chat_template_kwargs": (
-               recipe.teacher.chat_template_kwargs if recipe.teacher else {})}
+               template_kwargs(recipe.teacher) if recipe.teacher else {})}
     train = {key: value for key, value in recipe.train.items() if not of_hub(key)}
     try:
         # transformers writes its own defaults into mappings like fsdp_config

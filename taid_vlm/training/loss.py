@@ -11,16 +11,16 @@ import contextlib
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from taid_vlm.alignment import Pairing
+from taid_vlm.alignment import Pairing, VocabularyMap
 from taid_vlm.batch.figures import Measured, compared_figures, token_figures
 from taid_vlm.batch.forward import Batch, student_forward
-from taid_vlm.batch.losses import advantage_weights, by_weight, token_losses
+from taid_vlm.batch.losses import advantage_weights, by_map, by_weight, token_losses
 from taid_vlm.batch.sparse import sparse_figures, sparse_losses
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
@@ -29,7 +29,8 @@ from taid_vlm.fused.model_head import find_logit_transform, output_head
 from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, divergence, parse_objective
-from taid_vlm.teachers import HiddenSignal, Teacher
+from taid_vlm.teachers import CachedTeacher, HiddenSignal, SparseSignal, Teacher
+from taid_vlm.teachers.sparse import of_entries
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,49 @@ class SparseStep:
         return StepLoss(self.objective.weighted(sums), losses, None, figures)
 
 
+class EntriesStep:
+    """The objective over a few entries of the teacher's law and one rest, as they were cached.
+
+    Figures are over the same entries: kl, for the most likely ones, is at most the whole law's.
+    """
+
+    def __init__(
+        self, objective: Objective, pairing: Pairing, teacher: CachedTeacher
+    ) -> None:
+        self.objective, self.pairing = objective, pairing
+        self.signal = teacher.cache.signal
+
+    def report(self) -> dict[str, Any]:
+        """For the run's results: which implementation ran, and why."""
+        return {"name": "reference", "bodies": [], "reason": "the teacher is cached as "
+                f"{self.signal.k} {self.signal.kind} entries of its law"}
+
+    def __call__(
+        self, model: nn.Module, teacher: Teacher | None, batch: Batch, t: float | None,
+        with_figures: bool,
+    ) -> StepLoss:
+        assert isinstance(teacher, CachedTeacher)  # `choose_step` has asked
+        signal, s = teacher.entries(batch), student_forward(model, batch)
+        rows = torch.arange(len(s), device=s.device)
+
+        def laws(vocabulary: VocabularyMap, s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            return of_entries(vocabulary, s, SparseSignal(
+                signal.ids[rows], signal.log_probs[rows], signal.log_rest[rows]))
+
+        losses = self.objective.on_data(s, batch["labels"]) | by_map(
+            self.pairing, batch, s, rows, lambda *of: self.objective.between(*laws(*of), t))
+        sums = {name: by_weight(batch, x).sum() for name, x in losses.items()}
+        figures = {}
+        if with_figures:
+            figures = {"nll": divergence("ce", s, None, labels=batch["labels"])}
+        if with_figures and self.signal.kind == "topk":
+            with torch.no_grad():
+                figures |= by_map(self.pairing, batch, s, rows,
+                                  lambda *of: {"kl": divergence("forward_kl", *laws(*of))})
+        return StepLoss(self.objective.weighted(sums), losses, None,
+                        {name: Measured(values.detach()) for name, values in figures.items()})
+
+
 class FusedStep:
     """The fused objective inside the student's forward; nothing of size [N, V] is kept.
 
@@ -199,7 +243,6 @@ def _hidden(teacher: Teacher, batch: Batch) -> HiddenSignal:
     return signal
 
 
-Step = ReferenceStep | SparseStep | FusedStep
 
 # ----- the student's forward ----------------------------------------------------------------
 
@@ -225,6 +268,9 @@ def accept_distill(model: PreTrainedModel) -> None:
 # ----- which one ----------------------------------------------------------------------------
 
 
+Step: TypeAlias = ReferenceStep | SparseStep | EntriesStep | FusedStep
+
+
 def choose_step(
     implementation: str, objective: Objective, pairing: Pairing | None, student: nn.Module,
     teacher: Teacher | None, probe: Batch, memory_budget: int = MEMORY_BUDGET,
@@ -240,7 +286,7 @@ def choose_step(
     Raises:
         TaidError: "fused" for something only the reference can do, with the reason.
     """
-    if isinstance(step := plain_step(objective, pairing, teacher), SparseStep):
+    if not isinstance(step := plain_step(objective, pairing, teacher), ReferenceStep):
         if implementation == "fused":
             raise TaidError(f"loss_implementation = 'fused', but {step.report()['reason']}. Use "
                             "auto.")
@@ -266,11 +312,14 @@ def choose_step(
 
 def plain_step(
     objective: Objective, pairing: Pairing | None, teacher: Teacher | None
-) -> ReferenceStep | SparseStep:
+) -> ReferenceStep | SparseStep | EntriesStep:
     """The implementation that works without knowing what stands behind the heads."""
-    if teacher is None or teacher.top is None or pairing is None or not objective.needs_teacher:
+    if teacher is None or pairing is None or not objective.needs_teacher:
         return ReferenceStep(objective, pairing)
-    return SparseStep(objective, pairing, teacher.top)
+    if isinstance(teacher, CachedTeacher) and teacher.cache.signal.is_sparse:
+        return EntriesStep(objective, pairing, teacher)
+    return ReferenceStep(objective, pairing) if teacher.top is None else SparseStep(
+        objective, pairing, teacher.top)
 
 
 def _unknown_head(role: str, model: Any) -> str:

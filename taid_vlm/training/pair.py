@@ -12,13 +12,16 @@ from taid_vlm.adapters import ModelAdapter, Processor, check_image_token, make_a
 from taid_vlm.alignment import Pairing, check_modalities, pair_models
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.model import ModelSpec
-from taid_vlm.errors import RecipeError, TaidError, nearest
+from taid_vlm.errors import RecipeError, TaidError, nearest, with_place
 from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.models.forward import head_rows
 from taid_vlm.models.loading import load_model, load_processor
 from taid_vlm.models.lora import check_names, name_base
-from taid_vlm.objectives import parse_objective
+from taid_vlm.objectives import Objective, parse_objective
 from taid_vlm.records import Record, first_rows, parts_of
+from taid_vlm.teachers.cache import TeacherCache
+from taid_vlm.teachers.shards import AGAIN
+from taid_vlm.teachers.sparse import maps_hash
 from taid_vlm.training.intake import PROBED_RECORDS, check_usable
 from taid_vlm.training.router import check_router
 
@@ -31,8 +34,9 @@ CHUNK = "chunk_"  # before the names of figures of chunks
 
 
 def pair_for_training(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, processing_class: Processor | None,
-    teacher_processing_class: Processor | None, args: DistillationConfig, datasets: Sequence[Any],
+    student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache | None,
+    processing_class: Processor | None, teacher_processing_class: Processor | None,
+    args: DistillationConfig, datasets: Sequence[Any],
 ) -> tuple[Pairing | None, DistillationCollator]:
     """Adapters, pairing and collator for two models, checked against the data."""
     if processing_class is None or (teacher is not None and teacher_processing_class is None):
@@ -61,13 +65,17 @@ def pair_for_training(
                      any(record.images for record in probed))
     if teacher is not None and theirs is not None:
         answers = [text for r in probed for text in (r.answers or [r.text or ""])]
-        pairing = pair_models(theirs, ours, head_rows(teacher), head_rows(student),
+        rows = teacher.rows if isinstance(teacher, TeacherCache) else head_rows(teacher)
+        pairing = pair_models(theirs, ours, rows, head_rows(student),
                               [text[:2000] for text in answers], objective.alignment)
         _refuse_metric(args.metric_for_best_model, pairing)
     for warning in (*(pairing.warnings if pairing else ()), *seams(adapters, probed)):
         logger.warning(warning)
+    if isinstance(teacher, TeacherCache) and teacher.signal.is_sparse and objective.needs_teacher:
+        _check_entries(teacher, pairing, objective)
     collator = DistillationCollator(
-        ours, theirs, pairing, args.supervise, args.padding_side)  # type: ignore[arg-type]
+        ours, theirs, pairing, args.supervise, args.padding_side,  # type: ignore[arg-type]
+        stored=_stored(teacher, objective))
     for number, part in enumerate(parts):
         check_usable(collator, part, 1.0 if number else args.max_left_out)
     return pairing, collator
@@ -82,6 +90,30 @@ def seams(adapters: Sequence[ModelAdapter], records: Sequence[Record]) -> Iterat
                    f"they are: with no space between in {len(places)} of the first {len(records)} "
                    f"records ({places[0]!r}). End the questions in the data with a space or a new "
                    f"line, or set {adapter.role}.chat_template")
+
+
+def _stored(teacher: Any, objective: Objective) -> TeacherCache | None:
+    """The cache that stands for a teacher; raises TaidError where a term asks a live one."""
+    if not isinstance(teacher, TeacherCache):
+        return None
+    for key, asks in (("token_weights", bool(objective.visual_advantage)),
+                      (" and ".join(term.name for term in objective.visual), objective.visual)):
+        if asks:
+            raise TaidError(f"objective.{key} shows images to the teacher while training, and "
+                            "teacher.cache holds its hidden states only: leave it out, or name the "
+                            "teacher with teacher.model_name_or_path.")
+    return teacher
+
+
+def _check_entries(cache: TeacherCache, pairing: Pairing | None, objective: Objective) -> None:
+    """Raise TaidError where a cache of a few entries is not of this pair, or of this objective."""
+    try:
+        cache.signal.check(pairing, objective)
+    except TaidError as error:
+        raise with_place(error, f"teacher.cache '{cache.folder}', built with") from error
+    if pairing is None or maps_hash(pairing) != cache.identity["entries"]:
+        raise TaidError(f"teacher.cache '{cache.folder}' holds entries of another pair's "
+                        "vocabulary: it was built for another student or alignment.", mend=AGAIN)
 
 
 def of_chunks(metric: str | None) -> bool:

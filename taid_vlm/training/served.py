@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,10 +25,18 @@ from taid_vlm.io.manifest import read_manifest
 from taid_vlm.models.loading import load_model
 from taid_vlm.objectives import Objective
 from taid_vlm.records import Record, first_rows
-from taid_vlm.teachers import LocalTeacher, ServedTeacher, TeacherLost
+from taid_vlm.teachers import (
+    CachedTeacher,
+    LocalTeacher,
+    ServedTeacher,
+    TeacherCache,
+    TeacherLost,
+)
 from taid_vlm.teachers.protocol import Laws
 from taid_vlm.teachers.served import distance
 from taid_vlm.training.visual import visual_collator
+
+logger = logging.getLogger(__name__)
 
 CALLED = "a served teacher"
 CHECKED = 8  # records, with and without images, that a teacher is checked on
@@ -78,11 +87,16 @@ def training_collator(
 
 def place_teacher(
     teacher: Any, accelerator: Accelerator
-) -> LocalTeacher | ServedTeacher | None:
-    """A model becomes a teacher in this process."""
+) -> LocalTeacher | ServedTeacher | CachedTeacher | None:
+    """A model becomes a teacher in this process, a cache one with its head."""
     if teacher is None or isinstance(teacher, ServedTeacher):
         return teacher
-    return LocalTeacher(teacher, accelerator)
+    if not isinstance(teacher, TeacherCache):
+        return LocalTeacher(teacher, accelerator)
+    if accelerator.is_main_process:
+        logger.info("The teacher is cached in '%s' and shown no images: whether it looks at its "
+                    "own (the canary) is not measured.", teacher.folder)
+    return CachedTeacher(teacher, accelerator)
 
 
 def await_signals(

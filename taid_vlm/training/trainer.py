@@ -8,11 +8,10 @@ the mean over those same tokens; evaluation moves nothing; a resumed run goes on
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,8 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from taid_vlm.adapters import Processor
@@ -44,7 +41,8 @@ from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
 from taid_vlm.models.published import use_published_names
 from taid_vlm.objectives import TaidSchedule, parse_objective
-from taid_vlm.teachers import ServedTeacher
+from taid_vlm.teachers import ServedTeacher, TeacherCache
+from taid_vlm.training.carried import ScheduleCallback, gone_on_from
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.intake import Intake, prepared, windowed
@@ -72,7 +70,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         model, teacher_model: transformers models, or names to load; a ServedTeacher is asked over
-            the network. The teacher may be left out for objectives that need none (`ce`).
+            the network, a TeacherCache was asked once. The teacher may be left out for objectives
+            that need none (`ce`).
         args: a DistillationConfig.
         train_dataset, eval_dataset: `Records`, or any dataset of rows in the columns that
             `taid_vlm.records` understands; evaluation needs one with a length.
@@ -90,7 +89,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | ServedTeacher | None = None,
+        teacher_model: str | PreTrainedModel | ServedTeacher | TeacherCache | None = None,
         args: DistillationConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -163,7 +162,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def teacher_model(self) -> Any:
-        """The model behind the teacher, None without one."""
+        """The model behind the teacher; None without one in this process."""
         return None if self.teacher is None else self.teacher.model
 
     # ----- the step -------------------------------------------------------------------------
@@ -380,7 +379,7 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Trainer matches parameter names literally, and so misses those of most VLMs."""
-        with _gone_on_from(resume_from_checkpoint):
+        with gone_on_from(resume_from_checkpoint):
             self._load_weights(resume_from_checkpoint, model)
 
     def _load_weights(self, resume_from_checkpoint: str, model: Any) -> None:
@@ -395,11 +394,11 @@ class DistillationTrainer(Trainer):
             restore_weights(target, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _gone_on_from(checkpoint):
+        with gone_on_from(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _gone_on_from(checkpoint):
+        with gone_on_from(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
@@ -448,69 +447,3 @@ def _counts(batch: Batch) -> Tensor:
     fed = batch["student_inputs"]["attention_mask"].sum()
     return torch.tensor([weight_sum(batch), int(batch["images"].sum()), int(fed)],
                         dtype=torch.float64)
-
-
-@contextlib.contextmanager
-def _gone_on_from(checkpoint: str | None) -> Iterator[None]:
-    """Whatever a checkpoint's files raise becomes one message."""
-    try:
-        yield
-    except TaidError:
-        raise
-    except Exception as error:
-        problem = (str(error).splitlines() or [""])[0]
-        raise TaidError(f"the checkpoint '{checkpoint}' cannot be gone on from "
-                        f"({type(error).__name__}: {problem:.200}).",
-                        mend="Remove it, to go on from the one before.") from error
-
-
-class ScheduleCallback(TrainerCallback, ExportableState):
-    """Moves t after every optimizer step and carries the schedule through checkpoints."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self.trainer
-        trainer.schedule = trainer.objective.schedule(state.max_steps)
-        trainer._window, trainer._empty_steps, trainer.answer_tokens = Window(), 0, 0
-        saved = state.stateful_callbacks.get("ScheduleCallback")
-        if state.global_step > 0 and saved:
-            trainer.answer_tokens = saved["attributes"].get("answer_tokens", 0)
-            trainer.guard.load_state_dict(saved["attributes"].get("guard", {}))
-            trainer.intake.rows = Counter(saved["attributes"].get("rows", {}))
-            if trainer.schedule is not None:
-                trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.finish_step()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        schedule = self.trainer.schedule
-        if schedule is None or not schedule.adaptive or schedule.t_start == schedule.t_end:
-            return
-        if schedule.active_share == 0:
-            mend = ("alpha is auto already, so the run is too short for it (steps: "
-                    f"{state.max_steps}), or its loss did not fall."
-                    if schedule.automatic else
-                    "Use alpha: auto to scale it with the run's length.")
-            logger.warning(
-                "TAID's adaptive term never acted in this run: with alpha = %g the linear floor "
-                "was always higher. %s", schedule.alpha, mend)
-        if schedule.state.skipped:
-            logger.warning("t did not move after %d steps that were not applied or had no finite "
-                           "loss.", schedule.state.skipped)
-
-    def state(self) -> dict[str, Any]:
-        schedule = self.trainer.schedule
-        saved = None if schedule is None else schedule.state_dict()
-        return {"args": {}, "attributes": {"answer_tokens": self.trainer.answer_tokens,
-                                           "guard": self.trainer.guard.state_dict(),
-                                           "rows": dict(self.trainer.intake.rows),
-                                           **({"schedule": saved} if saved else {})}}

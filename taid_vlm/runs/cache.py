@@ -1,0 +1,492 @@
+"""A recipe's teacher asked once about all of its records, its hidden states kept.
+
+Every process takes every world-size-th record and writes shards of its own. A shard is whole or
+absent and says which records it holds, so that an interrupted build goes on, with as many
+processes as there are then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from taid_vlm.alignment import Pairing
+from taid_vlm.batch.collator import Batch, DistillationCollator, TeacherRow
+from taid_vlm.config.model import DESCRIPTION, TeacherSpec
+from taid_vlm.config.recipe import Recipe
+from taid_vlm.errors import TaidError
+from taid_vlm.fused.heads import Head
+from taid_vlm.io.files import read_json, whole_file, write_json
+from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256
+from taid_vlm.io.manifest import read_manifest, seal
+from taid_vlm.io.quiet import quiet
+from taid_vlm.models.loading import load_model, load_processor, load_skeleton, weights_dtype
+from taid_vlm.objectives import parse_objective
+from taid_vlm.records import StreamedRecords, first_rows
+from taid_vlm.runs.folders import LOCK, locked, on_main
+from taid_vlm.runs.ingredients import Ingredients, gather
+from taid_vlm.runs.stages import parts_by_name
+from taid_vlm.teachers.cache import HEAD, IDENTITY, KIND, SHARDS
+from taid_vlm.teachers.local import LocalTeacher
+from taid_vlm.teachers.shards import (
+    BYTES,
+    Entry,
+    ShardWriter,
+    key_of,
+    read_index,
+    source_hash,
+    whole_shards,
+)
+from taid_vlm.teachers.sparse import Signal, cut_down, maps_hash
+from taid_vlm.training.pair import pair_for_training
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+WHOLE = Signal()  # hidden states
+PARTIAL = f".{DESCRIPTION}.partial"
+SHARD_BYTES = 2**28  # of hidden states, after which a shard is written
+PROBED = 64  # records that the size is estimated from
+SPARE = 1.02  # of the estimated size, that the disk has to have room for
+BESIDE = 3 * BYTES + 8 * 4  # bytes of an index per record
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One set of records, and the collator that training would use for it."""
+
+    learned: bool
+    name: str
+    records: Any
+    collator: DistillationCollator
+    source: Mapping[str, Any]
+
+    @property
+    def pairing(self) -> Pairing:
+        assert self.collator.pairing is not None  # there is a teacher
+        return self.collator.pairing
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a cache will hold, from its first records: tokens that are compared, and bytes."""
+
+    records: int
+    tokens: int
+    bytes: int
+    per_token: int
+
+    def __str__(self) -> str:
+        return (f"about {self.tokens:,} answer tokens of {self.records:,} records, "
+                f"{self.per_token:,} bytes each: {self.bytes / 1e9:.3g} GB (from the first "
+                f"{PROBED})")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished cache. tokens, records: it holds. dropped: records left out, by reason.
+    seconds: of this process's part of building it."""
+
+    folder: Path
+    records: int
+    tokens: int
+    bytes: int
+    dropped: Mapping[str, int]
+    seconds: float
+
+    def __str__(self) -> str:
+        left_out = ", ".join(f"{n} x {reason}" for reason, n in self.dropped.items())
+        return (f"cache         {self.folder}\n"
+                f"holds         {self.records:,} records, {self.tokens:,} answer tokens, "
+                f"{self.bytes / 1e6:,.1f} MB, {self.bytes / max(self.tokens, 1):,.0f} bytes a "
+                f"token\nleft out      {left_out or 'none'}\ntime          {self.seconds:.1f} s")
+
+
+def build_cache(
+    recipe: Recipe, output_dir: str | Path, dtype: Dtype = "auto", batch_size: int | None = None,
+    shard_bytes: int = SHARD_BYTES, signal: Signal = WHOLE,
+) -> Built:
+    """Ask a recipe's teacher once about data.train and data.eval, of all stages.
+
+    Args:
+        output_dir: new, empty, or an interrupted build of the same cache, which goes on.
+        dtype: of the hidden states on disk; "auto" as the teacher gives them, which loses nothing.
+        batch_size: records at a time (default: the recipe's train.per_device_eval_batch_size).
+        shard_bytes: of what is kept, after which a shard is written.
+        signal: of the records to train on; of held-out ones hidden states are kept, so that their
+            figures are exact.
+
+    Raises:
+        TaidError: anything a user can mend; what shows without weights, before they are loaded.
+    """
+    output = Path(output_dir).expanduser()
+    if recipe.teacher is None or recipe.teacher.cache is not None:
+        raise TaidError("cache: the recipe's teacher " + (
+            "is missing." if recipe.teacher is None else f"is '{recipe.teacher.cache}', a cache.")
+            + " Name the model with teacher.model_name_or_path.")
+    sides, found = _sides(recipe, signal)
+    with locked(output):
+        on_main(lambda: _check_folder(output), output)
+        spec = recipe.teacher
+        estimate = on_main(lambda: _estimate(spec, sides, dtype, output, signal), output)
+        accelerator = _accelerator(found)
+        if accelerator.is_main_process:
+            print(f"size          {estimate}", flush=True)
+        model = load_model(spec, "teacher")
+        described = _Described(recipe, sides, dtype, found, output, signal)
+        identity = on_main(lambda: described.write(model), output)
+        builder = _Builder(LocalTeacher(model, accelerator), accelerator, output, described,
+                           identity, shard_bytes)
+        size = batch_size or found.args.per_device_eval_batch_size
+        built = builder.run(sides, size, found.args.dataloader_num_workers)
+        accelerator.wait_for_everyone()
+        return built
+
+
+# ----- before weights -----------------------------------------------------------------------
+
+
+def _sides(recipe: Recipe, signal: Signal) -> tuple[list[Side], Ingredients]:
+    """Every set of records of every stage once, and what the first stage names."""
+    sides: dict[str, Side] = {}
+    firsts: list[Ingredients] = []
+    for stage, part in parts_by_name(recipe):
+        found = gather(part)
+        firsts.append(found)
+        assert part.teacher is not None
+        with quiet("taid_vlm", warn=False):  # training says what there is to say
+            _, collator = pair_for_training(
+                load_skeleton(part.student, "student"), load_skeleton(part.teacher, "teacher"),
+                found.student_processor, found.teacher_processor, found.args,
+                [data for data in (found.train, found.eval) if data is not None])
+        collator = replace(collator, stored=_take_note)
+        for name, records in (("train", found.train), ("eval", found.eval)):
+            source = getattr(part.data, name)
+            if isinstance(records, StreamedRecords):
+                raise TaidError(f"data.{name} is streamed, so nobody knows when all of it has been "
+                                "seen: leave streaming out to cache a teacher.")
+            if found.args.window is not None:
+                raise TaidError("train.window: windows begin where the student's tokenizer has a "
+                                "boundary, too, so a cache does not hold them; leave it out.")
+            if records is not None:
+                key = repr((name, source, part.objective, part.train.get("max_length"),
+                            part.train.get("supervise")))
+                sides.setdefault(key, Side(
+                    name == "train", f"{stage}: data.{name}" if stage else f"data.{name}", records,
+                    collator, _described_source(part, source)))
+                signal.check(collator.pairing, parse_objective(part.objective))
+    if signal.is_sparse and len({maps_hash(side.pairing) for side in sides.values()}) > 1:
+        raise TaidError(f"--signal {signal.kind}: the stages compare other entries, so what is "
+                        "kept for one says nothing for the other. Keep hidden states.")
+    return list(sides.values()), firsts[0]
+
+
+def _described_source(recipe: Recipe, source: Any) -> dict[str, Any]:
+    """Which records these are: where they lie, and the hash of their file if it is one."""
+    start = recipe.start_of(source)
+    path = None if start is None else start / Path(source.path).expanduser()
+    file = file_sha256(path).hex()[:SHORT] if path is not None and path.is_file() else None
+    return {"path": source.path, "split": source.split, "max_records": source.max_records,
+            "file": file}
+
+
+def _take_note(rows: Sequence[TeacherRow], batch: Batch) -> Batch:
+    return {"teacher_rows": list(rows)}
+
+
+def _check_folder(output: Path) -> None:
+    """Something else must not be mixed with a cache, and a finished one is not built again."""
+    if (read_manifest(output) or {}).get("kind") == KIND:
+        raise TaidError(f"--output = '{output}' holds a finished cache: train with "
+                        "teacher.cache, remove it, or choose another folder.")
+    foreign = {path.name for path in output.iterdir()} - {LOCK, PARTIAL}
+    if foreign and not (output / IDENTITY).is_file():
+        raise TaidError(f"--output = '{output}' is not empty, and holds no interrupted build "
+                        "of a cache; choose another folder.")
+
+
+def _estimate(
+    spec: TeacherSpec, sides: Sequence[Side], dtype: Dtype, output: Path, signal: Signal
+) -> Estimate:
+    """From the first records of every side; raises TaidError where the disk has no room."""
+    skeleton = load_skeleton(spec, "teacher")
+    rows, width = (int(n) for n in skeleton.get_output_embeddings().weight.shape)
+    stored = _weight_bytes(spec, skeleton)
+    item = stored if dtype == "auto" else getattr(torch, dtype).itemsize
+    tokens = records = size = 0
+    for side in sides:
+        first = list(first_rows(side.records, PROBED))
+        with quiet("taid_vlm", warn=False):
+            seen = sum(len(side.collator([row])["teacher_labels"]) for row in first)
+        more = round(seen * len(side.records) / max(len(first), 1))
+        size += more * (signal.bytes if signal.is_sparse and side.learned else width * item + 4)
+        tokens, records = tokens + more, records + len(side.records)
+    per_token = round(size / max(tokens, 1))
+    size += records * BESIDE + rows * width * stored
+    there = sum(path.stat().st_size for path in (output / SHARDS).glob("*.safetensors"))
+    free = shutil.disk_usage(output).free
+    if size * SPARE - there > free:
+        raise TaidError(f"the cache takes about {(size - there) / 1e9:,.3g} GB more, and "
+                        f"'{output}' has {free / 1e9:,.3g} GB of room. Make room, choose another "
+                        "disk, or keep hidden states in half of it with --dtype bfloat16.")
+    return Estimate(records, tokens, size, per_token)
+
+
+def _weight_bytes(spec: TeacherSpec, skeleton: PreTrainedModel) -> int:
+    """Of a number in the teacher's weights as they will be loaded, and in its hidden states."""
+    name = weights_dtype(spec, "teacher", skeleton.config)
+    kind = getattr(skeleton.config, "dtype", None) if name == "auto" else getattr(torch, name)
+    return kind.itemsize if isinstance(kind, torch.dtype) else 4
+
+
+def _accelerator(found: Ingredients) -> Accelerator:
+    """Of a run of this recipe: its device and its mixed precision."""
+    args = found.args
+    return Accelerator(cpu=args.use_cpu,
+                       mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no")
+
+
+# ----- whose hidden states --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Described:
+    """Config, processor and identity of the teacher, as the cache keeps them."""
+
+    recipe: Recipe
+    sides: Sequence[Side]
+    dtype: Dtype
+    found: Ingredients
+    output: Path
+    signal: Signal
+
+    def write(self, model: PreTrainedModel) -> str:
+        """Write what describes the teacher, or compare it with an interrupted build's; the
+        identity's hash. `head` and `hidden` follow with the first batch."""
+        partial, path = self.output / PARTIAL, self.output / IDENTITY
+        shutil.rmtree(partial, ignore_errors=True)
+        model.config.save_pretrained(partial)
+        load_processor(self.spec, "teacher").save_pretrained(partial)
+        facts = self._facts(model, partial)
+        if not path.is_file():
+            write_json(facts, path)
+        before = read_json(path, "a cache's identity")
+        facts = json.loads(json.dumps(facts))
+        for key, now in facts.items():
+            if before.get(key) != now:
+                raise TaidError(
+                    f"'{self.output}' is an interrupted build of another cache: its {key} was "
+                    f"{before.get(key)!r:.120}, now {now!r:.120}. Take the change back, or choose "
+                    "another folder.")
+        if (self.output / DESCRIPTION).is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.replace(self.output / DESCRIPTION)
+        return identity_hash(facts)
+
+    @property
+    def spec(self) -> TeacherSpec:
+        assert self.recipe.teacher is not None
+        return self.recipe.teacher
+
+    def _facts(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+        args = self.found.args
+        return {
+            "format": FORMAT,
+            "model": {"name": self.spec.model_name_or_path, "revision": self.spec.revision,
+                      "model_type": model.config.model_type,
+                      "parameters": sum(p.numel() for p in model.parameters())},
+            "weights": weights_hash(model),
+            "processor": folder_sha256(folder, folder.rglob("*")).hex()[:SHORT],
+            "chat_template_kwargs": self.spec.chat_template_kwargs,
+            "dtype": self.dtype,
+            "signal": {"kind": self.signal.kind, "k": self.signal.k},
+            "entries": maps_hash(self.sides[0].pairing) if self.signal.is_sparse else None,
+            "precision": {"weights": _name(model.dtype), "bf16": args.bf16, "fp16": args.fp16,
+                          "attention": model.config._attn_implementation},
+            "data": [{"side": side.name, "records": len(side.records), **side.source}
+                     for side in self.sides],
+        }
+
+    def finish(self, hidden: torch.dtype, head: Head) -> None:
+        """Write the head, and add to the identity what the first batch has shown."""
+        tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+        with whole_file(self.output / HEAD) as partial:
+            save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, partial)
+        path = self.output / IDENTITY
+        write_json({**read_json(path, "a cache's identity"),
+                    "computed": {"hidden": _name(hidden)},
+                    "head": {"rows": head.rows, "width": head.weight.shape[1],
+                             "scale": head.transform.scale, "softcap": head.transform.softcap}},
+                   path)
+
+
+def identity_hash(facts: Mapping[str, Any]) -> str:
+    """Of what `identity.json` said before the first batch."""
+    text = json.dumps({key: facts[key] for key in sorted(facts)}, sort_keys=True)
+    return sha256([text.encode()]).hex()[:SHORT]
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """Of the names and bytes of all parameters."""
+    parts = (part for name, p in sorted(model.named_parameters())
+             for part in (name.encode(), p.detach().cpu().contiguous().view(-1).view(
+                 torch.uint8).numpy().tobytes()))
+    return sha256(parts).hex()[:SHORT]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ----- records --------------------------------------------------------------------------------
+
+
+class _Numbered(Dataset[Any]):
+    """Records with their numbers, in order."""
+
+    def __init__(self, records: Any, numbers: Sequence[int]) -> None:
+        self.records, self.numbers = records, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, Any]]:
+        wanted = [self.numbers[i] for i in indices]
+        fetch = getattr(self.records, "__getitems__", None)
+        rows = fetch(wanted) if fetch else [self.records[i] for i in wanted]
+        return list(zip(wanted, rows, strict=True))
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """The collator, and which record every row of its batch is."""
+
+    collator: DistillationCollator
+
+    def __call__(self, items: Sequence[tuple[int, Any]]) -> Batch:
+        batch = self.collator([row for _, row in items])
+        rows: list[TeacherRow] = batch.pop("teacher_rows")
+        numbers = {id(row): number for number, row in items}
+        batch["kept"] = [] if not batch["counts"]["rows"] else [
+            (numbers[id(row.record)], source_hash(row.source), key_of(row.ids, row.images),
+             row.positions) for row in rows]
+        return batch
+
+
+@dataclass
+class _Builder:
+    """One process's part of the work."""
+
+    teacher: LocalTeacher
+    accelerator: Accelerator
+    output: Path
+    described: _Described
+    identity: str
+    shard_bytes: int
+    times: list[float] = field(default_factory=list)  # of the start, and after every batch
+
+    def run(self, sides: Sequence[Side], batch_size: int, workers: int) -> Built:
+        started, dropped = time.perf_counter(), Counter[str]()
+        done = on_main(lambda: whole_shards(self.output / SHARDS, self.identity), self.output)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        shares = [[i for i in range(len(side.records)) if (number, i) not in done][rank::world]
+                  for number, side in enumerate(sides)]
+        writer = ShardWriter(self.output / SHARDS, self.identity, rank, self.shard_bytes)
+        on_main(lambda: self._head(sides), self.output)
+        self.times.append(time.perf_counter())
+        with tqdm(total=sum(map(len, shares)), desc="cache", unit=" records",
+                  disable=None if self.accelerator.is_main_process else True) as bar:
+            for number, (side, share) in enumerate(zip(sides, shares, strict=True)):
+                if not share:
+                    continue
+                for batch in DataLoader(_Numbered(side.records, share), batch_size,
+                                        collate_fn=_Collate(side.collator), num_workers=workers):
+                    for entry in self._ask(number, side, batch):
+                        writer.add(entry)
+                    self._say_how_long(batch_size, sum(map(len, shares)))
+                    dropped.update(batch["counts"]["dropped"])
+                    bar.update(min(batch_size, bar.total - bar.n))
+        writer.flush()
+        dropped = sum(gather_object([dropped]), Counter[str]())
+        self.accelerator.wait_for_everyone()
+        return on_main(lambda: self._finish(dropped, time.perf_counter() - started), self.output)
+
+    def _say_how_long(self, batch_size: int, records: int) -> None:
+        """Once, from the second batch: in the first everything runs for the first time."""
+        self.times.append(time.perf_counter())
+        if self.accelerator.is_main_process and len(self.times) == 3:
+            seconds = (self.times[2] - self.times[1]) * records / batch_size
+            print(f"time          about {seconds:,.0f} s, after two batches", flush=True)
+
+    def _head(self, sides: Sequence[Side]) -> None:
+        """The head and what stands behind it, from the first record that can be used."""
+        if (self.output / HEAD).is_file():
+            return
+        with quiet("taid_vlm", warn=False):
+            batches = (side.collator([row]) for side in sides for row in first_rows(side.records))
+            batch = next(batch for batch in batches if len(batch["labels"]))
+        batch = send_to_device({key: batch[key] for key in ("teacher_inputs", "teacher_mask")},
+                               self.accelerator.device)
+        signal = self.teacher.hidden(batch)
+        kind = self.teacher.model.config.model_type
+        if signal is None or not isinstance(signal.head, Head):
+            why = "does something behind its head that is not known here" if signal is None else \
+                "has a head that is no plain matrix"
+            raise TaidError(f"teacher ({kind}): the model {why}, so its hidden states do not say "
+                            "all that it says; train with the teacher itself.")
+        self.described.finish(signal.hidden.dtype, signal.head)
+
+    def _ask(self, number: int, side: Side, batch: Batch) -> Iterator[Entry]:
+        """What the teacher says of every record of a batch."""
+        if not batch["kept"]:
+            return
+        moved = send_to_device({key: batch[key] for key in ("teacher_inputs", "teacher_mask")},
+                               self.accelerator.device)
+        sizes = [len(positions) for *_, positions in batch["kept"]]
+        if self.described.signal.is_sparse and side.learned:
+            parts = zip(self.teacher.logits(moved).cpu().split(sizes),
+                        batch["map_index"].split(sizes), batch["kept"], strict=True)
+            signals = [cut_down(self.described.signal, side.pairing, maps, logits, key.ids)
+                       for logits, maps, (_, _, key, _) in parts]
+        else:
+            signals = [{"hidden": part} for part in self._hidden(moved).split(sizes)]
+        for (place, source, key, positions), signal in zip(batch["kept"], signals, strict=True):
+            yield Entry((number, place), source, key, positions, signal)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        signal = self.teacher.hidden(batch)
+        assert signal is not None  # `_head` has asked
+        hidden, dtype = signal.hidden.cpu(), self.described.dtype
+        return hidden if dtype == "auto" else hidden.to(getattr(torch, dtype))
+
+    def _finish(self, dropped: Mapping[str, int], seconds: float) -> Built:
+        """The manifest, once every process has written its last shard."""
+        paths = sorted((self.output / SHARDS).glob("*.safetensors"))
+        if not paths:
+            raise TaidError("cache: no record of the recipe can be used, so there is nothing to "
+                            f"keep: {dict(dropped)}.")
+        indices = [read_index(path, self.identity) for path in paths]
+        tokens = sum(int(index["starts"][-1]) for index in indices)
+        records = sum(len(index["ids"]) for index in indices)
+        sizes = {path.name: path.stat().st_size for path in paths}
+        seal(self.output, {"kind": KIND, "identity": self.identity, "shards": sizes,
+                           "records": records, "tokens": tokens, "dropped": dict(dropped)}, [LOCK])
+        return Built(self.output, records, tokens, sum(sizes.values()), dict(dropped), seconds)
