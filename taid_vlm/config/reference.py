@@ -27,8 +27,8 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("A recipe", "", Recipe),
     ("`teacher` and `student`", "A text alone is `model_name_or_path`. `peft` is for the student "
      "only.", StudentSpec),
-    ("`teacher.server`", "Instead of weights in this process; `teacher.processor_name_or_path` then "
-     "says where the configuration and the processor are.", ServerSpec),
+    ("`teacher.server`", "Instead of weights in this process; `teacher.processor_name_or_path` "
+     "then says where the configuration and the processor are.", ServerSpec),
     ("`data`", "", DataSpec),
     ("`data.train` and `data.eval`", "A text alone is `path`.", DataSource),
     ("`objective`", "`name` with the keys of that loss, or `terms`: a list of losses, summed by "

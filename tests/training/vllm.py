@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import io
 import json
 import threading
@@ -47,6 +48,7 @@ class StandIn:
 
     def __init__(self, built: Built, name: str = NAME, max_logprobs: int = -1) -> None:
         self.built, self.name, self.length = built, name, 512
+        self.processor = copy.deepcopy(built.processor)  # the trainer uses the other one meanwhile
         self.twist: Callable[[Tree, Tree, int], Any] = lambda body, answer, number: answer
         self.bodies: list[Tree] = []
         self.now = self.most = 0
@@ -114,8 +116,8 @@ class StandIn:
 
     @torch.no_grad()
     def laws(self, body: Tree, k: int) -> tuple[list[int], list[Any]]:
-        inputs = self.inputs(body)
         with self.one:
+            inputs = self.inputs(body)
             log_p = self.built.model(**inputs).logits[0].float().log_softmax(-1)
         ids = inputs["input_ids"][0].tolist()
         entries: list[Any] = [None]
@@ -136,7 +138,7 @@ class StandIn:
                     data = part.pop("image_url")["url"].removeprefix("data:image/png;base64,")
                     part |= {"type": "image", "image": Image.open(io.BytesIO(
                         base64.b64decode(data)))}
-        encoded: Mapping[str, Any] = self.built.processor.apply_chat_template(
+        encoded: Mapping[str, Any] = self.processor.apply_chat_template(
             body["messages"], add_generation_prompt=body["add_generation_prompt"], tokenize=True,
             return_dict=True, return_tensors="pt")
         return encoded
