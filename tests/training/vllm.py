@@ -26,16 +26,15 @@ Tree = dict[str, Any]
 NAME = "zoo-llama"
 
 
-def wide_llama(**options: Any) -> Built:
-    """Heads of size 32, which is the least that vLLM takes on a CPU."""
+def wide(family: str, **sizes: Any) -> Built:
+    """With other sizes; heads have 32 at least where vLLM runs on a CPU."""
     plain = families._text_args
+    with mock.patch.object(families, "_text_args", lambda *args: {**plain(*args), **sizes}):
+        return build(family, seed=sizes.pop("seed", 3))
 
-    def wide(*args: Any) -> Tree:
-        return {**plain(*args), "hidden_size": 64, "num_attention_heads": 2,
-                "num_key_value_heads": 1}
 
-    with mock.patch.object(families, "_text_args", wide):
-        return build("llama", **{"seed": 3, **options})
+def wide_llama(seed: int = 3) -> Built:
+    return wide("llama", seed=seed, hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
 
 
 class StandIn:
