@@ -73,10 +73,11 @@ class StandIn:
                     server.most = max(server.most, server.now)
                 try:
                     time.sleep(server.pause)
-                    self._reply(*server.answer(self.path, body, number))
-                finally:
+                    status, tree = server.answer(self.path, body, number)
+                finally:  # before the client knows, who may then send the next one
                     with server.lock:
                         server.now -= 1
+                self._reply(status, tree)
 
             def _reply(self, status: int, tree: Any) -> None:
                 data = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
