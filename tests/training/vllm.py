@@ -12,7 +12,6 @@ import copy
 import io
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -51,7 +50,7 @@ class StandIn:
         self.twist: Callable[[Tree, Tree, int], Any] = lambda body, answer, number: answer
         self.bodies: list[Tree] = []
         self.now = self.most = 0
-        self.pause = 0.0
+        self.pause, self.closing = 0.0, threading.Event()
         self.lock, self.one = threading.Lock(), threading.Lock()
         rows = built.model.get_output_embeddings().weight.shape[0]
         self.max_logprobs = rows if max_logprobs < 0 else max_logprobs
@@ -72,7 +71,8 @@ class StandIn:
                     server.now += 1
                     server.most = max(server.most, server.now)
                 try:
-                    time.sleep(server.pause)
+                    if server.closing.wait(server.pause):
+                        return
                     status, tree = server.answer(self.path, body, number)
                 finally:  # before the client knows, who may then send the next one
                     with server.lock:
@@ -91,7 +91,6 @@ class StandIn:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -99,6 +98,7 @@ class StandIn:
         return f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def close(self) -> None:
+        self.closing.set()
         self.http.shutdown()
         self.http.server_close()
 
