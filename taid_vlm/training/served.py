@@ -33,7 +33,7 @@ from taid_vlm.teachers import (
     TeacherLost,
 )
 from taid_vlm.teachers.protocol import Laws
-from taid_vlm.teachers.served import distance
+from taid_vlm.teachers.served import SAME_MODEL, distance
 from taid_vlm.training.visual import visual_collator
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ SHIFTED_BY = 0.5  # nats per token by which no teacher knows its neighbours' tok
 ERRORS = 4.0  # and standard errors that it has to be beside
 ABOVE_UNIFORM = 3.0  # nats per token above a uniform guess that not even random weights have
 NOISE = 3.0  # times what the same picture changes is what another one has to change at least
-SAME_LAW = 0.1  # nats (`distance`) between a server's law and that of the same weights here
 
 
 def serve(
@@ -229,10 +228,10 @@ def _check_weights(
     local = LocalTeacher(model).sparse(batch, teacher.top)
     here, there = (Laws(x.ids, x.log_probs.double(), x.log_rest) for x in (local, signal))
     apart = distance(here, there)
-    if not apart <= SAME_LAW:
+    if not apart <= SAME_MODEL:
         raise _refused(teacher, f"is not the model in teacher.server.check = '{folder}': their "
-                       f"log-probabilities differ by up to {apart:.2g} nats, weighted by "
-                       f"probability, and rounding leaves less than {SAME_LAW:g}")
+                       f"log-probabilities differ by {apart:.2g} nats, weighted by "
+                       f"probability, and rounding leaves less than {SAME_MODEL:g}")
 
 
 def _refused(teacher: ServedTeacher, problem: str) -> TaidError:

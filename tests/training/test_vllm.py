@@ -11,16 +11,21 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from training.runs import weights
+import transformers as hf
+from training.runs import rows, weights
 from training.test_served import FIGURES, STEPS, K, logged, pupil, train
-from training.vllm import wide_llama
-from zoo import save
+from training.vllm import wide, wide_llama
+from zoo import Built, save
 
 from taid_vlm import DistillationTrainer
-from taid_vlm.config.model import ServerSpec
+from taid_vlm.config.model import ModelSpec, ServerSpec
+from taid_vlm.models.loading import load_model, load_processor, load_skeleton
+from taid_vlm.models.published import use_published_names
+from taid_vlm.students.compose import compose
 from taid_vlm.teachers import ServedTeacher, TeacherLost
 
 PYTHON = os.environ.get("TAID_VLM_VLLM")
@@ -96,6 +101,54 @@ def test_vllm_teaches_as_the_same_model_here(vllm: Vllm, tmp_path: Path) -> None
           f"{apart:.2g}; {teacher.report()}")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert apart < 1e-4
+
+
+def composed(folder: Path) -> Path:
+    """A LLaVA of a SigLIP tower and a Qwen2, under the weights' published names, which vLLM reads:
+    as `taid-vlm compose` and `taid-vlm distill` write it."""
+    tower = hf.SiglipVisionConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                  num_attention_heads=2, image_size=32, patch_size=8)
+    torch.manual_seed(0)
+    hf.SiglipVisionModel(tower).save_pretrained(folder / "tower")
+    hf.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "tower")
+    save(wide("qwen2", hidden_size=128), folder / "language")
+    compose(str(folder / "tower"), str(folder / "language"), folder / "composed")
+    spec = ModelSpec(model_name_or_path=str(folder / "composed"))
+    model = load_model(spec, "teacher")
+    with torch.no_grad():  # a fresh projector hardly looks
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter.mul_(5.0)
+    use_published_names(model)
+    model.save_pretrained(folder / "model")
+    load_processor(spec, "teacher").save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def test_vllm_sees_what_the_same_model_sees_here(tmp_path: Path) -> None:
+    """The same with images: one, two, in several turns, beside texts."""
+    folder = composed(tmp_path)
+    spec = ModelSpec(model_name_or_path=str(folder))
+    data, processor = rows(8), load_processor(spec, "teacher")
+
+    def run(teacher: Any) -> list[list[float]]:
+        model = load_model(spec, "student")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        student = Built("llava", processor, model)
+        return logged(train(tmp_path / "run", teacher, processor, student, data), *FIGURES)
+
+    server = Vllm(folder)
+    try:
+        served = ServerSpec(url=server.url, model="teacher", top_logprobs=K, timeout=60.0)
+        remote = run(ServedTeacher(served, load_skeleton(spec, "teacher")))
+    finally:
+        server.stop()
+    ours, theirs = (torch.tensor(figures, dtype=torch.float64)
+                    for figures in (remote, run(load_model(spec, "teacher"))))
+    print(f"with images: largest difference of a logged figure "
+          f"{float((ours - theirs).abs().max()):.2g}")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_a_vllm_that_is_stopped_leaves_a_checkpoint(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import io
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -25,16 +25,15 @@ Tree = dict[str, Any]
 NAME = "zoo-llama"
 
 
-def wide_llama(**options: Any) -> Built:
-    """Heads of size 32, which is the least that vLLM takes on a CPU."""
+def wide(family: str, **sizes: Any) -> Built:
+    """With other sizes; heads have 32 at least where vLLM runs on a CPU."""
     plain = families._text_args
+    with mock.patch.object(families, "_text_args", lambda *args: {**plain(*args), **sizes}):
+        return build(family, seed=sizes.pop("seed", 3))
 
-    def wide(*args: Any) -> Tree:
-        return {**plain(*args), "hidden_size": 64, "num_attention_heads": 2,
-                "num_key_value_heads": 1}
 
-    with mock.patch.object(families, "_text_args", wide):
-        return build("llama", **{"seed": 3, **options})
+def wide_llama(seed: int = 3) -> Built:
+    return wide("llama", seed=seed, hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
 
 
 class StandIn:
@@ -47,10 +46,11 @@ class StandIn:
 
     def __init__(self, built: Built, name: str = NAME, max_logprobs: int = -1) -> None:
         self.built, self.name, self.length = built, name, 512
+        self.processor = copy.deepcopy(built.processor)  # the trainer uses the other one meanwhile
         self.twist: Callable[[Tree, Tree, int], Any] = lambda body, answer, number: answer
         self.bodies: list[Tree] = []
         self.now = self.most = 0
-        self.pause = 0.0
+        self.pause, self.closing = 0.0, threading.Event()
         self.lock, self.one = threading.Lock(), threading.Lock()
         rows = built.model.get_output_embeddings().weight.shape[0]
         self.max_logprobs = rows if max_logprobs < 0 else max_logprobs
@@ -71,11 +71,13 @@ class StandIn:
                     server.now += 1
                     server.most = max(server.most, server.now)
                 try:
-                    time.sleep(server.pause)
-                    self._reply(*server.answer(self.path, body, number))
-                finally:
+                    if server.closing.wait(server.pause):
+                        return
+                    status, tree = server.answer(self.path, body, number)
+                finally:  # before the client knows, who may then send the next one
                     with server.lock:
                         server.now -= 1
+                self._reply(status, tree)
 
             def _reply(self, status: int, tree: Any) -> None:
                 data = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
@@ -89,7 +91,6 @@ class StandIn:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -97,6 +98,7 @@ class StandIn:
         return f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def close(self) -> None:
+        self.closing.set()
         self.http.shutdown()
         self.http.server_close()
 
@@ -114,8 +116,8 @@ class StandIn:
 
     @torch.no_grad()
     def laws(self, body: Tree, k: int) -> tuple[list[int], list[Any]]:
-        inputs = self.inputs(body)
         with self.one:
+            inputs = self.inputs(body)
             log_p = self.built.model(**inputs).logits[0].float().log_softmax(-1)
         ids = inputs["input_ids"][0].tolist()
         entries: list[Any] = [None]
@@ -136,7 +138,7 @@ class StandIn:
                     data = part.pop("image_url")["url"].removeprefix("data:image/png;base64,")
                     part |= {"type": "image", "image": Image.open(io.BytesIO(
                         base64.b64decode(data)))}
-        encoded: Mapping[str, Any] = self.built.processor.apply_chat_template(
+        encoded: Mapping[str, Any] = self.processor.apply_chat_template(
             body["messages"], add_generation_prompt=body["add_generation_prompt"], tokenize=True,
             return_dict=True, return_tensors="pt")
         return encoded
