@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from taid_vlm.adapters import check_reloaded
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator, TeacherRow
 from taid_vlm.config.model import DESCRIPTION, TeacherSpec
@@ -280,7 +281,7 @@ class _Described:
         partial, path = self.output / PARTIAL, self.output / IDENTITY
         shutil.rmtree(partial, ignore_errors=True)
         model.config.save_pretrained(partial)
-        load_processor(self.spec, "teacher").save_pretrained(partial)
+        _save_processor(self.spec, partial)
         facts = self._facts(model, partial)
         if not path.is_file():
             write_json(facts, path)
@@ -333,6 +334,18 @@ class _Described:
                     "head": {"rows": head.rows, "width": head.weight.shape[1],
                              "scale": head.transform.scale, "softcap": head.transform.softcap}},
                    path)
+
+
+def _save_processor(spec: TeacherSpec, folder: Path) -> None:
+    """Beside the config; training shows records to what is loaded from there, which must not read
+    them otherwise."""
+    processor = load_processor(spec, "teacher")
+    processor.save_pretrained(folder)
+    again = load_processor(TeacherSpec(str(folder), trust_remote_code=spec.trust_remote_code,
+                                       chat_template_kwargs=spec.chat_template_kwargs), "teacher")
+    check_reloaded(*(getattr(each, "tokenizer", each) for each in (processor, again)),
+                   "saving and loading the teacher's tokenizer",
+                   "Name one that is saved as it is with teacher.processor_name_or_path.")
 
 
 def identity_hash(facts: Mapping[str, Any]) -> str:
