@@ -37,7 +37,13 @@ from taid_vlm.io.files import read_json, whole_file, write_json
 from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256
 from taid_vlm.io.manifest import read_manifest, seal
 from taid_vlm.io.quiet import quiet
-from taid_vlm.models.loading import load_model, load_processor, load_skeleton, weights_dtype
+from taid_vlm.models.loading import (
+    load_model,
+    load_processor,
+    load_skeleton,
+    weights_dtype,
+    weights_hash,
+)
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import StreamedRecords, first_rows
 from taid_vlm.runs.folders import LOCK, locked, on_main
@@ -341,9 +347,9 @@ def _save_processor(spec: TeacherSpec, folder: Path) -> None:
     them otherwise."""
     processor = load_processor(spec, "teacher")
     processor.save_pretrained(folder)
-    again = load_processor(TeacherSpec(str(folder), trust_remote_code=spec.trust_remote_code,
-                                       chat_template_kwargs=spec.chat_template_kwargs), "teacher")
-    check_reloaded(*(getattr(each, "tokenizer", each) for each in (processor, again)),
+    again = load_processor(TeacherSpec(
+        model_name_or_path=str(folder), trust_remote_code=spec.trust_remote_code), "teacher")
+    check_reloaded(getattr(processor, "tokenizer", processor), getattr(again, "tokenizer", again),
                    "saving and loading the teacher's tokenizer",
                    "Name one that is saved as it is with teacher.processor_name_or_path.")
 
@@ -352,14 +358,6 @@ def identity_hash(facts: Mapping[str, Any]) -> str:
     """Of what `identity.json` said before the first batch."""
     text = json.dumps({key: facts[key] for key in sorted(facts)}, sort_keys=True)
     return sha256([text.encode()]).hex()[:SHORT]
-
-
-def weights_hash(model: PreTrainedModel) -> str:
-    """Of the names and bytes of all parameters."""
-    parts = (part for name, p in sorted(model.named_parameters())
-             for part in (name.encode(), p.detach().cpu().contiguous().view(-1).view(
-                 torch.uint8).numpy().tobytes()))
-    return sha256(parts).hex()[:SHORT]
 
 
 def _name(dtype: torch.dtype) -> str:
