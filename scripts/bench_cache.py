@@ -54,10 +54,10 @@ def make_teacher(folder: Path) -> None:
           f"{config.vocab_size} rows")
 
 
-def recipe(folder: Path, steps: int, **sections: Any) -> Recipe:
+def recipe(folder: Path, steps: int, records: int, **sections: Any) -> Recipe:
     tree = {
         "teacher": str(folder / "teacher"), "student": str(DATA / "models/words-student"),
-        "data": {"train": {"path": str(DATA / "words/train.jsonl"), "max_records": 800}},
+        "data": {"train": {"path": str(DATA / "words/train.jsonl"), "max_records": records}},
         "objective": "forward_kl", "output_dir": str(folder / "out"),
         "train": {"max_steps": steps, "per_device_train_batch_size": 16, "logging_steps": 1000,
                   "per_device_eval_batch_size": 16, "learning_rate": 1e-3, "save_strategy": "no",
@@ -78,22 +78,24 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="new; everything goes there")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--records", type=int, default=800)
     options = parser.parse_args()
-    folder, steps = options.folder, options.steps
+    folder, steps, records = options.folder, options.steps, options.records
     make_teacher(folder / "teacher")
     variants: dict[str, dict[str, Any]] = {
         "SFT": {"objective": "ce", "teacher": None}, "the teacher itself": {}}
     for name, (dtype, signal) in KEPT.items():
         place = folder / name.replace(" ", "-").replace(",", "")
         started = time.process_time()
-        build_cache(recipe(folder, steps), place, dtype, signal=signal)  # type: ignore[arg-type]
+        build_cache(recipe(folder, steps, records), place, dtype,  # type: ignore[arg-type]
+                    signal=signal)
         print(f"{name}: built in {time.process_time() - started:.1f} CPU seconds, "
               f"{TeacherCache(place).bytes_per_token:,.0f} bytes a token")
         variants[name] = {"teacher": {"cache": str(place)}}
     for _ in range(options.rounds):
         for name, sections in variants.items():
-            print(f"{name}: {step_time(recipe(folder, steps, **sections), steps):.1f} CPU ms a "
-                  "step", flush=True)
+            spent = step_time(recipe(folder, steps, records, **sections), steps)
+            print(f"{name}: {spent:.1f} CPU ms a step", flush=True)
     shutil.rmtree(folder / "out", ignore_errors=True)
 
 
