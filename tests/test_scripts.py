@@ -80,3 +80,18 @@ def test_accelerate_starts_the_package(recipe: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (recipe.parent / "one" / "report.html").exists()
+
+
+def test_the_steps_on_a_cached_teacher_are_measured(tmp_path: Path) -> None:
+    """Every row of benchmarks/cache.md, on a few records."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/bench_cache.py"), "--folder", str(tmp_path / "bench"),
+         "--steps", "1", "--rounds", "1", "--records", "16"], capture_output=True, text=True,
+        check=False, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT),
+                                       "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (ROOT / "benchmarks/cache.md").read_text()
+    for name in ("hidden states, float32", "hidden states, bfloat16", "top 64", "12 draws"):
+        assert f"{name}: built in " in done.stdout
+        assert f"{name}" in page
+    assert done.stdout.count("CPU ms a step") == 6

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 from taid_vlm.adapters import Processor, check_kwargs
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
+from taid_vlm.io.hashing import SHORT, sha256
 from taid_vlm.models.lora import (
     LoraFolder,
     find_adapter,
@@ -183,6 +184,14 @@ def refuse_nonfinite(model: nn.Module, what: str) -> None:
         if not bool(parameter.detach().isfinite().all()):
             raise TaidError(f"{what} is not written: '{name}' holds weights that are no numbers. "
                             "Lower train.learning_rate; the checkpoints before it are whole.")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of the names and bytes of all parameters."""
+    parts = (part for name, p in sorted(model.named_parameters())
+             for part in (name.encode(), p.detach().cpu().contiguous().view(-1).view(
+                 torch.uint8).numpy().tobytes()))
+    return sha256(parts).hex()[:SHORT]
 
 
 def load_processor(spec: ModelSpec, role: str) -> Processor:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from taid_vlm.adapters import check_reloaded
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator, TeacherRow
 from taid_vlm.config.model import DESCRIPTION, TeacherSpec
@@ -36,7 +37,13 @@ from taid_vlm.io.files import read_json, whole_file, write_json
 from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256
 from taid_vlm.io.manifest import read_manifest, seal
 from taid_vlm.io.quiet import quiet
-from taid_vlm.models.loading import load_model, load_processor, load_skeleton, weights_dtype
+from taid_vlm.models.loading import (
+    load_model,
+    load_processor,
+    load_skeleton,
+    weights_dtype,
+    weights_hash,
+)
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import StreamedRecords, first_rows
 from taid_vlm.runs.folders import LOCK, locked, on_main
@@ -283,7 +290,7 @@ class _Described:
         partial, path = self.output / PARTIAL, self.output / IDENTITY
         shutil.rmtree(partial, ignore_errors=True)
         model.config.save_pretrained(partial)
-        load_processor(self.spec, "teacher").save_pretrained(partial)
+        _save_processor(self.spec, partial)
         facts = self._facts(model, partial)
         if not path.is_file():
             write_json(facts, path)
@@ -338,18 +345,22 @@ class _Described:
                    path)
 
 
+def _save_processor(spec: TeacherSpec, folder: Path) -> None:
+    """Beside the config; training shows records to what is loaded from there, which must not read
+    them otherwise."""
+    processor = load_processor(spec, "teacher")
+    processor.save_pretrained(folder)
+    again = load_processor(TeacherSpec(
+        model_name_or_path=str(folder), trust_remote_code=spec.trust_remote_code), "teacher")
+    check_reloaded(getattr(processor, "tokenizer", processor), getattr(again, "tokenizer", again),
+                   "saving and loading the teacher's tokenizer",
+                   "Name one that is saved as it is with teacher.processor_name_or_path.")
+
+
 def identity_hash(facts: Mapping[str, Any]) -> str:
     """Of what `identity.json` said before the first batch."""
     text = json.dumps({key: facts[key] for key in sorted(facts)}, sort_keys=True)
     return sha256([text.encode()]).hex()[:SHORT]
-
-
-def weights_hash(model: PreTrainedModel) -> str:
-    """Of the names and bytes of all parameters."""
-    parts = (part for name, p in sorted(model.named_parameters())
-             for part in (name.encode(), p.detach().cpu().contiguous().view(-1).view(
-                 torch.uint8).numpy().tobytes()))
-    return sha256(parts).hex()[:SHORT]
 
 
 def _name(dtype: torch.dtype) -> str:

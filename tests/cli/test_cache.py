@@ -117,6 +117,24 @@ def test_single_records_train_bit_for_bit(
     assert "bytes an answer token" in page
 
 
+def test_a_template_and_its_variables_come_with_the_cache(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    live = tree(tmp_path, checkpoints, "a")
+    own = (Path(checkpoints("llama")) / "chat_template.jinja").read_text()
+    template = tmp_path / "greeting.jinja"
+    template.write_text("{% if greet %}hello there {% endif %}" + own)
+    plain = carried_out(cli, tmp_path, live)
+    live["teacher"] |= {"chat_template": str(template), "chat_template_kwargs": {"greet": True}}
+    folder = built(cli, tmp_path, live)
+    expected = carried_out(cli, tmp_path, live, "--overwrite")
+    assert expected["eval"]["before"]["kl"] != plain["eval"]["before"]["kl"]
+    template.unlink()
+    results = carried_out(cli, tmp_path, cached(live, folder))
+    assert difference(expected, results) == 0.0
+    assert figures(results) == figures(expected)
+
+
 def only_the_student(spec: Any, role: str) -> Any:
     from taid_vlm.models.loading import load_model
 
