@@ -175,7 +175,7 @@ def _sides(recipe: Recipe, signal: Signal) -> tuple[list[Side], Ingredients]:
     sides: dict[str, Side] = {}
     firsts: list[Ingredients] = []
     for stage, part in parts_by_name(recipe):
-        found = gather(part)
+        found, objective = gather(part), parse_objective(part.objective)
         firsts.append(found)
         assert part.teacher is not None
         with quiet("taid_vlm", warn=False):  # training says what there is to say
@@ -193,12 +193,12 @@ def _sides(recipe: Recipe, signal: Signal) -> tuple[list[Side], Ingredients]:
                 raise TaidError("train.window: windows begin where the student's tokenizer has a "
                                 "boundary, too, so a cache does not hold them; leave it out.")
             if records is not None:
-                key = repr((name, source, part.objective, part.train.get("max_length"),
+                key = repr((name, source, objective.alignment, part.train.get("max_length"),
                             part.train.get("supervise")))
                 sides.setdefault(key, Side(
                     name == "train", f"{stage}: data.{name}" if stage else f"data.{name}", records,
                     collator, _described_source(part, source)))
-                signal.check(collator.pairing, parse_objective(part.objective))
+                signal.check(collator.pairing, objective)
     if signal.is_sparse and len({maps_hash(side.pairing) for side in sides.values()}) > 1:
         raise TaidError(f"--signal {signal.kind}: the stages compare other entries, so what is "
                         "kept for one says nothing for the other. Keep hidden states.")

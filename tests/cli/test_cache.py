@@ -135,6 +135,23 @@ def test_a_template_and_its_variables_come_with_the_cache(
     assert figures(results) == figures(expected)
 
 
+def test_one_cache_serves_all_stages(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Every stage's records are in it, once."""
+    live = {**tree(tmp_path, checkpoints), "stages": [
+        {"name": "first", "train": {"freeze": ["tower"]}},
+        {"name": "second", "objective": "forward_kl",
+         "data": {"train": str(tmp_path / "more.jsonl")}}]}
+    write_jsonl(tmp_path / "more.jsonl", picture_rows(tmp_path, 4, 9))
+    folder = built(cli, tmp_path, live)
+    assert TeacherCache(folder).records == 6 + 4 + 3
+    expected = carried_out(cli, tmp_path, live)
+    results = carried_out(cli, tmp_path, cached(live, folder))
+    assert difference(expected, results) == 0.0
+    assert figures(results) == figures(expected)
+
+
 def only_the_student(spec: Any, role: str) -> Any:
     from taid_vlm.models.loading import load_model
 
@@ -490,8 +507,10 @@ def test_draws_train_and_refuse_what_they_cannot(
 ) -> None:
     live = {**tree(tmp_path, checkpoints), "objective": "forward_kl"}
     folder = built(cli, tmp_path, live, "--signal", "sampled")
-    recipe = cached(live, folder)
-    assert carried_out(cli, tmp_path, recipe)["train"]["steps"] == 6
+    recipe = {**cached(live, folder), "evaluate": {"examples": 2, "max_new_tokens": 4}}
+    results = carried_out(cli, tmp_path, recipe)
+    assert results["train"]["steps"] == 6
+    assert [{*example["answers"]} for example in results["examples"]] == [{"before", "after"}] * 2
     assert cli("plan", write_recipe(tmp_path, recipe)).status == 0
     message = refused(cli, tmp_path, {**recipe, "objective": "taid"}, monkeypatch)
     assert "the loss 'taid' is not linear in the teacher's probabilities" in message
