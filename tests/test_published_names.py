@@ -44,6 +44,9 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "qwen2_vl": QWEN2,  # Qwen/Qwen2-VL-2B-Instruct
     "qwen2_5_vl": QWEN2,  # Qwen/Qwen2.5-VL-3B-Instruct
     "qwen3_vl": (*NEWER, "model.visual."),  # Qwen/Qwen3-VL-2B-Instruct
+    "qwen3_vl_moe": (*NEWER, "model.visual."),  # Qwen/Qwen3-VL-30B-A3B-Instruct
+    "hy_v4_vl": ("lm_head.", "model.embed_tokens.", "model.hc_head.", "model.layers.",
+                 "model.norm.", "vit."),  # tencent/Hy4
     "qwen3_5": (*NEWER, "model.visual."),  # Qwen/Qwen3.5-2B
     "gemma4": (*NEWER, "model.embed_vision.", "model.vision_tower.encoder.",
                "model.vision_tower.patch_embedder."),  # google/gemma-4-E2B-it

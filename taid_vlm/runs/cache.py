@@ -144,10 +144,9 @@ def build_cache(
         TaidError: anything a user can mend; what shows without weights, before they are loaded.
     """
     output = Path(output_dir).expanduser()
-    if recipe.teacher is None or recipe.teacher.cache is not None:
-        raise TaidError("cache: the recipe's teacher " + (
-            "is missing." if recipe.teacher is None else f"is '{recipe.teacher.cache}', a cache.")
-            + " Name the model with teacher.model_name_or_path.")
+    if recipe.teacher is None or recipe.teacher.cache or recipe.teacher.server:
+        raise TaidError("cache: the recipe names no teacher that can be loaded. Name the model with "
+                        "teacher.model_name_or_path, without cache and server.")
     sides, found = _sides(recipe, signal)
     with locked(output):
         on_main(lambda: _check_folder(output), output)
@@ -186,12 +185,10 @@ def _sides(recipe: Recipe, signal: Signal) -> tuple[list[Side], Ingredients]:
         collator = replace(collator, stored=_take_note)
         for name, records in (("train", found.train), ("eval", found.eval)):
             source = getattr(part.data, name)
-            if isinstance(records, StreamedRecords):
-                raise TaidError(f"data.{name} is streamed, so nobody knows when all of it has been "
-                                "seen: leave streaming out to cache a teacher.")
-            if found.args.window is not None:
-                raise TaidError("train.window: windows begin where the student's tokenizer has a "
-                                "boundary, too, so a cache does not hold them; leave it out.")
+            if isinstance(records, StreamedRecords) or found.args.window is not None:
+                key = f"data.{name} is streamed" if found.args.window is None else "train.window"
+                raise TaidError(f"{key}: nobody knows when all rows have been seen, so a teacher "
+                                "cannot be asked once about them; leave it out.")
             if records is not None:
                 key = repr((name, source, objective.alignment, part.train.get("max_length"),
                             part.train.get("supervise")))

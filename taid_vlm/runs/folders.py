@@ -54,8 +54,7 @@ def find_checkpoint(recipe: Recipe, resume: bool, overwrite: bool = False) -> Pa
         TaidError: something in the folder would be lost, or does not belong to this recipe.
     """
     output = Path(recipe.output_dir)
-    refuse_file_in_the_way(output)
-    _refuse_in_the_way(output)
+    refuse_in_the_way(output)
     _refuse_inputs(recipe, output)
     _refuse_foreign(output)
     if resume:
@@ -160,8 +159,9 @@ def on_main(look: Callable[[], Result], output: Path) -> Result:
 # ----- what is refused ----------------------------------------------------------------------
 
 
-def _refuse_in_the_way(output: Path) -> None:
+def refuse_in_the_way(output: Path) -> None:
     """Where a file is to be stands no folder, and nothing but a folder where one is to be."""
+    refuse_file_in_the_way(output)
     for name in (RECIPE, RESULTS, ANSWERS, REPORT, LOCK):
         if (output / name).is_dir():
             raise TaidError(f"'{output / name}' is a folder where a run writes a file: move it "

@@ -27,6 +27,7 @@ from taid_vlm.runs.folders import (
     find_checkpoint,
     locked,
     on_main,
+    refuse_in_the_way,
 )
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.measure import Outcome, make_measuring, outcome_of, train_account
@@ -73,6 +74,7 @@ def distill(
     if recipe.stages:
         raise TaidError("a recipe with stages is carried out by `distill_stages`.")
     output, whole = Path(recipe.output_dir), place.whole if place and not place.later else recipe
+    on_main(lambda: refuse_in_the_way(output), output)
     ingredients = gather(recipe)
     with locked(output):
         checkpoint = on_main(lambda: find_checkpoint(recipe, resume, overwrite), output)

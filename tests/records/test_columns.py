@@ -94,7 +94,7 @@ def test_no_image(nothing, column):
 
 
 def test_unread_columns_are_named():
-    record = read(messages=TURNS, id=7, loss=False, name="x", source="", tags=[], category="c")
+    record = read(messages=TURNS, id=7, loss=0.3, name="x", source="", tags=[], category="c")
     assert record.unread == ("loss", "name")
     assert read(text="a", prompt=None, reward=1.0).unread == ("reward",)
 

@@ -168,6 +168,9 @@ def main() -> None:
             json.dumps(guarded))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # processes that leave one by one can abort each other
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nor may what torch does at the end of a process
 
 
 if __name__ == "__main__":
