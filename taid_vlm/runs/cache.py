@@ -145,8 +145,8 @@ def build_cache(
     """
     output = Path(output_dir).expanduser()
     if recipe.teacher is None or recipe.teacher.cache or recipe.teacher.server:
-        raise TaidError("cache: the recipe names no teacher that can be loaded. Name the model with "
-                        "teacher.model_name_or_path, without cache and server.")
+        raise TaidError("cache: the recipe names no teacher that can be loaded. Name the model "
+                        "with teacher.model_name_or_path, without cache and server.")
     sides, found = _sides(recipe, signal)
     with locked(output):
         on_main(lambda: _check_folder(output), output)
