@@ -8,6 +8,7 @@ KIND is ddp or fsdp, with -reference for the reference loss. Rank 0 writes KIND-
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -77,3 +78,6 @@ def wrapped(kind: str, model: torch.nn.Module) -> torch.nn.Module:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # what torch does at the end of a process can abort it
