@@ -102,9 +102,9 @@ def test_a_small_disk_fills_up(tmp_path: Path, checkpoints: Any) -> None:
     victim = Victim(["distill", recipe], whole, [Harm()], tmp_path / "log")
     assert not any(victim.wait()), victim.error()
     size = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
-    for _ in range(max(KILLS // 6, 1)):
+    for number in range(max(KILLS // 6, 1)):
         kilobytes = rng.randrange(16, size // 1024)
-        disk = tmp_path / f"disk-{kilobytes}"
+        disk = tmp_path / f"disk-{number}"
         with small_disk(disk, kilobytes):
             recipe = write_recipe(tmp_path, {**tree, "output_dir": str(disk / "out")})
             victim = Victim(["distill", recipe], disk, [Harm()], tmp_path / "log")
