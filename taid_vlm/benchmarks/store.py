@@ -83,15 +83,20 @@ class AnswerStore:
         self.replaced += [change for change in changed if change not in self.replaced]
         return not changed
 
-    def _take(self, line: Line) -> None:
-        need(dict(line), f"answers to {self.task} in '{self.folder}'",
-             {"id": str, "asked": str, "answer": str, "seed": int})
+    def _take(self, stored: Line) -> None:
+        line: dict[str, Any] = {
+            "problem": "", "cut": False, "likelihoods": [], "seconds": 0.0, **stored}
+        place = f"answers to {self.task} in '{self.folder}'"
+        need(line, place, {"id": str, "asked": str, "answer": str, "seed": int, "problem": str,
+                           "cut": bool, "likelihoods": list, "seconds": (int, float)})
+        for pair in line["likelihoods"]:
+            if not (isinstance(pair, list) and [*map(_is_number, pair)] == [True, True]):
+                raise TaidError(f"{place}: likelihoods must be pairs of numbers, got {pair!r:.60}.")
         known = self.hashes.get(line["id"])
         if known == line["asked"]:
-            likelihoods = tuple((total, tokens) for total, tokens in line.get("likelihoods", ()))
-            answer = Answer(line["answer"], line.get("problem", ""), line.get("cut", False),
-                            likelihoods)
-            self.answers[line["id"], line["seed"]] = Stored(answer, line.get("seconds", 0.0))
+            likelihoods = tuple((total, tokens) for total, tokens in line["likelihoods"])
+            answer = Answer(line["answer"], line["problem"], line["cut"], likelihoods)
+            self.answers[line["id"], line["seed"]] = Stored(answer, line["seconds"])
         elif known is not None and "its text or image" not in self.replaced:
             self.replaced.append("its text or image")
 
@@ -120,6 +125,10 @@ class AnswerStore:
         write_text(dump_lines(lines), self.final)
         for path in self._partial_files():
             path.unlink()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import math
 import random
 from collections import Counter
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from zoo import VLM_FAMILIES, Built, build
 from taid_vlm.adapters import ModelAdapter, make_adapter
 from taid_vlm.benchmarks.answering import Answer, Generating, plan_batches
 from taid_vlm.benchmarks.question import Question
+from taid_vlm.benchmarks.store import AnswerStore
 from taid_vlm.errors import TaidError
 from taid_vlm.models.generation import Sampling, generate_answers, generate_batch
 from taid_vlm.records import ImageRef, Message, Record
@@ -211,3 +214,15 @@ def test_an_error_of_the_model_is_no_refusal(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(built("llama").model, "generate", broken)
     with pytest.raises(ValueError, match="a bug"):
         answered("llama", questions(2, seen=False), 2)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("seconds", "1.0"), ("cut", "no"), ("problem", 3), ("answer", None), ("likelihoods", [[1]]),
+    ("likelihoods", [["a", 2]]), ("likelihoods", 4)])
+def test_stored_answers_of_another_shape_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path, "quiz", {}, {"1": "x"})
+    line = {"id": "1", "asked": "x", "answer": "yes", "seed": 0, "seconds": 0.5}
+    store._take(line)
+    assert store.answers["1", 0].seconds == 0.5
+    with pytest.raises(TaidError, match=key):
+        store._take({**line, key: value})
