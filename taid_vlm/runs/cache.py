@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from taid_vlm.adapters import check_reloaded
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator, TeacherRow
+from taid_vlm.config.data import DataSource, matches
 from taid_vlm.config.model import DESCRIPTION, TeacherSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
@@ -83,7 +84,7 @@ class Side:
     name: str
     records: Any
     collator: DistillationCollator
-    source: Mapping[str, Any]
+    sources: Sequence[Mapping[str, Any]]
 
     @property
     def pairing(self) -> Pairing:
@@ -177,6 +178,9 @@ def _sides(recipe: Recipe, signal: Signal) -> tuple[list[Side], Ingredients]:
         found, objective = gather(part), parse_objective(part.objective)
         firsts.append(found)
         assert part.teacher is not None
+        if found.args.window is not None:
+            raise TaidError("train.window: a cache holds whole texts and no windows of them; leave "
+                            "it out, or train with the teacher itself.")
         with quiet("taid_vlm", warn=False):  # training says what there is to say
             _, collator = pair_for_training(
                 load_skeleton(part.student, "student"), load_skeleton(part.teacher, "teacher"),
@@ -184,17 +188,16 @@ def _sides(recipe: Recipe, signal: Signal) -> tuple[list[Side], Ingredients]:
                 [data for data in (found.train, found.eval) if data is not None])
         collator = replace(collator, stored=_take_note)
         for name, records in (("train", found.train), ("eval", found.eval)):
-            source = getattr(part.data, name)
-            if isinstance(records, StreamedRecords) or found.args.window is not None:
-                key = f"data.{name} is streamed" if found.args.window is None else "train.window"
-                raise TaidError(f"{key}: nobody knows when all rows have been seen, so a teacher "
-                                "cannot be asked once about them; leave it out.")
+            if isinstance(records, StreamedRecords):
+                raise TaidError(f"data.{name} is streamed, so nobody knows when all of it has been "
+                                "seen: leave streaming out to cache a teacher.")
             if records is not None:
-                key = repr((name, source, objective.alignment, part.train.get("max_length"),
+                sources = part.data.sources(name)
+                key = repr((name, sources, objective.alignment, part.train.get("max_length"),
                             part.train.get("supervise")))
                 sides.setdefault(key, Side(
                     name == "train", f"{stage}: data.{name}" if stage else f"data.{name}", records,
-                    collator, _described_source(part, source)))
+                    collator, [_described_source(part, source) for source in sources]))
                 signal.check(collator.pairing, objective)
     if signal.is_sparse and len({maps_hash(side.pairing) for side in sides.values()}) > 1:
         raise TaidError(f"--signal {signal.kind}: the stages compare other entries, so what is "
@@ -202,13 +205,14 @@ def _sides(recipe: Recipe, signal: Signal) -> tuple[list[Side], Ingredients]:
     return list(sides.values()), firsts[0]
 
 
-def _described_source(recipe: Recipe, source: Any) -> dict[str, Any]:
-    """Which records these are: where they lie, and the hash of their file if it is one."""
+def _described_source(recipe: Recipe, source: DataSource) -> dict[str, Any]:
+    """Which records these are: where they lie, and the hash of every file among them."""
     start = recipe.start_of(source)
-    path = None if start is None else start / Path(source.path).expanduser()
-    file = file_sha256(path).hex()[:SHORT] if path is not None and path.is_file() else None
-    return {"path": source.path, "split": source.split, "max_records": source.max_records,
-            "file": file}
+    paths = [] if start is None else [
+        match for path in source.paths for match in matches(start / Path(path).expanduser())]
+    return {"path": source.shown, "split": source.split, "max_records": source.max_records,
+            "weight": source.weight,
+            "files": [file_sha256(path).hex()[:SHORT] for path in paths if path.is_file()]}
 
 
 def _take_note(rows: Sequence[TeacherRow], batch: Batch) -> Batch:
@@ -303,7 +307,7 @@ class _Described:
             shutil.rmtree(partial)
         else:
             partial.replace(self.output / DESCRIPTION)
-        return identity_hash(facts)
+        return sha256([json.dumps(facts, sort_keys=True).encode()]).hex()[:SHORT]
 
     @property
     def spec(self) -> TeacherSpec:
@@ -325,7 +329,7 @@ class _Described:
             "entries": maps_hash(self.sides[0].pairing) if self.signal.is_sparse else None,
             "precision": {"weights": _name(model.dtype), "bf16": args.bf16, "fp16": args.fp16,
                           "attention": model.config._attn_implementation},
-            "data": [{"side": side.name, "records": len(side.records), **side.source}
+            "data": [{"side": side.name, "records": len(side.records), "sources": side.sources}
                      for side in self.sides],
         }
 
@@ -352,12 +356,6 @@ def _save_processor(spec: TeacherSpec, folder: Path) -> None:
     check_reloaded(getattr(processor, "tokenizer", processor), getattr(again, "tokenizer", again),
                    "saving and loading the teacher's tokenizer",
                    "Name one that is saved as it is with teacher.processor_name_or_path.")
-
-
-def identity_hash(facts: Mapping[str, Any]) -> str:
-    """Of what `identity.json` said before the first batch."""
-    text = json.dumps({key: facts[key] for key in sorted(facts)}, sort_keys=True)
-    return sha256([text.encode()]).hex()[:SHORT]
 
 
 def _name(dtype: torch.dtype) -> str:

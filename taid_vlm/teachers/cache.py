@@ -245,7 +245,8 @@ class TeacherCache:
         return TaidError(f"'{self.folder}' holds {row.source} {what}.", mend=AGAIN)
 
     def _sides(self) -> str:
-        return ", ".join(dict.fromkeys(f"'{side['path']}'" for side in self.identity["data"]))
+        paths = (source["path"] for side in self.identity["data"] for source in side["sources"])
+        return ", ".join(dict.fromkeys(f"'{path}'" for path in paths))
 
 
 class _Lookup:

@@ -524,3 +524,27 @@ def test_chunks_need_whole_laws(cli: Cli, checkpoints: Checkpoints, tmp_path: Pa
                "--signal", "topk")
     assert done.status == 2
     assert "chunks need single tokens' whole laws" in done.err
+
+
+def test_several_sources_are_cached_as_one(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    live = tree(tmp_path, checkpoints, "a")
+    more = write_jsonl(tmp_path / "more.jsonl", pairs(4, 9))
+    live["data"]["train"] = [{"path": live["data"]["train"]}, {"path": str(more), "weight": 2}]
+    folder = built(cli, tmp_path, live)
+    expected = carried_out(cli, tmp_path, live)
+    results = carried_out(cli, tmp_path, cached(live, folder))
+    assert difference(expected, results) == 0.0
+    sources = loaded(folder / "identity.json")["data"][0]["sources"]
+    assert [Path(source["path"]).name for source in sources] == ["train.jsonl", "more.jsonl"]
+    assert [source["weight"] for source in sources] == [None, 2]
+    assert all(source["files"] for source in sources)
+
+
+def test_windows_are_not_cached(cli: Cli, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    live = tree(tmp_path, checkpoints, "a", window=64, max_steps=2)
+    done = cli("cache", write_recipe(tmp_path, live), "--output", tmp_path / "cache")
+    assert done.status == 2
+    assert "train.window" in done.err
+    assert not (tmp_path / "cache" / "shards").exists()
