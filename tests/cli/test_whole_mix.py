@@ -132,6 +132,13 @@ def test_inspect_tells_beforehand_what_is_learned(recipe: Path, cli: Cli) -> Non
     assert "1 x unreadable" in shown
 
 
+def test_plan_takes_the_same_recipe(recipe: Path, cli: Cli) -> None:
+    done = cli("plan", recipe)
+    assert done.status == 0, done.err
+    assert "tokens in the longest row" in done.out
+    assert "could not be rehearsed" not in done.out
+
+
 def test_it_trains_is_killed_and_goes_on_bit_for_bit(
     recipe: Path, cli: Cli, tmp_path: Path
 ) -> None:
