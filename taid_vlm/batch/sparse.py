@@ -118,7 +118,7 @@ def sparse_pair(
         student_logits: [N, V_student]; differentiable.
     """
     entry = _entries(vocabulary, signal.ids)
-    student = _TopAndRest.apply(vocabulary.map_student(student_logits), entry)
+    student = top_and_rest(vocabulary.map_student(student_logits), entry)
     top = signal.log_probs.masked_fill(entry < 0, -torch.inf)
     rest = signal.log_rest
     if vocabulary.has_rest:
@@ -138,6 +138,13 @@ def _entries(vocabulary: VocabularyMap, ids: Tensor) -> Tensor:
     table[side.shared] = torch.arange(len(side.shared), device=ids.device)
     table[side.rest] = ONE_SIDED
     return table[ids]
+
+
+def top_and_rest(logits: Tensor, entry: Tensor) -> Tensor:
+    """Log-probabilities [N, k + 1] of some entries [N, k] of logits [N, W], and of all others
+    together; differentiable."""
+    out: Tensor = _TopAndRest.apply(logits, entry)
+    return out
 
 
 class _TopAndRest(torch.autograd.Function):

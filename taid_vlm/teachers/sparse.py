@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from taid_vlm.alignment import Pairing, VocabularyMap
+from taid_vlm.batch.sparse import top_and_rest
 from taid_vlm.errors import TaidError
 from taid_vlm.io.hashing import SHORT, sha256
 from taid_vlm.objectives import Objective
-from taid_vlm.objectives.divergences import upcast
 from taid_vlm.teachers.shards import HIDDEN
 from taid_vlm.teachers.signal import SparseSignal, most_likely
 
@@ -127,14 +127,8 @@ def of_entries(
         student_logits: [n, V_student].
         signal: of the same n tokens; `ids` are entries of the map.
     """
-    mapped = upcast(vocabulary.map_student(student_logits))
-    chosen = mapped.gather(-1, signal.ids)
-    teacher = torch.cat([signal.log_probs, signal.log_rest[:, None]], -1)
-    if signal.ids.shape[-1] == mapped.shape[-1]:  # nothing is left over
-        rest = torch.full_like(chosen[:, :1], -torch.inf)
-    else:
-        rest = mapped.scatter(-1, signal.ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([chosen, rest], -1), teacher
+    student = top_and_rest(vocabulary.map_student(student_logits), signal.ids)
+    return student, torch.cat([signal.log_probs, signal.log_rest[:, None]], -1)
 
 
 def maps_hash(pairing: Pairing) -> str:
