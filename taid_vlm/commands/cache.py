@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from taid_vlm.commands.options import option
+from taid_vlm.commands.options import option, say_and_part
 from taid_vlm.commands.recipes import RecipeOptions
 from taid_vlm.errors import TaidError
 
@@ -31,8 +31,6 @@ class CacheOptions(RecipeOptions):
 def run(options: CacheOptions) -> None:
     recipe = options.load()
 
-    from accelerate import PartialState
-
     from taid_vlm.runs.cache import build_cache
     from taid_vlm.teachers.sparse import Signal
 
@@ -40,7 +38,4 @@ def run(options: CacheOptions) -> None:
         raise TaidError(f"--k = {options.k} has no effect on --signal hidden.")
     signal = Signal(options.signal, options.k or USUAL[options.signal])
     built = build_cache(recipe, options.output, options.dtype, options.batch_size, signal=signal)
-    process = PartialState()
-    if process.is_main_process:
-        print(built)
-    process.destroy_process_group()  # left to the interpreter's exit, processes can abort
+    say_and_part(lambda: str(built))

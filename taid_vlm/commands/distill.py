@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taid_vlm.commands.options import option
+from taid_vlm.commands.options import option, say_and_part
 from taid_vlm.commands.recipes import RecipeOptions, recipe_path
 
 if TYPE_CHECKING:
@@ -59,14 +59,8 @@ def distill(
 
 def run(options: DistillOptions) -> None:
     recipe = options.load()
-
-    from accelerate import PartialState
-
     results = distill(recipe, options.resume, options.overwrite)
-    process = PartialState()
-    if process.is_main_process:
-        print(_closing(results, recipe.output_dir))
-    process.destroy_process_group()  # left to the interpreter's exit, processes can abort
+    say_and_part(lambda: _closing(results, recipe.output_dir))
 
 
 def _closing(results: Results, output_dir: str) -> str:

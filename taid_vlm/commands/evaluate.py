@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from taid_vlm.commands.options import Many, Object, Options, flag, option
+from taid_vlm.commands.options import Many, Object, Options, flag, option, say_and_part
 from taid_vlm.errors import TaidError
 
 if TYPE_CHECKING:
@@ -96,15 +96,10 @@ def evaluate(**options: Any) -> dict[str, dict[str, Any]]:
 def run(options: EvaluateOptions) -> None:
     results = _evaluate(options)
 
-    from accelerate import PartialState
-
     from taid_vlm.benchmarks.table import as_text
     from taid_vlm.io.files import as_json
 
-    process = PartialState()
-    if process.is_main_process:
-        print(as_json(results) if options.json_ else as_text(results))
-    process.destroy_process_group()  # left to the interpreter's exit, processes can abort
+    say_and_part(lambda: as_json(results) if options.json_ else as_text(results))
 
 
 def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
@@ -111,3 +111,13 @@ def _object(value: Any) -> Any:
 Object = Annotated[dict[str, Any], BeforeValidator(_object)]
 Many = Annotated[list[str], BeforeValidator(_listed)]
 Numbers = Annotated[list[int], BeforeValidator(_numbers)]  # 0,1,5 on the command line
+
+
+def say_and_part(result: Callable[[], str]) -> None:
+    """Print what a command has come to, once, and leave its other processes in order."""
+    from accelerate import PartialState
+
+    process = PartialState()
+    if process.is_main_process:
+        print(result())
+    process.destroy_process_group()  # left to the interpreter's exit, processes can abort
