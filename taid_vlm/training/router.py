@@ -119,8 +119,9 @@ class RouterTerm:
         counts = self.accelerator.reduce(self._counts, "sum")
         self._counts = torch.zeros_like(self._counts)
         total = counts.sum(-1, keepdim=True)
-        if applied and bool(total.all()):
-            self.load = (counts * self.top_k / total).float()
+        if applied:  # decided on the device, which nothing waits for
+            load = (counts * self.top_k / total.clamp(min=1)).float()
+            self.load = torch.where((total > 0).all(), load, self.load)
 
     # ----- checkpoints ----------------------------------------------------------------------
 

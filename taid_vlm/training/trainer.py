@@ -444,6 +444,6 @@ def _use_one_gpu(args: DistillationConfig) -> None:
 
 def _counts(batch: Batch) -> Tensor:
     """What the answer tokens count, images, and tokens fed to the student, without padding."""
-    fed = batch["student_inputs"]["attention_mask"].sum()
-    return torch.tensor([weight_sum(batch), int(batch["images"].sum()), int(fed)],
-                        dtype=torch.float64)
+    images, fed = torch.stack(
+        [batch["images"].sum(), batch["student_inputs"]["attention_mask"].sum()]).tolist()
+    return torch.tensor([weight_sum(batch), images, fed], dtype=torch.float64)
