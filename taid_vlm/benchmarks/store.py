@@ -15,7 +15,7 @@ from typing import Any
 
 from taid_vlm.benchmarks.answering import Answer, Given
 from taid_vlm.benchmarks.question import Question
-from taid_vlm.errors import RecordError, TaidError
+from taid_vlm.errors import RecordError, TaidError, is_number
 from taid_vlm.io.files import write_text
 from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256
 from taid_vlm.io.jsonl import dump_lines, need, read_lines
@@ -90,7 +90,7 @@ class AnswerStore:
         need(line, place, {"id": str, "asked": str, "answer": str, "seed": int, "problem": str,
                            "cut": bool, "likelihoods": list, "seconds": (int, float)})
         for pair in line["likelihoods"]:
-            if not (isinstance(pair, list) and [*map(_is_number, pair)] == [True, True]):
+            if not (isinstance(pair, list) and [*map(is_number, pair)] == [True, True]):
                 raise TaidError(f"{place}: likelihoods must be pairs of numbers, got {pair!r:.60}.")
         known = self.hashes.get(line["id"])
         if known == line["asked"]:
@@ -125,10 +125,6 @@ class AnswerStore:
         write_text(dump_lines(lines), self.final)
         for path in self._partial_files():
             path.unlink()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,21 +14,17 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedModel
 
-from taid_vlm.adapters import ModelAdapter, Rendered
 from taid_vlm.batch.forward import Batch
 from taid_vlm.batch.sparse import SparseSignal
 from taid_vlm.config.model import ServerSpec
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.endpoint import Endpoint, Failure, GivenUp, persistently, send
 from taid_vlm.models.forward import head_rows
-from taid_vlm.records import Record
-from taid_vlm.records.videos import Picture
 from taid_vlm.teachers.protocol import (
     MODELS,
     Laws,
     Question,
     WrongAnswer,
-    as_chat,
     questions,
     read_laws,
     request,
@@ -114,13 +110,6 @@ class ServedTeacher:
         return SparseSignal(**{name: part.to(device) for name, part in ahead[SIGNAL].items()})
 
     # ----- asking ahead ---------------------------------------------------------------------
-
-    def chat(
-        self, adapter: ModelAdapter, record: Record, rendered: Rendered,
-        images: Sequence[Picture],
-    ) -> Mapping[str, Any] | None:
-        """What the collator adds to a batch of every row, as `teacher_chats`."""
-        return as_chat(adapter, record, rendered, images)
 
     def submit(self, batch: Batch) -> Pending:
         """Send a batch's requests, at most `concurrency` at once."""

@@ -32,7 +32,7 @@ from taid_vlm.teachers import (
     TeacherCache,
     TeacherLost,
 )
-from taid_vlm.teachers.protocol import Laws
+from taid_vlm.teachers.protocol import Laws, as_chat
 from taid_vlm.teachers.served import SAME_MODEL, distance
 from taid_vlm.training.visual import visual_collator
 
@@ -64,7 +64,7 @@ def serve(
     check_one_by_one(collator.pairing, CALLED)
     limits = [n for n in (collator.teacher.max_length, teacher.longest) if n]
     collator.teacher.max_length = min(limits, default=None)
-    collator = replace(collator, chat=teacher.chat)
+    collator = replace(collator, chat=as_chat)
     if dataset is not None and teacher.asks:
         check_teacher(teacher, collator, dataset)
     return collator
@@ -204,7 +204,7 @@ def _check_sight(
 ) -> None:
     """Compare with a grey picture of the same size, and with the same picture once more."""
     batch = collator(records)
-    grey = replace(collator, chat=lambda adapter, record, rendered, images: teacher.chat(
+    grey = replace(collator, chat=lambda adapter, record, rendered, images: as_chat(
         adapter, record, rendered, [blank(image) for image in images]))(records)
     first, again, other = (teacher.sparse(b, teacher.top) for b in (batch, batch, grey))
     noise, moved = _gap(first, again), _gap(first, other)
