@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub.constants
@@ -11,6 +12,9 @@ import pytest
 import torch
 from cli.hub import TOKEN, Hub, serve
 from cli.recipes import Checkpoints, Outcome, command
+
+from taid_vlm.models import loading
+from taid_vlm.runs import run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +31,17 @@ def quiet_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights fails the test."""
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights are loaded")
+
+    for module in (run, loading):
+        monkeypatch.setattr(module, "load_model", load)
 
 
 @pytest.fixture

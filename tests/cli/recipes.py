@@ -114,3 +114,18 @@ def png(index: int) -> bytes:
 
 def loaded(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
+
+
+def killed_at(step: int) -> str:
+    """A script that is the command, and kills itself before it finishes this optimizer step."""
+    return f"""
+import os, signal, sys
+from taid_vlm.training import trainer
+finish_step = trainer.DistillationTrainer.finish_step
+def finish(self):
+    if self.state.global_step == {step}: os.kill(os.getpid(), signal.SIGKILL)
+    finish_step(self)
+trainer.DistillationTrainer.finish_step = finish
+from taid_vlm.cli import main
+main(sys.argv[1:])
+"""

@@ -11,9 +11,6 @@ import pytest
 import torch
 from cli.recipes import Checkpoints, Outcome, pairs, write_jsonl, write_recipe
 
-from taid_vlm.models import loading
-from taid_vlm.runs import run
-
 Cli = Callable[..., Outcome]
 EVALUATED = ["train.eval_strategy=steps", "train.eval_steps=1"]
 
@@ -27,15 +24,6 @@ def recipe(checkpoints: Checkpoints, tmp_path: Path) -> Path:
         "train": {"max_steps": 2, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"},
         "evaluate": {"examples": 0}, "output_dir": str(tmp_path / "out"),
     })
-
-
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("weights are loaded")
-
-    for module in (run, loading):
-        monkeypatch.setattr(module, "load_model", load)
 
 
 REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.recipes import Checkpoints, Outcome, loaded, write_jsonl, write_parquet, write_recipe
+from cli.recipes import (
+    Checkpoints,
+    Outcome,
+    killed_at,
+    loaded,
+    write_jsonl,
+    write_parquet,
+    write_recipe,
+)
 from safetensors.torch import load_file
 from torch import equal
 
@@ -72,16 +80,7 @@ def test_a_mix_goes_on_where_it_was_killed(
     whole = tmp_path / "whole"
     assert cli("distill", recipe, f"output_dir={whole}").status == 0
     killed = tmp_path / "killed"
-    script = ("import os, signal, sys\n"
-              "from taid_vlm.training import trainer\n"
-              "step = trainer.DistillationTrainer.finish_step\n"
-              "def finish(self):\n"
-              "    if self.state.global_step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "    step(self)\n"
-              "trainer.DistillationTrainer.finish_step = finish\n"
-              "from taid_vlm.cli import main\n"
-              "main(sys.argv[1:])\n")
-    gone = subprocess.run([sys.executable, "-c", script, "distill", str(recipe),
+    gone = subprocess.run([sys.executable, "-c", killed_at(4), "distill", str(recipe),
                            f"output_dir={killed}"], env=os.environ, capture_output=True)
     assert gone.returncode == -9, gone.stderr
     done = cli("distill", recipe, "--resume", f"output_dir={killed}",

@@ -19,21 +19,9 @@ from cli.hub import TOKEN, Hub
 from cli.recipes import Checkpoints, Outcome, pairs, picture_rows, write_jsonl, write_recipe
 from huggingface_hub import constants
 
-from taid_vlm.models import loading
-from taid_vlm.runs import run
-
 Cli = Callable[..., Outcome]
 NAME = "me/student"
 PUSH = ["train.push_to_hub=true", f"train.hub_model_id={NAME}"]
-
-
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("weights are loaded")
-
-    for module in (run, loading):
-        monkeypatch.setattr(module, "load_model", load)
 
 
 def recipe(folder: Path, checkpoints: Checkpoints, student: str = "qwen2", **sections: Any) -> Path:

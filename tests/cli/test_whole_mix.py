@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.recipes import Checkpoints, Outcome, loaded, write_jsonl, write_parquet, write_recipe
+from cli.recipes import (
+    Checkpoints,
+    Outcome,
+    killed_at,
+    loaded,
+    write_jsonl,
+    write_parquet,
+    write_recipe,
+)
 from safetensors.torch import load_file
 from torch import equal
 from zoo import templates
@@ -70,19 +78,6 @@ def films(folder: Path, number: int) -> list[dict[str, Any]]:
             {"role": "assistant", "content": [{"type": "text", "text": f"it turns {n}"}]}]})
     rows[1]["messages"][0]["content"][0]["video"] = ["gone.png"]
     return rows
-
-
-KILLED = """
-import os, signal, sys
-from taid_vlm.training import trainer
-step = trainer.DistillationTrainer.finish_step
-def finish(self):
-    if self.state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)
-    step(self)
-trainer.DistillationTrainer.finish_step = finish
-from taid_vlm.cli import main
-main(sys.argv[1:])
-"""
 
 
 @pytest.fixture
@@ -152,7 +147,7 @@ def test_it_trains_is_killed_and_goes_on_bit_for_bit(
     assert sum(train["records_left_out"].values()) == sum(
         rows["left_out"] for rows in train["sources"].values()) > 0
     assert train["without_effect"]["messages[].mood: nothing reads it"] == read["talks.jsonl"]
-    gone = subprocess.run([sys.executable, "-c", KILLED, "distill", str(recipe),
+    gone = subprocess.run([sys.executable, "-c", killed_at(5), "distill", str(recipe),
                            f"output_dir={killed}"], env=os.environ, capture_output=True)
     assert gone.returncode == -9, gone.stderr
     done = cli("distill", recipe, "--resume", f"output_dir={killed}")
@@ -167,7 +162,7 @@ def test_it_trains_is_killed_and_goes_on_bit_for_bit(
 @pytest.mark.slow
 def test_two_processes_go_on_bit_for_bit(recipe: Path, tmp_path: Path) -> None:
     def run(*arguments: Any, script: str = "") -> int:
-        (tmp_path / "killed.py").write_text(KILLED)
+        (tmp_path / "killed.py").write_text(killed_at(5))
         started = [str(tmp_path / "killed.py")] if script else ["-m", "taid_vlm"]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    "--nproc_per_node=2", *started, "distill", str(recipe), *map(str, arguments)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers as hf
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .parts import Family, Parts, Text, square, tied
 
@@ -64,6 +64,15 @@ def _qwen2_5_vl(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
     return processor, config, hf.Qwen2_5_VLForConditionalGeneration
 
 
+def _qwen3_processor(tok: PreTrainedTokenizerBase, longest: int = 96) -> ProcessorMixin:
+    return hf.Qwen3VLProcessor(
+        hf.Qwen2VLImageProcessor(**_qwen_sizes(longest)),
+        tok,
+        hf.Qwen3VLVideoProcessor(patch_size=8, merge_size=2, temporal_patch_size=2),
+        chat_template=tok.chat_template,
+    )
+
+
 def _qwen3_vl(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
     """Dynamic, up to 36 image tokens; visual features also enter the decoder's layers."""
     config = hf.Qwen3VLConfig(
@@ -72,13 +81,7 @@ def _qwen3_vl(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
         **tied(text),
         **_qwen_ids(tok),
     )
-    processor = hf.Qwen3VLProcessor(
-        hf.Qwen2VLImageProcessor(**_qwen_sizes(96)),
-        tok,
-        hf.Qwen3VLVideoProcessor(patch_size=8, merge_size=2, temporal_patch_size=2),
-        chat_template=tok.chat_template,
-    )
-    return processor, config, hf.Qwen3VLForConditionalGeneration
+    return _qwen3_processor(tok), config, hf.Qwen3VLForConditionalGeneration
 
 
 def _qwen3_vl_moe(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
@@ -91,13 +94,7 @@ def _qwen3_vl_moe(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
         **tied(text),
         **_qwen_ids(tok),
     )
-    processor = hf.Qwen3VLProcessor(
-        hf.Qwen2VLImageProcessor(**_qwen_sizes(96)),
-        tok,
-        hf.Qwen3VLVideoProcessor(patch_size=8, merge_size=2, temporal_patch_size=2),
-        chat_template=tok.chat_template,
-    )
-    return processor, config, hf.Qwen3VLMoeForConditionalGeneration
+    return _qwen3_processor(tok), config, hf.Qwen3VLMoeForConditionalGeneration
 
 
 def _hy_v4_vl(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
@@ -160,13 +157,7 @@ def _qwen3_5(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
         **tied(text),
         **_qwen_ids(tok),
     )
-    processor = hf.Qwen3VLProcessor(
-        hf.Qwen2VLImageProcessor(**_qwen_sizes(80)),
-        tok,
-        hf.Qwen3VLVideoProcessor(patch_size=8, merge_size=2, temporal_patch_size=2),
-        chat_template=tok.chat_template,
-    )
-    return processor, config, hf.Qwen3_5ForConditionalGeneration
+    return _qwen3_processor(tok, 80), config, hf.Qwen3_5ForConditionalGeneration
 
 
 def _gemma4(tok: PreTrainedTokenizerBase, text: Text) -> Parts:
