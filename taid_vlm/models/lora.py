@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.models.published import save_weights
+from taid_vlm.models.quantization import is_quantized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE = "base_model_name_or_path"
@@ -264,16 +265,15 @@ def _forget_tie(model: PreTrainedModel) -> None:
 
 def refuse_quantized(config: PretrainedConfig, adapter: LoraFolder, role: str) -> None:
     """Raise TaidError for a base whose weights are rounded: what is merged into them is, too."""
+    if adapter.base.quantization is not None:
+        raise TaidError(f"{role}.quantization = '{adapter.base.quantization}', but "
+                        f"'{adapter.folder}' is an adapter, which cannot be merged into rounded "
+                        f"weights: taid-vlm merge '{adapter.folder}' --output-dir DIR, and use "
+                        "DIR.")
     if is_quantized(config, adapter.base):
         raise TaidError(f"{role}: the base model of '{adapter.folder}' is quantized, and an "
                         "adapter cannot be merged into rounded weights: taid-vlm merge "
                         f"'{adapter.folder}' --output-dir DIR --dequantize, and use DIR.")
-
-
-def is_quantized(config: PretrainedConfig, base: ModelSpec) -> bool:
-    """Whether the weights are stored rounded, or are to be loaded so."""
-    return (getattr(config, "quantization_config", None) is not None
-            or any("quantization" in key or key.startswith("load_in_") for key in base.init_kwargs))
 
 
 def check_names(model: nn.Module, config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from taid_vlm.io.quiet import quiet
 from taid_vlm.models.experts import chosen_experts, parameters_per_token
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.loading import load_skeleton
+from taid_vlm.models.quantization import saved_bytes
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
@@ -133,8 +135,8 @@ def fullest(plans: Sequence[Plan]) -> Plan:
 def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
         found = gather(_for_rehearsal(recipe, folder))
-        shapes = Shapes()
-        trainer = _trainer(recipe, found, shapes)
+        shapes, saved = Shapes(), Counter[str]()
+        trainer = _trainer(recipe, found, shapes, saved)
         looked = _looked(trainer, recipe, "train", found.train, seen)
         batch, lengths = longest_batch(trainer, looked, found.args.per_device_train_batch_size)
         phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes)}
@@ -146,6 +148,7 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
             held_out, _ = longest_batch(trainer, looked, found.args.per_device_eval_batch_size)
             phases[EVALUATION] = _rehearsed(
                 rehearse_evaluation, formula.evaluation, trainer, held_out, shapes)
+        phases = {name: _rounded(memory, saved) for name, memory in phases.items()}
         return _account(stage, processes, recipe, trainer, phases, lengths)
 
 
@@ -177,8 +180,12 @@ def _for_rehearsal(recipe: Recipe, folder: str) -> Recipe:
     return recipe.model_copy(update={"train": {**train, **own}, "output_dir": folder})
 
 
-def _trainer(recipe: Recipe, found: Ingredients, shapes: Shapes) -> DistillationTrainer:
+def _trainer(
+    recipe: Recipe, found: Ingredients, shapes: Shapes, saved: Counter[str]
+) -> DistillationTrainer:
+    """The run's trainer on models of shapes; `saved` gets what `quantization` takes off them."""
     student: Any = model_of_shapes(recipe.student, "student", shapes)
+    saved[kinds.STUDENT] = saved_bytes(student, recipe.student)
     if recipe.student.peft is not None:
         student = with_adapter(student, lora_config(recipe.student.peft), on_meta=True)
         shapes.hollow(student)
@@ -187,6 +194,7 @@ def _trainer(recipe: Recipe, found: Ingredients, shapes: Shapes) -> Distillation
         teacher = _Served(recipe.teacher.server, load_skeleton(recipe.teacher, "teacher"))
     elif recipe.teacher is not None and teacher is None:
         teacher = model_of_shapes(_stored(recipe.teacher, recipe), "teacher", shapes)
+        saved[kinds.TEACHER] = saved_bytes(teacher, recipe.teacher)
     trainer = DistillationTrainer(student, teacher, found.args, found.train, None,
                                   found.student_processor, found.teacher_processor)
     if trainer.visual.map is not None:
@@ -237,6 +245,13 @@ def _rehearsed(rehearse: Callable[..., Memory], by_formula: Callable[..., Memory
     except Exception as error:  # a model's own code may need values, or kernels of its own
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return replace(by_formula(trainer, batch), problem=reason)
+
+
+def _rounded(memory: Memory, saved: Mapping[str, int]) -> Memory:
+    """With weights as they lie there: a rehearsal multiplies by whole ones."""
+    at_peak, most = ({kind: size - saved.get(kind, 0) for kind, size in part.items()}
+                     for part in (memory.at_peak, memory.most))
+    return replace(memory, at_peak=at_peak, most=most)
 
 
 def _update(trainer: DistillationTrainer, recipe: Recipe) -> Memory:
@@ -336,7 +351,8 @@ def _notes(
     for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
         if spec is not None and spec.init_kwargs:
             named = ", ".join(spec.init_kwargs)
-            yield f"{role}.init_kwargs ({named}) are not followed: a quantised model takes less."
+            yield (f"{role}.init_kwargs ({named}) are not followed: a quantised model takes less; "
+                   f"{role}.quantization is.")
     for name, memory in phases.items():
         if memory.problem:
             yield (f"the {name} could not be rehearsed ({memory.problem:.200}); its activations "

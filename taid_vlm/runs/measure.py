@@ -19,6 +19,7 @@ from taid_vlm.evaluation.canary import Looks, account
 from taid_vlm.evaluation.held_out import Tally, summarise
 from taid_vlm.models.generation import Question, generate_answers
 from taid_vlm.models.parts import count_parameters
+from taid_vlm.models.quantization import numel, stored_method
 from taid_vlm.records import ImageRef, fingerprint
 from taid_vlm.runs.machine import machine, peak_memory, versions
 from taid_vlm.runs.results import Alignment, Example, HeldOutData, Results, Stage, Train
@@ -171,7 +172,9 @@ def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, dict[str,
             described[role] = {
                 "name": spec.model_name_or_path, "revision": spec.revision,
                 "model_type": trainer.accelerator.unwrap_model(model).config.model_type,
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters": sum(map(numel, model.parameters())),
+                "quantization": spec.quantization or stored_method(
+                    trainer.accelerator.unwrap_model(model).config),
             }
     if isinstance(served := trainer.teacher, ServedTeacher):
         described["teacher"] = {

@@ -17,6 +17,7 @@ from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_text
 from taid_vlm.models.loading import load_model, load_skeleton
 from taid_vlm.models.lora import find_adapter
+from taid_vlm.models.quantization import half_precision, refuse_unavailable
 from taid_vlm.runs.folders import (
     ANSWERS,
     RECIPE,
@@ -76,6 +77,8 @@ def distill(
     output, whole = Path(recipe.output_dir), place.whole if place and not place.later else recipe
     on_main(lambda: refuse_in_the_way(output), output)
     ingredients = gather(recipe)
+    for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
+        refuse_unavailable(spec, role)
     with locked(output):
         checkpoint = on_main(lambda: find_checkpoint(recipe, resume, overwrite), output)
         push = place.push if place else prepare_push(recipe, saves_adapter(recipe))
@@ -138,9 +141,10 @@ def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrain
     served = None if recipe.teacher is None else recipe.teacher.server
     teacher: Any = ingredients.cache if recipe.teacher is None or served is None else ServedTeacher(
         served, load_skeleton(recipe.teacher, "teacher"))  # refused before the student is loaded
-    student = load_model(recipe.student, "student")
+    half = half_precision(ingredients.args)
+    student = load_model(recipe.student, "student", half)
     if recipe.teacher is not None and teacher is None:
-        teacher = load_model(recipe.teacher, "teacher")
+        teacher = load_model(recipe.teacher, "teacher", half)
     return DistillationTrainer(
         student, teacher, ingredients.args, ingredients.train, ingredients.eval,
         ingredients.student_processor, ingredients.teacher_processor,
