@@ -1,4 +1,4 @@
-"""Weights in fewer bits: what a key stands for, what it needs, and what it takes in memory.
+"""Weights in fewer bits: what is rounded how, what that needs, its bytes.
 
     4bit   bitsandbytes nf4, with scales that are quantized once more
     8bit   bitsandbytes int8 (LLM.int8: features of a large size stay in half precision)
@@ -11,7 +11,7 @@ so that logits are exactly head(hidden) of that model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -144,6 +144,12 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 # ----- bytes --------------------------------------------------------------------------------
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of different storages; tied weights count once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def stored_tensors(model: nn.Module) -> Iterator[Tensor]:

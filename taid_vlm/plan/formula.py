@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from taid_vlm.batch.collator import Batch
 from taid_vlm.models.forward import head_rows, unwrap
 from taid_vlm.models.parts import TOWER, parts_of
+from taid_vlm.models.quantization import bytes_of
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.rehearsal import Memory, parameters, teacher_tensors, trained
-from taid_vlm.plan.sizes import bytes_of, resident
+from taid_vlm.plan.sizes import resident
 from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.loss import FusedStep
 from taid_vlm.training.trainer import DistillationTrainer

@@ -20,7 +20,7 @@ from taid_vlm.io.quiet import quiet
 from taid_vlm.models.experts import chosen_experts, parameters_per_token
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.loading import load_skeleton
-from taid_vlm.models.quantization import saved_bytes
+from taid_vlm.models.quantization import bytes_of, saved_bytes
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
@@ -32,7 +32,7 @@ from taid_vlm.plan.rehearsal import (
     trained,
 )
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
-from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes
+from taid_vlm.plan.sizes import OPTIMIZERS, optimizer_bytes
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.stages import parts_by_name
 from taid_vlm.teachers import CachedTeacher, ServedTeacher, SparseSignal

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from taid_vlm.errors import TaidError
+from taid_vlm.models.quantization import bytes_of
 
 # bitsandbytes and torchao keep small tensors in 32 bits, the others in blocks with a scale each
 SMALL, BLOCK = 4096, 256
@@ -28,12 +29,6 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise TaidError(f"--memory = '{text}', but it must be a size like 24GB, 24GiB or 80e9.")
     return size
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of different storages; tied weights count once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def resident(model: nn.Module) -> int:

@@ -155,7 +155,7 @@ def build_cache(
         on_main(lambda: _check_folder(output), output)
         spec = recipe.teacher
         estimate = on_main(lambda: _estimate(spec, sides, dtype, output, signal), output)
-        accelerator = _accelerator(found)
+        accelerator = accelerator_of(found)
         if accelerator.is_main_process:
             print(f"size          {estimate}", flush=True)
         model = load_model(spec, "teacher", half_precision(found.args))
@@ -266,7 +266,7 @@ def _weight_bytes(spec: TeacherSpec, skeleton: PreTrainedModel) -> int:
     return kind.itemsize if isinstance(kind, torch.dtype) else 4
 
 
-def _accelerator(found: Ingredients) -> Accelerator:
+def accelerator_of(found: Ingredients) -> Accelerator:
     """Of a run of this recipe: its device and its mixed precision."""
     args = found.args
     return Accelerator(cpu=args.use_cpu,

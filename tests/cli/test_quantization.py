@@ -26,10 +26,9 @@ from taid_vlm.config.model import TeacherSpec
 from taid_vlm.config.recipe import parse_recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import load_model
-from taid_vlm.models.quantization import stored_tensors
+from taid_vlm.models.quantization import bytes_of, stored_tensors
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.plan import plan_recipe
-from taid_vlm.plan.sizes import bytes_of
 
 Cli = Callable[..., Outcome]
 LIBRARIES = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "fp8": "torchao"}
