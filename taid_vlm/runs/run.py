@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,8 +36,11 @@ from taid_vlm.runs.measure import Outcome, make_measuring, outcome_of, train_acc
 from taid_vlm.runs.publish import Push, prepare_push, push_student
 from taid_vlm.runs.results import Stage
 from taid_vlm.runs.save import save_student
-from taid_vlm.teachers import ServedTeacher
+from taid_vlm.runs.sharing import in_words, sharing
+from taid_vlm.teachers import ServedTeacher, TeacherInStudent
 from taid_vlm.training.trainer import DistillationTrainer
+
+logger = logging.getLogger(__name__)
 
 WriteReport = Callable[[Outcome, str, Path], None]  # with the recipe as YAML and the page's path
 
@@ -143,13 +147,20 @@ def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrain
         served, load_skeleton(recipe.teacher, "teacher"))  # refused before the student is loaded
     half = half_precision(ingredients.args)
     student = load_model(recipe.student, "student", half)
-    if recipe.teacher is not None and teacher is None:
+    shared = sharing(recipe, ingredients)
+    if shared is not None and not shared.reason:
+        teacher = TeacherInStudent(student, shared.adapter)
+    elif recipe.teacher is not None and teacher is None:
         teacher = load_model(recipe.teacher, "teacher", half)
-    return DistillationTrainer(
+    sentence = "" if shared is None else in_words(shared, student)
+    trainer = DistillationTrainer(
         student, teacher, ingredients.args, ingredients.train, ingredients.eval,
         ingredients.student_processor, ingredients.teacher_processor,
         peft_config=lora_config(recipe.student.peft),
     )
+    if sentence and trainer.is_world_process_zero():
+        logger.info(sentence)
+    return trainer
 
 
 def _take_over(trainer: DistillationTrainer, whole: Recipe, stale: Sequence[Path]) -> None:
