@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from taid_vlm.errors import TaidError
-from taid_vlm.models.quantization import bytes_of
 
 # bitsandbytes and torchao keep small tensors in 32 bits, the others in blocks with a scale each
 SMALL, BLOCK = 4096, 256
@@ -29,11 +28,6 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise TaidError(f"--memory = '{text}', but it must be a size like 24GB, 24GiB or 80e9.")
     return size
-
-
-def resident(model: nn.Module) -> int:
-    """Bytes of a model that lies in memory: parameters and buffers."""
-    return bytes_of([*model.parameters(), *model.buffers()])
 
 
 # ----- optimizers ---------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ _HARMLESS = frozenset({
 _PLAIN_INIT = (True, False, "gaussian")  # others take from the base what they begin with
 _LOADED = ("trust_remote_code", "attn_implementation", "quantization", "init_kwargs")
 _SHARDED = ("fsdp", "deepspeed", "torch_compile")
+_LAUNCHED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,11 @@ def _reasons(
         yield (f"the teacher's weights are {one}, the student's {two}; set student.dtype or "
                "teacher.dtype")
     for key in _SHARDED:
-        if getattr(found.args, key):
+        if recipe.train.get(key):
             yield f"train.{key} is set"
+    for key in _LAUNCHED:
+        if os.environ.get(key) == "true":
+            yield "accelerate's configuration shards the student"
     objective = parse_objective(found.args.objective)
     if objective.visual or objective.router:
         yield "the objective looks inside of both models"

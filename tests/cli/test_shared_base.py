@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,10 @@ from cli.recipes import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from taid_vlm.config.recipe import parse_recipe
 from taid_vlm.models.lora import attach_adapter
+from taid_vlm.plan import ledger as kinds
+from taid_vlm.plan.plan import plan_recipe
 from taid_vlm.runs import run
 from taid_vlm.teachers import SharedTeacher
 
@@ -273,3 +279,84 @@ def test_weights_in_half_precision_are_shared_in_their_own_type(
         tmp_path, {**base, "output_dir": str(tmp_path / "two")})).status == 0
     assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
     assert figures(tmp_path / "out")[:3] == figures(tmp_path / "two")[:3]
+
+
+def test_a_plan_counts_one_copy(
+    checkpoints: Checkpoints, tmp_path: Path, adapter: Path
+) -> None:
+    """And says so; without weights of the teacher's adapter being read."""
+    alone = tree(tmp_path, checkpoints("llama"), LORA)
+    other = changed(alone, teacher__model_name_or_path=checkpoints("llama", seed=1))
+    one, own, two = (plan_recipe(parse_recipe(recipe))[0] for recipe in (
+        alone, {**alone, "teacher": str(adapter)}, other))
+    sizes = {part.name: part.most for part in two.components}
+    for plan in (one, own):
+        parts = {part.name: part.most for part in plan.components}
+        assert kinds.TEACHER not in parts
+        assert any("share one base model" in note for note in plan.notes)
+        more = parts[kinds.STUDENT] - sizes[kinds.STUDENT]
+        assert 0 <= more < 0.1 * sizes[kinds.TEACHER]
+        assert (more > 0) == (plan is own)
+    assert not any("base model" in note for note in two.notes)
+    apart = plan_recipe(parse_recipe(changed(alone, teacher__dtype="bfloat16")))[0]
+    assert any("the teacher's weights are bfloat16" in note for note in apart.notes)
+
+
+def on_two(folder: Path, recipe: Mapping[str, Any], *options: str) -> str:
+    """What two gloo processes that carry out a recipe say."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+         "taid_vlm", "distill", str(write_recipe(folder, recipe)), *options],
+        capture_output=True, text=True, timeout=400, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": True, "bf16": True}],
+                         ids=["plain", "checkpointing, bf16"])
+def test_on_two_processes_it_is_two_copies_and_goes_on(
+    train: dict[str, Any], checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(checkpoints("llama"), tmp_path / "copy")
+    base = tree(tmp_path, checkpoints("llama"), LORA, save_steps=2, **train)
+    assert on_two(tmp_path, base).count("Teacher and student share 55,456 parameters") == 1
+    other = {**base, "teacher": str(copy), "output_dir": str(tmp_path / "two")}
+    assert "share" not in on_two(tmp_path, other)
+    whole = weights(tmp_path / "out")
+    assert same(whole, weights(tmp_path / "two"))
+    assert figures(tmp_path / "out") == figures(tmp_path / "two")
+    for path in ("checkpoint-4", "student"):
+        shutil.rmtree(tmp_path / "out" / path)
+    (tmp_path / "out/results.json").unlink()
+    on_two(tmp_path, base, "--resume")
+    assert loaded(tmp_path / "out/results.json")["train"]["resumed_from"] == "checkpoint-2"
+    assert same(whole, weights(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_a_sharded_student_has_a_teacher_of_its_own(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    base = tree(tmp_path, checkpoints("llama"), LORA, fsdp=True, max_steps=2)
+    told = on_two(tmp_path, {**base, "evaluate": {"examples": 0}})
+    assert "loaded for each: train.fsdp is set" in told
+
+
+def test_a_quantized_base_is_shared(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path, trainers: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As two copies in 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    base = tree(tmp_path, checkpoints("llama"), LORA)
+    for side in ("teacher", "student"):
+        base = changed(base, **{f"{side}__quantization": "4bit"})
+    assert cli("distill", write_recipe(tmp_path, base)).status == 0
+    assert isinstance(trainers[0].teacher, SharedTeacher)
+    apart(monkeypatch)
+    assert cli("distill", write_recipe(
+        tmp_path, {**base, "output_dir": str(tmp_path / "two")})).status == 0
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
+    assert figures(tmp_path / "out") == figures(tmp_path / "two")
