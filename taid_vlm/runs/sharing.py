@@ -1,4 +1,4 @@
-"""Whether a teacher and a LoRA student can share the base model that both are made of."""
+"""Whether teacher and LoRA student can share their base model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A teacher that is the student's base model: one copy of the weights says what both say.
+"""A teacher that is the student's base model, beneath its adapter.
 
-The student is an adapter on top of a base model. Beneath it, the base model is the teacher, or the
-base with an adapter of the teacher's own, which stands beside the student's, frozen and not saved.
+One copy of the weights says what both say: the teacher is the base model without the student's
+adapter, or with one of its own, which stands beside the student's, frozen and not saved.
 """
 
 from __future__ import annotations
