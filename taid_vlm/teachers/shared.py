@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from taid_vlm.batch.forward import Batch
+from taid_vlm.errors import TaidError
 from taid_vlm.fused.model_head import head_of
 from taid_vlm.models.forward import Autocast, evaluation_mode, head_rows
 from taid_vlm.models.head import LogitTransform, keeps_type
@@ -45,7 +46,11 @@ class TeacherInStudent:
         self.dtype = self.model.dtype
 
     def enter(self, student: Any) -> None:
-        """Put the teacher's adapter beside that of the student, a PeftModel; raises TaidError."""
+        """Put the teacher's adapter beside that of the student, a PeftModel on `model`; raises
+        TaidError for any other student, with which the teacher would move."""
+        if not hasattr(student, "get_base_model") or student.get_base_model() is not self.model:
+            raise TaidError("a TeacherInStudent is the base model of a student that trains an "
+                            "adapter: give its model with a peft_config, or load the teacher.")
         if self.adapter is not None:
             add_teacher(student, self.adapter, self.empty)
 

@@ -25,11 +25,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from taid_vlm.config.recipe import parse_recipe
+from taid_vlm.errors import TaidError
 from taid_vlm.models.lora import attach_adapter
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.plan import plan_recipe
 from taid_vlm.runs import run
-from taid_vlm.teachers import SharedTeacher
+from taid_vlm.teachers import SharedTeacher, TeacherInStudent
 
 peft = pytest.importorskip("peft")
 
@@ -49,7 +50,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # family, p
     "noise": ("llama", LORA, {"neftune_noise_alpha": 5.0}),
     "images": ("llava", LORA, {"freeze": ["tower"]}),
     "images, checkpointing": ("llava", LORA, {"gradient_checkpointing": True}),
-    "experts": ("qwen3_moe", {**LORA, "target_modules": ["q_proj", "v_proj"]}, {}),
+    "experts": ("qwen3_moe", {**LORA, "target_modules": "all-linear", "lora_dropout": 0.0}, {}),
 }
 
 
@@ -360,3 +361,9 @@ def test_a_quantized_base_is_shared(
         tmp_path, {**base, "output_dir": str(tmp_path / "two")})).status == 0
     assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
     assert figures(tmp_path / "out") == figures(tmp_path / "two")
+
+
+def test_a_student_without_an_adapter_is_no_place_for_a_teacher(checkpoints: Checkpoints) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoints("llama"))
+    with pytest.raises(TaidError, match="peft_config"):
+        TeacherInStudent(model).enter(model)
