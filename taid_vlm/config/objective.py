@@ -22,7 +22,16 @@ from pydantic import (
     model_validator,
 )
 
-from taid_vlm.config.kinds import Finite, HalfOpen, Share, Weight, wanted
+from taid_vlm.config.kinds import (
+    Count,
+    Finite,
+    HalfOpen,
+    Positive,
+    Rate,
+    Share,
+    Weight,
+    wanted,
+)
 from taid_vlm.config.messages import TAG
 from taid_vlm.config.section import Section, check
 from taid_vlm.errors import RecipeError, nearest
@@ -241,6 +250,49 @@ class TokenWeights(Section):
     strength: Weight = 1.0
 
 
+class OnPolicy(Section):
+    """Learn part of the records from answers that the student gives itself, as it is at that step
+    (GKD, Agarwal et al., 2024).
+
+    Args:
+        lmbda: Share of the records whose answer is sampled anew, each time they come round.
+        max_new_tokens (tokens): Longest sampled answer; one that is cut there does not learn to
+            end.
+        temperature: Of sampling.
+        top_p: Share of the student's mass that is sampled from.
+        batch_size (records): Answers that are sampled at once; left out, all of an optimizer step.
+        max_age (steps): A record's sampled answer is learned from again if it comes round within
+            so many optimizer steps; 0 samples each time.
+        objective: For sampled answers; left out, the terms that compare with the teacher.
+        stop_when_collapsed: End the run if most answers are empty, repeat themselves or are no
+            text, instead of warning.
+    """
+
+    lmbda: Share = 0.5
+    max_new_tokens: Positive = 128
+    temperature: Rate = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1), wanted("above 0 and at most 1")] = 1.0
+    batch_size: Positive | None = None
+    max_age: Count = 0
+    objective: Annotated[str | dict[str, Any] | None, AfterValidator(lambda x: _for_sampled(x))] = \
+        None
+    stop_when_collapsed: bool = False
+
+
+def _for_sampled(value: Any) -> Any:
+    if value is None:
+        return None
+    spec = read_objective(value)
+    if spec.on_policy is not None:
+        raise ValueError(".on_policy inside on_policy.objective has no meaning; take it out.")
+    if not all(term.compares for term in spec.losses):
+        raise ValueError(" has a term on the data (ce), but a sampled answer is no reference; "
+                         "take it out.")
+    if any(isinstance(term, VISUAL) for term in spec.losses):
+        raise ValueError(" has a term on images, which answers do not change; take it out.")
+    return value
+
+
 class Common(Section):
     """What holds for all losses of an objective.
 
@@ -250,11 +302,13 @@ class Common(Section):
         alignment: How models of different tokenizers may be compared; auto takes the most exact
             way.
         token_weights: Which tokens count more; {name: visual_advantage, strength: 1}.
+        on_policy: Sample part of the answers from the student; {lmbda: 0.5, max_new_tokens: 128}.
     """
 
     kd_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False), wanted("positive")] = 1.0
     alignment: Literal["auto", "exact", "shared", "chunks"] = "auto"
     token_weights: TokenWeights | None = None
+    on_policy: OnPolicy | None = None
 
     @property
     def losses(self) -> tuple[Term, ...]:
@@ -330,6 +384,9 @@ def _sensible(objective: Common) -> Common:
     if weighed and not any(term.compares for term in per_token):
         raise ValueError(".token_weights weighs the terms that compare with the teacher, and "
                          "there is none; add one, for example taid.")
+    if objective.on_policy is not None and not any(term.compares for term in per_token):
+        raise ValueError(".on_policy compares sampled answers with the teacher, and no term does; "
+                         "add one, for example reverse_kl.")
     return objective
 
 

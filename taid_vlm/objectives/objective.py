@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from taid_vlm.config.objective import VISUAL, Router, read_objective
+from taid_vlm.config.objective import VISUAL, OnPolicy, Router, read_objective
 from taid_vlm.objectives.divergences import (
     LOSSES,
     divergence,
@@ -43,6 +43,8 @@ class Objective:
     visual: losses on visual features, see `taid_vlm.training.visual`.
     visual_advantage: how much more tokens count that the teacher needs the image for; 0: all
         tokens count alike.
+    on_policy: how answers are sampled from the student; None: they are not.
+    sampled: what such answers are trained on.
     """
 
     terms: tuple[Term, ...]
@@ -51,6 +53,8 @@ class Objective:
     visual: tuple[VisualTerm, ...] = ()
     visual_advantage: float = 0.0
     router: float = 0.0
+    on_policy: OnPolicy | None = None
+    sampled: Objective | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -150,5 +154,12 @@ def parse_objective(config: str | Mapping[str, Any]) -> Objective:
         else:
             terms.append(Term(term.name, term.weight, own))
     strength = 0.0 if spec.token_weights is None else spec.token_weights.strength
-    return Objective(tuple(terms), spec.kd_temperature, spec.alignment, tuple(visual), strength,
-                     router)
+    plain = Objective(tuple(terms), spec.kd_temperature, spec.alignment, tuple(visual), strength,
+                      router)
+    if spec.on_policy is None:
+        return plain
+    sampled_spec = spec.on_policy.objective
+    sampled = replace(plain, visual=(), router=0.0, terms=tuple(
+        term for term in terms if LOSSES[term.name].needs_teacher)) if sampled_spec is None \
+        else parse_objective(sampled_spec)
+    return replace(plain, on_policy=spec.on_policy, sampled=sampled)
