@@ -100,6 +100,45 @@ class Taid(Term, ScheduleSpec):
 
     name: Literal["taid"]
 
+    def schedule(self) -> dict[str, Any]:
+        """What of it is the schedule's."""
+        return {key: getattr(self, key) for key in ScheduleSpec.model_fields
+                if key in self.model_fields_set}
+
+
+class Amid(Term):
+    """KL(r || q), r the alpha-mixture of student and teacher (AMiD, Shin et al., 2026), moving as
+    TAID's target does: the entries' means of order (1 - alpha) / 2, normalised.
+
+    Args:
+        t_start: The teacher's share at the first step.
+        t_end: The teacher's share at the last step, at least t_start.
+        rate: Step size of the adaptive term (taid's alpha); auto goes by the run's length.
+        momentum: Decay of the running improvement.
+        adaptive: false leaves the linear schedule alone.
+        alpha: Which mean: 1 the geometric one (taid), -1 the arithmetic one (skew towards the
+            teacher), 3 the harmonic one.
+    """
+
+    name: Literal["amid", "alpha_mixture"]
+    t_start: Share = 0.4
+    t_end: Share = 1.0
+    rate: Annotated[Literal["auto"] | Weight, wanted("'auto' or a number >= 0")] = "auto"
+    momentum: HalfOpen = 0.99
+    adaptive: bool = True
+    alpha: Finite = 1.0
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        ScheduleSpec(t_start=self.t_start, t_end=self.t_end)
+        return self
+
+    def schedule(self) -> dict[str, Any]:
+        """What of it is the schedule's, under the schedule's names."""
+        names = {"rate": "alpha"}
+        return {names.get(key, key): getattr(self, key) for key in self.model_fields_set
+                if key in ("t_start", "t_end", "rate", "momentum", "adaptive")}
+
 
 class ForwardKL(Term):
     """KL(p || q), the classic distillation loss (Hinton et al., 2015)."""
@@ -176,6 +215,24 @@ class AlphaBeta(Term):
     beta: Finite = 0.7
 
 
+class ToDi(Term):
+    """Forward and reverse KL, weighed entry by entry by sigmoid(log p / q) (ToDi, Jung et al.,
+    2025)."""
+
+    name: Literal["todi"]
+
+
+class EntropySwitch(Term):
+    """Forward KL where the teacher is unsure, reverse KL where it is not (after EOPD, 2026).
+
+    Args:
+        threshold (nats): The teacher's entropy from which on a token has the forward KL.
+    """
+
+    name: Literal["entropy_switch", "eopd"]
+    threshold: Weight = 0.8
+
+
 class CrossEntropy(Term):
     """Cross-entropy with the data's own tokens (SFT); alone it needs no teacher."""
 
@@ -218,10 +275,11 @@ class Router(Term):
     compares = False
 
 
+MOVING = ("taid", "amid")  # losses whose target moves with t
 VISUAL = (VisualFeatures, VisualRelation)
 TERMS: dict[str, type[Term]] = {kind.names()[0]: kind for kind in (
-    Taid, ForwardKL, ReverseKL, Jsd, SkewKL, SkewRKL, TotalVariation, AdaptiveKL, AlphaBeta,
-    CrossEntropy, *VISUAL, Router)}
+    Taid, Amid, ForwardKL, ReverseKL, Jsd, SkewKL, SkewRKL, TotalVariation, AdaptiveKL, AlphaBeta,
+    ToDi, EntropySwitch, CrossEntropy, *VISUAL, Router)}
 _CANONICAL = {alias: name for name, kind in TERMS.items() for alias in kind.names()}
 
 

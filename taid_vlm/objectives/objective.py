@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from taid_vlm.config.objective import VISUAL, OnPolicy, Router, read_objective
+from taid_vlm.config.objective import (
+    MOVING,
+    VISUAL,
+    Amid,
+    OnPolicy,
+    Router,
+    Taid,
+    read_objective,
+)
 from taid_vlm.objectives.divergences import (
     LOSSES,
     divergence,
@@ -61,12 +69,14 @@ class Objective:
         return bool(self.visual) or any(LOSSES[term.name].needs_teacher for term in self.terms)
 
     @property
-    def taid_term(self) -> Term | None:
-        return next((term for term in self.terms if term.name == "taid"), None)
+    def moving_term(self) -> Term | None:
+        """The term whose target moves with t (taid, amid); of references first."""
+        own = self.sampled.terms if self.sampled is not None else ()
+        return next((term for term in (*self.terms, *own) if term.name in MOVING), None)
 
     def schedule(self, total_steps: int) -> TaidSchedule | None:
-        """The schedule of t for a run of `total_steps`, or None without a TAID term."""
-        term = self.taid_term
+        """The schedule of t for a run of `total_steps`, or None without such a term."""
+        term = self.moving_term
         return None if term is None else TaidSchedule(total_steps, **term.schedule)
 
     def per_token(
@@ -102,7 +112,7 @@ class Objective:
         for term in self.terms:
             if LOSSES[term.name].needs_teacher:
                 extra: dict[str, Any] = dict(term.parameters)
-                if term.name == "taid" and t is not None:
+                if term.name in MOVING and t is not None:
                     extra["t"] = float(t)
                 losses[term.name] = divergence(
                     term.name, student_logits, teacher_logits,
@@ -149,8 +159,9 @@ def parse_objective(config: str | Mapping[str, Any]) -> Objective:
             visual.append(VisualTerm(term.name, term.weight, term.grid))
         elif isinstance(term, Router):
             router = term.weight
-        elif term.name == "taid":
-            terms.append(Term(term.name, term.weight, schedule=own))
+        elif isinstance(term, (Taid, Amid)):
+            kept = {"alpha": own["alpha"]} if term.name == "amid" and "alpha" in own else {}
+            terms.append(Term(term.name, term.weight, kept, term.schedule()))
         else:
             terms.append(Term(term.name, term.weight, own))
     strength = 0.0 if spec.token_weights is None else spec.token_weights.strength

@@ -8,6 +8,7 @@ record is lost.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import random
@@ -38,6 +39,7 @@ Collate = Callable[[Sequence[Any]], Batch]
 
 STATE = "on_policy.json"
 NOT_LEARNED = "A sampled answer is not learned, but its record's own"
+OWN = "own"  # marks the batch of sampled answers
 ASKED, SAMPLED, REUSED, STALE = "asked", "sampled", "reused", "stale"
 CUT, REPEATING, UNUSED, TOKENS, ROWS = "cut", "repeating", "unused", "tokens", "rows"
 NO_ROOM = "no room for an answer"
@@ -166,7 +168,7 @@ class Rollouts:
         counts["dropped"] = {}  # none is lost
         sampled["intake"] = {"sources": {name: (n, n) for name, n in origins.items() if name},
                              "unread": {}}
-        return {**self.references(references), "sampled": sampled}
+        return {**self.references(references), SAMPLED: {**sampled, OWN: True}}
 
     # ----- answers --------------------------------------------------------------------------
 
@@ -319,6 +321,24 @@ def _inputs(
             problems[index] = problem.reason
     kept = [pair for index, pair in enumerate(pairs) if index not in problems]
     return prompt_inputs(adapter, kept) if kept else None, problems
+
+
+@contextlib.contextmanager
+def without_sync(accelerator: Accelerator, model: Any) -> Iterator[None]:
+    """Inside, gradients are added up in this process and no optimizer moves: a micro-batch goes on.
+
+    One backward of two forward passes is none that DDP allows.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        with accelerator.no_sync(model):
+            yield
+        return
+    last = accelerator.sync_gradients
+    accelerator.gradient_state._set_sync_gradients(False)
+    try:
+        yield
+    finally:
+        accelerator.gradient_state._set_sync_gradients(last)
 
 
 def on_policy_figures(

@@ -32,8 +32,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from taid_vlm.adapters import Processor
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator
-from taid_vlm.batch.figures import Measured
-from taid_vlm.batch.losses import by_weight, compared_tokens, weight_sum
+from taid_vlm.batch.losses import weight_sum
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import Canary, Looks
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
@@ -50,10 +49,12 @@ from taid_vlm.training.intake import Intake, prepared, windowed
 from taid_vlm.training.loss import Step, StepLoss, choose_step, plain_step
 from taid_vlm.training.on_policy import (
     NOT_LEARNED,
+    OWN,
     SAMPLED,
     Rollouts,
     Rows,
     on_policy_figures,
+    without_sync,
 )
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
@@ -65,6 +66,7 @@ from taid_vlm.training.served import (
     shapes_of,
     training_collator,
 )
+from taid_vlm.training.sums import figure_sums, token_sums
 from taid_vlm.training.visual import VisualTerms
 from taid_vlm.training.window import Window
 
@@ -182,29 +184,39 @@ class DistillationTrainer(Trainer):
 
     # ----- the step -------------------------------------------------------------------------
 
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; of its sampled part first."""
+        if SAMPLED not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with without_sync(self.accelerator, model):
+            loss = super().training_step(model, inputs[SAMPLED], num_items_in_batch)
+        references = {key: value for key, value in inputs.items() if key != SAMPLED}
+        return loss + super().training_step(model, references, num_items_in_batch)
+
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the mean over all answer tokens of the optimizer step, of
         the visual terms' mean over all of its images, and of the router's over all it is fed."""
-        t = self.schedule.t if self.schedule else None
+        t, shown = self.schedule.t if self.schedule else None, self._logs_this_step()
+        if inputs.get(OWN):
+            found = self._loss_step(inputs, SAMPLED)(model, self.teacher, inputs, t, shown)
+            self._remember(inputs, found, {}, SAMPLED)
+            processes = self.accelerator.num_processes
+            return found.loss * processes / (float(num_items_in_batch or 0) or 1.0)
         with self.visual.watch(), self.router.watch():
             self.parts.keep_frozen()
-            found = self._loss_step(inputs)(model, self.teacher, inputs, t, self._logs_this_step())
+            found = self._loss_step(inputs)(model, self.teacher, inputs, t, shown)
         seen, routed = self.visual.losses(inputs), self.router.losses(inputs)
         self._remember(inputs, found, seen if routed is None else seen | {ROUTER: routed})
-        total = found.loss
-        if (sampled := inputs.get(SAMPLED)) is not None:
-            own = self._loss_step(sampled, SAMPLED)(
-                model, self.teacher, sampled, t, self._logs_this_step())
-            self._remember(sampled, own, {}, SAMPLED)
-            total = total + own.loss
         tokens, images, fed = (_counts(inputs) if num_items_in_batch is None
                                else (num_items_in_batch, *self._step_counts))
         # DDP averages gradients over processes; the sum over all tokens must not be averaged
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss = total * processes / (float(tokens) or 1.0)
+        loss = found.loss * processes / (float(tokens) or 1.0)
         loss = loss + self.visual.weighted(seen) * processes / max(float(images), 1.0)
         if routed is not None:
             loss = loss + self.router.weight * routed.sum() * processes / max(float(fed), 1.0)
@@ -250,31 +262,9 @@ class DistillationTrainer(Trainer):
         self, batch: Batch, found: StepLoss, seen: Mapping[str, Tensor], part: str = ""
     ) -> None:
         """Add up this micro-batch, or its sampled part, for the schedule and the log."""
-        sums = {f"loss/{name}": by_weight(batch, x).sum() for name, x in found.losses.items()}
-
-        def count(values: Tensor) -> Tensor:  # made on the device, which nothing waits for
-            return torch.full((), len(values), dtype=torch.float64, device=found.loss.device)
-
-        sums["tokens"] = count(batch["labels"])
-        sums["tokens/loss"] = batch["weights"].double().sum() if "weights" in batch else \
-            sums["tokens"].clone()
-        if self.rollouts is not None:  # not every term is on all tokens
-            sums |= {f"tokens/loss/{name}": sums["tokens/loss"].clone() for name in found.losses}
-        figures = {f"loss/{name}": Measured(values) for name, values in seen.items()}
-        if found.weight is not None:
-            tokens, weight = compared_tokens(batch), found.weight
-            figures["visual_weight"] = Measured(weight if tokens is None else weight[tokens])
-        for name, figure in figures.items():
-            sums[name] = figure.values.sum()
-            sums[f"tokens/{name}"] = count(figure.values)
-        shown = found.figures if not part else on_policy_figures(batch, found.figures)
-        for name, figure in shown.items():
-            values, amount = figure.values, count(figure.values)
-            if "weights" in batch:
-                weight = batch["weights"] if figure.tokens is None else \
-                    batch["weights"][figure.tokens]
-                values, amount = values * weight, weight.double().sum()
-            sums[name], sums[f"tokens/{name}"] = values.sum(), amount
+        sums = token_sums(batch, found, seen, apart=self.rollouts is not None)
+        sums |= figure_sums(batch, on_policy_figures(batch, found.figures) if part
+                            else found.figures)
         sums |= {name: torch.full((), rows, dtype=torch.float64, device=found.loss.device)
                  for name, rows in self.intake.sums(batch).items()}
         for name, value in sums.items():
@@ -315,8 +305,11 @@ class DistillationTrainer(Trainer):
             raise TaidError(f"{EMPTY_STEPS} optimizer steps in a row had no usable record: {told}.")
         if self.schedule is not None:
             counts = sums["tokens"] and self.guard.applied
-            tokens = sums.get("tokens/loss/taid", sums["tokens/loss"])
-            mean = sums["loss/taid"] / tokens if counts else float("nan")
+            term = self.objective.moving_term
+            assert term is not None
+            name = f"loss/{term.name}"
+            tokens = sums.get(f"tokens/{name}", sums["tokens/loss"])
+            mean = sums[name] / tokens if counts else float("nan")
             self.schedule.update(mean, self.state.global_step - 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -32,6 +32,25 @@ def taid(s: Tensor, u: Tensor, t: float) -> Tensor:
     return kl(softmax(taid_target(s, u, t)), softmax(s))
 
 
+def amid(s: Tensor, u: Tensor, t: float, alpha: float = 1.0) -> Tensor:
+    """The generalised mean of order (1 - alpha) / 2 of detached student and teacher, normalised."""
+    if alpha == 1:
+        return taid(s, u, t)
+    q, p, c = softmax(s).detach(), softmax(u), (1 - alpha) / 2
+    mean = ((1 - t) * q**c + t * p**c) ** (1 / c)
+    return kl(mean / mean.sum(-1, keepdim=True), softmax(s))
+
+
+def todi(s: Tensor, u: Tensor) -> Tensor:
+    q, p = softmax(s), softmax(u)
+    w = torch.sigmoid((p / q).log()).detach()
+    return (w * p * (p / q).log() + (1 - w) * q * (q / p).log()).sum(-1)
+
+
+def entropy_switch(s: Tensor, u: Tensor, threshold: float = 0.8) -> Tensor:
+    return torch.where(entropy(u) >= threshold, forward_kl(s, u), reverse_kl(s, u))
+
+
 def forward_kl(s: Tensor, u: Tensor) -> Tensor:
     return kl(softmax(u), softmax(s))
 
@@ -122,6 +141,9 @@ LOSSES = {
     "tvd": tvd,
     "adaptive_kl": adaptive_kl,
     "alpha_beta": alpha_beta,
+    "amid": amid,
+    "todi": todi,
+    "entropy_switch": entropy_switch,
 }
 
 
