@@ -70,6 +70,20 @@ class Term(Section):
 # ----- losses per token ---------------------------------------------------------------------
 
 
+class TokenTerm(Term):
+    """A loss per token.
+
+    Args:
+        focus: Weighs a token by (1 - e^-loss)^focus, so that hard ones count more (of ce this is
+            the focal loss, Lin et al., 2017); 0 weighs none.
+        clip (nats): A token's loss is at most this, and above it has no gradient (OPSD clips at
+            0.05); left out, it has no bound.
+    """
+
+    focus: Weight = 0.0
+    clip: Rate | None = None
+
+
 class ScheduleSpec(Section):
     """When TAID's t moves, and by how much (`objectives/schedule.py`).
 
@@ -95,7 +109,7 @@ class ScheduleSpec(Section):
         return self
 
 
-class Taid(Term, ScheduleSpec):
+class Taid(TokenTerm, ScheduleSpec):
     """KL(p_t || q), p_t between student and teacher (TAID, Shing et al., ICLR 2025)."""
 
     name: Literal["taid"]
@@ -106,9 +120,11 @@ class Taid(Term, ScheduleSpec):
                 if key in self.model_fields_set}
 
 
-class Amid(Term):
-    """KL(r || q), r the alpha-mixture of student and teacher (AMiD, Shin et al., 2026), moving as
-    TAID's target does: the entries' means of order (1 - alpha) / 2, normalised.
+class Amid(TokenTerm):
+    """KL(r || q), r a moving alpha-mixture of student and teacher (AMiD, Shin et al., 2026).
+
+    r's probabilities are means of order (1 - alpha) / 2 of both models', normalised; t is the
+    teacher's weight.
 
     Args:
         t_start: The teacher's share at the first step.
@@ -140,19 +156,19 @@ class Amid(Term):
                 if key in ("t_start", "t_end", "rate", "momentum", "adaptive")}
 
 
-class ForwardKL(Term):
+class ForwardKL(TokenTerm):
     """KL(p || q), the classic distillation loss (Hinton et al., 2015)."""
 
     name: Literal["forward_kl", "fkl", "kl"]
 
 
-class ReverseKL(Term):
+class ReverseKL(TokenTerm):
     """KL(q || p) (MiniLLM, Gu et al., 2024)."""
 
     name: Literal["reverse_kl", "rkl"]
 
 
-class Jsd(Term):
+class Jsd(TokenTerm):
     """Generalised Jensen-Shannon divergence (GKD, Agarwal et al., 2024).
 
     Args:
@@ -163,7 +179,7 @@ class Jsd(Term):
     beta: Share = 0.5
 
 
-class SkewKL(Term):
+class SkewKL(TokenTerm):
     """KL(p || lam p + (1 - lam) q) (DistiLLM, Ko et al., 2024).
 
     Args:
@@ -174,7 +190,7 @@ class SkewKL(Term):
     lam: HalfOpen = 0.1
 
 
-class SkewRKL(Term):
+class SkewRKL(TokenTerm):
     """KL(q || lam q + (1 - lam) p) (DistiLLM, Ko et al., 2024).
 
     Args:
@@ -185,13 +201,13 @@ class SkewRKL(Term):
     lam: HalfOpen = 0.1
 
 
-class TotalVariation(Term):
+class TotalVariation(TokenTerm):
     """Total variation distance (f-distill, Wen et al., 2023)."""
 
     name: Literal["tvd", "total_variation"]
 
 
-class AdaptiveKL(Term):
+class AdaptiveKL(TokenTerm):
     """Forward and reverse KL, weighted by the gaps in head and tail (Wu et al., 2024).
 
     Args:
@@ -202,7 +218,7 @@ class AdaptiveKL(Term):
     mu: Share = 0.5
 
 
-class AlphaBeta(Term):
+class AlphaBeta(TokenTerm):
     """alpha-beta divergence (ABKD, Wang et al., 2025): (1, 0) is the forward KL, (0, 1) reverse.
 
     Args:
@@ -215,14 +231,13 @@ class AlphaBeta(Term):
     beta: Finite = 0.7
 
 
-class ToDi(Term):
-    """Forward and reverse KL, weighed entry by entry by sigmoid(log p / q) (ToDi, Jung et al.,
-    2025)."""
+class ToDi(TokenTerm):
+    """Forward and reverse KL, weighed entry by entry (ToDi, Jung et al., 2025)."""
 
     name: Literal["todi"]
 
 
-class EntropySwitch(Term):
+class EntropySwitch(TokenTerm):
     """Forward KL where the teacher is unsure, reverse KL where it is not (after EOPD, 2026).
 
     Args:
@@ -233,7 +248,7 @@ class EntropySwitch(Term):
     threshold: Weight = 0.8
 
 
-class CrossEntropy(Term):
+class CrossEntropy(TokenTerm):
     """Cross-entropy with the data's own tokens (SFT); alone it needs no teacher."""
 
     name: Literal["ce", "sft", "cross_entropy", "hard_label_ce"]
@@ -281,6 +296,13 @@ TERMS: dict[str, type[Term]] = {kind.names()[0]: kind for kind in (
     Taid, Amid, ForwardKL, ReverseKL, Jsd, SkewKL, SkewRKL, TotalVariation, AdaptiveKL, AlphaBeta,
     ToDi, EntropySwitch, CrossEntropy, *VISUAL, Router)}
 _CANONICAL = {alias: name for name, kind in TERMS.items() for alias in kind.names()}
+
+
+def scheduled_keys(name: str) -> set[str]:
+    """Those keys of a loss that say how its t moves."""
+    if name == "taid":
+        return {*ScheduleSpec.model_fields}
+    return {*ScheduleSpec.model_fields, "rate"} - {"alpha"} if name in MOVING else set()
 
 
 def canonical_name(name: object, valid: Mapping[str, str] = _CANONICAL) -> str:

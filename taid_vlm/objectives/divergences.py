@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from taid_vlm.config.kinds import Share
-from taid_vlm.config.objective import MOVING, TERMS, ScheduleSpec, canonical_name
+from taid_vlm.config.objective import MOVING, TERMS, canonical_name, scheduled_keys
 from taid_vlm.config.objective import Term as TermSpec
 from taid_vlm.config.section import Section, check
 from taid_vlm.errors import RecipeError, nearest
@@ -343,9 +343,6 @@ LOSSES: dict[str, Loss] = {function.__name__: Loss(function, TERMS[function.__na
 _NAMES = {alias: name for name, loss in LOSSES.items() for alias in (name, *loss.aliases)}
 
 
-_SCHEDULED = {*ScheduleSpec.model_fields, "rate"} - {"alpha"}
-
-
 class _Interpolation(Section):
     t: Share
 
@@ -354,12 +351,11 @@ def check_parameters(name: str, parameters: dict[str, float]) -> None:
     """Raise RecipeError if a parameter of the loss `name` is unknown or out of range."""
     spec = LOSSES[name].spec
     moving = name in MOVING
-    allowed = [*(["t"] if moving else []), *(key for key in spec.parameters() if not (
-        moving and key in _SCHEDULED))]
+    allowed = [*(["t"] if moving else []),
+               *(key for key in spec.parameters() if key not in scheduled_keys(name))]
     for key in parameters:
         if key not in allowed:
-            known = nearest(key, allowed) if allowed else " It takes none."
-            raise RecipeError(f"loss '{name}' has no parameter '{key}'.{known}")
+            raise RecipeError(f"loss '{name}' has no parameter '{key}'.{nearest(key, allowed)}")
     if moving and "t" not in parameters:
         raise RecipeError(f"loss '{name}' needs t, the interpolation parameter in [0, 1].")
     own = dict(parameters)
@@ -392,7 +388,7 @@ def divergence(
             2015). Not applied to "ce".
         parameters: the loss's own: `t` (taid), `t` and `alpha` (amid), `beta` (jsd), `lam`
             (skew_kl, skew_rkl), `mu` (adaptive_kl), `alpha` and `beta` (alpha_beta), `threshold`
-            (entropy_switch).
+            (entropy_switch); and `focus` and `clip` of any (`config/objective.TokenTerm`).
 
     Returns:
         Nats per token [N], float32 whatever the logits' type (float64 for float64 logits).
@@ -473,6 +469,7 @@ def closed_form(
     s = upcast(s) / temperature
     target = s if u is None else u.to(s.dtype) / temperature
     rest, difference = dict(parameters), None
+    focus, clip = rest.pop("focus", 0.0), rest.pop("clip", None)
     if name == "taid":
         target, difference = interpolate(s, target, rest.pop("t"))
     elif name == "amid":
@@ -480,4 +477,14 @@ def closed_form(
     pair = make_pair(s, target, labels, difference)
     loss, a = LOSSES[name].function(pair, **rest)
     gradient = a - pair.q * row_sum(a)[:, None]
-    return loss * temperature**2, gradient * temperature
+    return _shaped(loss * temperature**2, gradient * temperature, focus, clip)
+
+
+def _shaped(loss: Tensor, gradient: Tensor, focus: float, clip: float | None) -> Result:
+    """A loss per token [n] and its gradient with hard tokens weighed up, and a bound."""
+    if focus:
+        weight = (-torch.expm1(-loss)).clamp(min=0.0) ** focus  # a constant for the gradient
+        loss, gradient = loss * weight, gradient * weight[:, None]
+    if clip is None:
+        return loss, gradient
+    return loss.clamp(max=clip), gradient * (loss < clip)[:, None]

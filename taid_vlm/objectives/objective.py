@@ -16,6 +16,7 @@ from taid_vlm.config.objective import (
     Router,
     Taid,
     read_objective,
+    scheduled_keys,
 )
 from taid_vlm.objectives.divergences import (
     LOSSES,
@@ -160,7 +161,7 @@ def parse_objective(config: str | Mapping[str, Any]) -> Objective:
         elif isinstance(term, Router):
             router = term.weight
         elif isinstance(term, (Taid, Amid)):
-            kept = {"alpha": own["alpha"]} if term.name == "amid" and "alpha" in own else {}
+            kept = {key: own[key] for key in own if key not in scheduled_keys(term.name)}
             terms.append(Term(term.name, term.weight, kept, term.schedule()))
         else:
             terms.append(Term(term.name, term.weight, own))

@@ -151,9 +151,11 @@ def loss_of(
     name: str, s: Tensor, u: Tensor, labels: Tensor, temperature: float = 1.0, **parameters: float
 ) -> Tensor:
     """The loss [N] in the dtype of `s`; cross-entropy knows neither teacher nor temperature."""
-    if name == "ce":
-        return ce(s, labels)
-    return temperature**2 * LOSSES[name](s / temperature, u / temperature, **parameters)
+    focus, clip = parameters.pop("focus", 0.0), parameters.pop("clip", None)
+    loss = ce(s, labels) if name == "ce" else \
+        temperature**2 * LOSSES[name](s / temperature, u / temperature, **parameters)
+    loss = loss * (1 - (-loss.detach()).exp()) ** focus
+    return loss if clip is None else torch.minimum(loss, torch.tensor(clip, dtype=loss.dtype))
 
 
 def value_and_gradient(

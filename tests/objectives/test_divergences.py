@@ -465,6 +465,31 @@ def test_the_entropy_switch_takes_one_loss_or_the_other_token_by_token():
     assert 0 < int((entropy >= threshold).sum()) < len(entropy)
 
 
+# ----- hard tokens, and a bound -------------------------------------------------------------
+
+
+@every([("forward_kl", {"focus": 1.0}), ("reverse_kl", {"focus": 0.5}), ("taid", {"t": 0.6}),
+        ("ce", {"focus": 2.0}), ("jsd", {})])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_focus_and_clip_are_as_written(name, parameters, temperature):
+    s, u, labels = random_logits(1.5)
+    free, _ = run(name, s, u, labels, kd_temperature=temperature, **parameters)
+    parameters = {**parameters, "clip": float(free.median()) + 1e-6}
+    loss, gradient = run(name, s, u, labels, kd_temperature=temperature, **parameters)
+    want, want_gradient = reference.value_and_gradient(
+        name, s, u, labels, temperature, **parameters)
+    assert relative(loss, want, floor=1e-4) < 1e-10
+    assert of_batch(gradient, want_gradient) < 1e-10
+    plain, _ = run(name, s, u, labels, kd_temperature=temperature,
+                   **{key: x for key, x in parameters.items() if key == "t"})
+    assert (free <= plain).all()
+    assert torch.equal(free, plain) == ("focus" not in parameters)
+    clipped = loss == parameters["clip"]
+    assert 0 < int(clipped.sum()) < len(clipped)
+    assert not gradient[clipped].any()
+    assert gradient[~clipped].abs().amax(-1).min() > 0
+
+
 # ----- names and messages -------------------------------------------------------------------
 
 
@@ -488,7 +513,7 @@ MISTAKES = {
     "unknown name": (("taidd", S, S), {}, "unknown loss 'taidd'.*Did you mean 'taid'"),
     "far name": (("zzz", S, S), {}, "unknown loss 'zzz'.*Valid: .*forward_kl"),
     "near parameter": (("jsd", S, S), {"betta": 0.1}, "no parameter 'betta'.*'beta'"),
-    "no parameters": (("tvd", S, S), {"beta": 0.1}, "no parameter 'beta'.*takes none"),
+    "no parameters": (("tvd", S, S), {"beta": 0.1}, "no parameter 'beta'.*clip, focus"),
     "beta": (("jsd", S, S), {"beta": 1.1}, r"beta = 1.1.*\[0, 1\]"),
     "lam": (("skew_kl", S, S), {"lam": 1.0}, r"lam = 1.0.*\[0, 1\)"),
     "lam, reverse": (("skew_rkl", S, S), {"lam": -0.1}, r"lam = -0.1.*\[0, 1\)"),
