@@ -95,7 +95,7 @@ def figures(folder: Path, *without: str) -> Any:
     """All that was logged, measured and answered, but for times."""
     results = loaded(folder / "results.json")
     history = [{key: value for key, value in line.items()
-                if not any(name in key for name in ("per_second", "runtime", *without))}
+                if not any(name in key for name in ("per_second", "runtime", "time_share", *without))}
                for line in results["history"]]
     return history, results["eval"], results["canary"], results["examples"]
 
@@ -343,6 +343,22 @@ def test_a_sharded_student_has_a_teacher_of_its_own(
     base = tree(tmp_path, checkpoints("llama"), LORA, fsdp=True, max_steps=2)
     told = on_two(tmp_path, {**base, "evaluate": {"examples": 0}})
     assert "loaded for each: train.fsdp is set" in told
+
+
+def test_the_students_own_answers_are_sampled_as_beside_two_copies(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path, trainers: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sampled by the student with its adapter, read by the teacher without it."""
+    base = tree(tmp_path, checkpoints("llama"), LORA, max_steps=2)
+    base["objective"] = {"name": "taid", "on_policy": {"lmbda": 1.0, "max_new_tokens": 4}}
+    assert cli("distill", write_recipe(tmp_path, base)).status == 0
+    assert isinstance(trainers[0].teacher, SharedTeacher)
+    apart(monkeypatch)
+    assert cli("distill", write_recipe(
+        tmp_path, {**base, "output_dir": str(tmp_path / "two")})).status == 0
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
+    assert figures(tmp_path / "out") == figures(tmp_path / "two")
 
 
 def test_a_quantized_base_is_shared(
