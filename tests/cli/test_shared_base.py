@@ -94,9 +94,9 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def figures(folder: Path, *without: str) -> Any:
     """All that was logged, measured and answered, but for times."""
     results = loaded(folder / "results.json")
+    times = ("per_second", "runtime", "time_share", *without)
     history = [{key: value for key, value in line.items()
-                if not any(name in key for name in ("per_second", "runtime", "time_share", *without))}
-               for line in results["history"]]
+                if not any(name in key for name in times)} for line in results["history"]]
     return history, results["eval"], results["canary"], results["examples"]
 
 
