@@ -11,11 +11,13 @@ from taid_vlm.errors import TaidError
 
 if TYPE_CHECKING:
     from taid_vlm.benchmarks.candidates import Candidate
+    from taid_vlm.benchmarks.judge import Judge
 
 INTERRUPTED = "; the same command goes on with the next question"
 _ASKING = ("method", "choose_by", "normalise", "max_new_tokens", "temperature", "top_p", "seeds")
 _LOCAL = ("dtype", "chat_template", "chat_template_kwargs", "processor_kwargs")
-_SERVED = ("api_key_env", "timeout")
+_SERVED = ("api_key_env",)
+_JUDGE = ("judge_model", "judge_key_env", "judge_prompt")
 _OF_HARNESS = ("num_fewshot", "apply_chat_template")
 TIMEOUT = 120.0  # seconds
 
@@ -25,6 +27,7 @@ class EvaluateOptions(Options):
 
     groups: ClassVar = {"rule": "how questions are asked and judged",
                         "dtype": "models of this machine, or behind a URL",
+                        "judge_url": "a language model as judge",
                         "harness": "benchmarks of lm-eval, for text"}
 
     model: Many = option(
@@ -63,6 +66,14 @@ class EvaluateOptions(Options):
         "of OpenAI-compatible chat completions, as http://localhost:8000/v1", "URL")
     api_key_env: str | None = option("environment variable that holds the server's key", "NAME")
     timeout: float | None = option("of one request to the server (default 120)", "SECONDS")
+
+    judge_url: str | None = option(
+        "of a language model that judges what rules cannot (mmvet, charxiv): chat completions",
+        "URL")
+    judge_model: str | None = option("as its server calls it", "MODEL")
+    judge_key_env: str | None = option("environment variable that holds its server's key", "NAME")
+    judge_prompt: Path | None = option(
+        "in place of a rule's own, with {question}, {answer} and {prediction}", "FILE")
 
     harness: Literal["lm-eval"] | None = option("--tasks are those of lm-eval")
     num_fewshot: int | None = option("solved examples", "N")
@@ -111,10 +122,20 @@ def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     from taid_vlm.benchmarks.evaluate import evaluate
 
     asking = Asking(**options.given(_ASKING), batch_size=options.batch_size)
-    candidates = _candidates(options)
+    candidates, judge_model = _candidates(options), _judge(options)
     tasks = open_tasks(options.tasks, options.rule or (), options.max_records,
                        options.video_frames)
-    return evaluate(candidates, tasks, options.output_dir, asking)
+    return evaluate(candidates, tasks, options.output_dir, asking, judge_model)
+
+
+def _judge(options: EvaluateOptions) -> Judge | None:
+    if options.judge_url is None:
+        options.refuse(_JUDGE, "goes with --judge-url")
+        return None
+    from taid_vlm.benchmarks.judge import open_judge
+
+    return open_judge(options.judge_url, options.judge_model, options.judge_key_env,
+                      options.timeout or TIMEOUT, options.batch_size, options.judge_prompt)
 
 
 def _candidates(options: EvaluateOptions) -> list[Candidate]:
@@ -122,6 +143,8 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
         options.refuse(_LOCAL, "is up to the server that --base-url names")
     else:
         options.refuse(_SERVED, "goes with --base-url")
+        if options.judge_url is None:
+            options.refuse(("timeout",), "goes with --base-url or --judge-url")
 
     from taid_vlm.benchmarks.candidates import parse_candidates, parse_served
     from taid_vlm.config.model import ModelSpec
@@ -136,7 +159,7 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
 
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """lm-eval's own tasks, by lm-eval."""
-    options.refuse(("rule", *_ASKING, "base_url", "video_frames"),
+    options.refuse(("rule", *_ASKING, "base_url", "video_frames", "judge_url", *_JUDGE),
                    "is for this package's own benchmarks; leave it out with --harness")
     if not options.apply_chat_template:
         options.refuse(("chat_template_kwargs",), "goes with --apply-chat-template")
