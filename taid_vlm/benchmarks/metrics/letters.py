@@ -349,6 +349,7 @@ def lmms_blink_option(answer: str, choices: Sequence[str]) -> str | None:
     bare = re.match(rf"\(?({letters})\)?[.\s:,)]*$", first, re.IGNORECASE)
     if bare and len(first) <= 4:
         return bare[1].upper()
+    text = " ".join(text.split())  # else a long gap takes quadratic time
     said = re.findall(rf"answers?(?:\s+is)?\s*[:\-]?\s*\(?({letters})\)?(?![A-Za-z])", text,
                       re.IGNORECASE) or re.findall(rf"\(({letters})\)", text)
     if said:

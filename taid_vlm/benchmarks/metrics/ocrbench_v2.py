@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from taid_vlm.benchmarks.metrics.anls import THRESHOLD, levenshtein
@@ -21,11 +21,13 @@ Score = Callable[[str, Question], float]
 FEW_WORDS, FEW_PARTS = 5, 4  # a gold of fewer is looked for, of more compared by edits
 MATCH = 0.5  # intersection over union that makes two boxes the same
 _FENCED = re.compile(r"```(?:python|json)?\n(.*?)\n```", re.DOTALL | re.IGNORECASE)
-_PAIR = re.compile(r"""["']?([\w\s]+)["']?\s*[:=]\s*["']?([^\n,"'{}]+)["']?""")
-_FOUR = re.compile(r"[(\[]\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*[)\]]")
-_ITEM = re.compile(r"[\[(]\s*([^\[\]()]*?)\s*[\])]")
+_KEY = re.compile(r"[\w\s]+")
+_VALUE = re.compile(r"""["']?\s*[:=]\s*["']?([^\n,"'{}]+)["']?""")
+_FOUR = re.compile(r"[(\[]\s*" + r"\s*,\s*".join([r"(\d{1,9})"] * 4) + r"\s*[)\]]")
+_ITEM = re.compile(r"[\[(]([^\[\]()]*)[\])]")
 _TEXT_TAG = re.compile(r"\\text\{([^{}]*)\}")
 _QUOTED = re.compile(r'^\s*"(.*)"\s*$')
+_DIGITS = 9  # a number of more is nobody's count
 _SPECIAL = "!?.:,*\"()·[]/'"
 _BETWEEN = ("", ".", ". ", ",", ", ", "、", ";", "; ", " ", "和")
 
@@ -82,7 +84,7 @@ def count_exact(answer: str, question: Question) -> float:
 def count_near(answer: str, question: Question) -> float:
     """The first number's nearness, above a half; 0 where it is 0 or twice the gold."""
     first = re.search(r"\d+", answer)
-    number = int(first[0]) if first else 0
+    number = int(first[0]) if first and len(first[0]) <= _DIGITS else 0
     scores = [1 - abs(number - int(gold)) / int(gold) for gold in question.answers
               if 0 < number < 2 * int(gold)]
     return max((score for score in scores if score > MATCH), default=0.0)
@@ -97,20 +99,30 @@ def as_pairs(answer: str) -> dict[str, str]:
     content = fenced[1] if fenced else answer.strip()
     try:
         tree = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         tree = literal(content)
         if tree is None:
-            tree = dict(_PAIR.findall(content))
+            tree = dict(_loose_pairs(content))
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         return {}
     return {key.strip(): str(value).strip() for key, value in tree.items()}
+
+
+def _loose_pairs(text: str) -> Iterator[tuple[str, str]]:
+    """What looks like "key: value"; a run of words is looked at once, not from each letter on."""
+    start = 0
+    while key := _KEY.search(text, start):
+        value = _VALUE.match(text, key.end())
+        start = value.end() if value else key.end()
+        if value:
+            yield key[0], value[1]
 
 
 def literal(text: str) -> Any:
     """What Python reads as a value that is written out; None where there is none."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
 
 
@@ -133,7 +145,7 @@ def pairs_of(text: str) -> dict[str, list[str | None]]:
         if isinstance(tree, str):
             try:
                 tree = json.loads(tree)
-            except ValueError:
+            except (ValueError, RecursionError):
                 tree = literal(tree)
     if not isinstance(tree, dict):
         return {}
@@ -203,7 +215,7 @@ def spotted(answer: str) -> list[tuple[Any, ...]]:
     """Boxes with their words, each once: (left, top, right, bottom, word)."""
     tree, items = literal(answer), list[Sequence[Any]]()
     if tree is None:
-        items = [item.split(",", 4) for item in _ITEM.findall(answer)]
+        items = [item.strip().split(",", 4) for item in _ITEM.findall(answer)]
     elif isinstance(tree, (list, tuple)):
         items = [item for item in tree if isinstance(item, (list, tuple))]
     found: dict[tuple[Any, ...], None] = {}
