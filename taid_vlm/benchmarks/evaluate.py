@@ -36,6 +36,7 @@ from taid_vlm.benchmarks.scoring import (
     summary,
 )
 from taid_vlm.benchmarks.store import FOLDER, AnswerStore, flat
+from taid_vlm.benchmarks.suite import SUITES, average
 from taid_vlm.errors import TaidError
 from taid_vlm.io.endpoint import Endpoint
 from taid_vlm.io.files import write_json
@@ -103,7 +104,7 @@ def _check_folder(folder: Path) -> dict[str, Any]:
 
 def evaluate(
     candidates: Sequence[Candidate], tasks: Sequence[Task], output_dir: str | Path,
-    asking: Asking | None = None, judge_model: Judge | None = None,
+    asking: Asking | None = None, judge_model: Judge | None = None, suites: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Every model's answers to every task, judged.
 
@@ -112,6 +113,8 @@ def evaluate(
     Args:
         judge_model: asked by those rules that need a language model; without it their answers have
             no score.
+        suites: names of `suite.SUITES` whose average stands in the results, of the tasks here and
+            those that the folders hold.
 
     Returns:
         By model what was written to `output_dir/results.json`, with several models to
@@ -128,7 +131,7 @@ def evaluate(
                for candidate in candidates}
     earlier = {name: _check_folder(folder) for name, folder in folders.items()}
     models = {candidate.name: prepare(candidate, tasks, asking) for candidate in candidates}
-    each = [_Evaluation(name, model, folders[name], asking, earlier[name], judge_model)
+    each = [_Evaluation(name, model, folders[name], asking, earlier[name], judge_model, suites)
             for name, model in models.items()]
     processes().wait_for_everyone()  # every process has read what the main one will replace
     return {one.name: one.run(tasks) for one in each}
@@ -143,9 +146,11 @@ class _Evaluation:
     """One model's evaluation; its weights are loaded when a question needs them."""
 
     def __init__(self, name: str, model: LocalModel | ServedModel, folder: Path, asking: Asking,
-                 earlier: Mapping[str, Any], judge_model: Judge | None = None) -> None:
+                 earlier: Mapping[str, Any], judge_model: Judge | None = None,
+                 suites: Sequence[str] = ()) -> None:
         self.name, self.model, self.folder, self.asking = name, model, folder, asking
         self.judge = judge_model
+        self.suites = dict.fromkeys([*earlier.get("suites", {}), *suites])
         self.state, self.described = processes(), model.describe()
         self.loaded: Any = None
         self.earlier = dict(earlier.get("tasks", {}))
@@ -159,8 +164,10 @@ class _Evaluation:
         started, entries = time.perf_counter(), dict(self.earlier)
         for task in tasks:
             entries[task.benchmark.name] = self._carry_out(task)
+            of_suites = {suite: average(suite, entries) for suite in self.suites if suite in SUITES}
             results = summary(self.name, self.described, entries, self.asking.seeds[0], started,
-                              self.state.num_processes)
+                              self.state.num_processes,
+                              **({"suites": of_suites} if of_suites else {}))
             if self.state.is_main_process:
                 write_json(results, self.folder / "results.json")
         self.loaded = None

@@ -33,9 +33,12 @@ class EvaluateOptions(Options):
     model: Many = option(
         "folder, folder of a run (its student), hub name[@revision], or with --base-url what the "
         "server calls it", "[NAME=]MODEL", ..., many=True)
-    tasks: Many = option(
+    tasks: Many | None = option(
         "benchmarks, or YAML files that describe one; without DATA (a file or folder) they are "
-        "read from the hub", "TASK[=DATA]", ..., many=True)
+        "read from the hub", "TASK[=DATA]", many=True)
+    suite: Many | None = option(
+        "a leaderboard's benchmarks, those of --tasks among them, and its average: taid-vlm; "
+        "FOLDER holds data as TASK.tsv, TASK.parquet or TASK.jsonl", "SUITE[=FOLDER]", many=True)
     output_dir: Path = option(default=...)
     batch_size: int = option("rows, or requests to a server, at once", "N", 8)
     max_records: int | None = option("the first rows only", "N")
@@ -114,18 +117,24 @@ def run(options: EvaluateOptions) -> None:
 
 
 def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+    if not options.tasks and (options.harness or not options.suite):
+        raise TaidError("--tasks is needed: which benchmarks?" if options.harness else
+                        "--tasks or --suite is needed: which benchmarks?")
     if options.harness is not None:
         return _with_harness(options)
     options.refuse(_OF_HARNESS, "goes with --harness lm-eval")
 
     from taid_vlm.benchmarks.asking import Asking, open_tasks
     from taid_vlm.benchmarks.evaluate import evaluate
+    from taid_vlm.benchmarks.suite import with_members
 
     asking = Asking(**options.given(_ASKING), batch_size=options.batch_size)
     candidates, judge_model = _candidates(options), _judge(options)
-    tasks = open_tasks(options.tasks, options.rule or (), options.max_records,
-                       options.video_frames)
-    return evaluate(candidates, tasks, options.output_dir, asking, judge_model)
+    suites = options.suite or ()
+    tasks = open_tasks(with_members(options.tasks or (), suites), options.rule or (),
+                       options.max_records, options.video_frames)
+    return evaluate(candidates, tasks, options.output_dir, asking, judge_model,
+                    [suite.partition("=")[0] for suite in suites])
 
 
 def _judge(options: EvaluateOptions) -> Judge | None:
@@ -159,7 +168,7 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
 
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """lm-eval's own tasks, by lm-eval."""
-    options.refuse(("rule", *_ASKING, "base_url", "video_frames", "judge_url", *_JUDGE),
+    options.refuse(("rule", *_ASKING, "base_url", "video_frames", "suite", "judge_url", *_JUDGE),
                    "is for this package's own benchmarks; leave it out with --harness")
     if not options.apply_chat_template:
         options.refuse(("chat_template_kwargs",), "goes with --apply-chat-template")
@@ -167,7 +176,7 @@ def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     from taid_vlm.config.model import ModelSpec
 
     candidates, output = _candidates(options), options.output_dir.expanduser()
-    named = [text.partition("=") for text in options.tasks]
+    named = [text.partition("=") for text in options.tasks or ()]
     results = {}
     for candidate in candidates:
         assert isinstance(candidate.source, ModelSpec)

@@ -302,3 +302,49 @@ def test_real_pictures(cli: Cli, checkpoints: Checkpoints, tmp_path: Path) -> No
             assert done.status == 0, done.err
         assert answers(tmp_path / f"{family}1", "nlvr") == answers(tmp_path / f"{family}4", "nlvr")
         assert loaded(tmp_path / f"{family}1/results.json")["tasks"]["nlvr"]["n"] == 8
+
+
+# ----- suites -------------------------------------------------------------------------------
+
+
+def test_a_suite_over_two_calls(cli: Cli, checkpoints: Checkpoints, data: Path) -> None:
+    """What is there is evaluated; the average waits for the rest, which a later call may bring."""
+    (data / "suite").mkdir()
+    (data / "mmstar.parquet").rename(data / "suite" / "mmstar.parquet")
+    arguments = ("evaluate", "--model", checkpoints("llava"), "--output-dir", data / "eval",
+                 "--batch-size", 4)
+    done = cli(*arguments, "--suite", f"taid-vlm={data}/suite")
+    assert done.status == 0, done.err
+    assert "taid-vlm: no average, missing: mmbench (not evaluated), mmmu" in done.out
+    suites = loaded(data / "eval" / "results.json")["suites"]
+    assert suites["taid-vlm"]["figures"] == {} and "mmstar" not in suites["taid-vlm"]["missing"]
+    write_jsonl(data / "ai2d.jsonl", [{"question": "?", "options": ["a", "b"], "answer": 1,
+                                       "image": "0.png"}])
+    assert cli(*arguments, "--tasks", f"ai2d={data}/ai2d.jsonl").status == 0
+    missing = loaded(data / "eval" / "results.json")["suites"]["taid-vlm"]["missing"]
+    assert sorted(missing) == ["hallusion_bench", "math_vista", "mmbench", "mmmu", "mmvet",
+                               "ocrbench"]
+    assert "--tasks or --suite is needed" in cli(*arguments).err
+    assert "no suite 'taid'" in cli(*arguments, "--suite", "taid").err
+
+
+def test_a_judge_on_the_command_line(cli: Cli, checkpoints: Checkpoints, data: Path,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    write_jsonl(data / "mmvet.jsonl", [{"question_id": "v1", "question": "Who?", "answer": "me",
+                                        "capability": "rec", "image": "0.png"}])
+    with serving() as server:
+        server.reply = lambda body, _: completion("0.6")
+        arguments = ("evaluate", "--model", checkpoints("llava"), "--tasks",
+                     f"mmvet={data}/mmvet.jsonl", "--output-dir", data / "eval",
+                     "--max-new-tokens", 4)
+        plain = cli(*arguments)
+        assert plain.status == 0 and "1 of 1 answers have no score" in plain.out
+        assert "--judge-model goes with --judge-url" in cli(*arguments, "--judge-model", "x").err
+        done = cli(*arguments, "--judge-url", server.url, "--judge-model", "judge",
+                   "--judge-key-env", "JUDGE_KEY")
+    assert done.status == 0 and "60.0" in done.out
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}" and len(server.bodies) == 1
+    written = [path.read_text() for path in (data / "eval").rglob("*.json*")]
+    assert not any(KEY in text for text in (*written, done.out, done.err))
