@@ -65,6 +65,7 @@ TABLES = {
     "realworldqa": ({"question": "What?", **OPTIONS, "answer": "B"}, "B"),
     "scienceqa": ({"question": "What?", "hint": "", **OPTIONS, "answer": "B", "category": "x"},
                   "B"),
+    "textvqa": ({"question": "what?", "answer": repr(["a b"] * 10)}, "a b"),
     "seedbench": ({"question": "What?", **OPTIONS, "answer": "B", "category": "x"}, "B"),
 }
 
@@ -93,8 +94,8 @@ def test_every_benchmark_with_a_table_of_vlmevalkit_is_above():
 
     others = {"mmbench_cc", "mmbench_cn", "mmmu_pro_4",  # as mmbench and mmmu_pro
               "charxiv_descriptive", "charxiv_reasoning", "mmvet",  # with a judge: test_judge.py
-              "textvqa", "vqav2",  # their ten answers: test_vqa.py
-              "nlvr", "open_ended", "videomme"}  # VLMEvalKit has no such table
+              "videomme",  # below
+              "nlvr", "open_ended", "vqav2"}  # VLMEvalKit has no such table
     assert {*TABLES, *others} == {*benchmark_names()}
 
 
@@ -174,6 +175,16 @@ class TestHallusionBench:
         found = questions(tmp_path, "hallusion_bench", {**row, "image": ONE}, {
             **row, "index": "x_VS_chart_0_0_2", "image": ""}, left_out=left_out)
         assert len(found) == 1 and left_out == {"no image": 1}
+
+
+def test_video_mme(tmp_path):
+    found, = questions(tmp_path, "videomme", {
+        "index": 3, "video": "fFjv93ACGo8", "video_path": "./video/fFjv93ACGo8.mp4",
+        "duration": "short", "domain": "Knowledge", "candidates": "['A. Apples.', 'B. Candles.']",
+        "sub_category": "x", "task_type": "y", "question": "When?", "answer": "B"})
+    assert (found.id, found.choices, found.answers) == ("3", ("Apples.", "Candles."), ("B",))
+    assert found.group == "fFjv93ACGo8"
+    assert found.images[0].value == tmp_path / "video" / "fFjv93ACGo8.mp4"
 
 
 class TestFiles:
