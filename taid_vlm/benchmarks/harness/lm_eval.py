@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -226,17 +227,20 @@ def check_ends(text: str, encoded: Sequence[Sequence[int]], tokenizer: Any) -> N
 
 @contextlib.contextmanager
 def _no_extras() -> Iterator[None]:
-    """Every file read would draw a bar, and lm-eval asks the machine's tools for half a minute what
-    they are."""
+    """Every file read would draw a bar, lm-eval asks the machine's tools for half a minute what
+    they are, and it keeps the results of a process to itself that a launcher has numbered."""
     from lm_eval import evaluator
 
     bars, tools = datasets.is_progress_bar_enabled(), evaluator.add_env_info
+    rank = os.environ.pop("LOCAL_RANK", None)
     datasets.disable_progress_bars()
     evaluator.add_env_info = lambda results: None
     try:
         yield
     finally:
         evaluator.add_env_info = tools
+        if rank is not None:
+            os.environ["LOCAL_RANK"] = rank
         if bars:
             datasets.enable_progress_bars()
 
