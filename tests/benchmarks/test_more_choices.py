@@ -9,10 +9,13 @@ were not guessed at, and BLINK's was lmms-eval's on 38,335 published answers wit
 import base64
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from benchmarks.short_answers import BROKEN, read
 from benchmarks.test_choices import judged, png, rule_of
 
+from taid_vlm.benchmarks.asking import open_tasks
 from taid_vlm.benchmarks.metrics.letters import lmms_blink_option, lmms_first_character
 from taid_vlm.benchmarks.metrics.mmmu import read_pro_choice
 from taid_vlm.benchmarks.question import Verdict
@@ -95,6 +98,15 @@ class TestBlink:
         assert [image.value for image in found.images] == [b"one", b"two"]
         assert (found.choices, found.answers, found.tags) == (
             ("left", "right"), ("B",), {"task": "Jigsaw"})
+
+    def test_a_copy_of_the_hub_s_folders_is_read_by_a_pattern(self, tmp_path):
+        for task in ("Counting", "Jigsaw"):
+            for split in ("val", "test"):
+                (tmp_path / task).mkdir(exist_ok=True)
+                row = JIGSAW | {"idx": f"{split}_{task}", "image_1": {"bytes": png(), "path": ""}}
+                pq.write_table(pa.Table.from_pylist([row]), tmp_path / task / f"{split}-0.parquet")
+        task, = open_tasks([f"blink={tmp_path}/*/val-*.parquet"])
+        assert sorted(q.id for q in task.questions) == ["val_Counting", "val_Jigsaw"]
 
     def test_hidden_answers_are_no_part(self):
         with pytest.raises(SampleDropped, match="hidden"):

@@ -1,4 +1,8 @@
-"""BLINK: fourteen tasks of seeing, with one to four images and lettered options."""
+"""BLINK: fourteen tasks of seeing, with one to four images and lettered options.
+
+On the hub every task is a configuration of its own; a copy of it is read by a pattern,
+blink='BLINK/*/val-*.parquet'.
+"""
 
 from __future__ import annotations
 
