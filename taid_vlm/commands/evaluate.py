@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from taid_vlm.commands.options import Many, Object, Options, flag, option, say_and_part
 from taid_vlm.errors import TaidError
@@ -82,6 +84,12 @@ class EvaluateOptions(Options):
     num_fewshot: int | None = option("solved examples", "N")
     apply_chat_template: bool | None = option()
 
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if not self.tasks and not self.suite:
+            raise ValueError("--tasks or --suite is needed: which benchmarks?")
+        return self
+
     def given(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of `names` that are not None."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -117,9 +125,6 @@ def run(options: EvaluateOptions) -> None:
 
 
 def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
-    if not options.tasks and (options.harness or not options.suite):
-        raise TaidError("--tasks is needed: which benchmarks?" if options.harness else
-                        "--tasks or --suite is needed: which benchmarks?")
     if options.harness is not None:
         return _with_harness(options)
     options.refuse(_OF_HARNESS, "goes with --harness lm-eval")
