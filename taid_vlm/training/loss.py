@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -230,6 +230,7 @@ def choose_step(
     implementation: str, objective: Objective, pairing: Pairing | None, student: nn.Module,
     teacher: Teacher | None, probe: Batch, memory_budget: int = MEMORY_BUDGET,
     autocast: Autocast = contextlib.nullcontext,
+    find: Callable[[], LogitTransform | None] | None = None,
 ) -> Step:
     """The implementation asked for; "auto" takes the fused one where it gives the same.
 
@@ -237,6 +238,7 @@ def choose_step(
         probe: a batch, at some positions of which head(hidden) is compared with the models' own
             logits. Moves no random state.
         autocast: a new context of mixed precision, if the run has one.
+        find: gives what stands behind the student's head, if that is known.
 
     Raises:
         TaidError: "fused" for something only the reference can do, with the reason.
@@ -251,7 +253,7 @@ def choose_step(
     reason, transform = obstacle(objective, pairing), None
     if reason is None:
         with autocast():
-            transform = find_logit_transform(
+            transform = find() if find else find_logit_transform(
                 unwrap(student), probe["student_inputs"], probe["student_mask"])
         if transform is None:
             reason = _unknown_head("student", unwrap(student))

@@ -41,22 +41,21 @@ from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
 from taid_vlm.models.published import use_published_names
 from taid_vlm.objectives import TaidSchedule, parse_objective
-from taid_vlm.teachers import ServedTeacher, TeacherCache
+from taid_vlm.teachers import ServedTeacher, TeacherCache, Teachers
 from taid_vlm.training.carried import ScheduleCallback, gone_on_from
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.intake import Intake, prepared, windowed
 from taid_vlm.training.loss import Step, StepLoss, choose_step, plain_step
-from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
+from taid_vlm.training.pair import resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
 from taid_vlm.training.served import (
     await_signals,
     kept_if_lost,
     place_teacher,
-    serve,
-    shapes_of,
     training_collator,
 )
+from taid_vlm.training.several import NoTokens, SeveralStep, put_together, the_only_one
 from taid_vlm.training.visual import VisualTerms
 from taid_vlm.training.window import Window
 
@@ -71,12 +70,12 @@ class DistillationTrainer(Trainer):
     Args:
         model, teacher_model: transformers models, or names to load; a ServedTeacher is asked over
             the network, a TeacherCache was asked once. The teacher may be left out for objectives
-            that need none (`ce`).
+            that need none (`ce`). Several teachers are a mapping, {name: any of these}.
         args: a DistillationConfig.
         train_dataset, eval_dataset: `Records`, or any dataset of rows in the columns that
             `taid_vlm.records` understands; evaluation needs one with a length.
         processing_class, teacher_processing_class: tokenizer or processor of each model; loaded
-            along where the model was given by name.
+            along where the model was given by name. Of several teachers by name, too.
         peft_config: train an adapter of the peft library instead of all weights.
 
     Raises:
@@ -89,12 +88,13 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | ServedTeacher | TeacherCache | None = None,
+        teacher_model: str | PreTrainedModel | ServedTeacher | TeacherCache | Mapping[str, Any]
+        | None = None,
         args: DistillationConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Processor | None = None,
-        teacher_processing_class: Processor | None = None,
+        teacher_processing_class: Processor | Mapping[str, Processor] | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -109,10 +109,10 @@ class DistillationTrainer(Trainer):
         train_dataset, eval_dataset = (prepared(d, args) for d in (train_dataset, eval_dataset))
         if self.objective.needs_teacher and teacher is None:
             raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
-        pairing, collator = pair_for_training(
-            student, shapes_of(teacher), processing_class, teacher_processing_class, args,
-            [d for d in (train_dataset, eval_dataset) if d is not None])
-        collator = serve(collator, teacher, self.objective, train_dataset)
+        pairing, collator = put_together(
+            student, teacher, processing_class, teacher_processing_class, args, train_dataset,
+            eval_dataset)
+        teacher = the_only_one(teacher)
         if peft_config is not None:
             student = with_adapter(student, peft_config)
         self.parts = TrainedParts(student, args)
@@ -127,13 +127,16 @@ class DistillationTrainer(Trainer):
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
-        self.teacher = place_teacher(teacher, self.accelerator)
-        self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
+        several = isinstance(pairing, Mapping)  # of several teachers each has its own
+        self.pairing: Pairing | None = pairing.to(self.args.device) if pairing and not several \
+            else None
+        self.teacher = place_teacher(teacher, self.accelerator, several and {
+            name: one.to(self.args.device) for name, one in pairing.items()})
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.router = RouterTerm(self.objective.router, student, self.accelerator)
         self._begin(train_dataset)
-        self._step: Step | None = None
+        self._step: Step | SeveralStep | None = None
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
 
@@ -190,21 +193,25 @@ class DistillationTrainer(Trainer):
             loss = loss + self.router.weight * routed.sum() * processes / max(float(fed), 1.0)
         return (loss, found.losses) if return_outputs else loss
 
-    def _loss_step(self, batch: Batch) -> Step:
+    def _loss_step(self, batch: Batch) -> Step | SeveralStep | NoTokens:
         """The implementation of the loss, chosen at the first batch that has tokens to check it."""
+        several = self.objective.needs_teacher and isinstance(self.teacher, Teachers)
         if self._step is None and len(batch["labels"]):
-            self._step = choose_step(
+            self._step = SeveralStep(
+                self.objective, self.teacher, self.model, batch, self.args, self.accelerator
+            ) if several else choose_step(
                 self.args.loss_implementation, self.objective, self.pairing, self.model,
                 self.teacher, batch, self.args.loss_memory_budget, self.accelerator.autocast)
+        if self._step is None and several:
+            return NoTokens(self.objective)
         return self._step or plain_step(self.objective, self.pairing, self.teacher)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """What the answer tokens of the optimizer step count, over all micro-batches and
         processes; its images and the tokens it is fed are noted. All are on the CPU: no
         micro-batch waits for the device to know them."""
-        if isinstance(self.teacher, ServedTeacher):
-            with kept_if_lost(self):
-                await_signals(self.teacher, batch_samples, self.accelerator)
+        with kept_if_lost(self):
+            await_signals(self.teacher, batch_samples, self.accelerator)
         counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
@@ -255,10 +262,19 @@ class DistillationTrainer(Trainer):
         """What stands between the gradient and its step, which may not be applied."""
         norm = super()._get_grad_norm(model, grad_norm)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        sums, self._step_sums = self._step_sums, {}
+        sums, self._step_sums = self._alike(self._step_sums), {}
         self.guard.judge(sums, norm, trained, self.state.global_step + 1, self.objective,
                          self.schedule.t if self.schedule else None)
         return norm
+
+    def _alike(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the same names in all processes: which teachers have records may differ."""
+        if self.accelerator.num_processes == 1 or not isinstance(self.teacher, Teachers) or \
+                not self._logs_this_step():
+            return sums
+        names = {name for part in gather_object([[*sums]]) for name in part}
+        none = torch.zeros_like(sums["tokens"])
+        return {name: sums.get(name, none) for name in names}
 
     def finish_step(self) -> None:
         """After an optimizer step: one global mean, one move of t. A step that was not applied

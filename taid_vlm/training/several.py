@@ -1,0 +1,273 @@
+"""Several teachers in training: what each says of its records, against one forward of the student.
+
+The loss of a token is the sum over its teachers of share x (the terms against that teacher), and
+the terms on the data once. It is divided as with one teacher, by what the student's tokens count.
+TAID's t is one for all of them: its schedule sees the mean of the summed `taid` over these tokens,
+which is what the student is trained on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from taid_vlm.alignment import Pairing
+from taid_vlm.batch.collator import Batch, DistillationCollator
+from taid_vlm.batch.forward import student_forward
+from taid_vlm.batch.several import NamedCollator, SeveralCollator, joined_figures, role_of, shared
+from taid_vlm.batch.shares import Shares, shares_of
+from taid_vlm.errors import TaidError
+from taid_vlm.fused.divergence import FusedLoss
+from taid_vlm.fused.model_head import find_logit_transform
+from taid_vlm.models.forward import Answered, answer_hidden, answer_logits, unwrap
+from taid_vlm.objectives import Objective, parse_objective
+from taid_vlm.objectives.divergences import LOSSES
+from taid_vlm.records import Record, first_rows, parts_of
+from taid_vlm.teachers import Teacher, Teachers
+from taid_vlm.training.config import DistillationConfig
+from taid_vlm.training.intake import PROBED_RECORDS, check_usable
+from taid_vlm.training.loss import Step, StepLoss, accept_distill, choose_step
+from taid_vlm.training.pair import pair_for_training
+from taid_vlm.training.served import serve, shapes_of
+
+DATA = ""  # in the place of a teacher's name
+
+
+# ----- the step -----------------------------------------------------------------------------
+
+
+class SeveralStep:
+    """Every teacher's own step, on what one forward of the student gives for its tokens.
+
+    Args:
+        teachers: a teacher's step is chosen when it first has tokens.
+        probe: a batch with tokens, on which what stands behind the student's head is found.
+        args: implementation and memory_budget as `choose_step` takes them.
+    """
+
+    def __init__(
+        self, objective: Objective, teachers: Teachers, student: nn.Module, probe: Batch,
+        args: DistillationConfig, accelerator: Accelerator,
+    ) -> None:
+        self.objective, self.teachers, self.student = objective, teachers, student
+        self.args, self.autocast = args, accelerator.autocast
+        against = [term for term in objective.terms if LOSSES[term.name].needs_teacher]
+        data = [term for term in objective.terms if not LOSSES[term.name].needs_teacher]
+        self.against = replace(objective, terms=tuple(against))
+        with self.autocast():
+            self.transform = find_logit_transform(
+                unwrap(student), probe["student_inputs"], probe["student_mask"])
+        self.steps: dict[str, Step] = {}
+        self.data_step = self._chosen(
+            replace(objective, terms=tuple(data)), None, None, probe) if data else None
+        accept_distill(unwrap(student))
+
+    def report(self) -> dict[str, Any]:
+        """For the run's results: which implementations ran for which teacher, and why."""
+        reports = {name: step.report() for name, step in sorted(self.steps.items())}
+        names = {report["name"] for report in reports.values()}
+        told = [f"{name}: {report['name']}" + (f" ({report['reason']})" if report["reason"] else "")
+                for name, report in reports.items()]
+        return {"name": names.pop() if len(names) == 1 else "several", "reason": "; ".join(told),
+                "bodies": sorted({body for r in reports.values() for body in r["bodies"]})}
+
+    def __call__(
+        self, model: nn.Module, teacher: Any, batch: Batch, t: float | None, with_figures: bool
+    ) -> StepLoss:
+        parts: Mapping[str, Batch] = batch["parts"]
+        for name in parts:
+            if name not in self.steps:
+                self.steps[name] = self._chosen(
+                    self.against, self.teachers.pairings[name], self.teachers.by_name[name],
+                    {**parts[name], **{key: batch[key] for key in (
+                        "student_inputs", "student_mask")}})
+        steps = {name: self.steps[name] for name in parts}
+        results: dict[str, StepLoss] = {}
+
+        def distill(student: Any, inputs: Mapping[str, Tensor]) -> FusedLoss:
+            answers = self._answers(student, inputs, batch["student_mask"])
+            for name, step in steps.items():
+                results[name] = self._at(step, student, {**parts[name], "student_inputs": {
+                    "answered": answers(parts[name]["student_at"])}}, name, t, with_figures)
+            if self.data_step is not None:
+                results[DATA] = self._at(self.data_step, student, {**batch, "student_inputs": {
+                    "answered": answers(slice(None))}}, None, t, False)
+            # without a token the student still takes part in the step, its head with it
+            none = answers(slice(0)).logits().sum() * 0
+            return FusedLoss(sum((r.loss for r in results.values()), start=none), {}, {})
+
+        loss = model(**batch["student_inputs"], distill=distill).loss
+        return StepLoss(loss, self._losses(batch, results), None, joined_figures(
+            batch, {name: results[name].figures for name in parts} if with_figures else {}))
+
+    def _at(
+        self, step: Step, student: Any, batch: Batch, name: str | None, t: float | None,
+        with_figures: bool,
+    ) -> StepLoss:
+        """A step where the student has answered; only a fused one computes under autocast."""
+        teacher = None if name is None else self.teachers.by_name[name]
+        direct: Any = _Direct(student)
+        with torch.autocast(batch["labels"].device.type, enabled=False):
+            return step(direct, teacher, {**batch, "student_mask": None}, t, with_figures)
+
+    def _chosen(
+        self, objective: Objective, pairing: Pairing | None, teacher: Teacher | None, probe: Batch
+    ) -> Step:
+        return choose_step(
+            self.args.loss_implementation, objective, pairing, self.student, teacher, probe,
+            self.args.loss_memory_budget, self.autocast, find=lambda: self.transform)
+
+    def _answers(
+        self, student: Any, inputs: Mapping[str, Tensor], mask: Tensor
+    ) -> Callable[[Tensor | slice], Answered]:
+        """What the student says at some of its tokens: hidden states where it is known what stands
+        behind the head, or else logits."""
+        transform, head = self.transform, student.get_output_embeddings()
+        if transform is None:
+            with self.autocast():
+                logits = answer_logits(student, inputs, mask)
+            return lambda at: Answered(None, lambda: logits[at])
+        with self.autocast():
+            hidden = answer_hidden(student, inputs, mask)
+
+        def said(at: Tensor | slice) -> Tensor:
+            with self.autocast():
+                return transform.differentiable(head(hidden[at]))
+
+        return lambda at: Answered(hidden[at], lambda: said(at))
+
+    def _losses(self, batch: Batch, results: Mapping[str, StepLoss]) -> dict[str, Tensor]:
+        """Every term per token of the student, summed over its teachers by share."""
+        none = torch.zeros(len(batch["labels"]), device=batch["labels"].device)
+        losses = {term.name: none for term in self.objective.terms}
+        for name, result in results.items():
+            for term, values in result.losses.items():
+                values = values.detach() if name == DATA else shared(
+                    batch, batch["parts"][name], values.detach())
+                losses[term] = losses[term] + values
+        return losses
+
+
+class NoTokens:
+    """The step of a batch without a token, before any that has one: the student takes part."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def report(self) -> None:
+        """Nothing is known yet."""
+
+    def __call__(
+        self, model: nn.Module, teacher: Any, batch: Batch, t: float | None, with_figures: bool
+    ) -> StepLoss:
+        values = student_forward(model, batch).sum(-1)
+        return StepLoss(values.sum() * 0, {term.name: values.detach()
+                                           for term in self.objective.terms}, None, {})
+
+
+class _Direct:
+    """The student inside its own forward: what it gives for the batch is known by now."""
+
+    def __init__(self, student: Any) -> None:
+        self.student = student
+
+    def __call__(self, *, distill: Any, answered: Answered) -> FusedLoss:
+        result: FusedLoss = distill(self.student, {"answered": answered})
+        return result
+
+
+# ----- pairs --------------------------------------------------------------------------------
+
+
+def put_together(
+    student: Any, teacher: Any, processor: Any, teacher_processor: Any, args: DistillationConfig,
+    train: Any, held_out: Any,
+) -> tuple[Any, DistillationCollator]:
+    """Pairing and collator of a student and its teacher, or (by name) its teachers, checked
+    against the data.
+
+    Raises:
+        TaidError: as `pair_for_training` and `serve`, with the teacher's name; a name that no
+            teacher has, with the source and how many rows have it.
+    """
+    datasets = [data for data in (train, held_out) if data is not None]
+    objective = parse_objective(args.objective)
+    if not isinstance(teacher, Mapping):
+        pairing, collator = pair_for_training(
+            student, shapes_of(teacher), processor, teacher_processor, args, datasets)
+        return pairing, serve(collator, teacher, objective, train)
+    sides = {name: _first_records(data) for name, data in (
+        ("data.train", train), ("data.eval", held_out)) if data is not None}
+    shares = shares_of([*teacher], args.teacher_weights, {
+        where: records for side, sources in sides.items()
+        for where, records in _called(side, sources).items()})
+    pairings, parts = {}, {}
+    for name, one in teacher.items():
+        taught = [shares.taught(name, chain.from_iterable(sources)) for sources in sides.values()]
+        own = copy.copy(args)
+        own.teacher_chat_template_kwargs = (args.teacher_chat_template_kwargs or {}).get(name)
+        try:
+            pairings[name], collator = pair_for_training(
+                student, shapes_of(one), processor, (teacher_processor or {}).get(name), own,
+                taught)
+            parts[name] = serve(collator, one, objective, taught[0] if sides else None)
+        except TaidError as error:
+            raise of_teacher(error, name) from error
+    return _joined(pairings, parts, shares, args, datasets)
+
+
+def _joined(
+    pairings: dict[str, Any], parts: dict[str, DistillationCollator], shares: Shares,
+    args: DistillationConfig, datasets: Sequence[Any],
+) -> tuple[Any, DistillationCollator]:
+    objective, (first, *others) = parse_objective(args.objective), parts.values()
+    pairing: Any = pairings
+    if not others:
+        (pairing,) = pairings.values()
+        collator: DistillationCollator = NamedCollator(
+            **{f.name: getattr(first, f.name) for f in fields(first)}, shares=shares)
+    elif objective.visual or objective.visual_advantage:
+        raise TaidError("objective: visual terms and token_weights are of one teacher, and there "
+                        f"are {len(parts)} teachers; take them out.")
+    else:
+        collator = SeveralCollator(first.student, None, None, first.supervise, first.padding_side,
+                                   shares=shares, parts=parts)
+    for number, data in enumerate(datasets):
+        for part in data.values() if isinstance(data, dict) else [data]:
+            check_usable(collator, part, 1.0 if number else args.max_left_out)
+    return pairing, collator
+
+
+def the_only_one(teacher: Any) -> Any:
+    """Of a mapping with one teacher that one."""
+    if isinstance(teacher, Mapping) and len(teacher) == 1:
+        (teacher,) = teacher.values()
+    return teacher
+
+
+def of_teacher(error: TaidError, name: str) -> TaidError:
+    """The same error, saying which teacher it is of."""
+    message, role = error.message, role_of(name)
+    told = message.startswith(("teacher:", "teacher."))
+    placed = role + message.removeprefix("teacher") if told else f"{role}: {message}"
+    return type(error)(placed, mend=error.mend, code=error.code, reasons=error.reasons)
+
+
+def _first_records(data: Any) -> list[list[Any]]:
+    """The first records of every source of one side of the data."""
+    sets = data.values() if isinstance(data, dict) else [data]
+    return [[row for row in first_rows(source, PROBED_RECORDS) if isinstance(row, Record)]
+            for part in sets for source in parts_of(part)]
+
+
+def _called(side: str, sources: Sequence[Sequence[Record]]) -> dict[str, Sequence[Record]]:
+    several = len(sources) > 1
+    return {f"{side}[{number}]" if several else side: records
+            for number, records in enumerate(sources)}
