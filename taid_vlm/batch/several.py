@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from taid_vlm.batch.collator import (
     CUT,
     Batch,
     DistillationCollator,
+    Row,
     _Sample,
     target_ids,
     token_weights,
@@ -57,11 +58,15 @@ class NamedCollator(DistillationCollator):
 
     def _prepare(self, record: Record) -> _Sample:
         self.shares.of(record)
-        return super()._prepare(replace(
-            record, unread=tuple(name for name in record.unread if name != TEACHER)))
+        return super()._prepare(record)
+
+    def _collate(self, rows: Sequence[Row]) -> Batch:
+        batch = super()._collate(rows)
+        batch["intake"]["unread"].pop(TEACHER, None)  # it is read here
+        return batch
 
     def placeholder(self) -> Record:
-        return replace(super().placeholder(), teacher=self.shares.names[0])
+        return replace(super().placeholder(), teacher=self.shares.only or self.shares.names[0])
 
 
 @dataclass
@@ -83,6 +88,12 @@ class SeveralCollator(NamedCollator):
             part.reported = self.reported
             self._teachers[name] = copy.copy(part.teacher)
             self._teachers[name].role = role_of(name)
+
+    def alone(self, name: str) -> NamedCollator:
+        """The collator of one teacher: records that it has no share in are left out."""
+        part = self.parts[name]
+        return NamedCollator(**{one.name: getattr(part, one.name) for one in fields(part)},
+                             shares=Shares(self.shares.names, self.shares.usual, name))
 
     @property
     def adapters(self) -> list[ModelAdapter]:
@@ -216,14 +227,15 @@ def joined_figures(
         for figure, (values, tokens) in figures.items():
             at = part["student_at"] if tokens is None else part["student_at"][tokens]
             share = part.get("share", torch.ones_like(part["student_at"], dtype=torch.float32))
-            share = (share if tokens is None else share[tokens]).to(values.dtype)
-            none = values.new_zeros(len(batch["labels"]))
-            sums[figure] = sums.get(figure, none).index_add(0, at, values * share)
-            counts[figure] = counts.get(figure, none).index_add(0, at, share)
+            share = share if tokens is None else share[tokens]
+            none = torch.zeros_like(batch["labels"], dtype=values.dtype)
+            sums[figure] = sums.get(figure, none).index_add(0, at, values * share.to(none))
+            counts[figure] = counts.get(figure, torch.zeros_like(
+                none, dtype=share.dtype)).index_add(0, at, share)
             if figure in COMPARED:
                 own[f"{figure}/{name}"] = Measured(values, at)
     joined = {}
     for figure, total in sums.items():
         at = counts[figure].nonzero()[:, 0]
-        joined[figure] = Measured(total[at] / counts[figure][at], at)
+        joined[figure] = Measured(total[at] / counts[figure][at].to(total), at)
     return joined | own

@@ -10,6 +10,7 @@ from taid_vlm.errors import SampleDropped, TaidError, nearest
 from taid_vlm.records import Record
 
 UNNAMED, UNKNOWN = "names no teacher", "names an unknown teacher"
+OTHERS = "another teacher's"
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,12 @@ class Shares:
     """What a record's row or source says of its teachers, or else what holds for all.
 
     names: the teachers, in their order. usual: the weights for records that name none; None where
-    those are left out.
+    those are left out. only: a teacher that all records have to have.
     """
 
     names: tuple[str, ...]
     usual: Mapping[str, float] | None
+    only: str = ""
 
     def of(self, record: Record) -> dict[str, float]:
         """{name: share} of a record's teachers in their order; the shares add up to 1.
@@ -39,6 +41,8 @@ class Shares:
             if name not in self.names:
                 raise SampleDropped(UNKNOWN, f"{record.source}: teacher '{name}'."
                                     f"{nearest(name, self.names)}")
+        if self.only and self.only not in weights:
+            raise SampleDropped(OTHERS, f"{record.source} is not taught by '{self.only}'.")
         total = sum(weights.values())
         return {name: weights[name] / total for name in self.names if name in weights}
 

@@ -154,7 +154,8 @@ def _data_hash(run: Distillation) -> str | None:
 
 def _teacher(run: Distillation) -> str | None:
     teacher = run.results.models.get("teacher")
-    return None if teacher is None else teacher.name
+    several = ", ".join(f"{name}: {one.model.name}" for name, one in run.results.teachers.items())
+    return teacher.name if teacher is not None else several or None
 
 
 def _inside(tree: Any, keys: Sequence[str]) -> Any:

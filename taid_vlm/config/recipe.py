@@ -169,6 +169,13 @@ class Recipe(Section):
             return {f"{TEACHERS}.{name}": spec for name, spec in self.teachers.items()}
         return {} if self.teacher is None else {"teacher": self.teacher}
 
+    def of_teachers(self, by_key: Mapping[str, Any]) -> Any:
+        """What there is of each, by the keys of `teacher_specs`, as it is handed on: of a single
+        teacher itself (None without), of several by their names."""
+        if self.teachers:
+            return {name: by_key.get(f"{TEACHERS}.{name}") for name in self.teachers}
+        return by_key.get("teacher")
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and dict(self) == dict(other)  # wherever it was read
 
@@ -251,7 +258,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         inner = tree.setdefault(parent, {})
-        if isinstance(inner, str) and parent in ("teacher", "student"):
+        if isinstance(inner, str) and (parent in ("teacher", "student") or parents[0] == TEACHERS):
             inner = tree[parent] = {"model_name_or_path": inner}
         if not isinstance(inner, dict):
             raise RecipeError(f"override '{override}': '{parent}' is no mapping.")

@@ -270,6 +270,8 @@ def _means(
     out: dict[str, float | int] = {"n_tokens": every.counted, "n_answers": every.records}
     for name, moments in figures.items():
         out[name], out[f"{name}_stderr"] = moments.mean, moments.stderr
+        if name.startswith("kl/"):  # of one of several teachers
+            out[name.replace("kl", "n_tokens")] = moments.counted
     if calibration is not None:
         out["ece"], out["ece_stderr"] = calibration.error, calibration.stderr
     return out

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from taid_vlm.config.model import ModelSpec
+from taid_vlm.config.model import ModelSpec, TeacherSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_text
@@ -35,6 +35,7 @@ from taid_vlm.runs.publish import Push, prepare_push, push_student
 from taid_vlm.runs.results import Stage
 from taid_vlm.runs.save import save_student
 from taid_vlm.teachers import ServedTeacher
+from taid_vlm.training.several import of_teacher
 from taid_vlm.training.trainer import DistillationTrainer
 
 WriteReport = Callable[[Outcome, str, Path], None]  # with the recipe as YAML and the page's path
@@ -135,17 +136,27 @@ def _saved_as(outcome: Outcome, saved: str) -> Outcome:
 
 def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrainer:
     set_seed(ingredients.args.seed)
-    served = None if recipe.teacher is None else recipe.teacher.server
-    teacher: Any = ingredients.cache if recipe.teacher is None or served is None else ServedTeacher(
-        served, load_skeleton(recipe.teacher, "teacher"))  # refused before the student is loaded
+    teachers: dict[str, Any] = dict(ingredients.caches)
+    for key, spec in recipe.teacher_specs.items():
+        if spec.server is not None:  # refused before the student is loaded
+            teachers[key] = _served(key, spec)
     student = load_model(recipe.student, "student")
-    if recipe.teacher is not None and teacher is None:
-        teacher = load_model(recipe.teacher, "teacher")
+    for key, spec in recipe.teacher_specs.items():
+        if key not in teachers:
+            teachers[key] = load_model(spec, key)
     return DistillationTrainer(
-        student, teacher, ingredients.args, ingredients.train, ingredients.eval,
-        ingredients.student_processor, ingredients.teacher_processor,
+        student, recipe.of_teachers(teachers), ingredients.args, ingredients.train,
+        ingredients.eval, ingredients.student_processor, ingredients.teacher_processor,
         peft_config=lora_config(recipe.student.peft),
     )
+
+
+def _served(key: str, spec: TeacherSpec) -> ServedTeacher:
+    assert spec.server is not None
+    try:
+        return ServedTeacher(spec.server, load_skeleton(spec, key))
+    except TaidError as error:
+        raise of_teacher(error, key) from error
 
 
 def _take_over(trainer: DistillationTrainer, whole: Recipe, stale: Sequence[Path]) -> None:

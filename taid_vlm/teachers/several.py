@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from taid_vlm.alignment import Pairing
-from taid_vlm.teachers.served import ServedTeacher
 from taid_vlm.teachers.signal import Teacher
 
 
@@ -29,7 +28,11 @@ class Teachers:
         models = {name: getattr(teacher, "model", None) for name, teacher in self.by_name.items()}
         return {name: model for name, model in models.items() if model is not None}
 
-    @property
-    def served(self) -> dict[str, ServedTeacher]:
-        return {name: teacher for name, teacher in self.by_name.items()
-                if isinstance(teacher, ServedTeacher)}
+
+def each(teacher: Any) -> dict[str, Any]:
+    """Every teacher there is by name, a single one (or what will become one) as ""."""
+    if isinstance(teacher, Teachers):
+        return dict(teacher.by_name)
+    if isinstance(teacher, Mapping):
+        return dict(teacher)
+    return {} if teacher is None else {"": teacher}

@@ -35,6 +35,7 @@ from taid_vlm.teachers import (
 )
 from taid_vlm.teachers.protocol import Laws, as_chat
 from taid_vlm.teachers.served import SAME_MODEL, AskingCollator, distance, parts_for
+from taid_vlm.teachers.several import each
 from taid_vlm.training.visual import visual_collator
 
 logger = logging.getLogger(__name__)
@@ -89,9 +90,7 @@ def training_collator(
 
 def served_of(teacher: Any) -> dict[str, ServedTeacher]:
     """The served ones by the name of their part of a batch, "" of a single teacher."""
-    by_name = teacher.by_name if isinstance(teacher, Teachers) else \
-        teacher if isinstance(teacher, Mapping) else {"": teacher}
-    return {name: one for name, one in by_name.items() if isinstance(one, ServedTeacher)}
+    return {name: one for name, one in each(teacher).items() if isinstance(one, ServedTeacher)}
 
 
 def place_teacher(

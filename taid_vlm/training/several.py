@@ -26,7 +26,8 @@ from taid_vlm.batch.shares import Shares, shares_of
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedLoss
 from taid_vlm.fused.model_head import find_logit_transform
-from taid_vlm.models.forward import Answered, answer_hidden, answer_logits, unwrap
+from taid_vlm.models.forward import Answered, Autocast, answer_hidden, answer_logits, unwrap
+from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, parse_objective
 from taid_vlm.objectives.divergences import LOSSES
 from taid_vlm.records import Record, first_rows, parts_of
@@ -48,26 +49,34 @@ class SeveralStep:
 
     Args:
         teachers: a teacher's step is chosen when it first has tokens.
-        probe: a batch with tokens, on which what stands behind the student's head is found.
-        args: implementation and memory_budget as `choose_step` takes them.
+        transform: what the student does behind its head; None where that is not known.
+        args: implementation and memory budget as `choose_step` takes them.
     """
 
     def __init__(
-        self, objective: Objective, teachers: Teachers, student: nn.Module, probe: Batch,
-        args: DistillationConfig, accelerator: Accelerator,
+        self, objective: Objective, teachers: Teachers, student: nn.Module,
+        transform: LogitTransform | None, args: DistillationConfig, autocast: Autocast,
     ) -> None:
         self.objective, self.teachers, self.student = objective, teachers, student
-        self.args, self.autocast = args, accelerator.autocast
+        self.transform, self.args, self.autocast = transform, args, autocast
         against = [term for term in objective.terms if LOSSES[term.name].needs_teacher]
         data = [term for term in objective.terms if not LOSSES[term.name].needs_teacher]
         self.against = replace(objective, terms=tuple(against))
-        with self.autocast():
-            self.transform = find_logit_transform(
-                unwrap(student), probe["student_inputs"], probe["student_mask"])
         self.steps: dict[str, Step] = {}
-        self.data_step = self._chosen(
-            replace(objective, terms=tuple(data)), None, None, probe) if data else None
+        self.data_step = self.chosen(
+            replace(objective, terms=tuple(data)), None, None, {}) if data else None
         accept_distill(unwrap(student))
+
+    @classmethod
+    def of(
+        cls, objective: Objective, teachers: Teachers, student: nn.Module, probe: Batch,
+        args: DistillationConfig, accelerator: Accelerator,
+    ) -> SeveralStep:
+        """With what stands behind the student's head, as a batch with tokens shows it."""
+        with accelerator.autocast():
+            transform = find_logit_transform(
+                unwrap(student), probe["student_inputs"], probe["student_mask"])
+        return cls(objective, teachers, student, transform, args, accelerator.autocast)
 
     def report(self) -> dict[str, Any]:
         """For the run's results: which implementations ran for which teacher, and why."""
@@ -84,10 +93,9 @@ class SeveralStep:
         parts: Mapping[str, Batch] = batch["parts"]
         for name in parts:
             if name not in self.steps:
-                self.steps[name] = self._chosen(
+                self.steps[name] = self.chosen(
                     self.against, self.teachers.pairings[name], self.teachers.by_name[name],
-                    {**parts[name], **{key: batch[key] for key in (
-                        "student_inputs", "student_mask")}})
+                    parts[name])
         steps = {name: self.steps[name] for name in parts}
         results: dict[str, StepLoss] = {}
 
@@ -117,9 +125,10 @@ class SeveralStep:
         with torch.autocast(batch["labels"].device.type, enabled=False):
             return step(direct, teacher, {**batch, "student_mask": None}, t, with_figures)
 
-    def _chosen(
+    def chosen(
         self, objective: Objective, pairing: Pairing | None, teacher: Teacher | None, probe: Batch
     ) -> Step:
+        """The step against one teacher, or on the data."""
         return choose_step(
             self.args.loss_implementation, objective, pairing, self.student, teacher, probe,
             self.args.loss_memory_budget, self.autocast, find=lambda: self.transform)
@@ -219,7 +228,7 @@ def put_together(
                 taught)
             parts[name] = serve(collator, one, objective, taught[0] if sides else None)
         except TaidError as error:
-            raise of_teacher(error, name) from error
+            raise of_teacher(error, role_of(name)) from error
     return _joined(pairings, parts, shares, args, datasets)
 
 
@@ -252,12 +261,13 @@ def the_only_one(teacher: Any) -> Any:
     return teacher
 
 
-def of_teacher(error: TaidError, name: str) -> TaidError:
-    """The same error, saying which teacher it is of."""
-    message, role = error.message, role_of(name)
+def of_teacher(error: TaidError, key: str) -> TaidError:
+    """The same error, saying by its key in a recipe which teacher it is of."""
+    message = error.message
     told = message.startswith(("teacher:", "teacher."))
-    placed = role + message.removeprefix("teacher") if told else f"{role}: {message}"
-    return type(error)(placed, mend=error.mend, code=error.code, reasons=error.reasons)
+    placed = key + message.removeprefix("teacher") if told else f"{key}: {message}"
+    return error if key == "teacher" or message.startswith(key) else type(error)(
+        placed, mend=error.mend, code=error.code, reasons=error.reasons)
 
 
 def _first_records(data: Any) -> list[list[Any]]:

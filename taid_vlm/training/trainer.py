@@ -197,7 +197,7 @@ class DistillationTrainer(Trainer):
         """The implementation of the loss, chosen at the first batch that has tokens to check it."""
         several = self.objective.needs_teacher and isinstance(self.teacher, Teachers)
         if self._step is None and len(batch["labels"]):
-            self._step = SeveralStep(
+            self._step = SeveralStep.of(
                 self.objective, self.teacher, self.model, batch, self.args, self.accelerator
             ) if several else choose_step(
                 self.args.loss_implementation, self.objective, self.pairing, self.model,
@@ -369,8 +369,9 @@ class DistillationTrainer(Trainer):
 
     def look(self, dataset: Sequence[Any]) -> Looks:
         """`evaluation.canary.canary` of teacher and student, by role; {} without images."""
+        teacher = self.teacher.models if isinstance(self.teacher, Teachers) else self.teacher_model
         return self.canary.measure(
-            dataset, self.model, self.teacher_model, self.collator, **self._evaluation_options())
+            dataset, self.model, teacher, self.collator, **self._evaluation_options())
 
     def _evaluation_options(self) -> dict[str, Any]:
         return {

@@ -110,7 +110,7 @@ def test_two_processes_go_the_way_of_one(processes: Path, tmp_path: Path) -> Non
 
 
 def test_a_mixture_is_learned_as_the_mixed_law(tmp_path: Path) -> None:
-    """Where vocabularies agree, the gradient of sum w KL(p_i || q) is that of KL(sum w p_i || q)."""
+    """Where vocabularies agree, sum w KL(p_i || q) has the gradient of KL(sum w p_i || q)."""
     data = rows(4)
     options = {"data": data, "objective": "forward_kl", "per_device_train_batch_size": 4,
                "tokenizers": ("permuted", "permuted"), "families": ("llava", "llava"), **SGD}
@@ -159,7 +159,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_held_out_figures_are_each_teachers_own(tmp_path: Path) -> None:
-    """Of a teacher's rows what an evaluation against it alone says; the student's own are as ever."""
+    """Of its rows what an evaluation against it alone says; the student's own are as ever."""
     trainer = several_trainer(tmp_path, per_device_eval_batch_size=3)
     data = shared_out()[:12]
     figures = trainer.held_out(data)
@@ -175,26 +175,33 @@ def test_held_out_figures_are_each_teachers_own(tmp_path: Path) -> None:
 
 
 def test_a_record_that_one_of_its_teachers_cannot_use_is_left_out_once(tmp_path: Path) -> None:
-    """A text model cannot see a mixture's images; rows of its own are texts."""
-    texts = rows(2, kinds=("text",))
-    pictures = rows(2, kinds=("one",))
-    data = [*({**row, "teacher": "text"} for row in texts),
-            *({**row, "teacher": "sees"} for row in pictures), *pictures]
-    ours = build("llava", seed=1)
-    teachers = {"sees": build("internvl"), "text": build("llama")}
-    trainer = _trainer(tmp_path, ours, teachers, data, teacher_weights={"sees": 1, "text": 1},
-                       max_left_out=1.0)
+    trainer = several_trainer(tmp_path)
+    data = [{"prompt": "hello", "completion": "red " * 40}, *rows(1, kinds=("text",))]
+    trainer.collator.teacher_of("a").max_length = 32
     batch = trainer.collator(data)
-    assert batch["counts"]["dropped"] == {"images for a text model": 2}
-    assert {name: len(part["sources"]) for name, part in batch["parts"].items()} == {
-        "sees": 2, "text": 2}
+    assert batch["counts"]["dropped"] == {"longer than max_length": 1}
+    assert {name: len(part["sources"]) for name, part in batch["parts"].items()} == {"a": 1, "b": 1}
+    own = trainer.collator([{**data[0], "teacher": "b"}])
+    assert {name: len(part["sources"]) for name, part in own["parts"].items()} == {"b": 1}
+
+
+def test_a_text_model_is_not_shown_images(tmp_path: Path) -> None:
+    """Of its own it has texts; a mixture with pictures is refused by its name."""
+    texts, pictures = rows(2, kinds=("text",)), rows(2, kinds=("one",))
+    ours, teachers = build("llava", seed=1), {"sees": build("internvl"), "text": build("llama")}
+    data = [*({**row, "teacher": "text"} for row in texts),
+            *({**row, "teacher": "sees"} for row in pictures)]
+    batch = _trainer(tmp_path, ours, teachers, data).collator(data)
+    assert batch["counts"]["rows"] == 4
+    with pytest.raises(TaidError, match=r"teachers\.text: the records hold images"):
+        _trainer(tmp_path, ours, teachers, texts + pictures)
 
 
 def test_names_are_checked(tmp_path: Path) -> None:
     data = rows(6, text_only=True)
     ours, teachers = build("llama", seed=1), {"math": build("llama"), "code": build("llama")}
     wrong = [{**row, "teacher": "maths" if index < 2 else "code"} for index, row in enumerate(data)]
-    with pytest.raises(TaidError, match="2 of the first 6 rows name the teacher 'maths'.*'math'"):
+    with pytest.raises(TaidError, match=r"2 of the first 6 rows name the teacher 'maths'.*'math'"):
         _trainer(tmp_path, ours, teachers, wrong)
     some = [{**row, "teacher": "code"} if index < 5 else row for index, row in enumerate(data)]
     trainer = _trainer(tmp_path, ours, teachers, some, max_left_out=1.0)
