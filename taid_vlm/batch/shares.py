@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from taid_vlm.errors import SampleDropped, TaidError, nearest
@@ -46,17 +47,12 @@ class Shares:
         total = sum(weights.values())
         return {name: weights[name] / total for name in self.names if name in weights}
 
-    def taught(self, name: str, records: Iterable[object]) -> list[Record]:
+    def taught(self, name: str, records: Iterable[object]) -> Iterator[Record]:
         """Those of some records that a teacher has a share in."""
-        return [record for record in records if isinstance(record, Record) and self.has(
-            record) and name in self.of(record)]
-
-    def has(self, record: Record) -> bool:
-        """Whether a record is taught at all."""
-        try:
-            return bool(self.of(record))
-        except SampleDropped:
-            return False
+        for record in records:
+            with contextlib.suppress(SampleDropped):
+                if isinstance(record, Record) and name in self.of(record):
+                    yield record
 
 
 def shares_of(

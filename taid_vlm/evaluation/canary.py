@@ -298,7 +298,7 @@ def _teachers(
     """Every teacher in this process by its role, with its adapter and the records it teaches."""
     if isinstance(collator, SeveralCollator):
         for name, model in (teacher or {}).items():
-            own = collator.shares.taught(name, records)
+            own = list(collator.shares.taught(name, records))
             if own:
                 yield role_of(name), model, collator.teacher_of(name), own
     elif teacher is not None and collator.teacher is not None:

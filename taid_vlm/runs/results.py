@@ -57,10 +57,11 @@ class Figures(Means):
     Of the student alone: nll (of the data, nats), token_accuracy (its most likely token is the
     data's), confidence (in its most likely token), ece (expected calibration error),
     student_entropy (nats). Against the teacher (of several the one that a token has, or their mean
-    by share; as NAME/TEACHER those of each, with n_tokens/TEACHER): kl = KL(teacher || student), reverse_kl, jsd
-    (nats), agreement (both have the same most likely token), head_mass and tail_mass (the
-    student's probability on the teacher's 10 most likely tokens, and on the fifth that it ranks
-    last). Of the teacher: teacher_nll, teacher_entropy, teacher_head_mass, teacher_tail_mass.
+    by share; as NAME/TEACHER those of each, with n_tokens/TEACHER): kl = KL(teacher || student),
+    reverse_kl, jsd (nats), agreement (both have the same most likely token), head_mass and
+    tail_mass (the student's probability on the teacher's 10 most likely tokens, and on the fifth
+    that it ranks last). Of the teacher: teacher_nll, teacher_entropy, teacher_head_mass,
+    teacher_tail_mass.
     Outside what is compared: {student,teacher}_{rest,padding}_mass. Per chunk, where tokenizers
     differ: chunk_kl, chunk_reverse_kl, chunk_jsd.
 

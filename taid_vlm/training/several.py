@@ -9,9 +9,10 @@ which is what the student is trained on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -38,7 +39,11 @@ from taid_vlm.training.loss import Step, StepLoss, accept_distill, choose_step
 from taid_vlm.training.pair import pair_for_training
 from taid_vlm.training.served import serve, shapes_of
 
+logger = logging.getLogger(__name__)
+
 DATA = ""  # in the place of a teacher's name
+TRAIN = "data.train"
+SEARCHED = 2048  # rows of a source that are looked through for a teacher's first records
 
 
 # ----- the step -----------------------------------------------------------------------------
@@ -107,9 +112,10 @@ class SeveralStep:
             if self.data_step is not None:
                 results[DATA] = self._at(self.data_step, student, {**batch, "student_inputs": {
                     "answered": answers(slice(None))}}, None, t, False)
+            losses = [result.loss for result in results.values()]
             # without a token the student still takes part in the step, its head with it
-            none = answers(slice(0)).logits().sum() * 0
-            return FusedLoss(sum((r.loss for r in results.values()), start=none), {}, {})
+            losses = losses or [answers(slice(0)).logits().float().sum() * 0]
+            return FusedLoss(torch.stack(losses).sum(), {}, {})
 
         loss = model(**batch["student_inputs"], distill=distill).loss
         return StepLoss(loss, self._losses(batch, results), None, joined_figures(
@@ -212,21 +218,25 @@ def put_together(
         pairing, collator = pair_for_training(
             student, shapes_of(teacher), processor, teacher_processor, args, datasets)
         return pairing, serve(collator, teacher, objective, train)
-    sides = {name: _first_records(data) for name, data in (
-        ("data.train", train), ("data.eval", held_out)) if data is not None}
+    sources = dict(_sources(train, held_out))
     shares = shares_of([*teacher], args.teacher_weights, {
-        where: records for side, sources in sides.items()
-        for where, records in _called(side, sources).items()})
+        place: [row for row in first_rows(source, PROBED_RECORDS) if isinstance(row, Record)]
+        for place, source in sources.items()})
     pairings, parts = {}, {}
     for name, one in teacher.items():
-        taught = [shares.taught(name, chain.from_iterable(sources)) for sources in sides.values()]
+        taught = {place: list(islice(shares.taught(name, first_rows(source, SEARCHED)),
+                                     PROBED_RECORDS)) for place, source in sources.items()}
+        if not any(taught.values()):
+            logger.warning("%s: none of the first %s records of any source is its own.",
+                           role_of(name), f"{SEARCHED:,}")
         own = copy.copy(args)
         own.teacher_chat_template_kwargs = (args.teacher_chat_template_kwargs or {}).get(name)
         try:
             pairings[name], collator = pair_for_training(
                 student, shapes_of(one), processor, (teacher_processor or {}).get(name), own,
-                taught)
-            parts[name] = serve(collator, one, objective, taught[0] if sides else None)
+                [*taught.values()])
+            parts[name] = serve(collator, one, objective, list(chain.from_iterable(
+                records for place, records in taught.items() if place.startswith(TRAIN))))
         except TaidError as error:
             raise of_teacher(error, role_of(name)) from error
     return _joined(pairings, parts, shares, args, datasets)
@@ -270,14 +280,10 @@ def of_teacher(error: TaidError, key: str) -> TaidError:
         placed, mend=error.mend, code=error.code, reasons=error.reasons)
 
 
-def _first_records(data: Any) -> list[list[Any]]:
-    """The first records of every source of one side of the data."""
-    sets = data.values() if isinstance(data, dict) else [data]
-    return [[row for row in first_rows(source, PROBED_RECORDS) if isinstance(row, Record)]
-            for part in sets for source in parts_of(part)]
-
-
-def _called(side: str, sources: Sequence[Sequence[Record]]) -> dict[str, Sequence[Record]]:
-    several = len(sources) > 1
-    return {f"{side}[{number}]" if several else side: records
-            for number, records in enumerate(sources)}
+def _sources(train: Any, held_out: Any) -> Iterator[tuple[str, Any]]:
+    """Every source of the data, by its place in a recipe."""
+    for side, data in ((TRAIN, train), ("data.eval", held_out)):
+        sets = data.values() if isinstance(data, dict) else [] if data is None else [data]
+        sources = [source for part in sets for source in parts_of(part)]
+        for number, source in enumerate(sources):
+            yield f"{side}[{number}]" if len(sources) > 1 else side, source

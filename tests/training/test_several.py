@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch import Tensor
 from training.runs import make_trainer, rows, weights
 from training.several import MIXTURE, several_trainer, shared_out
 from training.test_invariance import SGD, TOLERANCE, in_processes, relative
+from training.vllm import NAME, standing_in, wide_llama
 from zoo import build
 
 from taid_vlm import DistillationTrainer
 from taid_vlm.batch.losses import by_weight, token_losses
+from taid_vlm.config.model import ServerSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import answer_logits
 from taid_vlm.objectives import Objective, parse_objective
+from taid_vlm.teachers import ServedTeacher
 
 OBJECTIVE: dict[str, Any] = {"terms": ["taid", {"name": "ce", "weight": 0.3}]}
 SPLITS = {
@@ -172,6 +176,31 @@ def test_held_out_figures_are_each_teachers_own(tmp_path: Path) -> None:
         [{key: value for key, value in row.items() if key != "teacher"} for row in data])
     assert figures["nll"] == pytest.approx(plain["nll"], rel=1e-5)
     assert figures["n_tokens"] == plain["n_tokens"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_served_teacher_is_one_of_them(workers: int, tmp_path: Path) -> None:
+    """Asked ahead for its own rows; trained as with the same teacher here that says its top k."""
+    data = [{key: value for key, value in row.items() if key != "messages"}
+            for row in shared_out(24, text_only=True)]
+    theirs, runs = wide_llama(), {}
+    with standing_in(theirs) as server:
+        spec = ServerSpec(url=server.url, model=NAME, top_logprobs=24, timeout=20.0, retries=1)
+        for kind, b in (("served", ServedTeacher(spec, theirs.model)), ("local", theirs.model)):
+            ours, a = build("llama", seed=5), build("llama", seed=2, tokenizer="permuted")
+            trainer = _trainer(
+                tmp_path / kind, ours, {"a": a, "b": replace(theirs, model=b)}, data, max_steps=3,
+                per_device_train_batch_size=4, logging_steps=1, save_strategy="no", seed=7,
+                disable_tqdm=True, dataloader_num_workers=workers, teacher_weights=MIXTURE)
+            if kind == "local":
+                trainer.teacher.by_name["b"].top = 24
+            trainer.train()
+            runs[kind] = trainer
+    assert runs["served"].loss_report["name"] == "several"
+    assert "b: sparse" in runs["served"].loss_report["reason"]
+    one, other = weights(runs["served"]), weights(runs["local"])
+    assert relative(one, other) < TOLERANCE
+    assert [*runs["served"].state.log_history[0]] == [*runs["local"].state.log_history[0]]
 
 
 def test_a_record_that_one_of_its_teachers_cannot_use_is_left_out_once(tmp_path: Path) -> None:
