@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 from taid_vlm.adapters import check_reloaded
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator, TeacherRow
-from taid_vlm.batch.several import SeveralCollator, role_of
+from taid_vlm.batch.several import SeveralCollator
 from taid_vlm.config.data import DataSource, matches
 from taid_vlm.config.model import DESCRIPTION, TeacherSpec
 from taid_vlm.config.recipe import Recipe
-from taid_vlm.errors import TaidError, nearest
+from taid_vlm.errors import TaidError
 from taid_vlm.fused.heads import Head
 from taid_vlm.io.files import read_json, whole_file, write_json
 from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256
@@ -49,7 +49,7 @@ from taid_vlm.models.loading import (
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import StreamedRecords, first_rows
 from taid_vlm.runs.folders import LOCK, locked, on_main
-from taid_vlm.runs.ingredients import Ingredients, gather
+from taid_vlm.runs.ingredients import Ingredients, chosen_teacher, gather
 from taid_vlm.runs.stages import parts_by_name
 from taid_vlm.teachers.cache import HEAD, IDENTITY, KIND, SHARDS
 from taid_vlm.teachers.local import LocalTeacher
@@ -147,7 +147,7 @@ def build_cache(
         TaidError: anything a user can mend; what shows without weights, before they are loaded.
     """
     output = Path(output_dir).expanduser()
-    key = _key_of(recipe, teacher)
+    key = chosen_teacher(recipe, teacher)
     spec = recipe.teacher_specs.get(key)
     if spec is None or spec.cache or spec.server:
         raise TaidError("cache: the recipe names no teacher that can be loaded. Name the model "
@@ -171,21 +171,6 @@ def build_cache(
 
 
 # ----- before weights -----------------------------------------------------------------------
-
-
-def _key_of(recipe: Recipe, name: str | None) -> str:
-    """Of the teacher that is meant."""
-    names = recipe.teachers or {}
-    if name is None and not names:
-        return "teacher"
-    if name is None and len(names) > 1:
-        raise TaidError("cache: the recipe has several teachers, and a cache is of one: name it "
-                        f"with --teacher. Valid: {', '.join(names)}.")
-    chosen = next(iter(names)) if name is None else name
-    if chosen not in names:
-        raise TaidError(f"--teacher = '{chosen}' is none of the recipe's teachers."
-                        f"{nearest(chosen, names)}")
-    return role_of(chosen)
 
 
 def _sides(recipe: Recipe, signal: Signal, teacher: str | None) -> tuple[list[Side], Ingredients]:

@@ -13,10 +13,11 @@ from transformers import PretrainedConfig
 
 from taid_vlm.adapters import Processor, check_image_token, make_adapter
 from taid_vlm.alignment import check_modalities
+from taid_vlm.batch.several import role_of
 from taid_vlm.batch.sparse import check_sparse
 from taid_vlm.config.data import listed
 from taid_vlm.config.recipe import Recipe
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_config, load_processor, load_skeleton, sees_images
 from taid_vlm.models.lora import check_names
@@ -106,6 +107,21 @@ def gather(recipe: Recipe) -> Ingredients:
             put_together(load_skeleton(recipe.student, "student"), recipe.of_teachers(skeletons),
                          student, teacher, args, train, held_out or [])
     return Ingredients(args, configs, train, held_out, student, teacher, caches)
+
+
+def chosen_teacher(recipe: Recipe, name: str | None) -> str:
+    """The key of the teacher that a cache is to be of; raises TaidError for a name that is none."""
+    names = recipe.teachers or {}
+    if name is None and not names:
+        return "teacher"
+    if name is None and len(names) > 1:
+        raise TaidError("cache: the recipe has several teachers, and a cache is of one: name it "
+                        f"with --teacher. Valid: {', '.join(names)}.")
+    chosen = next(iter(names)) if name is None else name
+    if chosen not in names:
+        raise TaidError(f"--teacher = '{chosen}' is none of the recipe's teachers."
+                        f"{nearest(chosen, names)}")
+    return role_of(chosen)
 
 
 def _has_images(records: Any) -> bool:
