@@ -34,7 +34,8 @@ Paths = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeV
                   wanted("text, or a list of texts")]
 
 
-Mixture = Annotated[dict[str, Rate], Field(min_length=1)]  # of teachers, by name
+Mixture = Annotated[dict[str, Rate], Field(min_length=1), wanted(
+    "{NAME: weight, ...} of teachers, with weights above 0")]
 
 
 class VideoSpec(Section):
@@ -105,7 +106,8 @@ class DataSource(Section):
     max_records: Positive | None = None
     max_pixels: Positive | None = None
     video: VideoSpec | None = None
-    teacher: str | Mixture | None = None
+    teacher: Annotated[str | Mixture, wanted(
+        "a teacher's name, or {NAME: weight, ...} with weights above 0")] | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:

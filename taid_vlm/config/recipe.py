@@ -41,6 +41,8 @@ from taid_vlm.config.yaml import dump_yaml, parse_yaml, read_yaml
 from taid_vlm.errors import RecipeError, nearest
 
 TEACHERS = "teachers"
+TeacherName = Annotated[str, Field(pattern=r"^\w[\w-]*$"), wanted(
+    "letters, digits, '_' and '-' (it is part of keys)")]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -115,8 +117,7 @@ class Recipe(Section):
     data: DataSpec
     output_dir: Annotated[str, Field(min_length=1), wanted("a folder's path")]
     teacher: Annotated[TeacherSpec | None, AfterValidator(_named)] = None
-    teachers: Annotated[dict[Name, Annotated[TeacherSpec, AfterValidator(_named)]],
-                        Field(min_length=1)] | None = None
+    teachers: dict[TeacherName, Annotated[TeacherSpec, AfterValidator(_named)]] | None = None
     teacher_weights: Mixture | None = None
     objective: Objective = {"name": "taid"}
     train: Train = {}
@@ -127,6 +128,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _teacher_where_one_is_needed(self) -> Self:
+        if self.teachers is not None and not self.teachers:
+            raise ValueError("'teachers' is empty; name at least one, or take it out.")
         objectives = [read_objective(objective) for objective in (
             self.objective, *(stage.objective for stage in self.stages or ())) if objective]
         if not self.teacher_specs and any(objective.needs_teacher for objective in objectives):

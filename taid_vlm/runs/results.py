@@ -237,7 +237,7 @@ class Example(Part):
     """A held-out question and the answers to it.
 
     source, turn: the record, and which of its answers. category, prompt, reference: as in the data.
-    answers: greedy, by "teacher", student "before" and "after" training.
+    answers: greedy, by "teacher" (several are not asked), student "before" and "after" training.
     """
 
     source: str

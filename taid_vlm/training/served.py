@@ -94,7 +94,7 @@ def served_of(teacher: Any) -> dict[str, ServedTeacher]:
 
 
 def place_teacher(
-    teacher: Any, accelerator: Accelerator, pairing: Any = None, called: str = "the teacher"
+    teacher: Any, accelerator: Accelerator, pairing: Any = None, called: str = "The teacher"
 ) -> Any:
     """A model becomes a teacher in this process, a cache one with its head; several do by name.
 
@@ -102,7 +102,7 @@ def place_teacher(
         pairing: of several, how each is compared.
     """
     if isinstance(teacher, Mapping):
-        return Teachers({name: place_teacher(one, accelerator, called=f"the teacher '{name}'")
+        return Teachers({name: place_teacher(one, accelerator, called=f"The teacher '{name}'")
                          for name, one in teacher.items()}, pairing)
     if teacher is None or isinstance(teacher, ServedTeacher):
         return teacher
@@ -110,7 +110,7 @@ def place_teacher(
         return LocalTeacher(teacher, accelerator)
     if accelerator.is_main_process:
         logger.info("%s is cached in '%s' and shown no images: whether it looks at its own (the "
-                    "canary) is not measured.", called.capitalize(), teacher.folder)
+                    "canary) is not measured.", called, teacher.folder)
     return CachedTeacher(teacher, accelerator)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from training.runs import make_trainer, rows, weights
 from training.several import MIXTURE, several_trainer, shared_out
+from training.test_fused_step import launched
 from training.test_invariance import SGD, TOLERANCE, in_processes, relative
 from training.vllm import NAME, standing_in, wide_llama
 from zoo import build
@@ -111,6 +112,12 @@ def test_two_processes_go_the_way_of_one(processes: Path, tmp_path: Path) -> Non
     assert two == pytest.approx(trainer.recorder.t, abs=1e-6)
     after = load_file(processes / "trajectory" / "final.safetensors")
     assert relative(weights(trainer), after) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["ddp-several", "fsdp-several"])
+def test_wrapped_students_have_the_gradient_of_one_process(kind: str, tmp_path: Path) -> None:
+    one, two = launched(tmp_path, kind, 1), launched(tmp_path, kind, 2)
+    assert relative(two, one) < TOLERANCE
 
 
 def test_a_mixture_is_learned_as_the_mixed_law(tmp_path: Path) -> None:
