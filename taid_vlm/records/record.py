@@ -157,7 +157,7 @@ def parse_record(
 def _teacher(row: Row) -> str | None:
     """The name in its column, which only a run with several teachers reads."""
     name = dict.get(row, TEACHER)
-    return None if name is None else str(name)
+    return None if name is None else str(name) or None  # an empty cell says nothing
 
 
 def _is_learned(row: Row) -> bool:

@@ -3,7 +3,8 @@
 The loss of a token is the sum over its teachers of share x (the terms against that teacher), and
 the terms on the data once. It is divided as with one teacher, by what the student's tokens count.
 TAID's t is one for all of them: its schedule sees the mean of the summed `taid` over these tokens,
-which is what the student is trained on.
+which is what the student is trained on. Every teacher's loss makes a gradient of the student's head
+of its own, and so do the terms on the data; backward adds them up.
 """
 
 from __future__ import annotations

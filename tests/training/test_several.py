@@ -18,7 +18,7 @@ from training.test_invariance import SGD, TOLERANCE, in_processes, relative
 from training.vllm import NAME, standing_in, wide_llama
 from zoo import build
 
-from taid_vlm import DistillationTrainer
+from taid_vlm import DistillationConfig, DistillationTrainer
 from taid_vlm.batch.losses import by_weight, token_losses
 from taid_vlm.config.model import ServerSpec
 from taid_vlm.errors import TaidError
@@ -233,6 +233,23 @@ def test_a_text_model_is_not_shown_images(tmp_path: Path) -> None:
         _trainer(tmp_path, ours, teachers, texts + pictures)
 
 
+def test_without_a_term_against_them_teachers_are_not_asked(tmp_path: Path) -> None:
+    """ce alone trains as without any; an evaluation has the figures against them all the same."""
+    data = rows(8, text_only=True)
+    ours, teachers = build("llama", seed=1), {"a": build("llama"), "b": build("llama", seed=2)}
+    options = {"objective": "ce", "max_steps": 2, "save_strategy": "no", "disable_tqdm": True}
+    trainer = _trainer(tmp_path, ours, teachers, data, **options)
+    trainer.train()
+    assert {"kl/a", "kl/b"} <= trainer.held_out(data).keys()
+    again = build("llama", seed=1)
+    alone = DistillationTrainer(
+        again.model, None, DistillationConfig(str(tmp_path), report_to="none", use_cpu=True,
+                                              **options), data, None, again.processor)
+    alone.train()
+    one, other = weights(trainer), weights(alone)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_names_are_checked(tmp_path: Path) -> None:
     data = rows(6, text_only=True)
     ours, teachers = build("llama", seed=1), {"math": build("llama"), "code": build("llama")}
@@ -244,6 +261,10 @@ def test_names_are_checked(tmp_path: Path) -> None:
     counts = trainer.collator(some)["counts"]
     assert counts["dropped"] == {"names no teacher": 1}
     assert counts["rows"] == 5
+    empty = trainer.collator([{**data[0], "teacher": ""}])
+    assert empty["counts"]["dropped"] == {"names no teacher": 1}
+    assert empty["parts"] == {}
+    assert empty["student_mask"].sum() == 0
     later = trainer.collator([{**data[0], "teacher": "coda"}])
     assert later["counts"]["dropped"] == {"names an unknown teacher": 1}
     alike = _trainer(tmp_path, ours, teachers, data)
@@ -252,8 +273,6 @@ def test_names_are_checked(tmp_path: Path) -> None:
 
 def _trainer(output: Path, ours: Any, teachers: dict[str, Any], data: Any, **arguments: Any
              ) -> DistillationTrainer:
-    from taid_vlm import DistillationConfig
-
     return DistillationTrainer(
         ours.model, {name: one.model for name, one in teachers.items()},
         DistillationConfig(str(output), report_to="none", use_cpu=True, **arguments), data, None,
