@@ -134,11 +134,12 @@ class Recipe(Section):
             self.objective, *(stage.objective for stage in self.stages or ())) if objective]
         if not self.teacher_specs and any(objective.needs_teacher for objective in objectives):
             raise ValueError("'teacher' is missing; only the objective 'ce' (SFT) needs none.")
-        looks = any(objective.token_weights or isinstance(term, VISUAL)
-                    for objective in objectives for term in objective.losses)
-        if looks and len(self.teacher_specs) > 1:
-            raise ValueError("objective: visual terms and token_weights are of one teacher, and "
-                             f"there are {len(self.teacher_specs)} teachers; take them out.")
+        of_one = any(objective.token_weights or objective.on_policy or isinstance(term, VISUAL)
+                     for objective in objectives for term in objective.losses)
+        if of_one and len(self.teacher_specs) > 1:
+            raise ValueError("objective: visual terms, token_weights and on_policy are of one "
+                             f"teacher, and there are {len(self.teacher_specs)} teachers; take "
+                             "them out.")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from taid_vlm.alignment import Pairing
@@ -36,9 +37,9 @@ from taid_vlm.records import Record, first_rows, parts_of
 from taid_vlm.teachers import Teacher, Teachers
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.intake import PROBED_RECORDS, check_usable
-from taid_vlm.training.loss import Step, StepLoss, accept_distill, choose_step
+from taid_vlm.training.loss import Step, StepLoss, accept_distill, choose_step, plain_step
 from taid_vlm.training.pair import pair_for_training
-from taid_vlm.training.served import serve, shapes_of
+from taid_vlm.training.served import place_teacher, serve, shapes_of
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +200,31 @@ class _Direct:
         return result
 
 
+def step_of(
+    objective: Objective, pairing: Pairing | None, student: nn.Module, teacher: Any, probe: Batch,
+    args: DistillationConfig, accelerator: Accelerator,
+) -> Step | SeveralStep:
+    """As `choose_step`, for one teacher or several."""
+    if isinstance(teacher, Teachers) and objective.needs_teacher:
+        return SeveralStep.of(objective, teacher, student, probe, args, accelerator)
+    return choose_step(args.loss_implementation, objective, pairing, student, teacher, probe,
+                       args.loss_memory_budget, accelerator.autocast)
+
+
+def plain_step_of(objective: Objective, pairing: Pairing | None, teacher: Any) -> Step | NoTokens:
+    """As `plain_step`; against several teachers only a batch without a token goes without them."""
+    if isinstance(teacher, Teachers) and objective.needs_teacher:
+        return NoTokens(objective)
+    return plain_step(objective, pairing, teacher)
+
+
+def with_all_names(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """With the same names in all processes: which teachers have records there may differ."""
+    names = {name for part in gather_object([[*sums]]) for name in part}
+    none = torch.zeros_like(sums["tokens"])
+    return {name: sums.get(name, none) for name in names}
+
+
 # ----- pairs --------------------------------------------------------------------------------
 
 
@@ -253,9 +279,9 @@ def _joined(
         (pairing,) = pairings.values()
         collator: DistillationCollator = NamedCollator(
             **{f.name: getattr(first, f.name) for f in fields(first)}, shares=shares)
-    elif objective.visual or objective.visual_advantage:
-        raise TaidError("objective: visual terms and token_weights are of one teacher, and there "
-                        f"are {len(parts)} teachers; take them out.")
+    elif objective.visual or objective.visual_advantage or objective.on_policy:
+        raise TaidError("objective: visual terms, token_weights and on_policy are of one teacher, "
+                        f"and there are {len(parts)} teachers; take them out.")
     else:
         collator = SeveralCollator(first.student, None, None, first.supervise, first.padding_side,
                                    shares=shares, parts=parts)
@@ -263,6 +289,15 @@ def _joined(
         for part in data.values() if isinstance(data, dict) else [data]:
             check_usable(collator, part, 1.0 if number else args.max_left_out)
     return pairing, collator
+
+
+def placed(teacher: Any, pairing: Any, accelerator: Accelerator) -> tuple[Any, Pairing | None]:
+    """The teacher, and how it is compared, on the process's device; several bring their own."""
+    device = accelerator.device
+    if isinstance(pairing, Mapping):
+        return place_teacher(teacher, accelerator, {
+            name: one.to(device) for name, one in pairing.items()}), None
+    return place_teacher(teacher, accelerator), pairing and pairing.to(device)
 
 
 def the_only_one(teacher: Any) -> Any:

@@ -125,7 +125,9 @@ def test_the_doctor_and_the_plan_name_them(
     ({"teacher": "x"}, "'teacher' and 'teachers' both say"),
     ({"teacher_weights": {"sees": 1, "write": 1}}, "teacher_weights is 'write'.*'writes'"),
     ({"teachers": {}}, "'teachers' is empty"),
-    ({"objective": {"terms": ["taid", "visual_relation"]}}, "visual terms and token_weights"),
+    ({"objective": {"terms": ["taid", "visual_relation"]}}, "visual terms, token_weights and"),
+    ({"objective": {"name": "forward_kl", "on_policy": {"lmbda": 0.5, "max_new_tokens": 4}}},
+     "on_policy are of one teacher"),
 ])
 def test_what_contradicts_itself_is_refused(
     change: dict[str, Any], says: str, recipe: dict[str, Any], cli: Cli, tmp_path: Path,
