@@ -29,8 +29,8 @@ class Member:
     full: float = 1.0
 
 
-# The eight of the Open VLM Leaderboard, each as a share of its full score. VLMEvalKit has them the
-# same: HallusionBench's three accuracies are averaged first, OCRBench's points are tenths of a %.
+# The eight of the Open VLM Leaderboard, each as a share of its full score: OCRBench's points are
+# tenths of a % (VLMEvalKit), HallusionBench's three accuracies are averaged first.
 SUITES: dict[str, tuple[Member, ...]] = {
     "taid-vlm": (
         Member("mmbench", "circular"), Member("mmstar"), Member("mmmu"), Member("math_vista"),
