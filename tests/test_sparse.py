@@ -11,6 +11,7 @@ from torch import Tensor
 
 from taid_vlm.alignment import Pairing, VocabularyMap
 from taid_vlm.alignment.vocabulary import SideMap
+from taid_vlm.batch.losses import token_losses
 from taid_vlm.batch.sparse import (
     SparseSignal,
     check_one_by_one,
@@ -120,6 +121,21 @@ def test_entries_by_hand(k: int, has_rest: bool) -> None:
         grad, = torch.autograd.grad(losses[name].sum(), s, retain_graph=True)
         wanted, = torch.autograd.grad(values.sum(), s, retain_graph=True)
         torch.testing.assert_close(grad, wanted, rtol=1e-8, atol=1e-11)
+
+
+def test_every_token_is_compared_under_its_own_map() -> None:
+    """As the dense loss does it; an answer's first token has one where templates glue to it."""
+    first, others, u = other(True), other(False), logits(V, 11)
+    u[:, first.teacher.padding] = -torch.inf
+    pair = Pairing("b", "", (others, first))
+    mapped = batch() | {"map_index": torch.tensor([1, 0, 0, 1, 0, 0])}
+    s = logits(10, 12)
+    losses = sparse_losses(OBJECTIVE, mapped, s, top(u, V), pair, 0.4)
+    dense = token_losses(OBJECTIVE, mapped, s, u, pair, 0.4)
+    for name, values in losses.items():
+        torch.testing.assert_close(values, dense[name], rtol=1e-9, atol=1e-12)
+    kl_of = sparse_figures(mapped, s, top(u, V), pair)["kl"].values
+    torch.testing.assert_close(kl_of.double(), losses["forward_kl"], rtol=1e-5, atol=1e-6)
 
 
 def test_never_above_the_whole_law() -> None:

@@ -142,7 +142,7 @@ class DistillationCollator:
         used = Counter(sample.record.origin for sample in samples)
         unread = Counter(name for sample in samples for name in sample.record.unread)
         if not samples:  # every process must still take part in the step
-            samples = [self._prepare(Record("placeholder", text="."))]
+            samples = [self._prepare(self.placeholder())]
             encoded, aligned = {a.role: self._run(a, samples) for a in self.adapters}, [[]]
         batch = self._assemble(samples, encoded, aligned, counts)
         batch["intake"] = {"sources": {name: (n, used[name]) for name, n in read.items() if name},
@@ -152,6 +152,14 @@ class DistillationCollator:
     @property
     def adapters(self) -> list[ModelAdapter]:
         return [a for a in (self.teacher, self.student) if a is not None]
+
+    def adapters_of(self, record: Record) -> list[ModelAdapter]:
+        """Of the models that are shown a record."""
+        return self.adapters
+
+    def placeholder(self) -> Record:
+        """What stands in for a batch's records where none can be used."""
+        return Record("placeholder", text=".")
 
     # ----- one record -----------------------------------------------------------------------
 
@@ -188,7 +196,7 @@ class DistillationCollator:
 
     def _prepare(self, record: Record) -> _Sample:
         return self._sample(record, {a.role: a.render(record, self.supervise)
-                                     for a in self.adapters})
+                                     for a in self.adapters_of(record)})
 
     def _sample(self, record: Record, rendered: dict[str, Rendered]) -> _Sample:
         rendered = agree(rendered, record.source)
@@ -262,7 +270,7 @@ class DistillationCollator:
         """Drop conversations and cut plain texts that are too long; True if anything changed."""
         kept, changed = [], False
         for index, sample in enumerate(samples):
-            long = [a for a in self.adapters
+            long = [a for a in self.adapters_of(sample.record)
                     if a.max_length and len(encoded[a.role].rows[index].ids) > a.max_length]
             changed |= bool(long)
             if long and sample.record.text is None:
@@ -317,8 +325,7 @@ class DistillationCollator:
             "sources": [sample.record.source for sample in samples],
             "images": _long(len(sample.images) for sample in samples),
         }
-        for adapter in self.adapters:
-            role, side = adapter.role, encoded[adapter.role]
+        for role, side in encoded.items():
             positions = [(row, position) for row, position, _ in tokens[role]]
             batch[f"{role}_inputs"] = side.inputs
             batch[f"{role}_mask"] = predicting_mask(side.inputs["input_ids"], positions)

@@ -1,13 +1,16 @@
-"""Losses against a teacher that is known by its k most likely tokens and the mass of all others.
+"""Losses against a teacher that is known by k entries of its laws and the mass of all others.
 
 Both models' laws are compared over k + 1 entries a token: the teacher's k, and the rest. That is
 the exact coarse-graining of both, so a divergence over it is a lower bound of the one over the
-whole vocabulary, and that itself where k is the vocabulary's size. The rest keeps the student
-from putting mass outside of the k: without it, nothing would say how much may lie there.
+whole vocabulary (data-processing inequality), and that itself where k is the vocabulary's size.
+Nothing is said of how the rest is shared out, but it keeps the student from putting mass outside
+of the k: without it (top-k renormalised) the student would be taught to put nothing there, a bias
+that no number of steps removes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from taid_vlm.alignment import Pairing, VocabularyMap
 from taid_vlm.batch.figures import Measured
 from taid_vlm.batch.forward import Batch
+from taid_vlm.batch.losses import by_map
 from taid_vlm.errors import TaidError
 from taid_vlm.objectives import Objective, best_guess, diagnose, divergence
 from taid_vlm.objectives.divergences import LOG_SMALLEST, row_chunks, upcast
@@ -37,6 +41,19 @@ class SparseSignal(NamedTuple):
     log_rest: Tensor
     own: Tensor | None = None
 
+    def at(self, rows: Tensor) -> SparseSignal:
+        """Of some of the tokens, without `own`."""
+        return type(self)(*(part[rows] for part in self[:3]))
+
+
+class EntrySignal(SparseSignal):
+    """The same of entries that a pair compares, with their ids under its map (< 0: none)."""
+
+
+class Draws(EntrySignal):
+    """Entries with their share of the draws: a law on average only, so that nothing but a loss
+    which is linear in it can be taken of them."""
+
 
 def check_sparse(objective: Objective, teacher: str) -> None:
     """Raise TaidError for an objective that needs whole laws, or more than laws.
@@ -57,7 +74,7 @@ def check_sparse(objective: Objective, teacher: str) -> None:
     if objective.sampled is not None:
         check_sparse(objective.sampled, teacher)
     if problem is not None:
-        raise TaidError(f"objective: {problem}. ({teacher} gives its most likely tokens only.)")
+        raise TaidError(f"objective: {problem}. ({teacher} gives a few tokens of its laws only.)")
 
 
 def check_one_by_one(pairing: Pairing, teacher: str) -> None:
@@ -73,9 +90,9 @@ def sparse_losses(
     pairing: Pairing, t: float | None = None,
 ) -> dict[str, Tensor]:
     """As `losses.token_losses`: every term of the objective per token, {name: [N] nats}."""
-    losses = objective.on_data(student_logits, batch["labels"])
-    pair = sparse_pair(pairing.maps[0], student_logits, signal)
-    return losses | objective.between(*pair, t)
+    return objective.on_data(student_logits, batch["labels"]) | _by_map(
+        pairing, batch, student_logits, signal,
+        lambda *law: objective.between(*sparse_pair(*law), t))
 
 
 @torch.no_grad()
@@ -90,21 +107,31 @@ def sparse_figures(
         figures |= best_guess(student_logits, batch["labels"])
     if signal.own is not None:
         figures["teacher_nll"] = -signal.own
-    compared = diagnose(*sparse_pair(pairing.maps[0], student_logits, signal))
-    figures |= {name: compared[name] for name in ("kl", "reverse_kl")}
-    figures["agreement"] = _agreement(pairing.maps[0], student_logits, signal)
+    if not isinstance(signal, Draws):
+        figures |= _by_map(pairing, batch, student_logits, signal, _compared)
     return {name: Measured(values) for name, values in figures.items()}
 
 
-def _agreement(
-    vocabulary: VocabularyMap, student_logits: Tensor, signal: SparseSignal
-) -> Tensor:
-    """1.0 where both models' most likely entry is the same; where padding is the teacher's most
-    likely row it is none."""
-    best = _entries(vocabulary, signal.ids)[:, 0]
+def _by_map(
+    pairing: Pairing, batch: Batch, student_logits: Tensor, signal: SparseSignal,
+    compare: Callable[[VocabularyMap, Tensor, EntrySignal], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    rows = torch.arange(len(student_logits), device=student_logits.device)
+    return by_map(pairing, batch, student_logits, rows, lambda vocabulary, s, rows: compare(
+        vocabulary, s, as_entries(vocabulary, signal.at(rows))))
+
+
+def _compared(
+    vocabulary: VocabularyMap, student_logits: Tensor, signal: EntrySignal
+) -> dict[str, Tensor]:
+    """agreement: 1.0 where both models' most likely entry is the same; where padding is the
+    teacher's most likely row it is none."""
+    figures = diagnose(*sparse_pair(vocabulary, student_logits, signal))
+    best = signal.ids[:, 0]
     if vocabulary.has_rest:
         best = torch.where(best == ONE_SIDED, vocabulary.width - 1, best)
-    return (vocabulary.map_student(student_logits).argmax(-1) == best).float()
+    agreement = (vocabulary.map_student(student_logits).argmax(-1) == best).float()
+    return {"kl": figures["kl"], "reverse_kl": figures["reverse_kl"], "agreement": agreement}
 
 
 def sparse_pair(
@@ -112,34 +139,36 @@ def sparse_pair(
 ) -> tuple[Tensor, Tensor]:
     """Logits of student and teacher over the k + 1 entries, both [N, k + 1], the rest last.
 
-    Tokens that only the teacher has count to the rest, where the student has tokens of its own to
-    be the rest. Where it has none, the teacher is conditioned on the shared tokens, as always; of
-    those outside of the k, all are then taken for shared. Rows that no token names are left out.
-
     Args:
         student_logits: [N, V_student]; differentiable.
     """
-    entry = _entries(vocabulary, signal.ids)
+    entry, top, rest = as_entries(vocabulary, signal)[:3]
     student = top_and_rest(vocabulary.map_student(student_logits), entry)
-    top = signal.log_probs.masked_fill(entry < 0, -torch.inf)
-    rest = signal.log_rest
-    if vocabulary.has_rest:
-        moved = signal.log_probs.masked_fill(entry != ONE_SIDED, -torch.inf)
-        rest = torch.cat([moved, rest[:, None].to(moved)], dim=-1).logsumexp(-1)
     teacher = torch.cat([top, rest[:, None].to(top)], dim=-1)
     return student, teacher.clamp(min=LOG_SMALLEST)
 
 
-def _entries(vocabulary: VocabularyMap, ids: Tensor) -> Tensor:
-    """Which entry of the comparison every teacher's token is, as ids [N, k]; < 0 for none."""
+def as_entries(vocabulary: VocabularyMap, signal: SparseSignal) -> EntrySignal:
+    """What is known of a teacher's tokens as what is known of the entries that are compared.
+
+    Tokens that only the teacher has count to the rest, where the student has tokens of its own to
+    be the rest. Where it has none, the teacher is conditioned on the shared tokens, as always; of
+    those outside of the k, all are then taken for shared. Rows that no token names are left out.
+    """
+    if isinstance(signal, EntrySignal):
+        return signal
     if vocabulary.identity:
-        return ids
+        return EntrySignal(*signal[:3])
     side = vocabulary.teacher
     known = sum(len(part) for part in (side.shared, side.rest, side.padding))
-    table = torch.full((known,), UNNAMED, dtype=torch.long, device=ids.device)
-    table[side.shared] = torch.arange(len(side.shared), device=ids.device)
+    table = torch.full((known,), UNNAMED, dtype=torch.long, device=signal.ids.device)
+    table[side.shared] = torch.arange(len(side.shared), device=table.device)
     table[side.rest] = ONE_SIDED
-    return table[ids]
+    entry, rest = table[signal.ids], signal.log_rest
+    if vocabulary.has_rest:
+        moved = signal.log_probs.masked_fill(entry != ONE_SIDED, -torch.inf)
+        rest = torch.cat([moved, rest[:, None].to(moved)], dim=-1).logsumexp(-1)
+    return EntrySignal(entry, signal.log_probs.masked_fill(entry < 0, -torch.inf), rest)
 
 
 def top_and_rest(logits: Tensor, entry: Tensor) -> Tensor:

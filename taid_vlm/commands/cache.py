@@ -24,6 +24,8 @@ class CacheOptions(RecipeOptions):
         "what is kept of data.train: hidden states (exact), the k most likely tokens with the rest "
         "of the mass, or k sampled ones (of data.eval always hidden states)", default="hidden")
     k: PositiveInt | None = option("tokens of topk (64) or sampled (12)", "N")
+    teacher: str | None = option(
+        "of a recipe with several teachers: which one is asked, about its own records", "NAME")
     batch_size: PositiveInt | None = option(
         "records at a time (default: train.per_device_eval_batch_size)", "N")
 
@@ -37,5 +39,6 @@ def run(options: CacheOptions) -> None:
     if options.k is not None and options.signal == "hidden":
         raise TaidError(f"--k = {options.k} has no effect on --signal hidden.")
     signal = Signal(options.signal, options.k or USUAL[options.signal])
-    built = build_cache(recipe, options.output, options.dtype, options.batch_size, signal=signal)
+    built = build_cache(recipe, options.output, options.dtype, options.batch_size, signal=signal,
+                        teacher=options.teacher)
     say_and_part(lambda: str(built))

@@ -154,9 +154,13 @@ def _data_hash(run: Distillation) -> str | None:
 
 def _teacher(run: Distillation) -> str | None:
     teacher = run.results.models.get("teacher")
-    if teacher is None or teacher.quantization is None:
-        return None if teacher is None else teacher.name
-    return f"{teacher.name} in {teacher.quantization}"
+    several = ", ".join(f"{name}: {_in_bits(one.model)}"
+                        for name, one in run.results.teachers.items())
+    return _in_bits(teacher) if teacher is not None else several or None
+
+
+def _in_bits(model: Any) -> str:
+    return f"{model.name} in {model.quantization}" if model.quantization else str(model.name)
 
 
 def _inside(tree: Any, keys: Sequence[str]) -> Any:

@@ -34,6 +34,10 @@ Paths = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeV
                   wanted("text, or a list of texts")]
 
 
+Mixture = Annotated[dict[str, Rate], Field(min_length=1), wanted(
+    "{NAME: weight, ...} of teachers, with weights above 0")]
+
+
 class VideoSpec(Section):
     """Which frames of a video are shown, the same ones to both models: spread over all of it, the
     first and the last among them.
@@ -84,6 +88,8 @@ class DataSource(Section):
         max_pixels (pixels): An image of more, as its header says, is not decoded (67,108,864 unless
             said); its record is left out and counted.
         video: Which frames of its videos are shown, if not those that data.video says.
+        teacher: Of several teachers, the name of the one that teaches its rows, or a mixture:
+            {NAME: weight, NAME: weight}. A row's own column `teacher` goes before it.
     """
 
     bare: ClassVar[str] = "path"
@@ -100,6 +106,8 @@ class DataSource(Section):
     max_records: Positive | None = None
     max_pixels: Positive | None = None
     video: VideoSpec | None = None
+    teacher: Annotated[str | Mixture, wanted(
+        "a teacher's name, or {NAME: weight, ...} with weights above 0")] | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:

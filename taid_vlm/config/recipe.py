@@ -23,20 +23,26 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateA
 from taid_vlm.config.data import (
     DataSource,
     DataSpec,
+    Mixture,
     Sources,
     StageData,
     exists,
+    listed,
     replaced,
 )
 from taid_vlm.config.evaluation import EvaluateSpec
 from taid_vlm.config.kinds import AsWritten, Name, wanted
 from taid_vlm.config.model import StudentSpec, TeacherSpec
-from taid_vlm.config.objective import ObjectiveSpec, read_objective
+from taid_vlm.config.objective import VISUAL, ObjectiveSpec, read_objective
 from taid_vlm.config.secrets import holds_hidden, redact
 from taid_vlm.config.section import Section, check
 from taid_vlm.config.training import train_spec
 from taid_vlm.config.yaml import dump_yaml, parse_yaml, read_yaml
-from taid_vlm.errors import RecipeError
+from taid_vlm.errors import RecipeError, nearest
+
+TEACHERS = "teachers"
+TeacherName = Annotated[str, Field(pattern=r"^\w[\w-]*$"), wanted(
+    "letters, digits, '_' and '-' (it is part of keys)")]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -95,6 +101,10 @@ class Recipe(Section):
         data: Records to train on, and held-out records.
         output_dir: Where everything is written: checkpoints, student, figures, report.
         teacher: The model that is learned from; only ce (SFT) needs none.
+        teachers: Several of them by name, instead of teacher: {NAME: what teacher takes, ...}.
+            Which one teaches a row, its source says (data.train: [{path: ..., teacher: NAME}]) or
+            the row itself, in a column `teacher`; where none does, all teach every row, alike.
+        teacher_weights: Of several teachers, the mixture for rows that name none: {NAME: weight}.
         objective: A loss, or a weighted sum of losses.
         train: How it is trained.
         evaluate: What is done with the held-out records.
@@ -107,6 +117,8 @@ class Recipe(Section):
     data: DataSpec
     output_dir: Annotated[str, Field(min_length=1), wanted("a folder's path")]
     teacher: Annotated[TeacherSpec | None, AfterValidator(_named)] = None
+    teachers: dict[TeacherName, Annotated[TeacherSpec, AfterValidator(_named)]] | None = None
+    teacher_weights: Mixture | None = None
     objective: Objective = {"name": "taid"}
     train: Train = {}
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
@@ -116,10 +128,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _teacher_where_one_is_needed(self) -> Self:
-        objectives = [self.objective, *(stage.objective for stage in self.stages or ())]
-        if self.teacher is None and any(read_objective(objective).needs_teacher
-                                        for objective in objectives if objective is not None):
+        if self.teachers is not None and not self.teachers:
+            raise ValueError("'teachers' is empty; name at least one, or take it out.")
+        objectives = [read_objective(objective) for objective in (
+            self.objective, *(stage.objective for stage in self.stages or ())) if objective]
+        if not self.teacher_specs and any(objective.needs_teacher for objective in objectives):
             raise ValueError("'teacher' is missing; only the objective 'ce' (SFT) needs none.")
+        of_one = any(objective.token_weights or objective.on_policy or isinstance(term, VISUAL)
+                     for objective in objectives for term in objective.losses)
+        if of_one and len(self.teacher_specs) > 1:
+            raise ValueError("objective: visual terms, token_weights and on_policy are of one "
+                             f"teacher, and there are {len(self.teacher_specs)} teachers; take "
+                             "them out.")
         return self
 
     @model_validator(mode="after")
@@ -129,6 +149,44 @@ class Recipe(Section):
                              "beside stages: a stage goes on from the student before it, whose "
                              "adapter cannot be merged into rounded weights.")
         return self
+
+
+    def _known_teachers(self) -> Self:
+        if self.teachers and self.teacher is not None:
+            raise ValueError("'teacher' and 'teachers' both say what is learned from; take one of "
+                             "them out.")
+        sides = {f"data.{name}": side for name, side in self.data.sides.items()} | {
+            f"stages '{stage.name}': data.{name}": side for stage in self.stages or ()
+            for name, side in stage.data.items()}
+        named: list[tuple[str, Any]] = [("teacher_weights", self.teacher_weights)]
+        for place, side in sides.items():
+            for source in listed(side):
+                where = f"{place}: the teacher of '{source.shown}'"
+                column = source.columns.get("teacher")
+                if column and not self.teachers:
+                    raise ValueError(f"{place}: columns.teacher = '{column}' has no effect without "
+                                     "'teachers'.")
+                named.append((where, source.teacher))
+        for where, names in named:
+            for name in [names] if isinstance(names, str) else names or ():
+                if name not in (self.teachers or ()):
+                    raise ValueError(f"{where} is '{name}', but 'teachers' has no such name."
+                                     f"{nearest(name, self.teachers or ())}")
+        return self
+
+    @property
+    def teacher_specs(self) -> dict[str, TeacherSpec]:
+        """The teachers by the key that they have in the recipe: "teacher", or "teachers.NAME"."""
+        if self.teachers:
+            return {f"{TEACHERS}.{name}": spec for name, spec in self.teachers.items()}
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
+    def of_teachers(self, by_key: Mapping[str, Any]) -> Any:
+        """What there is of each, by the keys of `teacher_specs`, as it is handed on: of a single
+        teacher itself (None without), of several by their names."""
+        if self.teachers:
+            return {name: by_key.get(f"{TEACHERS}.{name}") for name in self.teachers}
+        return by_key.get("teacher")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and dict(self) == dict(other)  # wherever it was read
@@ -212,7 +270,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         inner = tree.setdefault(parent, {})
-        if isinstance(inner, str) and parent in ("teacher", "student"):
+        if isinstance(inner, str) and (parent in ("teacher", "student") or parents[0] == TEACHERS):
             inner = tree[parent] = {"model_name_or_path": inner}
         if not isinstance(inner, dict):
             raise RecipeError(f"override '{override}': '{parent}' is no mapping.")

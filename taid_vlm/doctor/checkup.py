@@ -10,6 +10,7 @@ from typing import Any
 from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter
 from taid_vlm.alignment import Aligned
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.batch.several import NamedCollator, SeveralCollator
 from taid_vlm.errors import Problem, TaidError
 from taid_vlm.records import Malformed, Record
 
@@ -42,7 +43,9 @@ class Listener(DistillationCollator):
 
     @classmethod
     def of(cls, collator: DistillationCollator) -> Listener:
-        return cls(**{part.name: getattr(collator, part.name) for part in fields(collator)})
+        """One that does as the collator, of whatever kind it is."""
+        return KINDS[type(collator)](
+            **{part.name: getattr(collator, part.name) for part in fields(collator)})
 
     def check(self, record: Record | Malformed) -> Checked:
         """Pass one record through everything that training does to it before the models."""
@@ -64,7 +67,8 @@ class Listener(DistillationCollator):
 
     def _run(self, adapter: ModelAdapter, samples: Sequence[Any]) -> EncodedBatch:
         encoded = super()._run(adapter, samples)
-        if samples[0].record is self._record:  # a placeholder stands in for what was left out
+        # a placeholder stands in for what was left out; of several teachers some have no row
+        if samples[0].record is self._record and encoded.rows[0] is not None:
             self._whole.setdefault(adapter.role, encoded.rows[0])
             self._rows[adapter.role] = encoded.rows[0]
         return encoded
@@ -74,3 +78,22 @@ class Listener(DistillationCollator):
     ) -> list[Aligned]:
         self._found = super()._align(encoded, index, counts, source)
         return self._found
+
+
+class NamedListener(Listener, NamedCollator):
+    """The same of a NamedCollator."""
+
+
+class SeveralListener(Listener, SeveralCollator):
+    """The same of a SeveralCollator; `aligned` is with the record's first teacher."""
+
+    def _align(  # type: ignore[override]
+        self, encoded: dict[str, EncodedBatch], index: int, counts: Counter[str], source: str
+    ) -> Any:
+        aligned: Any = super()._align(encoded, index, counts, source)
+        self._found = next(iter(aligned.values()), [])
+        return aligned
+
+
+KINDS: dict[type, type[Listener]] = {DistillationCollator: Listener, NamedCollator: NamedListener,
+                                     SeveralCollator: SeveralListener}

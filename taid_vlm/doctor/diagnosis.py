@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from taid_vlm.alignment import Pairing
+from taid_vlm.batch.several import role_of
+from taid_vlm.doctor.conversation import TemplateFacts
 from taid_vlm.doctor.facts import TYPICAL, Facts
 from taid_vlm.doctor.preflight import REMEDIES, Preflight
 from taid_vlm.errors import TaidError
@@ -81,14 +83,19 @@ def refuse(error: TaidError) -> Diagnosis:
 
 
 def accept(
-    pairing: Pairing | None, facts: Mapping[str, Facts], checks: Sequence[Preflight],
-    hint: str = "",
+    pairing: Pairing | Mapping[str, Pairing] | None, facts: Mapping[str, Facts],
+    checks: Sequence[Preflight], hint: str = "",
 ) -> Diagnosis:
-    """The diagnosis of a pair that can be trained; `hint`: a warning about the objective."""
-    case = None if pairing is None else pairing.case
+    """The diagnosis of a pair that can be trained, or of the pairs with several teachers by name;
+    `hint`: a warning about the objective."""
+    pairs = {role_of(name): one for name, one in pairing.items()} if isinstance(pairing, Mapping) \
+        else {} if pairing is None else {"": pairing}
+    case = max((one.case for one in pairs.values()), default=None)
     outcome = OUTCOMES[case]
-    reason = "every supervised token counts" if pairing is None else pairing.reason
-    warnings = [] if pairing is None else [*pairing.warnings, *_vocabulary(pairing)]
+    reason = "; ".join(f"{role} (case {one.case}): {one.reason}" if role else one.reason
+                       for role, one in pairs.items()) or "every supervised token counts"
+    warnings = [f"{role}: {warning}" if role else warning for role, one in pairs.items()
+                for warning in (*one.warnings, *_vocabulary(one))]
     warnings += [hint] * bool(hint)
     warnings += [*_conversation(facts), *_lengths(facts), *_records(checks)]
     return Diagnosis(outcome, case, HEADLINES[outcome], reason, (), tuple(dict.fromkeys(warnings)))
@@ -117,16 +124,19 @@ def _conversation(facts: Mapping[str, Facts]) -> Iterator[str]:
                f"it learns, and another ({student.asked_thought}) in its generation prompt; ask "
                "the trained student as it learned (many templates take "
                "student.chat_template_kwargs: {enable_thinking: false})")
-    teacher = facts["teacher"].template if "teacher" in facts else None
-    if teacher is None or student is None:
-        return
+    for role, side in facts.items():
+        if role != "student" and side.template is not None and student is not None:
+            yield from _asked_alike(role, side.template, student)
+
+
+def _asked_alike(role: str, teacher: TemplateFacts, student: TemplateFacts) -> Iterator[str]:
     if teacher.thought != student.thought:
-        yield (f"the templates think differently before an answer (teacher: {teacher.thought}; "
+        yield (f"the templates think differently before an answer ({role}: {teacher.thought}; "
                f"student: {student.thought}), so the two models answer after different texts; a "
                "chat_template without thoughts in the recipe makes them alike")
     if teacher.system != student.system:
         prompts = ["none" if x.system is None else repr(x.system) for x in (teacher, student)]
-        yield (f"the default system prompts differ (teacher: {prompts[0]}; student: {prompts[1]}); "
+        yield (f"the default system prompts differ ({role}: {prompts[0]}; student: {prompts[1]}); "
                "a system turn in the records makes them alike")
 
 

@@ -11,8 +11,8 @@ from itertools import chain, islice
 from typing import Any
 
 from taid_vlm.adapters import make_adapter
-from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.batch.several import SeveralCollator
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.doctor.checkup import Checked, Listener
@@ -29,8 +29,9 @@ from taid_vlm.records import MixedStream, Record, first_rows, parts_of
 from taid_vlm.runs.ingredients import Ingredients, gather
 from taid_vlm.runs.stages import parts_by_name
 from taid_vlm.training.intake import PROBED_RECORDS, check_usable, named_unread, windowed
-from taid_vlm.training.pair import length_limit, pair_for_training, seams
+from taid_vlm.training.pair import length_limit, seams
 from taid_vlm.training.router import check_router
+from taid_vlm.training.several import put_together
 from taid_vlm.training.visual import visual_collator
 
 
@@ -69,7 +70,8 @@ class Inspection:
 class _Pair:
     """What training would start with; `stage` is "" in a recipe without stages.
 
-    collator: of the training records; plain: of the held-out ones.
+    pairing: of several teachers by name. collator: of the training records; plain: of the held-out
+    ones.
     """
 
     stage: str
@@ -77,7 +79,7 @@ class _Pair:
     ingredients: Ingredients
     collator: DistillationCollator
     plain: DistillationCollator
-    pairing: Pairing | None
+    pairing: Any
 
 
 def inspect_recipe(
@@ -133,12 +135,11 @@ def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:
         for role, spec in _specs(part).items():
             if role not in skeletons:  # its configuration is fine: this says why not the model
                 load_skeleton(spec, role)
-        student, teacher = skeletons["student"], skeletons.get("teacher")
-        pairing, plain = pair_for_training(
-            student, found.cache or teacher, found.student_processor, found.teacher_processor,
-            whole, [data for data in (found.train, found.eval) if data is not None])
-        objective = parse_objective(found.args.objective)
-        collator = visual_collator(plain, objective, student, teacher)
+        student, teachers = skeletons["student"], part.of_teachers({**skeletons, **found.caches})
+        pairing, plain = put_together(student, teachers, found.student_processor,
+                                      found.teacher_processor, whole, found.train, found.eval)
+        collator = plain if part.teachers else visual_collator(
+            plain, parse_objective(found.args.objective), student, skeletons.get("teacher"))
     except TaidError as error:
         if not stage:
             raise
@@ -165,8 +166,7 @@ def _too_many(pair: _Pair) -> TaidError | None:
 
 
 def _specs(recipe: Recipe) -> dict[str, ModelSpec]:
-    sides = (("teacher", recipe.teacher), ("student", recipe.student))
-    return {role: spec for role, spec in sides if spec is not None}
+    return {**recipe.teacher_specs, "student": recipe.student}
 
 
 def _facts(recipe: Recipe, skeletons: Mapping[str, Any], pair: _Pair | None) -> dict[str, Facts]:
@@ -176,7 +176,9 @@ def _facts(recipe: Recipe, skeletons: Mapping[str, Any], pair: _Pair | None) -> 
         if pair is None:
             config, processor, adapter = _found(recipe, role, spec)
         else:
-            config, adapter = pair.ingredients.configs[role], getattr(pair.collator, role)
+            adapters = {adapter.role: adapter for adapter in pair.collator.adapters}
+            config = pair.ingredients.configs[role]
+            adapter = adapters.get(role) or adapters["teacher"]  # the only one of several
             processor = adapter.processor
         facts[role] = collect_facts(role, spec, config, skeletons.get(role), processor, adapter)
     return facts
@@ -224,8 +226,13 @@ def _trace(pair: _Pair, index: int) -> tuple[Trace | None, str]:
         return None, str(error)
     except (IndexError, StopIteration):
         return None, f"--record {index}: the training data has no such record."
-    checked = Listener.of(pair.collator).check(record)
-    return trace(record, checked, pair.collator.adapters), _left_out(checked)
+    checked, collator = Listener.of(pair.collator).check(record), pair.collator
+    if isinstance(collator, SeveralCollator) and isinstance(record, Record) and not checked.reason:
+        name = next(iter(collator.shares.of(record)))
+        collator = collator.parts[name]  # of several teachers the record's first is shown
+        traced = trace(record, Listener.of(collator).check(record), collator.adapters)
+        return traced and replace(traced, teacher=name), _left_out(checked)
+    return trace(record, checked, collator.adapters), _left_out(checked)
 
 
 def _left_out(checked: Checked) -> str:

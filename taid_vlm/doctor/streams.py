@@ -75,6 +75,7 @@ class Trace:
     cut: whether a plain text was shortened to the maximum length.
     left_out: why the record is not trained on, "" if it is.
     images: small PNGs of its images, in order.
+    teacher: which of several it is.
     """
 
     source: str
@@ -85,6 +86,7 @@ class Trace:
     cut: bool
     left_out: str
     images: tuple[bytes, ...] = ()
+    teacher: str = ""
 
 
 def trace(record: Record, checked: Checked, adapters: Sequence[ModelAdapter]) -> Trace | None:

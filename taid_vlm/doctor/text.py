@@ -68,7 +68,8 @@ def _head(inspection: Inspection) -> list[Sequence[Cell]]:
         word = "aligned" if len(record.sides) > 1 else "learned"
         rows.append((word, f"{record.aligned} of {record.supervised} answer tokens of the "
                            f"student{chunks}"))
-        rows.append(("record", f"{record.source}{', cut' if record.cut else ''}"))
+        rows.append(("record", f"{record.source}{', cut' if record.cut else ''}"
+                     f"{', of the teacher ' + record.teacher if record.teacher else ''}"))
     return rows
 
 

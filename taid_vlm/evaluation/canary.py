@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from taid_vlm.adapters import ModelAdapter, Rendered
 from taid_vlm.alignment import supervised_positions
 from taid_vlm.batch.collator import DistillationCollator, predicting_mask, target_ids
+from taid_vlm.batch.several import SeveralCollator, role_of
 from taid_vlm.evaluation.held_out import ALL, Tally
 from taid_vlm.models.forward import answer_logits, evaluation_mode
 from taid_vlm.objectives import diagnose, divergence
@@ -265,12 +266,13 @@ class Canary:
         self._first: dict[int, tuple[Any, list[Record], Looks]] = {}
 
     def measure(
-        self, dataset: Sequence[Any], student: nn.Module, teacher: nn.Module | None,
+        self, dataset: Sequence[Any], student: nn.Module, teacher: Any,
         collator: DistillationCollator, **options: Any,
     ) -> Looks:
         """Figures by role, {} where no record has an image; a model that is blind is warned of.
 
         Args:
+            teacher: the model, several by name, or None.
             options: of `look`.
         """
         if not self.number:
@@ -278,8 +280,9 @@ class Canary:
         _, records, first = self._first.get(id(dataset)) or (
             dataset, choose(dataset, self.number, collator), {})
         looks = dict(first)
-        if records and not first and teacher is not None and collator.teacher is not None:
-            looks["teacher"] = canary(teacher, collator.teacher, records, **options)
+        if records and not first:
+            looks |= {role: canary(model, adapter, own, **options)
+                      for role, model, adapter, own in _teachers(teacher, collator, records)}
         if records:
             looks["student"] = canary(student, collator.student, records, **options)
         _, _, first = self._first.setdefault(id(dataset), (dataset, records, looks))
@@ -287,6 +290,19 @@ class Canary:
             for sentence in blind_warnings(looks, first.get("student")).values():
                 logger.warning("%s %s", sentence, CHECKS)
         return looks
+
+
+def _teachers(
+    teacher: Any, collator: DistillationCollator, records: Sequence[Record]
+) -> Iterator[tuple[str, nn.Module, ModelAdapter, Sequence[Record]]]:
+    """Every teacher in this process by its role, with its adapter and the records it teaches."""
+    if isinstance(collator, SeveralCollator):
+        for name, model in (teacher or {}).items():
+            own = list(collator.shares.taught(name, records))
+            if own:
+                yield role_of(name), model, collator.teacher_of(name), own
+    elif teacher is not None and collator.teacher is not None:
+        yield "teacher", teacher, collator.teacher, records
 
 
 def is_blind(figures: Mapping[str, float | int]) -> bool:
@@ -307,9 +323,10 @@ def blind_warnings(looks: Looks, start: Figures | None = None) -> dict[str, str]
 
 def _warning(role: str, looks: Looks, start: Figures) -> str:
     figures, teacher = looks[role], looks.get("teacher", {})
+    who = f"The {role}" if role in ("student", "teacher") else role
     other = f" and another record's image by {figures['kl_shuffled']:.2g}" \
         if "kl_shuffled" in figures else ""
-    text = (f"The {role} DOES NOT LOOK at its images: over {figures['n_records']} records, a blank "
+    text = (f"{who} DOES NOT LOOK at its images: over {figures['n_records']} records, a blank "
             f"image in place of the real one changes its answers by {figures['kl_blank']:.2g}"
             f"{other} nats per token, which is below {BLIND_BELOW:g}.")
     if role == "student" and start and not is_blind(start):
@@ -325,9 +342,11 @@ def account(before: Looks, after: Looks) -> dict[str, Any] | None:
         return None
     start = before["student"]
     first, last = blind_warnings(before), blind_warnings(after, start)
-    warnings = [last["teacher"]] if "teacher" in last else []
+    warnings = [sentence for role, sentence in last.items() if role != "student"]
     warnings += [f"{when} training: {texts['student']}"
                  for when, texts in (("Before", first), ("After", last)) if "student" in texts]
     return {"teacher": after.get("teacher"),
+            "teachers": {role.removeprefix(role_of("")): figures for role, figures in after.items()
+                         if role not in ("teacher", "student")},
             "student": {"before": start, "after": after["student"]},
             "warnings": [*warnings, CHECKS] if warnings else []}

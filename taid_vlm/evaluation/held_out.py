@@ -24,11 +24,12 @@ from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator
 from taid_vlm.batch.figures import Measured, token_figures
 from taid_vlm.batch.forward import student_forward
+from taid_vlm.batch.several import joined_figures
 from taid_vlm.batch.sparse import sparse_figures
 from taid_vlm.evaluation.calibration import Calibration, Sums, binned_sums
 from taid_vlm.evaluation.statistics import standard_error
 from taid_vlm.models.forward import Autocast, evaluation_mode
-from taid_vlm.teachers import Teacher
+from taid_vlm.teachers import Teacher, Teachers
 
 ALL = ""  # the category that holds every token
 
@@ -185,7 +186,7 @@ def _answer_totals(
 @torch.no_grad()
 def evaluate_pair(
     student: nn.Module,
-    teacher: Teacher | None,
+    teacher: Teacher | Teachers | None,
     records: Sequence[Any],
     collator: DistillationCollator,
     pairing: Pairing | None,
@@ -220,9 +221,17 @@ def evaluate_pair(
 
 
 def teacher_figures(
-    batch: Batch, s: Tensor, teacher: Teacher | None, pairing: Pairing | None, autocast: Autocast
+    batch: Batch, s: Tensor, teacher: Teacher | Teachers | None, pairing: Pairing | None,
+    autocast: Autocast,
 ) -> dict[str, Measured]:
-    """All figures of a batch from the student's logits, against whatever the teacher gives."""
+    """All figures of a batch from the student's logits, against whatever the teacher gives; of
+    several teachers, those of each at its tokens, joined."""
+    if isinstance(teacher, Teachers) and batch["parts"]:
+        return joined_figures(batch, {name: teacher_figures(
+            part, s[part["student_at"]], teacher.by_name[name], teacher.pairings[name], autocast)
+            for name, part in batch["parts"].items()})
+    if isinstance(teacher, Teachers):
+        return token_figures(batch, s, None, None, closely=True)
     if teacher is not None and teacher.top is not None and pairing is not None:
         signal = teacher.sparse(batch, teacher.top)
         return sparse_figures(batch, s, signal, pairing, closely=True)
@@ -261,6 +270,8 @@ def _means(
     out: dict[str, float | int] = {"n_tokens": every.counted, "n_answers": every.records}
     for name, moments in figures.items():
         out[name], out[f"{name}_stderr"] = moments.mean, moments.stderr
+        if name.startswith("kl/"):  # of one of several teachers
+            out[name.replace("kl", "n_tokens")] = moments.counted
     if calibration is not None:
         out["ece"], out["ece_stderr"] = calibration.error, calibration.stderr
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -56,19 +56,31 @@ def _accepted(kind: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**accepted, "use_cache": False} if "use_cache" in names else accepted
 
 
-def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+class Answered(NamedTuple):
+    """What a forward has given already, as {"answered": this} in the place of a model's inputs.
+
+    hidden: [N, H] at the predicting positions, if it is known. logits: makes [N, V] of it.
+    """
+
+    hidden: Tensor | None
+    logits: Callable[[], Tensor]
+
+
+def answer_logits(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
     """Logits at the predicting positions only; the head never runs on the others.
 
     The model's own forward is called, so scaling and softcapping behind the head are its own.
 
     Args:
         model: a transformers model, wrapped or not.
-        inputs: what the processor gave; keys the model does not name are left out.
+        inputs: what the processor gave; keys the model does not name are left out. Or an Answered.
         mask: [B, T] bool, True where the next token is to be predicted.
 
     Returns:
         [number of True, V], rows in row-major order of the mask.
     """
+    if isinstance(answered := inputs.get("answered"), Answered):
+        return answered.logits()
     kind = type(unwrap(model))
     accepted = _accepted(kind, inputs)
     if "logits_to_keep" in forward_names(kind):
@@ -76,12 +88,15 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor) 
     return model(**accepted).logits[mask]
 
 
-def answer_hidden(model: PreTrainedModel, inputs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+def answer_hidden(model: PreTrainedModel, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
     """What the head would be given at the predicting positions: [number of True, H].
 
     Args:
         model: a transformers model without wrappers.
         inputs, mask: as for `answer_logits`.
     """
+    if isinstance(answered := inputs.get("answered"), Answered):
+        assert answered.hidden is not None
+        return answered.hidden
     accepted = _accepted(type(model.base_model), inputs)
     return model.base_model(**accepted).last_hidden_state[mask]

@@ -41,6 +41,12 @@ class LogitTransform:
         z = upcast(z) * self.scale
         return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
 
+    def differentiable(self, z: Tensor) -> Tensor:
+        """The same for autograd, which `forward` writes over."""
+        if self.softcap is None:
+            return self.forward(z)
+        return torch.tanh(upcast(z) * self.scale / self.softcap) * self.softcap
+
     def backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
         """The gradient in z from that in the logits; it overwrites both where it does anything."""
         if self.softcap is not None:

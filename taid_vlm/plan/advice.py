@@ -139,8 +139,8 @@ def candidates(recipe: Recipe, plans: Sequence[Plan]) -> Iterator[Sequence[Chang
     if plan.fullest == EVALUATION:
         yield [Change("evaluate one record at a time", ("train.per_device_eval_batch_size=1",),
                       "slower evaluation")]
-    for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
-        if spec is not None and spec.attn_implementation == "eager":
+    for role, spec in (("student", recipe.student), *recipe.teacher_specs.items()):
+        if spec.attn_implementation == "eager":
             yield [Change(f"the {role}'s attention without its scores",
                           (f"{role}.attn_implementation=sdpa",), "nothing")]
     yield list(_smaller_losses(recipe))
@@ -177,13 +177,17 @@ def _smaller_batches(recipe: Recipe) -> Iterator[Change]:
 
 def _half_precision(recipe: Recipe) -> Iterator[Change]:
     teacher: list[str] = []
-    if recipe.teacher is not None and not (recipe.teacher.server or recipe.teacher.cache):
-        config = load_config(recipe.teacher, "teacher")
-        kept = weights_dtype(recipe.teacher, "teacher", config)
+    for key, spec in recipe.teacher_specs.items():
+        if spec.server or spec.cache:
+            continue
+        config = load_config(spec, key)
+        kept = weights_dtype(spec, key, config)
         stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
         if (stored if kept == "auto" else kept) not in HALF:
-            teacher = ["teacher.dtype=bfloat16"]
-            yield Change("the teacher in bfloat16", tuple(teacher), "rounding of its logits")
+            teacher.append(f"{key}.dtype=bfloat16")
+    if teacher:
+        who = "the teacher" if recipe.teacher else "the teachers"
+        yield Change(f"{who} in bfloat16", tuple(teacher), "rounding of its logits")
     if not recipe.train.get("bf16") and not recipe.train.get("fp16"):
         yield Change("mixed precision", (*teacher, "train.bf16=true"), "rounding")
 

@@ -18,6 +18,8 @@ from taid_vlm.models.parts import TOWER, parts_of
 from taid_vlm.models.quantization import bytes_of
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.rehearsal import Memory, parameters, teacher_tensors, trained
+from taid_vlm.teachers.served import parts_for
+from taid_vlm.teachers.several import each
 from taid_vlm.training.loss import FusedStep
 from taid_vlm.training.trainer import DistillationTrainer
 
@@ -51,16 +53,17 @@ def evaluation(trainer: DistillationTrainer, batch: Batch) -> Memory:
 def resident_models(trainer: DistillationTrainer) -> dict[str, int]:
     """Bytes of what lies in memory all the time."""
     live = {kinds.STUDENT: bytes_of([*parameters(trainer), *trainer.model.buffers()])}
-    if trainer.teacher is not None:
-        live[kinds.TEACHER] = bytes_of(teacher_tensors(trainer))
+    teachers = each(trainer.teacher).values()
+    if teachers:
+        live[kinds.TEACHER] = sum(bytes_of(teacher_tensors(teacher)) for teacher in teachers)
     return live
 
 
 def _logits(trainer: DistillationTrainer, batch: Batch, copies: int) -> int:
     size = len(batch["labels"]) * head_rows(trainer.model) * copies
-    if trainer.teacher is not None:
-        width = trainer.teacher.top or trainer.teacher.rows
-        size += len(batch["teacher_labels"]) * width
+    for name, teacher in each(trainer.teacher).items():
+        for part in parts_for(name, [batch]):
+            size += len(part["teacher_labels"]) * (teacher.top or teacher.rows)
     return 4 * size
 
 

@@ -66,14 +66,13 @@ def longest_batch(trainer: DistillationTrainer, looked: Looked, size: int) -> tu
     usable = looked.usable
     chosen = list(islice(cycle(usable) if looked.more else usable, size))
     batch = trainer.data_collator([row for row, _ in chosen])
+    roles = dict.fromkeys(role for _, one in usable for role in one.rows)
     return batch, Longest(
         len(chosen), looked.records, len(batch["labels"]),
-        {role: _most(usable, role, lambda row: len(row.ids)) for role in chosen[0][1].rows},
-        {role: _most(usable, role, image_tokens) for role in chosen[0][1].rows},
+        {role: _most(usable, role, lambda row: len(row.ids)) for role in roles},
+        {role: _most(usable, role, image_tokens) for role in roles},
         tuple(sorted((len(one.rows["student"].ids) for _, one in usable), reverse=True)))
 
 
-
-
 def _most(usable: Sequence[tuple[Record, Checked]], role: str, count: Any) -> int:
-    return max(count(one.rows[role]) for _, one in usable)
+    return max(count(one.rows[role]) for _, one in usable if role in one.rows)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from taid_vlm.batch.collator import Batch
+from taid_vlm.batch.several import role_of
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError, at_least
@@ -44,6 +45,7 @@ from taid_vlm.teachers import (
     TeacherInStudent,
 )
 from taid_vlm.teachers.protocol import Laws, Question
+from taid_vlm.teachers.several import each
 from taid_vlm.training.pair import with_adapter
 from taid_vlm.training.trainer import DistillationTrainer
 
@@ -165,10 +167,10 @@ def _looked(
     """The records of one side, looked at once for all recipes that show them alike."""
     models = [(spec.model_name_or_path, spec.revision, spec.processor_name_or_path,
                spec.chat_template, spec.chat_template_kwargs, spec.processor_kwargs)
-              for spec in (recipe.student, recipe.teacher) if spec]
+              for spec in (recipe.student, *recipe.teacher_specs.values())]
     shown = [recipe.train.get(key) for key in ("max_length", "supervise")]
     key = repr((side, getattr(recipe.data, side), recipe.data.video, models, shown,
-                recipe.objective))
+                recipe.objective, recipe.teacher_weights))
     if key not in seen:
         seen[key] = look_at(trainer, records)
     return seen[key]
@@ -197,16 +199,18 @@ def _trainer(
     if recipe.student.peft is not None:
         student = with_adapter(student, lora_config(recipe.student.peft), on_meta=True)
         shapes.hollow(student)
-    teacher: Any = found.cache
-    if recipe.teacher is not None and recipe.teacher.server is not None:
-        teacher = _Served(recipe.teacher.server, load_skeleton(recipe.teacher, "teacher"))
-    elif shared is not None and not shared.reason:
-        teacher = TeacherInStudent(base, shared.adapter, empty=True)
-    elif recipe.teacher is not None and teacher is None:
-        teacher = model_of_shapes(_stored(recipe.teacher, recipe), "teacher", shapes)
-        saved[kinds.TEACHER] = saved_bytes(teacher, recipe.teacher)
-    trainer = DistillationTrainer(student, teacher, found.args, found.train, None,
-                                  found.student_processor, found.teacher_processor)
+    teachers: dict[str, Any] = dict(found.caches)
+    for key, spec in recipe.teacher_specs.items():
+        if spec.server is not None:
+            teachers[key] = _Served(spec.server, load_skeleton(spec, key))
+        elif shared is not None and not shared.reason:
+            teachers[key] = TeacherInStudent(base, shared.adapter, empty=True)
+        elif key not in teachers:
+            teachers[key] = model_of_shapes(_stored(spec, recipe), key, shapes)
+            saved[kinds.TEACHER] = saved.get(kinds.TEACHER, 0) + saved_bytes(teachers[key], spec)
+    trainer = DistillationTrainer(
+        student, recipe.of_teachers(teachers), found.args, found.train, None,
+        found.student_processor, found.teacher_processor)
     if isinstance(trainer.teacher, SharedTeacher):
         shapes.hollow(trainer.model)  # the teacher's adapter
     if trainer.visual.map is not None:
@@ -319,7 +323,9 @@ def _account(
 
 
 def _experts(trainer: DistillationTrainer) -> dict[str, Experts]:
-    models = {"student": trainer.model, "teacher": trainer.teacher_model}
+    models = {"student": trainer.model, **{
+        role_of(name) if name else "teacher": getattr(teacher, "model", None)
+        for name, teacher in each(trainer.teacher).items()}}
     counts = {role: (model, chosen_experts(unwrap(model).config))
               for role, model in models.items() if model is not None}
     return {role: Experts(*chosen, sum(p.numel() for p in unwrap(model).parameters()),
@@ -349,10 +355,11 @@ def _notes(
     recipe: Recipe, found: Ingredients, phases: Mapping[str, Memory], trainer: DistillationTrainer
 ) -> Iterator[str]:
     """What the plan could not know, and what is not in memory."""
-    if isinstance(trainer.teacher, CachedTeacher):
-        cache = trainer.teacher.cache
-        yield (f"of the teacher its head alone is in memory; '{cache.folder}' has "
-               f"{cache.bytes:,} bytes on disk, {cache.bytes_per_token:,.0f} an answer token.")
+    for name, teacher in each(trainer.teacher).items():
+        if isinstance(teacher, CachedTeacher):
+            cache, who = teacher.cache, f"{role_of(name)}" if name else "the teacher"
+            yield (f"of {who} its head alone is in memory; '{cache.folder}' has {cache.bytes:,} "
+                   f"bytes on disk, {cache.bytes_per_token:,.0f} an answer token.")
     if isinstance(trainer.teacher, SharedTeacher):
         yield "teacher and student share one base model, which is counted as the student."
     elif (shared := _sharing(recipe, found)) is not None:
@@ -366,14 +373,16 @@ def _notes(
     for key in ("torch_compile", "auto_find_batch_size"):
         if recipe.train.get(key):
             yield f"train.{key} is not followed; the plan is of a run without it."
-    if recipe.teacher is not None and recipe.teacher.server is not None:
-        yield (f"the teacher is served ('{recipe.teacher.server.model}'): it takes no memory here, "
-               "and its server is not asked.")
+    for key, teacher in recipe.teacher_specs.items():
+        if teacher.server is not None:
+            who = "the teacher" if key == "teacher" else key
+            yield (f"{who} is served ('{teacher.server.model}'): it takes no memory here, and its "
+                   "server is not asked.")
     if trainer.objective.on_policy is not None:
         yield ("sampled answers are counted like references; keys and values while they are "
                "sampled, when there are no gradients and no logits, are not.")
-    for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
-        if spec is not None and spec.init_kwargs:
+    for role, spec in (("student", recipe.student), *recipe.teacher_specs.items()):
+        if spec.init_kwargs:
             named = ", ".join(spec.init_kwargs)
             yield (f"{role}.init_kwargs ({named}) are not followed: a quantised model takes less; "
                    f"{role}.quantization is.")

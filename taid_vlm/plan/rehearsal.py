@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
+from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch
 from taid_vlm.batch.forward import student_forward
 from taid_vlm.evaluation.held_out import teacher_figures
@@ -25,10 +26,12 @@ from taid_vlm.fused.divergence import Rows
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.head import LogitTransform, known_logit_transforms
 from taid_vlm.models.parts import TOWER, frozen_modules
+from taid_vlm.objectives import Objective
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.ledger import Ledger
 from taid_vlm.plan.shapes import Shapes
-from taid_vlm.teachers import CachedTeacher, LocalTeacher, SharedTeacher
+from taid_vlm.teachers import CachedTeacher, LocalTeacher, SharedTeacher, Teacher, Teachers
+from taid_vlm.teachers.several import each
 from taid_vlm.training.loss import (
     FusedStep,
     ReferenceStep,
@@ -38,6 +41,7 @@ from taid_vlm.training.loss import (
     obstacle,
     plain_step,
 )
+from taid_vlm.training.several import SeveralStep
 from taid_vlm.training.trainer import DistillationTrainer
 
 ACTIVATIONS = {"student": (kinds.STUDENT_TOWER, kinds.STUDENT_LANGUAGE),
@@ -93,28 +97,51 @@ def rehearse_training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes
     return Memory(ledger.at_peak, ledger.most)
 
 
-def _loss_step(trainer: DistillationTrainer, batch: Batch) -> Step:
-    """The implementation of the loss that `choose_step` finds, where it compares logits.
+def _loss_step(trainer: DistillationTrainer, batch: Batch) -> Step | SeveralStep:
+    """The implementation of the loss that the trainer finds, where it compares logits.
 
     What a model does behind its head is taken from its configuration, and the arithmetic is the
     uncompiled one, whose scratch space has the same bound.
     """
-    args, pairing = trainer.args, trainer.pairing
-    plain = plain_step(trainer.objective, pairing, trainer.teacher)
+    if isinstance(trainer.teacher, Teachers) and trainer.objective.needs_teacher:
+        return _Several(trainer)
+    return _one_step(trainer, trainer.objective, trainer.pairing, trainer.teacher, batch)
+
+
+def _one_step(
+    trainer: DistillationTrainer, objective: Objective, pairing: Pairing | None, teacher: Any,
+    batch: Batch,
+) -> Step:
+    args = trainer.args
+    plain = plain_step(objective, pairing, teacher)
     if not isinstance(plain, ReferenceStep):
         return plain
-    if args.loss_implementation == "reference" or obstacle(
-            trainer.objective, pairing) is not None:
+    if args.loss_implementation == "reference" or obstacle(objective, pairing) is not None:
         return choose_step(
-            args.loss_implementation, trainer.objective, pairing, trainer.model, trainer.teacher,
+            args.loss_implementation, objective, pairing, trainer.model, teacher,
             batch, args.loss_memory_budget, trainer.accelerator.autocast)
-    if isinstance(trainer.teacher, LocalTeacher):
-        trainer.teacher.transform = _configured_transform(trainer.teacher.model)
-    step = _FewFigures(trainer.objective, pairing, trainer.model,
+    if isinstance(teacher, LocalTeacher):
+        teacher.transform = _configured_transform(teacher.model)
+    step = _FewFigures(objective, pairing, trainer.model,
                        _configured_transform(trainer.model), args.loss_memory_budget,
                        trainer.accelerator.autocast)
     step.fused.body = step.likelihood.body = "eager"
     return step
+
+
+class _Several(SeveralStep):
+    """Every teacher's step as it is rehearsed."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+        super().__init__(trainer.objective, trainer.teacher, trainer.model,
+                         _configured_transform(trainer.model), trainer.args,
+                         trainer.accelerator.autocast)
+
+    def chosen(
+        self, objective: Objective, pairing: Pairing | None, teacher: Teacher | None, probe: Batch
+    ) -> Step:
+        return _one_step(self.trainer, objective, pairing, teacher, probe)
 
 
 def _configured_transform(model: nn.Module) -> LogitTransform:
@@ -155,27 +182,29 @@ def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shap
 def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:
     """A ledger that knows what lies there before the step begins."""
     ledger = Ledger()
-    ledger.adopt(teacher_tensors(trainer), kinds.TEACHER)
+    for teacher in each(trainer.teacher).values():
+        ledger.adopt(teacher_tensors(teacher), kinds.TEACHER)
     ledger.adopt([*parameters(trainer), *trainer.model.buffers()], kinds.STUDENT)
     ledger.adopt(tree_leaves(dict(batch)), kinds.BATCH)
     ledger.adopt(kept(trainer), kinds.LOSS)
     return ledger
 
 
-def teacher_tensors(trainer: DistillationTrainer) -> list[Tensor]:
-    """The teacher in memory: of a cached one the head, of one inside of the student nothing."""
-    if isinstance(trainer.teacher, SharedTeacher):
+def teacher_tensors(teacher: Any) -> list[Tensor]:
+    """A teacher in memory: of a cached one the head, of one inside of the student nothing."""
+    if isinstance(teacher, SharedTeacher):
         return []
-    if isinstance(trainer.teacher, CachedTeacher):
-        return trainer.teacher.head.parameters()
-    model = trainer.teacher_model
-    return [] if model is None else [*model.parameters(), *model.buffers()]
+    if isinstance(teacher, CachedTeacher):
+        return teacher.head.parameters()
+    return [] if teacher.model is None else [*teacher.model.parameters(), *teacher.model.buffers()]
 
 
 def kept(trainer: DistillationTrainer) -> list[Tensor]:
     """The room for logits that a step leaves to the next one, on a CPU."""
     step = trainer._step
-    return [*step.fused.kept, *step.likelihood.kept] if isinstance(step, FusedStep) else []
+    steps = [*step.steps.values(), step.data_step] if isinstance(step, SeveralStep) else [step]
+    return [x for one in steps if isinstance(one, FusedStep)
+            for x in (*one.fused.kept, *one.likelihood.kept)]
 
 
 def trained(trainer: DistillationTrainer) -> list[nn.Parameter]:
@@ -195,10 +224,11 @@ def parameters(trainer: DistillationTrainer) -> list[nn.Parameter]:
 @contextlib.contextmanager
 def _watched(ledger: Ledger, trainer: DistillationTrainer) -> Iterator[None]:
     """Tell the ledger which model is at work, and on what."""
-    models = {"student": trainer.model, "teacher": trainer.teacher_model}
-    if isinstance(trainer.teacher, SharedTeacher):
-        del models["teacher"]  # what it makes is told as the student's, in whose modules it is made
-    handles = [handle for role, model in models.items() if model is not None
+    # what a teacher inside of the student makes is told as the student's, in whose modules it is
+    models = [("student", trainer.model), *(
+        ("teacher", getattr(teacher, "model", None)) for teacher in each(trainer.teacher).values()
+        if not isinstance(teacher, SharedTeacher))]
+    handles = [handle for role, model in models if model is not None
                for handle in _Labels(ledger, *ACTIVATIONS[role]).hook(unwrap(model))]
     try:
         yield

@@ -46,6 +46,7 @@ from taid_vlm.records.pictures import (
 )
 
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+TEACHER = "teacher"  # a column
 TAG_AS_TEXT = f"{IMAGE_TAG}: text, for the row has no image"
 
 
@@ -69,6 +70,8 @@ class Record:
     unread: columns of its row that nothing reads. origin: which of several sources it is of.
     context, goes_on: of a window of a longer text, how many of its characters are not learned, and
     whether the text goes on behind it.
+    teacher: of several, the name of its own, or what each of some counts; None where neither its
+    row nor its source says.
     """
 
     source: str
@@ -82,6 +85,7 @@ class Record:
     origin: str = field(default="", compare=False)
     context: int = 0
     goes_on: bool = False
+    teacher: str | Mapping[str, float] | None = field(default=None, compare=False)
 
     @property
     def answers(self) -> list[str]:
@@ -133,7 +137,7 @@ def parse_record(
     if "text" in row and not images + videos and not any(column in row for column in CHAT_COLUMNS):
         text = expect_text(row["text"], f"{source}: text")
         return Record(source, text=text, categories=categories, unread=columns.unread,
-                      context=0 if learned else len(text))
+                      context=0 if learned else len(text), teacher=_teacher(row))
     turns = _with_system(_read_messages(row, source), row, source)
     tools = read_tools(row.get("tools"), source)
     messages, images = _resolve_images(
@@ -147,7 +151,13 @@ def parse_record(
     if not images and any(IMAGE_TAG in message.text for message in messages):
         without_effect += (TAG_AS_TEXT,)
     return Record(source, messages, tuple(images), None, categories, tools, without_effect,
-                  columns.unread)
+                  columns.unread, teacher=_teacher(row))
+
+
+def _teacher(row: Row) -> str | None:
+    """The name in its column, which only a run with several teachers reads."""
+    name = dict.get(row, TEACHER)
+    return None if name is None else str(name) or None  # an empty cell says nothing
 
 
 def _is_learned(row: Row) -> bool:

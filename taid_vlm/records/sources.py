@@ -40,7 +40,7 @@ class _Source:
     def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
         self.rows, self.label, self.root = rows, label, root
         self.columns, self.max_pixels = dict(source.columns), source.max_pixels or MAX_PIXELS
-        self.video = source.video
+        self.video, self.teacher = source.video, source.teacher
         self._named, self._absent = dict(source.columns), set(source.columns.values())
         self.has_images, self.origin = False, ""
         self.unread, self.probed = Counter[str](), 0
@@ -59,7 +59,10 @@ class _Source:
             if absent:
                 raise RecordError(absent) from None
             raise
-        return replace(record, origin=self.origin) if self.origin else record
+        teacher = self.teacher if record.teacher is None else record.teacher
+        if self.origin or teacher is not None:
+            return replace(record, origin=self.origin, teacher=teacher)
+        return record
 
 
 class Records(_Source, torch.utils.data.Dataset[Record]):

@@ -29,17 +29,16 @@ def model_card(results: Mapping[str, Any], recipe_yaml: str) -> str:
         recipe_yaml: the recipe of the whole run.
     """
     recipe = parse_yaml(recipe_yaml)
-    student, teacher = (_model(recipe.get(role)) for role in ("student", "teacher"))
-    if teacher:
-        teacher = results["models"]["teacher"]["name"]  # of a cached one: the model's
+    student, teachers = _model(recipe["student"]), _teachers(results)
+    teacher = " and ".join(public_name(model["name"]) for model in teachers.values())
     sees = bool(results["models"]["student"]["parts"].get("tower", {}).get("parameters"))
     auto, processor = (("AutoModelForImageTextToText", "AutoProcessor") if sees else
                        ("AutoModelForCausalLM", "AutoTokenizer"))
-    title = f"{public_name(student)}, distilled from {public_name(teacher)}" if teacher else \
+    title = f"{public_name(student)}, distilled from {teacher}" if teacher else \
         f"{public_name(student)}, fine-tuned"
     return "\n".join([
         "---", dump_yaml(_metadata(results, student, sees)) + "---", "", f"# {title}", "",
-        *_facts(results, recipe, student, teacher), "", *_table(results["eval"]), "## Loading", "",
+        *_facts(results, recipe, student, teachers), "", *_table(results["eval"]), "## Loading", "",
         LOADING.format(auto=auto, processor=processor)])
 
 
@@ -64,6 +63,14 @@ def _model(spec: Any) -> str:
     return str(spec["server"]["model"] if spec.get("server") else spec["model_name_or_path"])
 
 
+def _teachers(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What they are called, with their models (of a cached one, too)."""
+    several = {f"Teacher {name}": one["model"] for name, one in results.get(
+        "teachers", {}).items()}
+    single = results["models"].get("teacher")
+    return several if single is None else {"Teacher": single}
+
+
 def _metadata(results: Mapping[str, Any], student: str, sees: bool) -> dict[str, Any]:
     adapter = results["models"]["student"].get("saved") == "adapter"  # and not merged
     return {
@@ -75,14 +82,15 @@ def _metadata(results: Mapping[str, Any], student: str, sees: bool) -> dict[str,
 
 
 def _facts(
-    results: Mapping[str, Any], recipe: Mapping[str, Any], student: str, teacher: str
+    results: Mapping[str, Any], recipe: Mapping[str, Any], student: str,
+    teachers: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[str]:
     train, held_out = results["train"], results["data"]["eval"]
     steps = [(stage["name"], stage["steps"]) for stage in results["stages"]]
     said = ", after " + ", ".join(f"{n} of stage {name}" for name, n in steps) if steps else ""
     yield f"- Base model: {public_name(student)} ({results['models']['student']['model_type']})"
-    if teacher:
-        yield f"- Teacher: {public_name(teacher)} ({results['models']['teacher']['model_type']})"
+    for who, model in teachers.items():
+        yield f"- {who}: {public_name(model['name'])} ({model['model_type']})"
     yield f"- Objective: `{results['objective']}`"
     sides = [recipe["data"], *(stage.get("data", {}) for stage in recipe.get("stages", ()))]
     paths = dict.fromkeys(public_name(path) for side in sides if "train" in side

@@ -24,7 +24,7 @@ from taid_vlm.report.data import (
 from taid_vlm.report.judge import is_finite
 from taid_vlm.report.page import write_report
 from taid_vlm.runs import results as of_run
-from taid_vlm.runs.results import Canary, HeldOut, Means, Model, Results
+from taid_vlm.runs.results import Canary, HeldOut, Means, Model, Results, of_teacher
 
 if TYPE_CHECKING:  # a page needs no torch
     from taid_vlm.records import ImageRef
@@ -90,6 +90,10 @@ def _tables(results: Results) -> list[Table]:
     tables = [
         figures_table("Student against teacher", FIGURES, rows,
                       "Means per answer token ± standard error over answers."),
+        *([figures_table("After training, against each teacher", FIGURES, [
+            (name, "", of_teacher(after, name)) for name in results.teachers],
+            "Over the tokens of the records that a teacher has a share in.")]
+          if results.teachers else []),
         figures_table("Where the probability goes", MASSES, rows),
         *([figures_table("After training, per category", FIGURES, parts)] if len(parts) > 1
           else []),
@@ -106,6 +110,8 @@ def _looks(canary: Canary | None) -> list[Table]:
                          ("student after", "main", after)]
     if canary.teacher is not None:
         rows.insert(0, ("teacher", "teacher", canary.teacher))
+    rows = [*((f"teacher {name}", "teacher", look) for name, look in canary.teachers.items()),
+            *rows]
     partners = f"; {after.without_partner} of them have no partner to swap images with" \
         if after.without_partner else ""
     caption = (f"Means per answer token ± standard error over {after.n_records} records with "
@@ -168,15 +174,18 @@ def _account(results: Results) -> list[str]:
     """What the run did with the data and the pair, in sentences."""
     text, train, alignment = [], results.train, results.alignment
     text.extend(results.canary.warnings if results.canary else [])
-    if alignment:
-        text.append(f"Alignment, case {alignment.case}: {alignment.reason}."
-                    f"{_coverage(results.eval.after)}")
-        text.extend(alignment.warnings)
-    cache = results.models["teacher"].cache if "teacher" in results.models else None
-    if cache is not None:
-        text.append(f"The teacher was not loaded: what it says is from '{cache.folder}', "
-                    f"{cache.bytes_per_token:,.0f} bytes an answer token. Whether it looks at its "
-                    "images was not measured.")
+    pairs = {f"Teacher {name}: ": one.alignment for name, one in results.teachers.items()}
+    for who, pair in ({"": alignment} if alignment else pairs).items():
+        text.append(f"{who}Alignment, case {pair.case}: {pair.reason}."
+                    f"{'' if who else _coverage(results.eval.after)}")
+        text.extend(who + warning for warning in pair.warnings)
+    models = {"The teacher": results.models.get("teacher")} | {
+        f"The teacher {name}": one.model for name, one in results.teachers.items()}
+    for who, model in models.items():
+        if model is not None and (cache := model.cache) is not None:
+            text.append(f"{who} was not loaded: what it says is from '{cache.folder}', "
+                        f"{cache.bytes_per_token:,.0f} bytes an answer token. Whether it looks at "
+                        "its images was not measured.")
     frozen = [f"{part} ({count['parameters']:,})"
               for part, count in results.models["student"].parts.items() if not count["trained"]]
     if frozen:
@@ -217,8 +226,9 @@ def _coverage(after: HeldOut | None) -> str:
 def provenance(results: Results) -> dict[str, str]:
     """What is needed to repeat the run, as label -> text."""
     train, loss = results.train, results.train.loss_implementation
+    named = {f"Teacher {name}": one.model for name, one in results.teachers.items()}
     models = {role.capitalize(): f"{model.name} ({model.model_type}, {model.parameters:,} "
-              f"parameters{_served(model)})" for role, model in results.models.items()}
+              f"parameters{_served(model)})" for role, model in (named | results.models).items()}
     return {
         **models,
         "Seed": str(results.seed),

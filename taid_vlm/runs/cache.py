@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from taid_vlm.adapters import check_reloaded
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator, TeacherRow
+from taid_vlm.batch.several import SeveralCollator
 from taid_vlm.config.data import DataSource, matches
 from taid_vlm.config.model import DESCRIPTION, TeacherSpec
 from taid_vlm.config.recipe import Recipe
@@ -49,7 +50,7 @@ from taid_vlm.models.quantization import half_precision, numel, refuse_unavailab
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import StreamedRecords, first_rows
 from taid_vlm.runs.folders import LOCK, locked, on_main
-from taid_vlm.runs.ingredients import Ingredients, gather
+from taid_vlm.runs.ingredients import Ingredients, chosen_teacher, gather
 from taid_vlm.runs.stages import parts_by_name
 from taid_vlm.teachers.cache import HEAD, IDENTITY, KIND, SHARDS
 from taid_vlm.teachers.local import LocalTeacher
@@ -63,7 +64,7 @@ from taid_vlm.teachers.shards import (
     whole_shards,
 )
 from taid_vlm.teachers.sparse import Signal, cut_down, maps_hash
-from taid_vlm.training.pair import pair_for_training
+from taid_vlm.training.several import put_together
 
 logger = logging.getLogger(__name__)
 
@@ -130,41 +131,42 @@ class Built:
 
 def build_cache(
     recipe: Recipe, output_dir: str | Path, dtype: Dtype = "auto", batch_size: int | None = None,
-    shard_bytes: int = SHARD_BYTES, signal: Signal = WHOLE,
+    shard_bytes: int = SHARD_BYTES, signal: Signal = WHOLE, teacher: str | None = None,
 ) -> Built:
     """Ask a recipe's teacher once about data.train and data.eval, of all stages.
 
     Args:
+        teacher: of several, the name of the one that is asked, about its own records.
         output_dir: new, empty, or an interrupted build of the same cache, which goes on.
         dtype: of the hidden states on disk; "auto" as the teacher gives them, which loses nothing.
         batch_size: records at a time (default: the recipe's train.per_device_eval_batch_size).
         shard_bytes: of what is kept, after which a shard is written.
-        signal: of the records to train on; of held-out ones hidden states are kept, so that their
-            figures are exact.
+        signal: of the records to train on; of held-out ones hidden states are kept in any case.
 
     Raises:
         TaidError: anything a user can mend; what shows without weights, before they are loaded.
     """
     output = Path(output_dir).expanduser()
-    if recipe.teacher is None or recipe.teacher.cache or recipe.teacher.server:
-        raise TaidError("cache: the recipe names no teacher that can be loaded. Name the model "
-                        "with teacher.model_name_or_path, without cache and server.")
-    sides, found = _sides(recipe, signal)
-    refuse_unavailable(recipe.teacher, "teacher")
+    key = chosen_teacher(recipe, teacher)
+    spec = recipe.teacher_specs.get(key)
+    if spec is None or spec.cache or spec.server:
+        raise TaidError(f"cache: the recipe names no teacher that can be loaded. Name it with {key}"
+                        ".model_name_or_path, without cache and server.")
+    sides, found = _sides(recipe, signal, teacher)
+    refuse_unavailable(spec, key)
     with locked(output):
         on_main(lambda: _check_folder(output), output)
-        spec = recipe.teacher
         estimate = on_main(lambda: _estimate(spec, sides, dtype, output, signal), output)
         accelerator = accelerator_of(found)
         if accelerator.is_main_process:
             print(f"size          {estimate}", flush=True)
-        model = load_model(spec, "teacher", half_precision(found.args))
-        described = _Described(recipe, sides, dtype, found, output, signal)
+        model = load_model(spec, key, half_precision(found.args))
+        described = _Described(spec, sides, dtype, found, output, signal)
         identity = on_main(lambda: described.write(model), output)
         builder = _Builder(LocalTeacher(model, accelerator), accelerator, output, described,
                            identity, shard_bytes)
-        size = batch_size or found.args.per_device_eval_batch_size
-        built = builder.run(sides, size, found.args.dataloader_num_workers)
+        built = builder.run(sides, batch_size or found.args.per_device_eval_batch_size,
+                            found.args.dataloader_num_workers)
         accelerator.wait_for_everyone()
         return built
 
@@ -172,22 +174,25 @@ def build_cache(
 # ----- before weights -----------------------------------------------------------------------
 
 
-def _sides(recipe: Recipe, signal: Signal) -> tuple[list[Side], Ingredients]:
+def _sides(recipe: Recipe, signal: Signal, teacher: str | None) -> tuple[list[Side], Ingredients]:
     """Every set of records of every stage once, and what the first stage names."""
     sides: dict[str, Side] = {}
     firsts: list[Ingredients] = []
     for stage, part in parts_by_name(recipe):
         found, objective = gather(part), parse_objective(part.objective)
         firsts.append(found)
-        assert part.teacher is not None
         if found.args.window is not None:
             raise TaidError("train.window: a cache holds whole texts and no windows of them; leave "
                             "it out, or train with the teacher itself.")
         with quiet("taid_vlm", warn=False):  # training says what there is to say
-            _, collator = pair_for_training(
-                load_skeleton(part.student, "student"), load_skeleton(part.teacher, "teacher"),
-                found.student_processor, found.teacher_processor, found.args,
-                [data for data in (found.train, found.eval) if data is not None])
+            skeletons = {key: found.caches.get(key) or load_skeleton(spec, key)
+                         for key, spec in part.teacher_specs.items()}
+            _, collator = put_together(
+                load_skeleton(part.student, "student"), part.of_teachers(skeletons),
+                found.student_processor, found.teacher_processor, found.args, found.train,
+                found.eval)
+            if isinstance(collator, SeveralCollator):
+                collator = collator.alone(str(teacher))
         collator = replace(collator, stored=_take_note)
         for name, records in (("train", found.train), ("eval", found.eval)):
             if isinstance(records, StreamedRecords):
@@ -280,7 +285,7 @@ def accelerator_of(found: Ingredients) -> Accelerator:
 class _Described:
     """Config, processor and identity of the teacher, as the cache keeps them."""
 
-    recipe: Recipe
+    spec: TeacherSpec
     sides: Sequence[Side]
     dtype: Dtype
     found: Ingredients
@@ -310,11 +315,6 @@ class _Described:
         else:
             partial.replace(self.output / DESCRIPTION)
         return sha256([json.dumps(facts, sort_keys=True).encode()]).hex()[:SHORT]
-
-    @property
-    def spec(self) -> TeacherSpec:
-        assert self.recipe.teacher is not None
-        return self.recipe.teacher
 
     def _facts(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         args = self.found.args

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -175,8 +176,8 @@ def refuse_in_the_way(output: Path) -> None:
 
 def _refuse_inputs(recipe: Recipe, output: Path) -> None:
     """No input of the run is written over: not a model in `student/`, not data in a checkpoint."""
-    specs = {"student": recipe.student, "teacher": recipe.teacher}
-    inputs = {f"{role}.{key}": getattr(spec, key) for role, spec in specs.items() if spec
+    specs = {"student": recipe.student, **recipe.teacher_specs}
+    inputs = {f"{role}.{key}": getattr(spec, key) for role, spec in specs.items()
               for key in ("model_name_or_path", "processor_name_or_path") if getattr(spec, key)}
     data = [(f"data.{side}", path) for side, sources in recipe.data.sides.items()
             for source in listed(sources) for path in source.paths]
@@ -226,7 +227,7 @@ def _refuse_other_recipe(checkpoint: Path, recipe: Recipe) -> None:
         return
     then, now = flat(before), flat(recipe.resolved().tree())
     changed = [key for key in {**then, **now} if then.get(key) != now.get(key)
-               and not key.startswith(MAY_CHANGE)]
+               and not re.sub(r"^teachers\.[^.]+", "teacher", key).startswith(MAY_CHANGE)]
     if changed:
         told = "; ".join(f"{key} was {then.get(key)!r:.60}, now {now.get(key)!r:.60}"
                          for key in changed[:4])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from taid_vlm.config.data import listed
+from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.config.secrets import redact
 from taid_vlm.errors import SampleDropped, TaidError
@@ -24,7 +25,7 @@ from taid_vlm.models.quantization import numel, stored_method
 from taid_vlm.records import ImageRef, fingerprint
 from taid_vlm.runs.machine import machine, peak_memory, versions
 from taid_vlm.runs.results import Alignment, Example, HeldOutData, Results, Stage, Train
-from taid_vlm.teachers import CachedTeacher, ServedTeacher, SharedTeacher
+from taid_vlm.teachers import CachedTeacher, ServedTeacher, SharedTeacher, Teachers
 from taid_vlm.training.trainer import DistillationTrainer
 
 
@@ -117,8 +118,8 @@ def outcome_of(
         "eval": {when: moment.tally and summarise(moment.tally)
                  for when, moment in (("before", before), ("after", after))},
         "canary": account(before.looks, after.looks),
-        "alignment": trainer.pairing and
-        Alignment.model_validate(trainer.pairing, from_attributes=True),
+        "alignment": _alignment(trainer.pairing),
+        "teachers": _teachers(trainer, recipe),
         "models": _models(trainer, recipe), "train": train, "memory": peak_memory(),
         "machine": {**machine(), "processes": trainer.accelerator.num_processes},
         "versions": versions(), "history": trainer.state.log_history,
@@ -166,30 +167,45 @@ def _example(question: Question, index: int, answers: Mapping[str, list[str]]) -
         answers={role: texts[index] for role, texts in answers.items() if texts})
 
 
+def _alignment(pairing: Any) -> Alignment | None:
+    return None if pairing is None else Alignment.model_validate(pairing, from_attributes=True)
+
+
 def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    described = {}
-    for role, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
-        model = model_of(trainer, role)
-        if spec is not None and model is not None:
-            described[role] = {
-                "name": spec.model_name_or_path, "revision": spec.revision,
-                "model_type": trainer.accelerator.unwrap_model(model).config.model_type,
-                "parameters": sum(map(numel, own_parameters(model).values() if role == "student"
-                                      else model.parameters())),
-                "quantization": spec.quantization or stored_method(
-                    trainer.accelerator.unwrap_model(model).config),
-            }
-    if isinstance(trainer.teacher, SharedTeacher):
-        described["teacher"]["shared_parameters"] = trainer.teacher.shared_parameters
-    if isinstance(served := trainer.teacher, ServedTeacher):
-        described["teacher"] = {
-            **served.report(), "model_type": served.skeleton.config.model_type,
-            "parameters": sum(p.numel() for p in served.skeleton.parameters())}
-    if isinstance(trainer.teacher, CachedTeacher):
-        cache = trainer.teacher.cache
-        described["teacher"] = {**cache.identity["model"], "cache": {
+    student = _loaded(trainer, recipe.student, trainer.model)
+    described = {"student": {**student, "parts": count_parameters(trainer.model)}}
+    if trainer.teacher is None or isinstance(trainer.teacher, Teachers):
+        return described
+    (spec,) = recipe.teacher_specs.values()
+    return {"teacher": _teacher(trainer, spec, trainer.teacher), **described}
+
+
+def _teachers(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Of several, by name: the model, and how it is compared."""
+    teachers, by_name = trainer.teacher, recipe.teachers or {}
+    return {} if not isinstance(teachers, Teachers) else {
+        name: {"model": _teacher(trainer, by_name[name], teacher),
+               "alignment": _alignment(teachers.pairings[name])}
+        for name, teacher in teachers.by_name.items()}
+
+
+def _teacher(trainer: DistillationTrainer, spec: ModelSpec, teacher: Any) -> dict[str, Any]:
+    if isinstance(teacher, ServedTeacher):
+        return {**teacher.report(), "model_type": teacher.skeleton.config.model_type,
+                "parameters": sum(p.numel() for p in teacher.skeleton.parameters())}
+    if isinstance(teacher, CachedTeacher):
+        cache = teacher.cache
+        return {**cache.identity["model"], "cache": {
             "folder": str(cache.folder), "identity": cache.facts["identity"],
-            "signal": str(cache.signal),
-            "bytes_per_token": cache.bytes_per_token}}
-    described["student"]["parts"] = count_parameters(trainer.model)
-    return described
+            "signal": str(cache.signal), "bytes_per_token": cache.bytes_per_token}}
+    shared = {"shared_parameters": teacher.shared_parameters} if isinstance(
+        teacher, SharedTeacher) else {}
+    return _loaded(trainer, spec, teacher.model) | shared
+
+
+def _loaded(trainer: DistillationTrainer, spec: ModelSpec, model: Any) -> dict[str, Any]:
+    parameters = own_parameters(model).values() if model is trainer.model else model.parameters()
+    config = trainer.accelerator.unwrap_model(model).config
+    return {"name": spec.model_name_or_path, "revision": spec.revision,
+            "model_type": config.model_type, "parameters": sum(map(numel, parameters)),
+            "quantization": spec.quantization or stored_method(config)}

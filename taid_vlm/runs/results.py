@@ -42,15 +42,26 @@ class Means(Part):
         return self.__pydantic_extra__
 
 
+def of_teacher(means: Means, name: str) -> Means:
+    """The figures against one of several teachers, under their own names."""
+    own = {figure: value for key, value in means.figures.items() for figure, _, rest in [
+        key.partition("/")] if rest == name}
+    errors = {f"{figure}_stderr": means.figures[f"{figure}/{name}_stderr"]
+              for figure in own if f"{figure}/{name}_stderr" in means.figures}
+    return Means.model_validate({**own, **errors, "n_tokens": int(own.get("n_tokens", 0))})
+
+
 class Figures(Means):
     """Held-out figures of a student; standard errors are over answers.
 
     Of the student alone: nll (of the data, nats), token_accuracy (its most likely token is the
     data's), confidence (in its most likely token), ece (expected calibration error),
-    student_entropy (nats). Against the teacher: kl = KL(teacher || student), reverse_kl, jsd
-    (nats), agreement (both have the same most likely token), head_mass and tail_mass (the
-    student's probability on the teacher's 10 most likely tokens, and on the fifth that it ranks
-    last). Of the teacher: teacher_nll, teacher_entropy, teacher_head_mass, teacher_tail_mass.
+    student_entropy (nats). Against the teacher (of several the one that a token has, or their mean
+    by share; as NAME/TEACHER those of each, with n_tokens/TEACHER): kl = KL(teacher || student),
+    reverse_kl, jsd (nats), agreement (both have the same most likely token), head_mass and
+    tail_mass (the student's probability on the teacher's 10 most likely tokens, and on the fifth
+    that it ranks last). Of the teacher: teacher_nll, teacher_entropy, teacher_head_mass,
+    teacher_tail_mass.
     Outside what is compared: {student,teacher}_{rest,padding}_mass. Per chunk, where tokenizers
     differ: chunk_kl, chunk_reverse_kl, chunk_jsd.
 
@@ -114,11 +125,13 @@ class Looks(Part):
 
 
 class Canary(Part):
-    """Whether the models look at their images; warnings: sentences about those that do not."""
+    """Whether the models look at their images; warnings: sentences about those that do not.
+    teachers: of several by name."""
 
     teacher: Look | None
     student: Looks
     warnings: list[str]
+    teachers: dict[str, Look] = {}
 
 
 class Alignment(Part):
@@ -171,15 +184,23 @@ class Model(Part):
     cache: Cache | None = None
 
 
+class OneTeacher(Part):
+    """One of several teachers: the model, and how it is compared with the student."""
+
+    model: Model
+    alignment: Alignment
+
+
 class LossImplementation(Part):
     """How the loss was computed.
 
-    name: on hidden states without all logits in memory, from logits, or from logits against a
-    teacher's most likely tokens. reason: why it is not the
-    other one. bodies: what computed chunks of a fused loss ("eager", "compiled", "triton_body").
+    name: on hidden states without all logits in memory, from logits, or from logits against a few
+    entries of the teacher's laws; "several" where that differs between teachers. reason: why it is
+    not the first one; of several teachers how each is. bodies: what computed chunks of a fused
+    loss ("eager", "compiled", "triton_body").
     """
 
-    name: Literal["fused", "reference", "sparse"]
+    name: Literal["fused", "reference", "sparse", "several"]
     reason: str | None = None
     bodies: list[str] = []
 
@@ -243,7 +264,7 @@ class Example(Part):
     """A held-out question and the answers to it.
 
     source, turn: the record, and which of its answers. category, prompt, reference: as in the data.
-    answers: greedy, by "teacher", student "before" and "after" training.
+    answers: greedy, by "teacher" (several are not asked), student "before" and "after" training.
     """
 
     source: str
@@ -274,7 +295,8 @@ class Results(Part):
     schema, kind: of this file. objective: as in the recipe. seed: of training. recipe_hash: of the
     resolved recipe. memory: peak_rss_bytes, and peak_device_bytes where there is one. machine:
     system, architecture, device, threads, processes. versions: by package. history: the trainer's
-    log lines, in order. stages: those before this one. Others: see their types.
+    log lines, in order. stages: those before this one. teachers: where there are several, by name;
+    `models` and `alignment` then have none. Others: see their types.
     """
 
     version: Literal[2] = Field(SCHEMA, alias="schema")
@@ -287,6 +309,7 @@ class Results(Part):
     canary: Canary | None
     alignment: Alignment | None
     models: dict[Literal["teacher", "student"], Model]
+    teachers: dict[str, OneTeacher] = {}
     train: Train
     memory: dict[str, int]
     machine: dict[str, str | int]

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from taid_vlm.config.model import ModelSpec
+from taid_vlm.config.model import ModelSpec, TeacherSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_text
@@ -38,6 +38,7 @@ from taid_vlm.runs.results import Stage
 from taid_vlm.runs.save import save_student
 from taid_vlm.runs.sharing import in_words, sharing
 from taid_vlm.teachers import ServedTeacher, TeacherInStudent
+from taid_vlm.training.several import of_teacher
 from taid_vlm.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def distill(
     output, whole = Path(recipe.output_dir), place.whole if place and not place.later else recipe
     on_main(lambda: refuse_in_the_way(output), output)
     ingredients = gather(recipe)
-    for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
+    for role, spec in (("student", recipe.student), *recipe.teacher_specs.items()):
         refuse_unavailable(spec, role)
     with locked(output):
         checkpoint = on_main(lambda: find_checkpoint(recipe, resume, overwrite), output)
@@ -142,25 +143,35 @@ def _saved_as(outcome: Outcome, saved: str) -> Outcome:
 
 def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrainer:
     set_seed(ingredients.args.seed)
-    served = None if recipe.teacher is None else recipe.teacher.server
-    teacher: Any = ingredients.cache if recipe.teacher is None or served is None else ServedTeacher(
-        served, load_skeleton(recipe.teacher, "teacher"))  # refused before the student is loaded
+    teachers: dict[str, Any] = dict(ingredients.caches)
+    for key, spec in recipe.teacher_specs.items():
+        if spec.server is not None:  # refused before the student is loaded
+            teachers[key] = _served(key, spec)
     half = half_precision(ingredients.args)
     student = load_model(recipe.student, "student", half)
     shared = sharing(recipe, ingredients)
-    if shared is not None and not shared.reason:
-        teacher = TeacherInStudent(student, shared.adapter)
-    elif recipe.teacher is not None and teacher is None:
-        teacher = load_model(recipe.teacher, "teacher", half)
+    for key, spec in recipe.teacher_specs.items():
+        if shared is not None and not shared.reason:
+            teachers[key] = TeacherInStudent(student, shared.adapter)
+        elif key not in teachers:
+            teachers[key] = load_model(spec, key, half)
     sentence = "" if shared is None else in_words(shared, student)
     trainer = DistillationTrainer(
-        student, teacher, ingredients.args, ingredients.train, ingredients.eval,
-        ingredients.student_processor, ingredients.teacher_processor,
+        student, recipe.of_teachers(teachers), ingredients.args, ingredients.train,
+        ingredients.eval, ingredients.student_processor, ingredients.teacher_processor,
         peft_config=lora_config(recipe.student.peft),
     )
     if sentence and trainer.is_world_process_zero():
         logger.info(sentence)
     return trainer
+
+
+def _served(key: str, spec: TeacherSpec) -> ServedTeacher:
+    assert spec.server is not None
+    try:
+        return ServedTeacher(spec.server, load_skeleton(spec, key))
+    except TaidError as error:
+        raise of_teacher(error, key) from error
 
 
 def _take_over(trainer: DistillationTrainer, whole: Recipe, stale: Sequence[Path]) -> None:

@@ -27,6 +27,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from taid_vlm.batch.collator import TeacherRow
 from taid_vlm.batch.forward import Batch
+from taid_vlm.batch.sparse import Draws, EntrySignal
 from taid_vlm.config.model import DESCRIPTION, TeacherSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.heads import Head
@@ -308,7 +309,7 @@ class CachedTeacher:
     """
 
     model = None  # none is loaded
-    top = None  # hidden states say all, and entries have a step of their own
+    top = None  # of held-out records hidden states say all, whatever is kept of the others
 
     def __init__(self, cache: TeacherCache, accelerator: Accelerator | None = None) -> None:
         self.cache = cache
@@ -336,13 +337,13 @@ class CachedTeacher:
 
     @torch.no_grad()
     def sparse(self, batch: Batch, k: int) -> SparseSignal:
-        """The k most likely tokens in float32, see `Teacher`."""
-        return most_likely(self.logits(batch), k, batch["teacher_labels"])
-
-    def entries(self, batch: Batch) -> SparseSignal:
-        """Of the pair's entries, as they were cached: `entries` in the place of ids."""
+        """The k most likely tokens in float32, see `Teacher`; of a cache of a few entries these,
+        as they were kept."""
+        if not self.cache.signal.is_sparse:
+            return most_likely(self.logits(batch), k, batch["teacher_labels"])
         self._refuse(batch, "teacher_entries")
-        return SparseSignal(*(batch[f"teacher_{name}"] for name in SIGNALS[SPARSE]))
+        kind = Draws if self.cache.signal.kind == "sampled" else EntrySignal
+        return kind(*(batch[f"teacher_{name}"] for name in SIGNALS[SPARSE]))
 
     def _stored(self, batch: Batch) -> Tensor:
         self._refuse(batch, "teacher_hidden")

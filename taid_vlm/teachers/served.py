@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -117,9 +117,20 @@ class ServedTeacher:
         self._refuse_placeholders(asked)
         return Pending([self._threads().submit(self._ask, question) for question in asked])
 
-    def collate(self, collator: Any) -> AskingCollator:
-        """The collator that also asks: the answers are under way while the student trains."""
-        return AskingCollator(collator, self)
+    def ask_ahead(self, batch: dict[str, Any]) -> None:
+        """Put the answers that are under way into a batch, or what went wrong.
+
+        What a data-loader worker gives is sent to another process, so that the worker waits; it
+        works ahead as it is.
+        """
+        try:
+            pending = self.submit(batch)
+            in_worker = get_worker_info() is not None
+            batch[SIGNAL] = _joined([future.result() for future in pending.rows],
+                                    self.top) if in_worker else pending
+        except TaidError as problem:
+            batch[SIGNAL] = str(problem)
+        batch.pop("teacher_chats", None)  # large, and sent
 
     def wait(self, batches: Sequence[dict[str, Any]]) -> None:
         """Put the answers, the parts of a SparseSignal by name, in place of what is under way.
@@ -226,26 +237,28 @@ class ServedTeacher:
 
 
 class AskingCollator:
-    """A collator whose batches carry the teacher's answers, or are waiting for them.
+    """A collator whose batches carry the teachers' answers, or are waiting for them: they are under
+    way while the student trains.
 
-    In the training process they are under way when it returns. What a data-loader worker gives is
-    sent to another process, so that the worker waits; it works ahead as it is.
+    Args:
+        teachers: by the name of their part of the batch, "" for all of it.
     """
 
-    def __init__(self, collator: Any, teacher: ServedTeacher) -> None:
-        self.collator, self.teacher = collator, teacher
+    def __init__(self, collator: Any, teachers: Mapping[str, ServedTeacher]) -> None:
+        self.collator, self.teachers = collator, teachers
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         batch: dict[str, Any] = self.collator(rows)
-        try:
-            pending = self.teacher.submit(batch)
-            in_worker = get_worker_info() is not None
-            batch[SIGNAL] = _joined([future.result() for future in pending.rows],
-                                    self.teacher.top) if in_worker else pending
-        except TaidError as problem:
-            batch[SIGNAL] = str(problem)
-        batch.pop("teacher_chats", None)  # large, and sent
+        for name, teacher in self.teachers.items():
+            for part in parts_for(name, [batch]):
+                teacher.ask_ahead(part)
         return batch
+
+
+def parts_for(name: str, batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A teacher's parts of some batches (`batch/several.py`), or all of them for ""."""
+    return [batch["parts"][name] if name else batch for batch in batches
+            if not name or name in batch["parts"]]
 
 
 def _joined(laws: Sequence[Laws], k: int) -> Laws:

@@ -3,11 +3,7 @@ or k draws.
 
 Entries are those that a pair compares (`alignment.VocabularyMap`): the mapped law of the teacher is
 what is cut down, so that k = all of them is the dense comparison in cases a and b, and draws are
-unbiased under any map. The student's law is summed up over the same entries and one rest, exactly.
-
-What is lost: by the data-processing inequality KL over the k + 1 entries is at most the whole KL,
-and nothing is said of how the rest is shared out. Without the rest (top-k renormalised) the student
-would be taught to put nothing there, a bias that no number of steps removes.
+unbiased under any map. How the student is compared with them: `batch/sparse.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from taid_vlm.alignment import Pairing, VocabularyMap
-from taid_vlm.batch.sparse import top_and_rest
+from taid_vlm.alignment import Pairing
+from taid_vlm.batch.sparse import check_sparse
 from taid_vlm.errors import TaidError
 from taid_vlm.io.hashing import SHORT, sha256
 from taid_vlm.objectives import Objective
@@ -76,6 +72,7 @@ class Signal:
                 raise TaidError(f"{flag}: the loss '{term.name}' {WHY[self.kind]}. Take one of "
                                 f"{', '.join(TRAINS[self.kind])}, or keep hidden states (--signal "
                                 "hidden).")
+        check_sparse(objective, flag)
         widths = [] if pairing is None else [vocabulary.width for vocabulary in pairing.maps]
         if widths and self.k > min(widths):
             raise TaidError(f"--k = {self.k}, but the pair compares {min(widths)} entries.")
@@ -116,19 +113,6 @@ def cut_down(
         entries[rows], log_probs[rows], log_rest[rows] = kept.ids.int(), kept.log_probs, \
             kept.log_rest
     return {"entries": entries, "log_probs": log_probs, "log_rest": log_rest}
-
-
-def of_entries(
-    vocabulary: VocabularyMap, student_logits: Tensor, signal: SparseSignal
-) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's [n, k + 1] logits over the entries kept and one rest.
-
-    Args:
-        student_logits: [n, V_student].
-        signal: of the same n tokens; `ids` are entries of the map.
-    """
-    student = top_and_rest(vocabulary.map_student(student_logits), signal.ids)
-    return student, torch.cat([signal.log_probs, signal.log_rest[:, None]], -1)
 
 
 def maps_hash(pairing: Pairing) -> str:

@@ -47,7 +47,8 @@ class DistillationConfig(TrainingArguments):
         model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
             given by name.
         chat_template_kwargs, teacher_chat_template_kwargs: variables of the student's and the
-            teacher's chat templates.
+            teacher's chat templates; of several teachers by name.
+        teacher_weights: of several teachers, the mixture for records that name none.
     """
 
     objective: str | dict[str, Any] = field(default="taid")
@@ -69,6 +70,7 @@ class DistillationConfig(TrainingArguments):
     teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
     chat_template_kwargs: dict[str, Any] | None = field(default=None)
     teacher_chat_template_kwargs: dict[str, Any] | None = field(default=None)
+    teacher_weights: dict[str, float] | None = field(default=None)
     remove_unused_columns: bool = field(default=False)
     logging_nan_inf_filter: bool = field(default=False)  # what is no number is logged as that
 
@@ -119,8 +121,9 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
     own = {"output_dir": recipe.output_dir, "objective": recipe.objective,
            "canary_records": recipe.evaluate.canary,
            "chat_template_kwargs": recipe.student.chat_template_kwargs,
-           "teacher_chat_template_kwargs": (
-               template_kwargs(recipe.teacher) if recipe.teacher else {})}
+           "teacher_weights": recipe.teacher_weights, "teacher_chat_template_kwargs": (
+               template_kwargs(recipe.teacher) if recipe.teacher else {
+                   name: template_kwargs(spec) for name, spec in (recipe.teachers or {}).items()})}
     train = {key: value for key, value in recipe.train.items() if not of_hub(key)}
     try:
         # transformers writes its own defaults into mappings like fsdp_config

@@ -154,7 +154,7 @@ def _check_metric(args: DistillationConfig, recipe: Recipe) -> None:
     if args.eval_strategy == "no":
         raise _refusal("metric_for_best_model", name, "has no effect without train.eval_strategy.")
     valid = [figure for figure, (_, needs_teacher) in DIRECTIONS.items()
-             if recipe.teacher is not None or not needs_teacher]
+             if recipe.teacher_specs or not needs_teacher]
     if name.removeprefix("eval_") not in valid:
         raise _refusal("metric_for_best_model", name,
                        f"is no figure of the evaluation.{nearest(name, valid)}")

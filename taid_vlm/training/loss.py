@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from taid_vlm.alignment import Pairing, VocabularyMap
+from taid_vlm.alignment import Pairing
 from taid_vlm.batch.figures import Measured, compared_figures, token_figures
 from taid_vlm.batch.forward import Batch, student_forward
-from taid_vlm.batch.losses import advantage_weights, by_map, by_weight, token_losses
+from taid_vlm.batch.losses import advantage_weights, by_weight, token_losses
 from taid_vlm.batch.sparse import sparse_figures, sparse_losses
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
@@ -29,8 +29,7 @@ from taid_vlm.fused.model_head import find_logit_transform, output_head
 from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, divergence, parse_objective
-from taid_vlm.teachers import CachedTeacher, HiddenSignal, SparseSignal, Teacher
-from taid_vlm.teachers.sparse import of_entries
+from taid_vlm.teachers import CachedTeacher, HiddenSignal, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -91,20 +90,20 @@ def _advantage(objective: Objective, teacher: Teacher, batch: Batch, u: Tensor) 
 
 
 class SparseStep:
-    """The k most likely tokens of a teacher whose whole law is not known, and the rest; all logits
-    of the student in memory.
+    """A few entries of the teacher's laws and the rest, where the whole laws are not known; all
+    logits of the student in memory.
 
     Args:
         k: what the teacher's `sparse` takes.
+        reason: why no more is known, for the run's results.
     """
 
-    def __init__(self, objective: Objective, pairing: Pairing, k: int) -> None:
-        self.objective, self.pairing, self.k = objective, pairing, k
+    def __init__(self, objective: Objective, pairing: Pairing, k: int, reason: str) -> None:
+        self.objective, self.pairing, self.k, self.reason = objective, pairing, k, reason
 
     def report(self) -> dict[str, Any]:
         """For the run's results: which implementation ran, and why."""
-        return {"name": "sparse", "bodies": [],
-                "reason": f"the teacher gives its {self.k} most likely tokens and the rest"}
+        return {"name": "sparse", "bodies": [], "reason": self.reason}
 
     def __call__(
         self, model: nn.Module, teacher: Teacher | None, batch: Batch, t: float | None,
@@ -117,49 +116,6 @@ class SparseStep:
         sums = {name: by_weight(batch, x).sum() for name, x in losses.items()}
         figures = sparse_figures(batch, s, signal, self.pairing) if with_figures else {}
         return StepLoss(self.objective.weighted(sums), losses, None, figures)
-
-
-class EntriesStep:
-    """The objective over a few entries of the teacher's law and one rest, as they were cached.
-
-    Figures are over the same entries: kl, for the most likely ones, is at most the whole law's.
-    """
-
-    def __init__(
-        self, objective: Objective, pairing: Pairing, teacher: CachedTeacher
-    ) -> None:
-        self.objective, self.pairing = objective, pairing
-        self.signal = teacher.cache.signal
-
-    def report(self) -> dict[str, Any]:
-        """For the run's results: which implementation ran, and why."""
-        return {"name": "reference", "bodies": [], "reason": "the teacher is cached as "
-                f"{self.signal.k} {self.signal.kind} entries of its law"}
-
-    def __call__(
-        self, model: nn.Module, teacher: Teacher | None, batch: Batch, t: float | None,
-        with_figures: bool,
-    ) -> StepLoss:
-        assert isinstance(teacher, CachedTeacher)  # `choose_step` has asked
-        signal, s = teacher.entries(batch), student_forward(model, batch)
-        rows = torch.arange(len(s), device=s.device)
-
-        def laws(vocabulary: VocabularyMap, s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            return of_entries(vocabulary, s, SparseSignal(
-                signal.ids[rows], signal.log_probs[rows], signal.log_rest[rows]))
-
-        losses = self.objective.on_data(s, batch["labels"]) | by_map(
-            self.pairing, batch, s, rows, lambda *of: self.objective.between(*laws(*of), t))
-        sums = {name: by_weight(batch, x).sum() for name, x in losses.items()}
-        figures = {}
-        if with_figures:
-            figures = {"nll": divergence("ce", s, None, labels=batch["labels"])}
-        if with_figures and self.signal.kind == "topk":
-            with torch.no_grad():
-                figures |= by_map(self.pairing, batch, s, rows,
-                                  lambda *of: {"kl": divergence("forward_kl", *laws(*of))})
-        return StepLoss(self.objective.weighted(sums), losses, None,
-                        {name: Measured(values.detach()) for name, values in figures.items()})
 
 
 class FusedStep:
@@ -243,7 +199,6 @@ def _hidden(teacher: Teacher, batch: Batch) -> HiddenSignal:
     return signal
 
 
-
 # ----- the student's forward ----------------------------------------------------------------
 
 
@@ -268,13 +223,14 @@ def accept_distill(model: PreTrainedModel) -> None:
 # ----- which one ----------------------------------------------------------------------------
 
 
-Step: TypeAlias = ReferenceStep | SparseStep | EntriesStep | FusedStep
+Step: TypeAlias = ReferenceStep | SparseStep | FusedStep
 
 
 def choose_step(
     implementation: str, objective: Objective, pairing: Pairing | None, student: nn.Module,
     teacher: Teacher | None, probe: Batch, memory_budget: int = MEMORY_BUDGET,
     autocast: Autocast = contextlib.nullcontext,
+    find: Callable[[], LogitTransform | None] | None = None,
 ) -> Step:
     """The implementation asked for; "auto" takes the fused one where it gives the same.
 
@@ -282,6 +238,7 @@ def choose_step(
         probe: a batch, at some positions of which head(hidden) is compared with the models' own
             logits. Moves no random state.
         autocast: a new context of mixed precision, if the run has one.
+        find: gives what stands behind the student's head, if that is known.
 
     Raises:
         TaidError: "fused" for something only the reference can do, with the reason.
@@ -296,7 +253,7 @@ def choose_step(
     reason, transform = obstacle(objective, pairing), None
     if reason is None:
         with autocast():
-            transform = find_logit_transform(
+            transform = find() if find else find_logit_transform(
                 unwrap(student), probe["student_inputs"], probe["student_mask"])
         if transform is None:
             reason = _unknown_head("student", unwrap(student))
@@ -312,14 +269,17 @@ def choose_step(
 
 def plain_step(
     objective: Objective, pairing: Pairing | None, teacher: Teacher | None
-) -> ReferenceStep | SparseStep | EntriesStep:
+) -> ReferenceStep | SparseStep:
     """The implementation that works without knowing what stands behind the heads."""
     if teacher is None or pairing is None or not objective.needs_teacher:
         return ReferenceStep(objective, pairing)
     if isinstance(teacher, CachedTeacher) and teacher.cache.signal.is_sparse:
-        return EntriesStep(objective, pairing, teacher)
+        signal = teacher.cache.signal
+        return SparseStep(objective, pairing, signal.k, "the teacher is cached as "
+                          f"{signal.k} {signal.kind} entries of its law")
     return ReferenceStep(objective, pairing) if teacher.top is None else SparseStep(
-        objective, pairing, teacher.top)
+        objective, pairing, teacher.top,
+        f"the teacher gives its {teacher.top} most likely tokens and the rest")
 
 
 def _unknown_head(role: str, model: Any) -> str:

@@ -158,9 +158,14 @@ def with_adapter(student: PreTrainedModel, config: Any, on_meta: bool = False) -
 
 
 def resolve(
-    model: Any, processor: Processor | None, role: str, init_kwargs: Mapping[str, Any] | None
-) -> tuple[Any, Processor | None]:
+    model: Any, processor: Any, role: str, init_kwargs: Mapping[str, Any] | None
+) -> tuple[Any, Any]:
     """Load what was given by name."""
+    if isinstance(model, Mapping):
+        pairs = {name: resolve(one, (processor or {}).get(name), f"teachers.{name}", init_kwargs)
+                 for name, one in model.items()}
+        return {name: one for name, (one, _) in pairs.items()}, {
+            name: own for name, (_, own) in pairs.items()}
     if not isinstance(model, str):
         return model, processor
     spec = ModelSpec(model_name_or_path=model, init_kwargs=dict(init_kwargs or {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from taid_vlm.teachers import (
     TeacherCache,
     TeacherInStudent,
     TeacherLost,
+    Teachers,
 )
 from taid_vlm.teachers.protocol import Laws, as_chat
-from taid_vlm.teachers.served import SAME_MODEL, distance
+from taid_vlm.teachers.served import SAME_MODEL, AskingCollator, distance, parts_for
+from taid_vlm.teachers.several import each
 from taid_vlm.training.visual import visual_collator
 
 logger = logging.getLogger(__name__)
@@ -82,16 +84,30 @@ def shapes_of(teacher: Any) -> Any:
 def training_collator(
     collator: DistillationCollator, objective: Objective, student: Any, teacher: Any
 ) -> Any:
-    """With what the objective asks of images, or asking a served teacher ahead."""
-    if isinstance(teacher, ServedTeacher):
-        return teacher.collate(collator) if objective.needs_teacher else collator
-    return visual_collator(collator, objective, student, teacher)
+    """With what the objective asks of images, or asking served teachers ahead."""
+    served = served_of(teacher)
+    if served and objective.needs_teacher:
+        return AskingCollator(collator, served)
+    return collator if served or isinstance(teacher, Mapping) else visual_collator(
+        collator, objective, student, teacher)
+
+
+def served_of(teacher: Any) -> dict[str, ServedTeacher]:
+    """The served ones by the name of their part of a batch, "" of a single teacher."""
+    return {name: one for name, one in each(teacher).items() if isinstance(one, ServedTeacher)}
 
 
 def place_teacher(
-    teacher: Any, accelerator: Accelerator
-) -> LocalTeacher | ServedTeacher | CachedTeacher | None:
-    """A model becomes a teacher in this process, a cache one with its head."""
+    teacher: Any, accelerator: Accelerator, pairing: Any = None, called: str = "The teacher"
+) -> Any:
+    """A model becomes a teacher in this process, a cache one with its head; several do by name.
+
+    Args:
+        pairing: of several, how each is compared.
+    """
+    if isinstance(teacher, Mapping):
+        return Teachers({name: place_teacher(one, accelerator, called=f"The teacher '{name}'")
+                         for name, one in teacher.items()}, pairing)
     if teacher is None or isinstance(teacher, ServedTeacher):
         return teacher
     if isinstance(teacher, TeacherInStudent):
@@ -99,24 +115,25 @@ def place_teacher(
     if not isinstance(teacher, TeacherCache):
         return LocalTeacher(teacher, accelerator)
     if accelerator.is_main_process:
-        logger.info("The teacher is cached in '%s' and shown no images: whether it looks at its "
-                    "own (the canary) is not measured.", teacher.folder)
+        logger.info("%s is cached in '%s' and shown no images: whether it looks at its own (the "
+                    "canary) is not measured.", called, teacher.folder)
     return CachedTeacher(teacher, accelerator)
 
 
 def await_signals(
-    teacher: ServedTeacher, batches: Sequence[dict[str, Any]], accelerator: Accelerator
+    teacher: Any, batches: Sequence[dict[str, Any]], accelerator: Accelerator
 ) -> None:
     """Wait for what was asked ahead; raise TeacherLost in every process if it fails in one."""
-    problem = None
-    try:
-        teacher.wait(batches)
-    except TaidError as error:
-        problem = str(error)
-    problems = gather_object([problem]) if accelerator.num_processes > 1 else [problem]
-    if any(problems):
-        teacher.close()
-        raise TeacherLost(next(filter(None, problems)))
+    for name, served in served_of(teacher).items():
+        problem = None
+        try:
+            served.wait(parts_for(name, batches))
+        except TaidError as error:
+            problem = str(error)
+        problems = gather_object([problem]) if accelerator.num_processes > 1 else [problem]
+        if any(problems):
+            served.close()
+            raise TeacherLost(next(filter(None, problems)))
 
 
 @contextlib.contextmanager

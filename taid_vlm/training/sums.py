@@ -10,7 +10,7 @@ from torch import Tensor
 
 from taid_vlm.batch.collator import Batch
 from taid_vlm.batch.figures import Measured
-from taid_vlm.batch.losses import by_weight, compared_tokens
+from taid_vlm.batch.losses import by_weight, compared_tokens, weight_sum
 from taid_vlm.training.loss import StepLoss
 
 
@@ -49,6 +49,15 @@ def figure_sums(batch: Batch, figures: Mapping[str, Measured]) -> dict[str, Tens
             values, amount = values * weight, weight.double().sum()
         sums[name], sums[f"tokens/{name}"] = values.sum(), amount
     return sums
+
+
+def step_counts(batch: Batch) -> Tensor:
+    """What the answer tokens count; images and tokens fed to the student, without padding, of the
+    references."""
+    images, fed = torch.stack(
+        [batch["images"].sum(), batch["student_inputs"]["attention_mask"].sum()]).tolist()
+    own = weight_sum(batch["sampled"]) if "sampled" in batch else 0.0
+    return torch.tensor([weight_sum(batch) + own, images, fed], dtype=torch.float64)
 
 
 def _count(values: Tensor, like: Tensor) -> Tensor:

@@ -30,9 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from taid_vlm.adapters import Processor
-from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator
-from taid_vlm.batch.losses import weight_sum
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import Canary, Looks
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
@@ -41,12 +39,12 @@ from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
 from taid_vlm.models.published import use_published_names
 from taid_vlm.objectives import TaidSchedule, parse_objective
-from taid_vlm.teachers import ServedTeacher, TeacherCache, TeacherInStudent
+from taid_vlm.teachers import ServedTeacher, TeacherCache, TeacherInStudent, Teachers
 from taid_vlm.training.carried import ScheduleCallback, gone_on_from
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.intake import Intake, prepared, windowed
-from taid_vlm.training.loss import Step, StepLoss, choose_step, plain_step
+from taid_vlm.training.loss import Step, StepLoss
 from taid_vlm.training.on_policy import (
     NOT_LEARNED,
     OWN,
@@ -56,17 +54,24 @@ from taid_vlm.training.on_policy import (
     on_policy_figures,
     without_sync,
 )
-from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
+from taid_vlm.training.pair import resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
 from taid_vlm.training.served import (
     await_signals,
     kept_if_lost,
-    place_teacher,
-    serve,
-    shapes_of,
     training_collator,
 )
-from taid_vlm.training.sums import figure_sums, token_sums
+from taid_vlm.training.several import (
+    NoTokens,
+    SeveralStep,
+    placed,
+    plain_step_of,
+    put_together,
+    step_of,
+    the_only_one,
+    with_all_names,
+)
+from taid_vlm.training.sums import figure_sums, step_counts, token_sums
 from taid_vlm.training.visual import VisualTerms
 from taid_vlm.training.window import Window
 
@@ -82,12 +87,12 @@ class DistillationTrainer(Trainer):
         model, teacher_model: transformers models, or names to load; a ServedTeacher is asked over
             the network, a TeacherCache was asked once, a TeacherInStudent is the base model of a
             student with an adapter. The teacher may be left out for objectives that need none
-            (`ce`).
+            (`ce`). Several teachers are a mapping, {name: any of these}.
         args: a DistillationConfig.
         train_dataset, eval_dataset: `Records`, or any dataset of rows in the columns that
             `taid_vlm.records` understands; evaluation needs one with a length.
         processing_class, teacher_processing_class: tokenizer or processor of each model; loaded
-            along where the model was given by name.
+            along where the model was given by name. Of several teachers by name, too.
         peft_config: train an adapter of the peft library instead of all weights.
 
     Raises:
@@ -101,12 +106,13 @@ class DistillationTrainer(Trainer):
         self,
         model: str | PreTrainedModel,
         teacher_model: str | PreTrainedModel | ServedTeacher | TeacherCache | TeacherInStudent
+        | Mapping[str, Any]
         | None = None,
         args: DistillationConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Processor | None = None,
-        teacher_processing_class: Processor | None = None,
+        teacher_processing_class: Processor | Mapping[str, Processor] | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -121,10 +127,10 @@ class DistillationTrainer(Trainer):
         train_dataset, eval_dataset = (prepared(d, args) for d in (train_dataset, eval_dataset))
         if self.objective.needs_teacher and teacher is None:
             raise TaidError("the objective needs a teacher_model; only 'ce' works without.")
-        pairing, collator = pair_for_training(
-            student, shapes_of(teacher), processing_class, teacher_processing_class, args,
-            [d for d in (train_dataset, eval_dataset) if d is not None])
-        collator = serve(collator, teacher, self.objective, train_dataset)
+        pairing, collator = put_together(
+            student, teacher, processing_class, teacher_processing_class, args, train_dataset,
+            eval_dataset)
+        teacher = the_only_one(teacher)
         if peft_config is not None:
             student = with_adapter(student, peft_config)
         if isinstance(teacher, TeacherInStudent):
@@ -133,8 +139,9 @@ class DistillationTrainer(Trainer):
         _use_one_gpu(args)
         batches, sampling = training_collator(
             collator, self.objective, student, teacher), self.objective.on_policy
-        samples = training_collator(replace(collator, left_out=NOT_LEARNED, reported={}),
-                                    self.objective.sampled or self.objective, student, teacher)
+        samples: Any = sampling and training_collator(
+            replace(collator, left_out=NOT_LEARNED, reported={}),
+            self.objective.sampled or self.objective, student, teacher)
         super().__init__(
             model=student, args=args, eval_dataset=eval_dataset,
             train_dataset=windowed(train_dataset, collator, args),
@@ -145,15 +152,14 @@ class DistillationTrainer(Trainer):
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
-        self.teacher = place_teacher(teacher, self.accelerator)
-        self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
+        self.teacher, self.pairing = placed(teacher, pairing, self.accelerator)
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.router = RouterTerm(self.objective.router, student, self.accelerator)
         self.rollouts = None if sampling is None else Rollouts(
             sampling, collator.student, batches, samples, self.accelerator, args.seed)
         self._begin(train_dataset)
-        self._steps: dict[str, Step] = {}
+        self._steps: dict[str, Step | SeveralStep] = {}
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
 
@@ -216,7 +222,7 @@ class DistillationTrainer(Trainer):
             found = self._loss_step(inputs)(model, self.teacher, inputs, t, shown)
         seen, routed = self.visual.losses(inputs), self.router.losses(inputs)
         self._remember(inputs, found, seen if routed is None else seen | {ROUTER: routed})
-        tokens, images, fed = (_counts(inputs) if num_items_in_batch is None
+        tokens, images, fed = (step_counts(inputs) if num_items_in_batch is None
                                else (num_items_in_batch, *self._step_counts))
         # DDP averages gradients over processes; the sum over all tokens must not be averaged
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
@@ -226,7 +232,7 @@ class DistillationTrainer(Trainer):
             loss = loss + self.router.weight * routed.sum() * processes / max(float(fed), 1.0)
         return (loss, found.losses) if return_outputs else loss
 
-    def _loss_step(self, batch: Batch, part: str = "") -> Step:
+    def _loss_step(self, batch: Batch, part: str = "") -> Step | SeveralStep | NoTokens:
         """The implementation of the loss, chosen at the first batch that has tokens to check it.
 
         Args:
@@ -235,13 +241,12 @@ class DistillationTrainer(Trainer):
         objective = self.objective.sampled if part else self.objective
         assert objective is not None
         if self._steps.get(part) is None and len(batch["labels"]):
-            self._steps[part] = choose_step(
-                self.args.loss_implementation, objective, self.pairing, self.model,
-                self.teacher, batch, self.args.loss_memory_budget, self.accelerator.autocast)
-        return self._steps.get(part) or plain_step(objective, self.pairing, self.teacher)
+            self._steps[part] = step_of(objective, self.pairing, self.model, self.teacher, batch,
+                                        self.args, self.accelerator)
+        return self._steps.get(part) or plain_step_of(objective, self.pairing, self.teacher)
 
     @property
-    def _step(self) -> Step | None:
+    def _step(self) -> Step | SeveralStep | None:
         """That of the references."""
         return self._steps.get("")
 
@@ -251,11 +256,10 @@ class DistillationTrainer(Trainer):
         micro-batch waits for the device to know them."""
         if self.rollouts is not None:
             self.rollouts.fill(batch_samples, self.model, self.state.global_step + 1)
-        if isinstance(self.teacher, ServedTeacher):
-            asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
-            with kept_if_lost(self):
-                await_signals(self.teacher, asked, self.accelerator)
-        counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0)
+        asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
+        with kept_if_lost(self):
+            await_signals(self.teacher, asked, self.accelerator)
+        counts = torch.stack([step_counts(batch) for batch in batch_samples]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
         tokens, *self._step_counts = counts
@@ -289,6 +293,8 @@ class DistillationTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         sums, self._step_sums = self._step_sums, {}
+        if isinstance(self.teacher, Teachers) and self._logs_this_step():
+            sums = with_all_names(sums, self.accelerator)
         self.guard.judge(sums, norm, trained, self.state.global_step + 1, self.objective,
                          self.schedule.t if self.schedule else None)
         return norm
@@ -394,8 +400,9 @@ class DistillationTrainer(Trainer):
 
     def look(self, dataset: Sequence[Any]) -> Looks:
         """`evaluation.canary.canary` of teacher and student, by role; {} without images."""
+        teacher = self.teacher.models if isinstance(self.teacher, Teachers) else self.teacher_model
         return self.canary.measure(
-            dataset, self.model, self.teacher_model, self.collator, **self._evaluation_options())
+            dataset, self.model, teacher, self.collator, **self._evaluation_options())
 
     def _evaluation_options(self) -> dict[str, Any]:
         return {
@@ -485,12 +492,3 @@ def _use_one_gpu(args: DistillationConfig) -> None:
     if args.n_gpu > 1:
         logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
         args._n_gpu = 1
-
-
-def _counts(batch: Batch) -> Tensor:
-    """What the answer tokens count; images and tokens fed to the student, without padding, of the
-    references."""
-    images, fed = torch.stack(
-        [batch["images"].sum(), batch["student_inputs"]["attention_mask"].sum()]).tolist()
-    own = weight_sum(batch[SAMPLED]) if SAMPLED in batch else 0.0
-    return torch.tensor([weight_sum(batch) + own, images, fed], dtype=torch.float64)

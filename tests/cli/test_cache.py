@@ -499,6 +499,7 @@ def test_all_entries_train_as_hidden_states_do(
         assert results["eval"][moment]["kl"] == pytest.approx(
             expected["eval"][moment]["kl"], abs=1e-6)
     assert results["models"]["teacher"]["cache"]["signal"] == f"topk {width}"
+    assert results["train"]["loss_implementation"]["name"] == "sparse"
     assert f"{width} topk entries" in results["train"]["loss_implementation"]["reason"]
 
 

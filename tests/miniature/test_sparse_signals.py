@@ -10,10 +10,11 @@ from torch import Tensor
 
 from taid_vlm import divergence
 from taid_vlm.alignment import Pairing, VocabularyMap
+from taid_vlm.batch.sparse import EntrySignal, sparse_pair
 from taid_vlm.errors import TaidError
 from taid_vlm.objectives import parse_objective
 from taid_vlm.teachers import SparseSignal
-from taid_vlm.teachers.sparse import Signal, cut_down, drawn, of_entries
+from taid_vlm.teachers.sparse import Signal, cut_down, drawn
 
 SYMBOLS = 8
 LAW = make_language(SYMBOLS).law.float()
@@ -28,7 +29,7 @@ SHARED = VocabularyMap(side("0 1 2 3 4 5", "6 7", 8), side("5 4 3 2 1 0", "6 7",
 def kept(vocabulary: VocabularyMap, signal: Signal, seed: bytes = b"language") -> SparseSignal:
     pairing = Pairing("b", "a language", (vocabulary,))
     tensors = cut_down(signal, pairing, torch.zeros(len(LAW), dtype=torch.long), LAW.log(), seed)
-    return SparseSignal(tensors["entries"].long(), tensors["log_probs"], tensors["log_rest"])
+    return EntrySignal(tensors["entries"].long(), tensors["log_probs"], tensors["log_rest"])
 
 
 def gradient(
@@ -40,7 +41,7 @@ def gradient(
     s[:, :SYMBOLS] = STUDENT
     s.requires_grad_()
     pair = (vocabulary.map_student(s), vocabulary.map_teacher(LAW.log())) if signal is None else \
-        of_entries(vocabulary, s, signal)
+        sparse_pair(vocabulary, s, signal)
     (found,) = torch.autograd.grad(divergence(loss, *pair, **options).sum(), s)
     return found
 
@@ -61,7 +62,7 @@ def test_the_rest_is_exact_and_the_kl_at_most_the_whole() -> None:
     torch.testing.assert_close(signal.log_rest.exp(),
                                LAW.sort(-1, descending=True).values[:, 3:].sum(-1))
     dense = divergence("forward_kl", STUDENT, LAW.log())
-    assert (divergence("forward_kl", *of_entries(SAME, STUDENT, signal)) <= dense + 1e-6).all()
+    assert (divergence("forward_kl", *sparse_pair(SAME, STUDENT, signal)) <= dense + 1e-6).all()
 
 
 @pytest.mark.parametrize("vocabulary", [SAME, SHARED], ids=["same", "shared"])
@@ -118,3 +119,10 @@ def test_draws_weigh_what_they_were_drawn() -> None:
 def test_losses_that_need_the_dense_law_are_refused(kind: str, loss: str, says: str) -> None:
     with pytest.raises(TaidError, match=says):
         Signal(kind, 4).check(None, parse_objective(loss))
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+def test_a_temperature_needs_the_dense_law(kind: str) -> None:
+    objective = parse_objective({"name": "forward_kl", "kd_temperature": 2.0})
+    with pytest.raises(TaidError, match="kd_temperature = 2 would change"):
+        Signal(kind, 4).check(None, objective)

@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +155,19 @@ def step_gradient(output: Path, **options: Any) -> dict[str, Tensor]:
     return {name: before[name] - after for name, after in weights(trainer).items()}
 
 
+def make(several: bool) -> Callable[..., DistillationTrainer]:
+    if not several:
+        return make_trainer
+    from training.several import several_trainer
+
+    return several_trainer
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for options in json.loads(Path(sys.argv[1]).read_text()):
         resume = options.pop("resume", None)
-        trainer = make_trainer(**options)
+        trainer = make(options.pop("several", False))(**options)
         trainer.train(resume_from_checkpoint=resume)
         if trainer.is_world_process_zero():
             output = Path(options["output"])

@@ -2,15 +2,18 @@
 
     python -m torch.distributed.run --nproc_per_node=2 sharded.py KIND FOLDER
 
-KIND is ddp or fsdp, with -reference for the reference loss. Rank 0 writes KIND-PROCESSES files.
+KIND is ddp or fsdp, with -reference for the reference loss or -several for two teachers. Rank 0
+writes KIND-PROCESSES files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,15 +25,20 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training.runs import rows
-from zoo import build
+from zoo import Built, build
 
+from taid_vlm import DistillationConfig
 from taid_vlm.adapters import make_adapter
 from taid_vlm.alignment import pair_models
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.batch.several import SeveralCollator
+from taid_vlm.batch.shares import Shares
 from taid_vlm.models.forward import head_rows
+from taid_vlm.models.head import IDENTITY
 from taid_vlm.objectives import parse_objective
-from taid_vlm.teachers import LocalTeacher
+from taid_vlm.teachers import LocalTeacher, Teachers
 from taid_vlm.training.loss import choose_step
+from taid_vlm.training.several import SeveralStep
 
 
 def main() -> None:
@@ -50,6 +58,10 @@ def main() -> None:
     name = "reference" if kind.endswith("-reference") else "fused"
     teacher_model = LocalTeacher(theirs.model)
     step = choose_step(name, objective, pairing, ours.model, teacher_model, batches[0], 40_000)
+    if kind.endswith("-several"):
+        teacher_model, batches = several(ours, collator, teacher_model, seen[:8][rank::world])
+        step = SeveralStep(objective, teacher_model, ours.model, IDENTITY,
+                           DistillationConfig(str(folder), use_cpu=True), contextlib.nullcontext)
     model = wrapped(kind, ours.model)
     tokens = torch.tensor(sum(len(batch["labels"]) for batch in batches))
     dist.all_reduce(tokens)
@@ -65,6 +77,23 @@ def main() -> None:
         (folder / f"{kind}-{world}.json").write_text(json.dumps({"sharded": sharded}))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def several(
+    ours: Built, collator: DistillationCollator, one: LocalTeacher, data: list[dict[str, Any]]
+) -> tuple[Teachers, list[dict[str, Any]]]:
+    """With a second teacher of another tokenizer; every record has one of the two, in turn, so
+    that processes have other ones in a step."""
+    other = build("llava", seed=5, tokenizer="metaspace")
+    adapter = make_adapter(other.processor, "teacher")
+    pairing = pair_models(adapter, collator.student, head_rows(other.model), head_rows(ours.model))
+    parts = {"a": collator, "b": DistillationCollator(collator.student, adapter, pairing)}
+    joint = SeveralCollator(collator.student, parts=parts, shares=Shares(("a", "b"), None))
+    named = [{**row, "teacher": "ab"[len(row["completion"]) % 2] if "completion" in row else "a"}
+             for row in data]
+    return (Teachers({"a": one, "b": LocalTeacher(other.model)},
+                     {name: part.pairing for name, part in parts.items()}),
+            [joint([row]) for row in named])
 
 
 def wrapped(kind: str, model: torch.nn.Module) -> torch.nn.Module:
