@@ -133,7 +133,10 @@ def check_benchmark(task: str, methods: Sequence[Method]) -> list[str]:
 
     for what, keys in (("rule", ("rule",)), ("the rule's version", ("rule_version",)),
                        ("the data (sha256)", ("source", "sha256")),
-                       ("the number of questions", ("n",))):
+                       ("the number of questions", ("n",)),
+                       ("the questions (hash)", ("questions_hash",)),
+                       ("the number of solved examples", ("answering", "num_fewshot")),
+                       ("the limit of questions", ("answering", "limit"))):
         _same(evaluations, f"{task}: {what}", value(*keys))
     warnings = [
         _differs(evaluations, f"{task}: prompts", value("prompt_hash")),
