@@ -25,6 +25,8 @@ from taid_vlm.io.jsonl import need, read_lines
 Rows = dict[str, list[dict[str, Any]]]  # task -> a row per question, as in answers/NAME.jsonl
 LM_EVAL, LMMS_EVAL = "lm-eval", "lmms-eval"
 SAMPLE = {"doc_id": int, "filtered_resps": object}
+METHODS = {"generate_until": "generate", "multiple_choice": "likelihood",
+           "loglikelihood": "likelihood"}
 SCORES = ("score", "acc", "accuracy", "hit", "correct", "exact_match")  # inside a logged metric
 
 
@@ -111,6 +113,7 @@ def _entry(log: Log, task: str, leaves: Sequence[str], raw: Mapping[str, Any],
            rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = leaves[0]
     config = (raw.get("configs") or {}).get(first) or {}
+    kind = config.get("output_type")
     figures = figures_of(raw["results"][task], task)
     shares = all(0 <= figure["value"] <= 1 for figure in figures.values())
     number = len(rows) or max(figure["n"] for figure in figures.values())
@@ -131,7 +134,7 @@ def _entry(log: Log, task: str, leaves: Sequence[str], raw: Mapping[str, Any],
         "questions_hash": text_hash("".join(f"{row['id']}\0{row['answers']}\0" for row in rows))
         if rows else None,
         "answering": {
-            "method": config.get("output_type") or "unknown means",
+            "method": METHODS.get(kind, kind or "unknown means"),
             "num_fewshot": shots.pop() if len(shots) == 1 else sorted(shots, key=str),
             "limit": (raw.get("config") or {}).get("limit"),
             "apply_chat_template": None if log.harness == LMMS_EVAL else chat is not None,
@@ -178,7 +181,8 @@ def _of_lm_eval(line: Mapping[str, Any], metric: str, where: str) -> dict[str, A
     choices = [str(args[1]).strip() for args in arguments] if len(arguments) > 1 and all(
         len(args) > 1 and isinstance(args[1], str) for args in arguments) else []
     if choices and len({*choices}) < len(choices):
-        choices = list(prompts)  # they stand in the question, and what follows is the same
+        # they stand in the question, which ends with one, and what follows is the same
+        choices = [prompt.rpartition("\n\n")[2] for prompt in prompts]
     said = chosen(line, choices, metric) if choices else generated(line)
     target = line.get("target", "")
     gold = choices[int(target)] if choices and str(target).isdecimal() and \
