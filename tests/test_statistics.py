@@ -167,6 +167,15 @@ def test_shares_by_clopper_and_pearson(right: int, n: int, low: float, high: flo
     assert (found.low, found.high) == pytest.approx((low, high), abs=2e-6)
 
 
+def test_one_model_among_several_has_the_interval_that_it_has_alone() -> None:
+    right, wrong = [1.0] * 118 + [0.0] * 2, [0.0] * 120
+    pair = Paired({"a": Arm([right]), "b": Arm([wrong])}, groups=range(120), shares=True)
+    for name, own in (("a", right), ("b", wrong)):
+        found, alone = pair.interval(name), mean_of(own)
+        assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
+    assert pair.interval("a").low == pytest.approx(0.941083, abs=1e-5)
+
+
 def test_a_share_of_groups_is_wider_and_stays_within_0_and_1() -> None:
     scores_, groups = [1.0, 1.0, 1.0, 0.0] * 4, [i // 4 for i in range(16)]
     alone, alike = mean_of(scores_), mean_of(scores_, groups)

@@ -93,14 +93,19 @@ class Block:
     rare: variance that a difference has besides, so that a few questions on which models differ are
         not taken for all there are: as if there were two more, one for each side (Bonett and
         Price, 2012).
+    exact: whether draws are questions of their own with shares as scores, of which a mean has
+        Clopper and Pearson's interval, which knows of rare answers.
     """
 
     residuals: Mapping[str, Array]
     freedom: float
     rare: float
+    exact: bool
 
     def part(self, signs: Signs) -> Part:
         part = part_of(self.errors(signs), self.freedom)
+        if self.exact and len(signs) == 1:
+            return replace(part, freedom=self.freedom)
         return replace(part, variance=part.variance + (self.rare if len(signs) > 1 else 0.0))
 
     def errors(self, signs: Signs) -> Array:
@@ -146,7 +151,8 @@ class Paired:
                 clustered[:, part].mean(1) - means.mean() * clustered[:, -1])
         counted = shares and weights is None and self.n
         self.blocks = [Block(residuals, draws.freedom,
-                             2.0 / (self.clusters * self.n) if counted else 0.0)]
+                             2.0 / (self.clusters * self.n) if counted else 0.0,
+                             bool(counted) and self.clusters == self.n)]
 
     @classmethod
     def average(cls, several: Sequence[Paired]) -> Paired:
@@ -159,7 +165,7 @@ class Paired:
                      for name, arm in first.arms.items()}, shares=all(p.shares for p in several))
         whole.n, whole.clusters = sum(p.n for p in several), min(p.clusters for p in several)
         whole.blocks = [Block({name: own / k for name, own in block.residuals.items()},
-                              block.freedom, block.rare / k**2)
+                              block.freedom, block.rare / k**2, block.exact)
                         for part in several for block in part.blocks]
         for name in first.arms:
             whole.seed_means[name] = np.mean([p.seed_means[name] for p in several], axis=0)

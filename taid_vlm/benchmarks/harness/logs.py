@@ -113,7 +113,7 @@ def _entry(log: Log, task: str, leaves: Sequence[str], raw: Mapping[str, Any],
            rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = leaves[0]
     config = (raw.get("configs") or {}).get(first) or {}
-    kind = config.get("output_type")
+    kind = str(config.get("output_type") or "unknown means")
     figures = figures_of(raw["results"][task], task)
     shares = all(0 <= figure["value"] <= 1 for figure in figures.values())
     number = len(rows) or max(figure["n"] for figure in figures.values())
@@ -134,7 +134,7 @@ def _entry(log: Log, task: str, leaves: Sequence[str], raw: Mapping[str, Any],
         "questions_hash": text_hash("".join(f"{row['id']}\0{row['answers']}\0" for row in rows))
         if rows else None,
         "answering": {
-            "method": METHODS.get(kind, kind or "unknown means"),
+            "method": METHODS.get(kind, kind),
             "num_fewshot": shots.pop() if len(shots) == 1 else sorted(shots, key=str),
             "limit": (raw.get("config") or {}).get("limit"),
             "apply_chat_template": None if log.harness == LMMS_EVAL else chat is not None,
