@@ -116,13 +116,11 @@ def share_interval(
 
     Args:
         value: from 0 to 1. half: `reach` of it; its ends are within 0 and 1 and not symmetric.
-        draws: independent ones, which count where all answers are right or all are wrong.
+        draws: independent ones, which count where all answers have one score.
         size: how many questions there are.
     """
     n = float(draws)
-    if 0 < value < 1:
-        if not half:
-            return value, value
+    if 0 < value < 1 and half:
         n = value * (1 - value) * (student_t(size - 1, level) / half) ** 2 * size / (size - 1)
     k, tail = n * value, (1 - level) / 2
     low = beta_quantile(tail, k, n - k + 1) if k > 0 else 0.0

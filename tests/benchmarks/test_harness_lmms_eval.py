@@ -255,7 +255,7 @@ def test_its_logs_are_an_evaluation(folder: Path, tmp_path: Path) -> None:
         tracker.general_config_tracker.model_name_sanitized = family
         samples = raw.pop("samples")
         expected[family] = raw["results"]["tiny"]["odd,none"]
-        tracker.save_results_aggregated(results=raw, samples=samples)
+        tracker.save_results_aggregated(raw, samples, "20260301_100000")
         tracker.save_results_samples(task_name="tiny", samples=samples["tiny"])
         spec = ModelSpec(str(folder / family))
         adapter = make_adapter(load_processor(spec, "model"), "model")
@@ -269,7 +269,8 @@ def test_its_logs_are_an_evaluation(folder: Path, tmp_path: Path) -> None:
             text.strip() for text in said]
         assert [row["score"] for row in found.answers("tiny")] == [
             float(len(text) % 2) for text in said]
-        assert found.results["tasks"]["tiny"]["rule"] == "lmms-eval 0.7.3"
+        assert found.results["tasks"]["tiny"]["rule"] == (
+            f"lmms-eval {raw['lmms_eval_version']}")
     judged = compare_runs([read_method(str(tmp_path / "logs" / family)) for family in expected]
                           ).benchmarks[0]
     assert judged.paired is not None
