@@ -14,25 +14,27 @@ import pytest
 
 from taid_vlm.evaluation import statistics
 from taid_vlm.evaluation.held_out import Moments
+from taid_vlm.evaluation.pairs import Arm, Paired, paired_difference
 from taid_vlm.evaluation.statistics import (
-    Arm,
-    Bootstrap,
+    Draws,
     Estimate,
+    Part,
     holm,
+    known,
     mcnemar,
     mean_of,
     mean_of_estimates,
     over_seeds,
-    paired_bootstrap,
+    p_value,
     pool_seeds,
     ratio_of,
-    resampled_sums,
     seed_error,
     standard_error,
+    student_t,
 )
 
 NORMAL = 1.959964
-T2, T4 = 4.302653, 2.776445  # 97.5th percentiles of Student's t
+T2, T4, T49 = 4.302653, 2.776445, 2.009575  # 97.5th percentiles of Student's t
 
 
 def scores(n: int = 300, seed: int = 0) -> tuple[list[float], list[float]]:
@@ -144,30 +146,83 @@ def test_the_spread_of_seeds_is_pooled_over_methods() -> None:
     assert math.isnan(seed_error([np.array([1.0])]).spread)
 
 
-# ----- the bootstrap ------------------------------------------------------------------------
+# ----- intervals of one figure --------------------------------------------------------------
 
 
-def test_resampled_sums_by_a_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = np.random.default_rng(1).normal(size=(7, 3))
-    found = resampled_sums(rows, 20, seed=5)
-    picks = np.random.default_rng([5, 0]).integers(0, 7, (20, 7))
-    for draw, chosen in zip(found, picks, strict=True):
-        naive = [math.fsum(rows[i, column] for i in chosen) for column in range(3)]
-        np.testing.assert_allclose(draw, naive, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(statistics, "AT_ONCE", 10)  # in pieces of one draw
-    np.testing.assert_allclose(resampled_sums(rows, 20, seed=5), found, rtol=1e-12)
+@pytest.mark.parametrize(("freedom", "level", "published"), [
+    (1, 0.95, 12.706205), (2, 0.95, T2), (4, 0.95, T4), (10, 0.99, 3.169273), (49, 0.95, T49),
+    (1e9, 0.95, NORMAL)])
+def test_students_t(freedom: float, level: float, published: float) -> None:
+    assert student_t(freedom, level) == pytest.approx(published, rel=2e-5)
+    tail = p_value(published, [Part(1.0, freedom)], 9)
+    assert tail == pytest.approx(1 - level, rel=0.02)
+
+
+@pytest.mark.parametrize(("right", "n", "low", "high"), [
+    (0, 8, 0, 0.369417), (8, 8, 0.630583, 1), (3, 8, 0.085233, 0.755137),
+    (1, 100, 0.000253, 0.054459), (50, 100, 0.398321, 0.601679)])
+def test_shares_by_clopper_and_pearson(right: int, n: int, low: float, high: float) -> None:
+    """As in their tables (scipy.stats.binomtest(k, n).proportion_ci(method="exact"))."""
+    found = mean_of([1.0] * right + [0.0] * (n - right))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=2e-6)
+
+
+def test_one_model_among_several_has_the_interval_that_it_has_alone() -> None:
+    right, wrong = [1.0] * 118 + [0.0] * 2, [0.0] * 120
+    pair = Paired({"a": Arm([right]), "b": Arm([wrong])}, groups=range(120), shares=True)
+    for name, own in (("a", right), ("b", wrong)):
+        found, alone = pair.interval(name), mean_of(own)
+        assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
+    assert pair.interval("a").low == pytest.approx(0.941083, abs=1e-5)
+
+
+def test_a_share_of_groups_is_wider_and_stays_within_0_and_1() -> None:
+    scores_, groups = [1.0, 1.0, 1.0, 0.0] * 4, [i // 4 for i in range(16)]
+    alone, alike = mean_of(scores_), mean_of(scores_, groups)
+    assert alike.stderr == 0
+    assert 0 <= alike.low < alone.low < alone.high < alike.high <= 1
+    both = mean_of([1.0] * 8, [0] * 4 + [1] * 4)  # two draws, both right
+    assert both.low == pytest.approx(0.158114, abs=1e-5)
+    assert both.high == 1
+
+
+def test_unequal_draws_have_fewer_degrees_of_freedom() -> None:
+    """Two draws have one, whatever their sizes; equal ones have all but one."""
+    assert Draws.of([5.0] * 12).freedom == pytest.approx(11)
+    assert Draws.of([90.0, 10.0]).freedom == pytest.approx(1)
+    assert 1 < Draws.of([50.0, *[1.0] * 30]).freedom < 3
+    assert Draws.of([3.0, 0.0]).number == 1
+
+
+def test_figures_that_are_only_known() -> None:
+    found = known(0.0, 0.0, 8, share=True)
+    assert (found.low, found.high) == (0, pytest.approx(0.369417, abs=2e-6))
+    wide = known(2.0, 0.5, 3)
+    assert wide.high == pytest.approx(2 + 0.5 * T2)
+    assert math.isnan(known(2.0, math.nan, 3).low)
+
+
+def test_sums_of_figures_keep_their_sides() -> None:
+    parts = [mean_of([0.0] * 8), mean_of([1.0, 0.0] * 20)]
+    mean = mean_of_estimates(parts)
+    assert mean.value - mean.low < mean.high - mean.value
+    assert mean.high == pytest.approx(mean.value + math.hypot(
+        *(p.high - p.value for p in parts)) / 2)
+
+
+# ----- pairs ------------------------------------------------------------------------------
 
 
 def test_the_interval_is_the_paired_one() -> None:
     first, second = scores()
-    found = paired_bootstrap(first, second)
+    found = paired_difference(first, second)
     of_pairs = mean_of([x - y for x, y in zip(first, second, strict=True)])
     assert found.value == pytest.approx(of_pairs.value)
     assert (found.high - found.low) / 2 == pytest.approx(NORMAL * of_pairs.stderr, rel=0.04)
     apart = math.hypot(mean_of(first).stderr, mean_of(second).stderr)
     assert found.high - found.low < NORMAL * apart  # half of what independent errors give
     assert found.significant
-    assert (found.n, found.n_boot) == (300, statistics.N_BOOT)
+    assert found.n == 300
     assert not found.seeds_known
 
 
@@ -175,9 +230,9 @@ def test_groups_widen_the_interval() -> None:
     """Four copies of every question add no information."""
     first, second = scores(100)
     groups = [index for index in range(100) for _ in range(4)]
-    wide = paired_bootstrap(first, second)
+    wide = paired_difference(first, second)
     copies = [[x for x in values for _ in range(4)] for values in (first, second)]
-    grouped, naive = paired_bootstrap(*copies, groups=groups), paired_bootstrap(*copies)
+    grouped, naive = paired_difference(*copies, groups=groups), paired_difference(*copies)
     assert (grouped.low, grouped.high) == pytest.approx((wide.low, wide.high))
     assert naive.high - naive.low < 0.6 * (wide.high - wide.low)
 
@@ -186,7 +241,7 @@ def test_weights_are_those_of_a_ratio() -> None:
     rng = np.random.default_rng(3)
     sizes = rng.integers(1, 20, 200).astype(float)
     a, b = (rng.normal(shift, 0.4, 200) * sizes for shift in (1.05, 1.0))
-    found = paired_bootstrap(a.tolist(), b.tolist(), sizes.tolist())
+    found = paired_difference(a.tolist(), b.tolist(), sizes.tolist())
     closed = ratio_of((a - b).tolist(), sizes.tolist())
     assert found.value == pytest.approx(closed.value)
     assert (found.high - found.low) / 2 == pytest.approx(NORMAL * closed.stderr, rel=0.05)
@@ -194,36 +249,48 @@ def test_weights_are_those_of_a_ratio() -> None:
 
 def test_questions_without_weight_change_nothing() -> None:
     first, second = scores(50)
-    plain = paired_bootstrap(first, second, [1.0] * 50)
-    more = paired_bootstrap([*first, 99.0, math.nan], [*second, -99.0, 0.0],
+    plain = paired_difference(first, second, [1.0] * 50)
+    more = paired_difference([*first, 99.0, math.nan], [*second, -99.0, 0.0],
                             [1.0] * 50 + [0.0] * 2)
     assert (more.value, more.low, more.high) == (plain.value, plain.low, plain.high)
 
 
 def test_the_same_model_twice() -> None:
     first, _ = scores(60)
-    found = paired_bootstrap(first, first)
+    found = paired_difference(first, first)
     assert (found.value, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
     assert not found.significant
 
 
-def test_the_seed_decides_and_the_sign_turns() -> None:
+def test_the_sign_turns() -> None:
     first, second = scores(80)
-    found, again = (paired_bootstrap(first, second, seed=3) for _ in range(2))
-    assert found == again
-    other = paired_bootstrap(first, second, seed=4)
-    assert other != found
-    assert other.low == pytest.approx(found.low, abs=0.01)
-    turned = paired_bootstrap(second, first, seed=3)
+    found, turned = paired_difference(first, second), paired_difference(second, first)
     assert (turned.value, turned.low, turned.high) == pytest.approx(
-        (-found.value, -found.high, -found.low), abs=1e-3)
-    assert turned.p == found.p
+        (-found.value, -found.high, -found.low))
+    assert turned.p == pytest.approx(found.p)
 
 
-def test_p_is_never_zero() -> None:
-    found = paired_bootstrap([1.0] * 50, [0.0] * 50, n_boot=999)
-    assert found.p == pytest.approx(2 / 1000)
+def test_where_nothing_varies_the_signs_are_counted() -> None:
+    """A figure that differs by 1 at every question; as shares there could have been others."""
+    found = paired_difference([1.0] * 50, [0.0] * 50)
+    assert found.p == pytest.approx(2 / 2**50)
     assert found.low == found.high == 1.0
+    assert paired_difference([1.0] * 4, [0.0] * 4).p == pytest.approx(2 / 2**4)
+    rare = paired_difference([1.0] * 50, [0.0] * 50, shares=True)
+    assert rare.low == pytest.approx(1 - T49 * math.sqrt(2) / 50)
+
+
+def test_p_and_the_interval_say_the_same() -> None:
+    """p is below 5 % where the 95 % interval excludes 0, with seeds, too."""
+    rng = np.random.default_rng(8)
+    for trial in range(12):
+        shift = rng.normal(0, 0.03, 3) + 0.01 * trial
+        arms = {"a": Arm([(rng.normal(s, 0.3, 50)).tolist() for s in shift]),
+                "b": Arm([(rng.normal(0, 0.3, 50)).tolist() for _ in shift])}
+        found = Paired(arms).difference("a", "b")
+        assert found.significant == (found.p < 0.05)
+        at_p = Paired(arms).difference("a", "b", level=1 - found.p)
+        assert min(abs(at_p.low), abs(at_p.high)) == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize(("first", "second", "groups"), [
@@ -231,7 +298,7 @@ def test_p_is_never_zero() -> None:
     ([math.nan, 1.0, 1.0], [0.0, 1.0, 0.0], None), ([math.inf, 1.0], [0.0, 1.0], None),
 ])
 def test_no_interval_is_made_up(first: Any, second: Any, groups: Any) -> None:
-    found = paired_bootstrap(first, second, groups=groups, n_boot=100)
+    found = paired_difference(first, second, groups=groups)
     assert math.isnan(found.low)
     assert math.isnan(found.high)
     assert math.isnan(found.p)
@@ -240,17 +307,7 @@ def test_no_interval_is_made_up(first: Any, second: Any, groups: Any) -> None:
 
 def test_other_questions_are_no_pairs() -> None:
     with pytest.raises(ValueError, match="same"):
-        paired_bootstrap([1.0, 0.0], [1.0])
-
-
-def test_the_interval_covers() -> None:
-    """95 % of the intervals over draws of 60 questions hold the truth, within chance."""
-    rng, covered = np.random.default_rng(7), 0
-    for trial in range(300):
-        difference = rng.exponential(1.0, 60)  # of mean 1, and skewed
-        found = paired_bootstrap(difference.tolist(), [0.0] * 60, n_boot=400, seed=trial)
-        covered += found.low <= 1.0 <= found.high
-    assert 0.88 <= covered / 300 <= 0.98
+        paired_difference([1.0, 0.0], [1.0])
 
 
 # ----- seeds --------------------------------------------------------------------------------
@@ -262,7 +319,7 @@ def flat(*means: float) -> Arm:
 
 
 def test_two_seeds_each_give_students_interval() -> None:
-    found = Bootstrap({"a": flat(0.4, 0.6), "b": flat(0.1, 0.3)}, n_boot=40_000).difference(
+    found = Paired({"a": flat(0.4, 0.6), "b": flat(0.1, 0.3)}).difference(
         "a", "b")
     assert found.value == pytest.approx(0.3)
     assert found.seeds_known
@@ -272,8 +329,7 @@ def test_two_seeds_each_give_students_interval() -> None:
 
 
 def test_one_method_lends_another_its_spread() -> None:
-    found = Bootstrap({"a": flat(0.4, 0.6, 0.5, 0.3, 0.7), "b": flat(0.2)},
-                      n_boot=40_000).difference("a", "b")
+    found = Paired({"a": flat(0.4, 0.6, 0.5, 0.3, 0.7), "b": flat(0.2)}).difference("a", "b")
     spread = math.sqrt(0.025) * math.sqrt(1 / 5 + 1)
     assert (found.high - found.low) / 2 == pytest.approx(T4 * spread, rel=0.05)
 
@@ -286,7 +342,7 @@ def test_models_of_one_seed_are_pairs() -> None:
     def difference(seeds: tuple[int, ...], other: tuple[int, ...]) -> Any:
         arms = {"a": Arm([[m + s] * 20 for m, s in zip(means, shifts, strict=True)], seeds=seeds),
                 "b": Arm([[m] * 20 for m in means], seeds=other)}
-        return Bootstrap(arms, n_boot=40_000).difference("a", "b")
+        return Paired(arms).difference("a", "b")
 
     paired, apart = difference((0, 1, 2, 3), (0, 1, 2, 3)), difference((0, 1, 2, 3), (4, 5, 6, 7))
     stderr = np.std(shifts, ddof=1) / 2
@@ -297,13 +353,13 @@ def test_models_of_one_seed_are_pairs() -> None:
 
 def test_two_seeds_are_too_few_for_pairs() -> None:
     both = {name: Arm([[0.4] * 9, [0.6] * 9], seeds=(0, 1)) for name in "ab"}
-    found = Bootstrap(both).difference("a", "b")
+    found = Paired(both).difference("a", "b")
     assert found.high - found.low > 0.5
 
 
 def test_a_teacher_has_no_seeds() -> None:
     arms = {"a": flat(0.4, 0.6, 0.5, 0.3, 0.7), "teacher": Arm([[0.9] * 20], trained=False)}
-    boot = Bootstrap(arms, n_boot=40_000)
+    boot = Paired(arms)
     found = boot.difference("a", "teacher")
     assert (found.high - found.low) / 2 == pytest.approx(T4 * math.sqrt(0.025 / 5), rel=0.05)
     alone = boot.interval("teacher")
@@ -315,7 +371,7 @@ def test_questions_and_seeds_add_up() -> None:
     """With many seeds the interval is that of both errors together."""
     rng = np.random.default_rng(5)
     question, seeds = rng.normal(0, 1, 400), rng.normal(0, 0.1, 30)
-    boot = Bootstrap({"a": Arm([(question + s).tolist() for s in seeds]),
+    boot = Paired({"a": Arm([(question + s).tolist() for s in seeds]),
                       "b": Arm([[0.0] * 400], trained=False)})
     found = boot.difference("a", "b")
     pooled = pool_seeds([(question + s).tolist() for s in seeds])
@@ -324,9 +380,9 @@ def test_questions_and_seeds_add_up() -> None:
 
 def test_the_average_of_benchmarks() -> None:
     first, second = zip(*(scores(n, seed=n) for n in (60, 200)), strict=True)
-    boots = [Bootstrap({"a": Arm([a]), "b": Arm([b])}, seed=index)
-             for index, (a, b) in enumerate(zip(first, second, strict=True))]
-    found = Bootstrap.average(boots).difference("a", "b")
+    boots = [Paired({"a": Arm([a]), "b": Arm([b])})
+             for a, b in zip(first, second, strict=True)]
+    found = Paired.average(boots).difference("a", "b")
     parts = [mean_of([x - y for x, y in zip(a, b, strict=True)])
              for a, b in zip(first, second, strict=True)]
     assert found.value == pytest.approx(sum(p.value for p in parts) / 2)
@@ -343,7 +399,7 @@ def test_shares_of_the_gap() -> None:
     base = rng.normal(0.3, 0.1, 400)
     arms = {name: Arm([(base + share * 0.4 + rng.normal(0, 0.05, 400)).tolist()])
             for name, share in (("base", 0.0), ("student", 0.6), ("teacher", 1.0))}
-    boot = Bootstrap(arms)
+    boot = Paired(arms)
     found = boot.recovered("student", "base", "teacher")
     assert found.share is not None
     assert found.share.value == pytest.approx(0.6, abs=0.02)
@@ -359,7 +415,7 @@ def test_lower_may_be_better() -> None:
     first, second = scores(200)
     higher = {"base": second, "student": first, "teacher": [x + 1 for x in first]}
     lower = {name: [-x for x in values] for name, values in higher.items()}
-    found, turned = (Bootstrap({name: Arm([values]) for name, values in side.items()})
+    found, turned = (Paired({name: Arm([values]) for name, values in side.items()})
                      .recovered("student", "base", "teacher").share for side in (higher, lower))
     assert found is not None
     assert turned is not None
@@ -371,14 +427,14 @@ def test_no_gap_is_not_divided_by() -> None:
     first, second = scores(30)
     arms = {"base": Arm([first]), "teacher": Arm([[x + 1e-9 for x in first]]),
             "same": Arm([first]), "student": Arm([second])}
-    boot = Bootstrap(arms)
+    boot = Paired(arms)
     assert boot.recovered("student", "base", "same").share is None
     tiny = boot.recovered("student", "base", "teacher")  # a gap all the same, and a huge share
     assert tiny.share is not None
     assert math.isfinite(tiny.share.value)
     noisy = np.random.default_rng(0).normal(0, 1, 30)
     arms["noise"] = Arm([(np.array(first) + noisy - noisy.mean() + 0.01).tolist()])
-    found = Bootstrap(arms).recovered("student", "base", "noise")
+    found = Paired(arms).recovered("student", "base", "noise")
     assert found.share is None
     assert found.gap.low < 0 < found.gap.high
 
@@ -390,7 +446,7 @@ def test_a_gap_that_is_barely_there_has_a_wide_interval() -> None:
     gap += 2.3 / math.sqrt(40) - gap.mean()
     arms = {"base": Arm([base.tolist()]), "teacher": Arm([(base + gap).tolist()]),
             "student": Arm([(base + 0.2).tolist()])}
-    found = Bootstrap(arms).recovered("student", "base", "teacher").share
+    found = Paired(arms).recovered("student", "base", "teacher").share
     assert found is not None
     assert not math.isnan(found.low)
     assert found.high > 2 * found.value

@@ -50,7 +50,8 @@ def around(value: float, stderr: float, n: int) -> Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % interval of one figure per seed."""
-    return around(**vars(mean_of(values)))
+    mean = mean_of(values)
+    return around(mean.value, mean.stderr, mean.n)
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:

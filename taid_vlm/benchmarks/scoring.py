@@ -70,7 +70,8 @@ def pooled(by_seed: BySeed) -> list[Judged]:
 
 
 def figures(rule: Rule, by_seed: BySeed) -> dict[str, dict[str, Any]]:
-    """A rule's figures: {name: {value, stderr, n}}, with several seeds also {seeds, spread}.
+    """A rule's figures: {name: {value, stderr, n, low, high}}, with several seeds also
+    {seeds, spread}; low and high end the 95 % interval.
 
     A value is the mean over seeds. Its error is over questions, each with its mean score: more
     seeds make a question's score surer and never count as more questions. (Figures that are no
@@ -90,7 +91,10 @@ def _over_seeds(each: Sequence[Estimate], of_means: Estimate) -> dict[str, Any]:
     value = math.fsum(values) / len(values)
     linear = math.isclose(value, of_means.value, rel_tol=LINEAR, abs_tol=LINEAR)
     stderr = of_means.stderr if linear else root_mean_square([figure.stderr for figure in each])
-    return {"value": value, "stderr": stderr, "n": each[0].n, "seeds": values,
+    sides = {side: getattr(of_means, side) if linear else value + math.copysign(
+        root_mean_square([getattr(figure, side) - figure.value for figure in each]), sign)
+        for side, sign in (("low", -1), ("high", 1))}
+    return {"value": value, "stderr": stderr, "n": each[0].n, **sides, "seeds": values,
             "spread": seed_error([values]).spread}
 
 

@@ -23,7 +23,7 @@ def as_text(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _suites(name: str, suites: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Averages over the tasks of a leaderboard."""
-    return [(name, suite, "", figure, shown(found["value"], found["stderr"], 1), str(found["n"]),
+    return [(name, suite, "", figure, shown(found, 1), str(found["n"]),
              "", "") for suite, entry in suites.items()
             for figure, found in entry["figures"].items()]
 
@@ -59,16 +59,19 @@ def _rows(name: str, tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, 
         unread = entry["parse_failures"] + sum(entry.get("unanswered", {}).values())
         last = (f"{unread:g}", f"{entry['seconds']:.1f}")
         for figure, found in entry["figures"].items():
-            value = shown(found["value"], found["stderr"], entry.get("decimals", 1))
+            value = shown(found, entry.get("decimals", 1))
             rows.append((*first, figure, value, str(found["n"]), *last))
             first, last = ("", "", ""), ("", "")
     return rows
 
 
-def shown(value: float | None, stderr: float | None, decimals: int | None) -> str:
-    """A share of 1 in per cent, or (decimals None) points as they are; with its standard error."""
-    if value is None or math.isnan(value):
-        return "-"
+def shown(figure: Mapping[str, Any], decimals: int | None) -> str:
+    """A share of 1 in per cent, or (decimals None) points as they are; with its 95 % interval, or
+    its standard error where that is all there is."""
     scale, digits = (1.0, 2) if decimals is None else (100.0, decimals)
-    error = "" if stderr is None or math.isnan(stderr) else f" ± {scale * stderr:.{digits}f}"
-    return f"{scale * value:.{digits}f}{error}"
+    value, stderr, low, high = (
+        "" if figure.get(key) is None or math.isnan(figure[key]) else
+        f"{scale * figure[key]:.{digits}f}" for key in ("value", "stderr", "low", "high"))
+    if not value:
+        return "-"
+    return f"{value} [{low}, {high}]" if low else f"{value} ± {stderr}" if stderr else value

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 class CompareOptions(Options):
     runs: Many = positional(
-        "a run of distill or evaluate; several seeds of one method, and evaluations of their "
-        "students, behind one name", "[NAME=]FOLDER[,FOLDER...]", many=True)
+        "a run of distill or evaluate, or a model's logs of lm-eval, lmms-eval or VLMEvalKit; "
+        "several seeds of one method, and evaluations of their students, behind one name",
+        "[NAME=]FOLDER[,FOLDER...]", many=True)
     teacher: Path | None = option("evaluation of the teacher", "FOLDER")
     base: Path | None = option("evaluation of the student before training", "FOLDER")
     baseline: str | None = option("whom differences are taken from (default: the first)", "NAME")
@@ -24,7 +25,8 @@ class CompareOptions(Options):
 
 
 def compare(**options: Any) -> Comparison:
-    """Compare two runs or more; write the page and the model card if their files are named.
+    """Compare runs with each other, or one with its teacher and base; write the page and the model
+    card if their files are named.
 
     Args:
         options: those of `CompareOptions`, for example `runs=["KD=runs/kd", "TAID=runs/taid"]`.

@@ -6,17 +6,23 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from taid_vlm.compare.folders import Distillation, Evaluation, Method
 from taid_vlm.compare.measures import BASE, TEACHER, Measure
+from taid_vlm.config.data import DataSource, listed
+from taid_vlm.config.recipe import load_recipe
 from taid_vlm.errors import TaidError, nearest
+from taid_vlm.runs.folders import RECIPE
 
-FEW = 10  # records or questions, below which intervals are too narrow
+FEW = 10  # records or questions, below which nobody should decide by them
 
 
-def check_methods(methods: Sequence[Method], baseline: str) -> None:
-    """Names, and that there is something to compare."""
+def check_methods(
+    methods: Sequence[Method], references: Sequence[Method], baseline: str | None
+) -> str:
+    """Names, and that there is something to compare; returns whom differences are taken from."""
     names = [method.name for method in methods]
     for name, times in Counter(names).items():
         if times > 1:
@@ -25,14 +31,61 @@ def check_methods(methods: Sequence[Method], baseline: str) -> None:
         if name in (TEACHER, BASE):
             raise TaidError(f"'{name}' cannot be a method's name: it is a row of its own. Give "
                             f"its evaluation as --{name.lower()}.")
-    if len(names) < 2:
-        raise TaidError("a comparison needs at least two runs.")
-    if baseline not in names:
-        raise TaidError(f"--baseline '{baseline}' is none of the runs.{nearest(baseline, names)}")
+    others = [method.name for method in references]
+    measured = any(run.before for method in methods for run in method.runs)
+    if len(names) < 2 and not others and not measured:
+        raise TaidError(f"there is nothing to compare {_quoted(names)} with.", mend="Name another "
+                        "run or evaluation, or those of its --teacher and --base.")
+    others += [BASE] if measured and BASE not in others else []
+    if baseline is None:
+        baseline = names[0] if len(names) > 1 else BASE if BASE in others else TEACHER
+    if baseline not in (*names, *others):
+        raise TaidError(f"--baseline '{baseline}' is none of the runs."
+                        f"{nearest(baseline, [*names, *others])}")
     parts = [path.resolve() for method in methods for path in method.folders]
     twice = [str(path) for path, times in Counter(parts).items() if times > 1]
     if twice:
         raise TaidError(f"'{twice[0]}' is given twice; a run is no second seed of itself.")
+    return baseline
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return " and ".join(f"'{name}'" for name in names) or "nothing"
+
+
+def unequal(methods: Sequence[Method]) -> list[str]:
+    """In what of their training methods differ, besides the objective: all that stands beside a
+    verdict, since it may be what makes the difference."""
+    parts: dict[str, Callable[[Distillation], Any]] = {
+        "steps": lambda run: f"{run.results.train.steps:,}",
+        "answer tokens": lambda run: f"{run.results.train.answer_tokens or 0:,}",
+        "the student's parameters": lambda run: f"{run.results.models['student'].parameters:,}",
+        "training data": _trained_on,
+    }
+    found = []
+    for what, value in parts.items():
+        values = {m.name: sorted({value(run) for run in m.runs}) for m in methods if m.runs}
+        if len({tuple(each) for each in values.values() if "" not in each}) > 1:
+            found.append(f"{what}: " + ", ".join(
+                f"{' and '.join(each)} ({name})" for name, each in values.items()))
+    return found
+
+
+def _trained_on(run: Distillation) -> str:
+    try:
+        recipe = load_recipe(run.folder / RECIPE)
+    except TaidError:
+        return ""
+    return " + ".join(f"{', '.join(Path(path).name for path in source.paths)}{_part(source)}"
+                      for source in listed(recipe.data.train))
+
+
+def _part(source: DataSource) -> str:
+    """What is taken of a source, where that is not all."""
+    told = {"split": source.split, "max_records": source.max_records, "weight": source.weight}
+    usual = {"split": "train", "max_records": None, "weight": 1}
+    rest = [f"{key} {value}" for key, value in told.items() if value not in (None, usual[key])]
+    return f" [{', '.join(rest)}]" if rest else ""
 
 
 def check_held_out(methods: Sequence[Method]) -> list[str]:
@@ -80,7 +133,10 @@ def check_benchmark(task: str, methods: Sequence[Method]) -> list[str]:
 
     for what, keys in (("rule", ("rule",)), ("the rule's version", ("rule_version",)),
                        ("the data (sha256)", ("source", "sha256")),
-                       ("the number of questions", ("n",))):
+                       ("the number of questions", ("n",)),
+                       ("the questions (hash)", ("questions_hash",)),
+                       ("the number of solved examples", ("answering", "num_fewshot")),
+                       ("the limit of questions", ("answering", "limit"))):
         _same(evaluations, f"{task}: {what}", value(*keys))
     warnings = [
         _differs(evaluations, f"{task}: prompts", value("prompt_hash")),
@@ -95,7 +151,8 @@ def check_sizes(measures: Sequence[Measure]) -> list[str]:
     few = sorted({size for size in sizes.values() if size < FEW})
     names = [label for label, size in sizes.items() if size < FEW]
     return [f"Only {few[0]} records or independent questions ({', '.join(names)}): intervals are "
-            "too narrow, and nothing should be decided by them."] if few else []
+            "as wide as Student's t makes them, and say nothing about others than these if these "
+            "are not typical."] if few else []
 
 
 def check_evaluations(methods: Sequence[Method]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from taid_vlm.compare import check
 from taid_vlm.compare.folders import Method
-from taid_vlm.compare.judging import Judged, judge_all
+from taid_vlm.compare.judging import Judged, average, correct, judge
 from taid_vlm.compare.measures import (
     Measure,
     Runs,
@@ -15,7 +15,6 @@ from taid_vlm.compare.measures import (
     held_out_measures,
     task_names,
 )
-from taid_vlm.evaluation.statistics import N_BOOT
 from taid_vlm.report import Column
 
 AVERAGE = Column("average", "average", "higher", ".1f", "%", "Plain mean over the benchmarks.")
@@ -23,12 +22,12 @@ AVERAGE = Column("average", "average", "higher", ".1f", "%", "Plain mean over th
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods against each other.
+    """Methods against each other, or one against its teacher and base.
 
     methods: those that compete, in the order given. references: teacher and base, where there are
     evaluations of them. held_out, benchmarks: every figure, judged; the average over benchmarks is
-    the first of them where there is one. first: keys of the held-out figures that decide before
-    the usual ones.
+    the first of them where there is one. unequal: what the methods were not trained alike in.
+    first: keys of the held-out figures that decide before the usual ones.
     """
 
     methods: Sequence[Method]
@@ -37,7 +36,7 @@ class Comparison:
     held_out: Sequence[Judged]
     benchmarks: Sequence[Judged]
     warnings: Sequence[str]
-    n_boot: int
+    unequal: Sequence[str] = ()
     first: Sequence[str] = ()
 
     @property
@@ -54,23 +53,21 @@ class Comparison:
 
 def compare_runs(
     methods: Sequence[Method], teacher: Method | None = None, base: Method | None = None,
-    baseline: str | None = None, n_boot: int = N_BOOT, seed: int = 0,
-    more: Sequence[Measure] = (),
+    baseline: str | None = None, more: Sequence[Measure] = (),
 ) -> Comparison:
-    """Compare two methods or more.
+    """Compare methods with each other, or one with its teacher and base.
 
     Args:
         methods: from `read_method`. teacher, base: from `read_reference`.
-        baseline: whom differences are taken from; the first method by default.
-        n_boot, seed: of the bootstrap.
+        baseline: whom differences are taken from; by default the first method, and of a single
+            one its base or else its teacher.
         more: figures of the same held-out data that results.json does not have; they decide first.
 
     Raises:
         TaidError: runs that cannot be compared, with both values of what differs.
     """
-    baseline = methods[0].name if baseline is None and methods else baseline or ""
-    check.check_methods(methods, baseline)
     names, references = [m.name for m in methods], [m for m in (teacher, base) if m is not None]
+    baseline = check.check_methods(methods, references, baseline)
     everyone = [*references, *methods]
     warnings: list[str] = []
     held_out: list[Measure] = []
@@ -87,8 +84,9 @@ def compare_runs(
         warnings += check.check_benchmark(task, everyone)
     benchmarks = [benchmark_measure(task, everyone) for task in tasks]
     warnings += check.check_sizes([*held_out, *benchmarks])
-    average = Measure(AVERAGE, {}, scale=100.0)
-    return Comparison(
-        methods, references, baseline, judge_all(held_out, names, baseline, seed, n_boot),
-        judge_all(benchmarks, names, baseline, seed, n_boot, average), warnings, n_boot,
-        [measure.column.key for measure in more])
+    first, second = ([judge(measure, names, baseline) for measure in measures]
+                     for measures in (held_out, benchmarks))
+    second = [*average(second, Measure(AVERAGE, {}, scale=100.0), names, baseline), *second]
+    judged = correct([*first, *second])
+    return Comparison(methods, references, baseline, judged[:len(first)], judged[len(first):],
+                      warnings, check.unequal(methods), [measure.column.key for measure in more])

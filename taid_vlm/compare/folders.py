@@ -1,13 +1,16 @@
-"""What is compared: folders that `taid-vlm distill` and `taid-vlm evaluate` have written."""
+"""What is compared: folders that `taid-vlm distill` and `taid-vlm evaluate` have written, and logs
+of other harnesses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from taid_vlm.benchmarks.harness.logs import read_logs
+from taid_vlm.benchmarks.harness.vlmevalkit_logs import read_kit
 from taid_vlm.benchmarks.scoring import check_results
 from taid_vlm.errors import TaidError, nearest_sibling
 from taid_vlm.evaluation.answers import AnswerPair, read_answers
@@ -49,10 +52,14 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished run of `taid-vlm evaluate`."""
+    """A finished run of `taid-vlm evaluate`, or of another harness.
+
+    rows: {task: one mapping per question}, where they are not in files of ours.
+    """
 
     folder: Path
     results: dict[str, Any]
+    rows: Mapping[str, list[dict[str, Any]]] | None = None
 
     @property
     def versions(self) -> dict[str, str]:
@@ -60,6 +67,8 @@ class Evaluation:
 
     def answers(self, task: str) -> list[dict[str, Any]]:
         """One mapping per question; [] where the file is gone."""
+        if self.rows is not None:
+            return self.rows.get(task, [])
         path = self.folder / self.results["tasks"][task]["answers"]
         if not path.exists():
             return []
@@ -133,6 +142,9 @@ def read_folder(folder: Path) -> Distillation | Evaluation:
     """A finished run; raises TaidError for anything else."""
     path = folder / RESULTS
     if not path.is_file():
+        logs = _read_logs(folder) if folder.is_dir() else None
+        if logs is not None:
+            return Evaluation(folder, check_results(logs[0], folder), logs[1])
         raise TaidError(_without_results(folder))
     tree = read_json(path, "a run's results")
     if not isinstance(tree, dict) or "schema" not in tree:
@@ -146,6 +158,14 @@ def read_folder(folder: Path) -> Distillation | Evaluation:
                         f"{' and '.join(map(str, SCHEMAS[kind]))}.")
     return Evaluation(folder, check_results(tree, path)) if kind == "evaluation" else \
         Distillation(folder, parse_results(tree, path))
+
+
+def _read_logs(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]] | None:
+    """Of another harness, in the folder or, as they put them, in that of the one model in it."""
+    inside = [path for path in folder.iterdir() if path.is_dir()]
+    places = [folder, *inside] if len(inside) == 1 else [folder]
+    logs = (read_logs(place) or read_kit(place) for place in places)
+    return next((found for found in logs if found is not None), None)
 
 
 def _without_results(folder: Path) -> str:

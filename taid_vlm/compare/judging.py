@@ -1,36 +1,32 @@
-"""Who is best, by how much, and how sure that is."""
+"""Who is best, by how much, and how sure that is: what every table and sentence says is from here.
+
+All differences of a comparison, of whatever figure, are corrected together (Holm), once.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 from taid_vlm.compare.measures import BASE, TEACHER, Measure
 from taid_vlm.evaluation import statistics
-from taid_vlm.evaluation.statistics import (
-    LEVEL,
-    Bootstrap,
-    Estimate,
-    Interval,
-    Recovered,
-    holm,
-    mcnemar,
-    pool_seeds,
-)
+from taid_vlm.evaluation.pairs import Interval, Paired, Recovered
+from taid_vlm.evaluation.statistics import LEVEL, Estimate, combined, holm, mcnemar, pool_seeds
 from taid_vlm.report import Figure
 from taid_vlm.report.judge import Verdict
 
 ALPHA = 1 - LEVEL
 WIDTH = 1.959964  # standard errors to each side of a 95 % interval
-PAIRED, EXACT, APART = "paired bootstrap", "McNemar", "independent errors"
+PAIRED, EXACT, APART = "paired t", "McNemar", "independent errors"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """method - other, for one figure.
+    """One model's figure minus another's.
 
-    p: of the test named; adjusted: by Holm for all comparisons of its table.
+    p: of the test named; adjusted: by Holm for all differences of the comparison.
     """
 
     interval: Interval
@@ -42,114 +38,148 @@ class Difference:
     def significant(self) -> bool:
         return self.adjusted < ALPHA
 
+    @property
+    def of_methods(self) -> bool:
+        """Whether it holds for other seeds; otherwise it is of this student and that student."""
+        return self.interval.seeds_known
+
+    def turned(self) -> Difference:
+        i = self.interval
+        return replace(self, interval=replace(i, value=-i.value, low=-i.high, high=-i.low))
+
 
 @dataclass(frozen=True)
 class Judged:
     """A measure with all that can be said of it.
 
-    figures: {model: mean over seeds}. verdicts: {method: "best", "tie" or ""}.
-    against: {method: its difference from the baseline}. recovered: {method: of the gap}.
+    names: who competes, of those that have the figure. figures: {model: mean over seeds}.
+    pairs: {(first, second): first - second}, one for every two that are compared.
+    recovered: {name: of the gap}.
     """
 
     measure: Measure
-    bootstrap: Bootstrap | None
+    paired: Paired | None
     figures: Mapping[str, Figure]
-    verdicts: Mapping[str, Verdict]
-    against: Mapping[str, Difference]
-    recovered: Mapping[str, Recovered]
+    names: Sequence[str]
+    baseline: str
+    pairs: Mapping[tuple[str, str], Difference] = field(default_factory=dict)
+    recovered: Mapping[str, Recovered] = field(default_factory=dict)
+
+    def between(self, first: str, second: str) -> Difference:
+        """first - second."""
+        found = self.pairs.get((first, second))
+        return self.pairs[second, first].turned() if found is None else found
+
+    @property
+    def against(self) -> dict[str, Difference]:
+        """{name: its difference from the baseline}."""
+        return {name: self.between(name, self.baseline) for name in self.names
+                if name != self.baseline and any({name, self.baseline} == {*pair}
+                                                 for pair in self.pairs)}
+
+    @property
+    def ranking(self) -> dict[str, Verdict]:
+        """Best when significantly better than every competitor, else a tie of all that the leader
+        is not significantly better than; of the students that were measured."""
+        values = {name: self.figures[name].value for name in self.names}
+        finite = {name: x for name, x in values.items() if x is not None and math.isfinite(x)}
+        among = [d for pair, d in self.pairs.items() if {*pair} <= {*self.names}]
+        if not among or len(finite) < len(values) or any(math.isnan(d.p) for d in among):
+            return {}
+        sign = 1 if self.measure.column.better == "higher" else -1
+        leader = max(finite, key=lambda name: sign * finite[name])
+        tied = [name for name in self.names
+                if name != leader and not self.between(leader, name).significant]
+        verdict: Verdict = "tie" if tied else "best"
+        return dict.fromkeys((leader, *tied), verdict)
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """The ranking of methods: none where a difference is of one seed each, which speaks for
+        the two students alone."""
+        return self.ranking if all(d.of_methods for d in self.pairs.values()) else {}
 
     @property
     def leaders(self) -> list[str]:
-        return [name for name, verdict in self.verdicts.items() if verdict]
+        return list(self.ranking)
 
 
-def judge_all(
-    measures: Sequence[Measure], names: Sequence[str], baseline: str, seed: int, n_boot: int,
-    average: Measure | None = None,
-) -> list[Judged]:
-    """Every measure of one table; differences from the baseline are corrected over all of it.
+def judge(measure: Measure, names: Sequence[str], baseline: str) -> Judged:
+    """Not corrected yet.
 
     Args:
-        names: the methods that compete.
-        average: how the mean over those measures that are shares is called; it comes first, if
-            all models have all of them.
+        names: the methods that compete. baseline: one of them, or a reference.
     """
-    judged = [_judge(measure, names, baseline, seed + index, n_boot)
-              for index, measure in enumerate(measures)]
-    if average is not None:
-        shares = [j for j in judged if j.measure.column.unit == average.column.unit]
-        judged = [*_average(shares, average, names, baseline), *judged]
-    corrected = iter(correct([d for j in judged for d in j.against.values()]))
-    return [replace(j, against={name: next(corrected) for name in j.against}) for j in judged]
+    items = measure.items
+    paired = None if items is None else Paired(
+        items.arms, items.weights, items.groups, items.shares)
+    figures = {name: _figure(measure, paired, name, seeds)
+               for name, seeds in measure.estimates.items()}
+    if not measure.comparable:
+        return Judged(measure, paired, figures, [n for n in names if n in figures], baseline)
+    return _complete(measure, paired, figures, names, baseline)
 
 
-def correct(differences: Sequence[Difference]) -> list[Difference]:
-    adjusted = holm([difference.p for difference in differences])
-    return [replace(difference, adjusted=p) for difference, p in
-            zip(differences, adjusted, strict=True)]
-
-
-def _average(
-    judged: Sequence[Judged], average: Measure, names: Sequence[str], baseline: str
-) -> list[Judged]:
-    """The mean over benchmarks; nothing where pairs or models lack somewhere."""
-    boots = [j.bootstrap for j in judged if j.bootstrap is not None]
-    seeds = [{name: len(arm.scores) for name, arm in boot.arms.items()} for boot in boots]
-    if len(boots) < 2 or len(boots) < len(judged) or any(s != seeds[0] for s in seeds):
+def average(judged: Sequence[Judged], measure: Measure, names: Sequence[str], baseline: str
+            ) -> list[Judged]:
+    """The mean over the benchmarks that are shares, as `measure`; nothing where pairs or models
+    lack somewhere."""
+    shares = [j for j in judged if j.measure.column.unit == measure.column.unit]
+    parts = [j.paired for j in shares if j.paired is not None]
+    seeds = [{name: len(arm.scores) for name, arm in part.arms.items()} for part in parts]
+    if len(parts) < 2 or len(parts) < len(shares) or any(s != seeds[0] for s in seeds):
         return []
-    boot = Bootstrap.average(boots)
-    figures = {name: _with_interval(boot.interval(name), average.scale) for name in boot.arms}
-    return [_complete(average, boot, figures, names, baseline)]
+    paired = Paired.average(parts)
+    figures = {name: _with_interval(paired.interval(name), measure.scale) for name in paired.arms}
+    return [_complete(measure, paired, figures, names, baseline)]
+
+
+def correct(judged: Sequence[Judged]) -> list[Judged]:
+    """All differences of all figures as one family."""
+    adjusted = iter(holm([d.p for j in judged for d in j.pairs.values()]))
+    return [replace(j, pairs={pair: replace(d, adjusted=next(adjusted))
+                              for pair, d in j.pairs.items()}) for j in judged]
 
 
 # ----- one measure --------------------------------------------------------------------------
 
 
-def _judge(
-    measure: Measure, names: Sequence[str], baseline: str, seed: int, n_boot: int
-) -> Judged:
-    items = measure.items
-    boot = None if items is None else Bootstrap(
-        items.arms, items.weights, items.groups, n_boot, seed)
-    figures = {name: _figure(measure, name, seeds) for name, seeds in measure.estimates.items()}
-    if not measure.comparable:
-        return Judged(measure, boot, figures, {}, {}, {})
-    return _complete(measure, boot, figures, names, baseline)
-
-
 def _complete(
-    measure: Measure, boot: Bootstrap | None, figures: Mapping[str, Figure],
+    measure: Measure, paired: Paired | None, figures: Mapping[str, Figure],
     names: Sequence[str], baseline: str,
 ) -> Judged:
     """With everything that follows from figures and pairs."""
     competing = [name for name in names if name in figures]
-    against = {} if baseline not in figures or not measure.column.better else {
-        name: difference(measure, boot, name, baseline)
-        for name in competing if name != baseline}
-    recovered = {}
-    if boot is not None and measure.column.better and {TEACHER, BASE} <= figures.keys():
-        recovered = {name: boot.recovered(name, BASE, TEACHER) for name in competing}
-    return Judged(measure, boot, figures, _verdicts(measure, boot, figures, competing), against,
-                  recovered)
+    pairs, recovered = {}, {}
+    if measure.column.better:
+        two = [*combinations(competing, 2)]
+        if baseline not in competing and baseline in figures:
+            two += [(name, baseline) for name in competing]
+        pairs = {pair: _difference(measure, paired, *pair) for pair in two}
+        if paired is not None and {TEACHER, BASE} <= figures.keys():
+            recovered = {name: paired.recovered(name, BASE, TEACHER) for name in competing}
+    return Judged(measure, paired, figures, competing, baseline, pairs, recovered)
 
 
-def _figure(measure: Measure, name: str, seeds: Sequence[Estimate]) -> Figure:
+def _figure(measure: Measure, paired: Paired | None, name: str, seeds: Sequence[Estimate]
+            ) -> Figure:
     """Mean over seeds; from the questions themselves where they are there."""
     scale = measure.scale
-    if measure.items is not None:
-        pooled = pool_seeds(measure.items.arms[name].scores, measure.items.weights,
-                            measure.items.groups)
-        note = "" if pooled.seeds == 1 else (
-            f"{pooled.seeds} seeds; standard error over seeds {scale * pooled.stderr_seeds:.2g}, "
-            f"over questions {scale * pooled.stderr_questions:.2g}")
-        return Figure(scale * pooled.value, scale * pooled.stderr, seeds[0].n, note=note)
-    return over_seeds(seeds, scale)
+    if paired is None or measure.items is None:
+        return over_seeds(seeds, scale)
+    pooled = pool_seeds(measure.items.arms[name].scores, measure.items.weights,
+                        measure.items.groups)
+    note = "" if pooled.seeds == 1 else (
+        f"{pooled.seeds} seeds; standard error over seeds {scale * pooled.stderr_seeds:.2g}, "
+        f"over questions {scale * pooled.stderr_questions:.2g}")
+    return replace(_with_interval(paired.interval(name), scale), n=seeds[0].n,
+                   stderr=scale * pooled.stderr, note=note)
 
 
 def over_seeds(estimates: Sequence[Estimate], scale: float = 1.0) -> Figure:
     """Mean; the error of the questions, which are the same for all seeds, and of the seeds."""
-    mean = statistics.over_seeds(estimates)
-    return Figure(scale * mean.value, scale * mean.stderr, mean.n,
+    mean = statistics.over_seeds(estimates).scaled(scale)
+    return Figure(mean.value, mean.stderr, mean.n, mean.low, mean.high,
                   note=f"{len(estimates)} seeds" if len(estimates) > 1 else "")
 
 
@@ -158,11 +188,11 @@ def _with_interval(interval: Interval, scale: float) -> Figure:
                   scale * interval.high)
 
 
-def difference(measure: Measure, boot: Bootstrap | None, first: str, second: str) -> Difference:
+def _difference(measure: Measure, paired: Paired | None, first: str, second: str) -> Difference:
     """first - second: in pairs where there are pairs, exactly where McNemar's test is."""
-    if boot is None:
+    if paired is None:
         return _apart(measure, first, second)
-    interval = boot.difference(first, second)
+    interval = paired.difference(first, second)
     items = measure.items
     if items is not None and items.binary:
         arms = items.arms[first].scores, items.arms[second].scores
@@ -173,32 +203,10 @@ def difference(measure: Measure, boot: Bootstrap | None, first: str, second: str
 
 def _apart(measure: Measure, first: str, second: str) -> Difference:
     """As if both were measured on other questions: too wide, but all there is."""
-    a, b = (_figure(replace(measure, scale=1.0), name, measure.estimates[name])
-            for name in (first, second))
-    value = (math.nan if a.value is None or b.value is None else a.value - b.value)
-    stderr = math.hypot(a.stderr or 0.0, b.stderr or 0.0)
-    p = math.erfc(abs(value) / stderr / math.sqrt(2)) if stderr else math.nan
-    several = all(len(measure.estimates[name]) > 1 for name in (first, second))
-    return Difference(Interval(value, value - WIDTH * stderr, value + WIDTH * stderr, p, a.n or 0,
-                               0, several), p, APART)
-
-
-def _verdicts(
-    measure: Measure, boot: Bootstrap | None, figures: Mapping[str, Figure],
-    competing: Sequence[str],
-) -> dict[str, Verdict]:
-    """Best when significantly better than every competitor, else a tie of all that the leader is
-    not significantly better than (Holm over the competitors)."""
-    values = {name: figures[name].value for name in competing}
-    finite = {name: x for name, x in values.items() if x is not None and math.isfinite(x)}
-    if not measure.column.better or len(finite) < 2 or len(finite) < len(values):
-        return {}
-    sign = 1 if measure.column.better == "higher" else -1
-    leader = max(finite, key=lambda name: sign * finite[name])
-    others = [name for name in finite if name != leader]
-    rivals = correct([difference(measure, boot, leader, name) for name in others])
-    if any(math.isnan(rival.p) for rival in rivals):
-        return {}
-    tied = [name for name, rival in zip(others, rivals, strict=True) if not rival.significant]
-    verdict: Verdict = "tie" if tied else "best"
-    return dict.fromkeys((leader, *tied), verdict)
+    a, b = (statistics.over_seeds(measure.estimates[name]) for name in (first, second))
+    value, (low, high) = a.value - b.value, combined([(1.0, a), (-1.0, b)])
+    half = value - low if value > 0 else high - value
+    p = math.erfc(abs(value) / half * WIDTH / math.sqrt(2)) if half else math.nan
+    several = all(len(measure.estimates[name]) > 1 for name in (first, second)
+                  if name not in (TEACHER, BASE))
+    return Difference(Interval(value, low, high, p, a.n, several), p, APART)

@@ -26,8 +26,9 @@ def as_markdown(comparison: Comparison) -> str:
             parts += [_table(against)] if against else []
     cost = tables.cost_table(comparison.methods)
     parts += [_table(cost)] if cost else []
-    parts.append("**Bold**: significantly better than every other method; *italic*: tied for "
-                 "best. ▲ better, ▼ worse, ≈ no significant difference (5 %, Holm).")
+    if any(j.verdicts for j in (*comparison.benchmarks, *comparison.held_out)):
+        parts.append("**Bold**: significantly better than every other method; *italic*: tied for "
+                     "best. ▲ better, ▼ worse, ≈ no significant difference (5 %, Holm).")
     parts += ["### How this was measured", "\n".join(
         f"- {_escaped(line)}" for line in [*comparison.warnings, *how_measured(comparison)])]
     parts += ["### Provenance", "\n".join(

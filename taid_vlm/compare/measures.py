@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 from taid_vlm.compare.folders import Distillation, Method
 from taid_vlm.evaluation.answers import AnswerPair, Key
-from taid_vlm.evaluation.statistics import Arm, Estimate
+from taid_vlm.evaluation.pairs import Arm
+from taid_vlm.evaluation.statistics import Estimate, known
 from taid_vlm.report import Column
 from taid_vlm.report.columns import CHUNKS, FIGURES, MASSES
 from taid_vlm.runs.results import Figures
@@ -19,6 +20,7 @@ TEACHER, BASE = "Teacher", "Base"
 # what a teacher has against itself; the other figures against a teacher it has of its own
 ITSELF = {"kl": 0.0, "reverse_kl": 0.0, "jsd": 0.0, "agreement": 1.0, "chunk_kl": 0.0}
 AGAINST_TEACHER = (*ITSELF, "head_mass", "tail_mass")
+SHARES = ("agreement", "token_accuracy", "head_mass", "tail_mass")  # from 0 to 1
 OF_TEACHER = {"nll": "teacher_nll", "student_entropy": "teacher_entropy",
               "head_mass": "teacher_head_mass", "tail_mass": "teacher_tail_mass"}
 
@@ -27,7 +29,7 @@ OF_TEACHER = {"nll": "teacher_nll", "student_entropy": "teacher_entropy",
 class Items:
     """The same questions as every model answered them.
 
-    weights, groups: as in `statistics.Bootstrap`. binary: whether all scores are 0 or 1 and no two
+    weights, groups, shares: as in `pairs.Paired`. binary: whether all scores are 0 or 1 and no two
     questions belong together, so that McNemar's test is exact.
     """
 
@@ -35,6 +37,7 @@ class Items:
     weights: Sequence[float] | None
     groups: Sequence[str]
     binary: bool
+    shares: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def _held_out(column: Column, runs: Runs, shared: Shared) -> Measure:
         return Measure(column, estimates, None, "the students' tokens are not the same",
                        comparable=comparable)
     arms = dict(_arms(key, shared, sizes[0], runs.methods, estimates))
-    items = Items(arms, sizes[0], [source for source, *_ in shared.keys], binary=False)
+    items = Items(arms, sizes[0], [source for source, *_ in shared.keys], binary=False,
+                  shares=key in SHARES)
     return Measure(column, estimates, items, comparable=comparable)
 
 
@@ -154,8 +158,8 @@ def _arms(
 
 def estimate(means: Figures, key: str) -> Estimate:
     """A figure that was measured."""
-    return Estimate(means.figures[key], means.figures.get(f"{key}_stderr", math.nan),
-                    means.n_answers)
+    return known(means.figures[key], means.figures.get(f"{key}_stderr", math.nan),
+                 means.n_answers, key in SHARES)
 
 
 def _known(means: Figures | None, key: str) -> Estimate | None:
@@ -165,7 +169,8 @@ def _known(means: Figures | None, key: str) -> Estimate | None:
 
 def _teachers(key: str, means: Figures | None) -> Estimate | None:
     own = _known(means, key if key in ITSELF else OF_TEACHER.get(key, ""))
-    return own and (Estimate(ITSELF[key], 0.0, own.n) if key in ITSELF else own)
+    return own and (Estimate(ITSELF[key], 0.0, own.n, ITSELF[key], ITSELF[key])
+                    if key in ITSELF else own)
 
 
 # ----- benchmarks ---------------------------------------------------------------------------
@@ -187,29 +192,30 @@ def benchmark_measure(task: str, methods: Sequence[Method]) -> Measure:
                for method in having}
     some = next(iter(reports.values()))[0]
     headline = next(iter(some["figures"]))
-    estimates = {name: [of_benchmark(report["figures"][headline]) for report in of_seeds]
-                 for name, of_seeds in reports.items()}
     decimals = some.get("decimals", 1)  # None: the benchmark has points of its own
     shares = decimals is not None
+    estimates = {name: [of_benchmark(report["figures"][headline], shares) for report in of_seeds]
+                 for name, of_seeds in reports.items()}
     column = Column(task, some["title"], "higher", f".{decimals if shares else 1}f",
                     "%" if shares else "points",
                     f"{headline}, rule {some['rule']} (version {some['rule_version']}).")
-    items, unpaired = _questions(task, having, estimates)
+    items, unpaired = _questions(task, having, estimates, shares)
     return Measure(column, estimates, items, unpaired, 100.0 if shares else 1.0)
 
 
-def of_benchmark(figure: Mapping[str, Any]) -> Estimate:
-    """From results.json, where what is not finite is null."""
-    value, stderr = (math.nan if figure[key] is None else figure[key]
-                     for key in ("value", "stderr"))
-    return Estimate(value, stderr, figure["n"])
+def of_benchmark(figure: Mapping[str, Any], share: bool = False) -> Estimate:
+    """From results.json, where what is not finite is null, and older files have no interval."""
+    value, stderr, low, high = (math.nan if figure.get(key) is None else figure[key]
+                                for key in ("value", "stderr", "low", "high"))
+    return known(value, stderr, figure["n"], share) if math.isnan(low) else \
+        Estimate(value, stderr, figure["n"], low, high)
 
 
 Rows = dict[str, Mapping[str, Any]]
 
 
 def _questions(
-    task: str, methods: Sequence[Method], estimates: Mapping[str, Sequence[Estimate]]
+    task: str, methods: Sequence[Method], estimates: Mapping[str, Sequence[Estimate]], shares: bool
 ) -> tuple[Items | None, str]:
     """Scores question by question, if their mean is the figure that is reported.
 
@@ -230,7 +236,7 @@ def _questions(
                   for name, seeds in answers.items()}
         if all(_mean_is(table, mean.value) for name, seeds in scored.items()
                for table, mean in zip(seeds, estimates[name], strict=True)):
-            return _items(scored, grouped, methods), ""
+            return replace(_items(scored, grouped, methods), shares=shares), ""
     return None, "its figure is no mean over questions"
 
 

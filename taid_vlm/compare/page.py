@@ -27,7 +27,7 @@ def comparison_report(
     sections = [_benchmarks(comparison), _held_out(comparison), _training(comparison),
                 _answers(comparison, images or {}), _method(comparison)]
     return Report(
-        title=f"{_listed(comparison.names)}, compared",
+        title=f"{_listed(comparison)}, compared",
         summary=findings(comparison),
         sections=[section for section in sections if section is not None],
         provenance=provenance(comparison),
@@ -39,8 +39,11 @@ def write_page(comparison: Comparison, path: Path) -> Path:
     return write_report(comparison_report(comparison), path)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+def _listed(comparison: Comparison) -> str:
+    *most, last = comparison.names
+    if not most:
+        most, last = [last], comparison.baseline.lower()
+    return f"{', '.join(most)} and {last}"
 
 
 def _benchmarks(comparison: Comparison) -> Section | None:
@@ -60,7 +63,7 @@ def _benchmarks(comparison: Comparison) -> Section | None:
 def _unpaired(judged: Sequence[Any]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for j in judged:
-        if j.measure.unpaired and j.verdicts:
+        if j.measure.unpaired and j.pairs:
             reasons.setdefault(j.measure.unpaired, []).append(j.measure.column.label)
     return [f"Not compared in pairs, so that small differences go unnoticed: {', '.join(labels)} "
             f"({reason})." for reason, labels in reasons.items()]
@@ -120,10 +123,11 @@ def how_measured(comparison: Comparison) -> list[str]:
                for e in method.evaluations for name, entry in e.results["tasks"].items()}
     text += [_task(entry) for entry in entries.values()]
     text.append(
-        f"Differences and their 95 % intervals come from a paired bootstrap ({comparison.n_boot:,} "
-        "draws) in which records, or questions about one item, are drawn together; where a method "
-        "has several seeds, their spread enters by Student's t. Significance is at 5 % after "
-        "Holm's correction for every table.")
+        "Differences and their 95 % intervals are of pairs; records, or questions about one item, "
+        "are one draw. Intervals are by Student's t with as many degrees of freedom as these draws "
+        "leave (jackknife variance), and by seeds' own where a method has several; of shares by "
+        "Clopper and Pearson, of gaps by Fieller. Significance is at 5 % after Holm's correction "
+        "over all comparisons on this page.")
     return text
 
 

@@ -10,10 +10,14 @@ from taid_vlm.compare.judging import Judged
 
 
 def plain(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain numbers; differences are method - baseline, in the figures' unit."""
+    """The comparison as plain numbers; differences are method - baseline, in the figures' unit.
+
+    `verdicts` are of methods, and empty with one seed each; `of_students` are of those measured.
+    """
     return {
         "summary": findings(comparison), "warnings": list(comparison.warnings),
-        "baseline": comparison.baseline, "seeds": comparison.seeds, "n_boot": comparison.n_boot,
+        "unequal": list(comparison.unequal),
+        "baseline": comparison.baseline, "seeds": comparison.seeds,
         "held_out": {j.measure.column.key: _judged(j) for j in comparison.held_out},
         "benchmarks": {j.measure.column.key: _judged(j) for j in comparison.benchmarks},
     }
@@ -25,11 +29,11 @@ def _judged(judged: Judged) -> dict[str, Any]:
         "better": judged.measure.column.better,
         "figures": {name: {"value": f.value, "stderr": f.stderr, "low": f.low, "high": f.high,
                            "n": f.n} for name, f in judged.figures.items()},
-        "verdicts": dict(judged.verdicts),
+        "verdicts": judged.verdicts, "of_students": judged.ranking,
         "against_baseline": {name: {
             "difference": scale * d.interval.value, "low": scale * d.interval.low,
             "high": scale * d.interval.high, "p": d.p, "p_holm": d.adjusted, "test": d.test,
-            "covers_seeds": d.interval.seeds_known,
+            "significant": d.significant, "covers_seeds": d.of_methods,
         } for name, d in judged.against.items()},
         "gap_recovered": {name: None if r.share is None else {
             "share": r.share.value, "low": r.share.low, "high": r.share.high}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,8 @@ from taid_vlm.compare.compare import Comparison
 from taid_vlm.compare.folders import Method
 from taid_vlm.compare.judging import APART, EXACT, PAIRED, Difference, Judged, over_seeds
 from taid_vlm.compare.measures import BASE, ITSELF, TEACHER, estimate, of_benchmark
-from taid_vlm.evaluation.statistics import Recovered
+from taid_vlm.evaluation.pairs import Recovered
+from taid_vlm.evaluation.statistics import Estimate
 from taid_vlm.report import Column, Figure, Row, Table
 from taid_vlm.report.columns import FIGURES
 from taid_vlm.report.data import Role
@@ -19,20 +20,29 @@ from taid_vlm.report.data import Role
 ROLES: dict[str, Role] = {TEACHER: "teacher", BASE: "start"}
 SPREAD = ("student_entropy", "head_mass", "tail_mass")
 GAPS = ("kl", "agreement", "nll", "token_accuracy")
+PARTS = "Nothing is compared here: read it for patterns."
 MOST_TAGS = 8  # values of a tag that are worth a table
 
+INTERVAL = "Below each value its 95 % interval"
 FIGURES_KEY = (
-    "★ Best: significantly better than every other method on the same questions (5 %, by Holm for "
-    "as many as there are). ≈ Tied: the best value, and those that it is not significantly better "
-    "than. Value ± standard error; it also holds the spread over seeds where there are several. "
-    "Pairs are compared, so methods can differ significantly while their errors overlap.")
+    "★ Best: significantly better than every other method on the same questions (5 %, by Holm over "
+    "all comparisons on this page). ≈ Tied: the best value, and those that it is not significantly "
+    f"better than. {INTERVAL}, over questions and over seeds where there are several. Pairs are "
+    "compared, so methods can differ significantly while their intervals overlap.")
+STUDENTS_KEY = (
+    f"{INTERVAL}, over questions. Nothing is marked best or tied: one seed per method speaks for "
+    "one student, not for the method.")
+ALONE_KEY = f"{INTERVAL}."
 DIFFERENCE_KEY = (
     "▲ better, ▼ worse, ≈ no significant difference, at 5 % after Holm's correction for all "
-    "comparisons of this table. Below each difference its own 95 % interval, without correction. ")
+    "comparisons on this page. Below each difference its own 95 % interval, without correction. ")
+STUDENT_DIFFERENCE_KEY = (
+    "This student against that student: one seed each, so nothing is marked. Below each difference "
+    "its own 95 % interval over questions, without correction. ")
 TESTS = {
-    PAIRED: "paired bootstrap over records or groups of questions",
+    PAIRED: "Student's t of pairs, over records or groups of questions",
     EXACT: "McNemar's exact test where every answer is right or wrong",
-    APART: "normal test of independent errors where there are no pairs",
+    APART: "independent errors where there are no pairs",
 }
 COST = (
     Column("steps", "steps", "", ",.0f"),
@@ -55,7 +65,9 @@ def figures_table(
     rows = [Row(name, ROLES.get(name, "baseline"),
                 {j.measure.column.key: _marked(j, name) for j in judged if _tells(j, name)},
                 _seeds(name, comparison)) for name in names]
-    return Table(title, [j.measure.column for j in judged], rows, caption, FIGURES_KEY)
+    key = ALONE_KEY if len(comparison.names) < 2 else \
+        FIGURES_KEY if any(j.verdicts for j in judged) else STUDENTS_KEY
+    return Table(title, [j.measure.column for j in judged], rows, caption, key)
 
 
 def _tells(judged: Judged, name: str) -> bool:
@@ -82,7 +94,7 @@ def against_table(judged: Sequence[Judged], comparison: Comparison) -> Table | N
     rows = [Row(name, "baseline", {j.measure.column.key: difference_figure(j, name)
                                    for j in kept if name in j.against}) for name in others]
     return Table(f"Difference from {comparison.baseline}", columns, rows,
-                 key=DIFFERENCE_KEY + _tests(d for j in kept for d in j.against.values()))
+                 key=_difference_key([d for j in kept for d in j.against.values()]))
 
 
 def _of_differences(column: Column) -> Column:
@@ -99,8 +111,8 @@ def difference_figure(judged: Judged, name: str) -> Figure:
                   scale * interval.high, verdict="", mark=sign(judged, difference), note=note)
 
 
-def sign(judged: Judged, difference: Difference) -> Any:
-    """Whether a significant difference is for the better."""
+def direction(judged: Judged, difference: Difference) -> Any:
+    """Whether a significant difference is for the better, of methods or of two students."""
     if math.isnan(difference.adjusted):
         return ""
     if not difference.significant:
@@ -109,13 +121,17 @@ def sign(judged: Judged, difference: Difference) -> Any:
     return "better" if (difference.interval.value > 0) == higher else "worse"
 
 
-def _tests(differences: Iterable[Difference]) -> str:
-    every = list(differences)
+def sign(judged: Judged, difference: Difference) -> Any:
+    """The mark of a difference of methods; two students get none."""
+    return direction(judged, difference) if difference.of_methods else ""
+
+
+def _difference_key(every: Sequence[Difference]) -> str:
     used = [TESTS[test] for test in dict.fromkeys(d.test for d in every)]
-    seeds = "Intervals cover other seeds where there are several, by Student's t. " \
-        if any(d.interval.seeds_known for d in every) else \
-        "One seed each: the intervals say nothing about other seeds. "
-    return f"{seeds}Tests: {'; '.join(used)}."
+    marked = any(d.of_methods for d in every)
+    seeds = "Intervals cover other seeds, by Student's t. " if marked else ""
+    return f"{DIFFERENCE_KEY if marked else STUDENT_DIFFERENCE_KEY}{seeds}Tests: " \
+        f"{'; '.join(used)}."
 
 
 def recovered_table(judged: Sequence[Judged], comparison: Comparison, keys: Sequence[str] = ()
@@ -131,8 +147,8 @@ def recovered_table(judged: Sequence[Judged], comparison: Comparison, keys: Sequ
                                    for j in kept if name in j.recovered}) for name in names]
     return Table("Gap recovered", columns, rows,
                  "(student − base) / (teacher − base): 0 % is the base, 100 % the teacher.",
-                 key="Below each share its 95 % interval. – where base and teacher do not differ "
-                     "significantly, so that there is no gap to recover.")
+                 key="Below each share its 95 % interval (Fieller). – where base and teacher do "
+                     "not differ significantly, so that there is no gap to recover.")
 
 
 def _share(recovered: Recovered) -> Figure:
@@ -155,11 +171,9 @@ def category_table(methods: Sequence[Method], key: str) -> Table | None:
         return None
     column = next(c for c in FIGURES if c.key == key)
     columns = [Column(c, c, column.better, column.format, column.unit) for c in categories]
-    rows = [Row(name, "baseline", {c: over_seeds([estimate(of[c], key) for of in row])
+    rows = [Row(name, "baseline", {c: _unmarked([estimate(of[c], key) for of in row])
                                    for c in categories}) for name, row in parts.items()]
-    return Table(f"{column.label} by category", columns, rows,
-                 "Marks in this table take models as measured independently, and are not "
-                 "corrected: read it for patterns.")
+    return Table(f"{column.label} by category", columns, rows, PARTS, ALONE_KEY)
 
 
 def tag_tables(task: str, title: str, methods: Sequence[Method]) -> list[Table]:
@@ -177,10 +191,15 @@ def tag_tables(task: str, title: str, methods: Sequence[Method]) -> list[Table]:
             continue
         columns = [Column(value, value, "higher", ".1f", unit) for value in values]
         rows = [Row(name, ROLES.get(name, "baseline"), {
-            value: over_seeds([of_benchmark(_tagged(r, tag, value, headline)) for r in row], scale)
+            value: _unmarked([of_benchmark(_tagged(r, tag, value, headline), unit == "%")
+                              for r in row], scale)
             for value in values}) for name, row in reports.items()]
-        tables.append(Table(f"{title} by {tag}", columns, rows))
+        tables.append(Table(f"{title} by {tag}", columns, rows, PARTS, ALONE_KEY))
     return tables
+
+
+def _unmarked(estimates: Sequence[Estimate], scale: float = 1.0) -> Figure:
+    return replace(over_seeds(estimates, scale), verdict="")
 
 
 def _tagged(report: dict[str, Any], tag: str, value: str, figure: str) -> dict[str, Any]:
@@ -240,4 +259,4 @@ def spread_table(judged: Sequence[Judged], comparison: Comparison) -> Table | No
         return None
     return replace(figures_table("Where the probability goes", judged, comparison,
                                  "Nearest to the teacher is best, so there is no ranking."),
-                   key="Value ± standard error.")
+                   key=ALONE_KEY)

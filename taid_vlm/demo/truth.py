@@ -17,7 +17,8 @@ from taid_vlm.compare.folders import Distillation
 from taid_vlm.compare.measures import BASE, TEACHER, Items, Measure
 from taid_vlm.config.data import DataSource
 from taid_vlm.evaluation.answers import AnswerPair
-from taid_vlm.evaluation.statistics import Arm, mean_of
+from taid_vlm.evaluation.pairs import Arm
+from taid_vlm.evaluation.statistics import mean_of
 from taid_vlm.records import Record, open_records
 from taid_vlm.report import Column
 
@@ -112,6 +113,6 @@ def caption_measure(methods: Sequence[Method], truth: Mapping[str, float]) -> Me
     scores = {name: [[each[source] for source in sources] for each in own]
               for name, own in losses.items()}
     arms = {name: Arm(own, name not in (TEACHER, BASE)) for name, own in scores.items()}
-    return Measure(CAPTION_KL, {name: [mean_of(of_seed) for of_seed in own]
+    return Measure(CAPTION_KL, {name: [mean_of(of_seed, shares=False) for of_seed in own]
                                 for name, own in scores.items()},
                    Items(arms, None, sources, binary=False))

@@ -1,29 +1,131 @@
-"""How sure a figure is: standard errors of means over questions, with or without groups, seeds and
-comparisons of models on the same questions.
+"""How sure a figure is: standard errors and intervals of means over questions, with or without
+groups and seeds, and exact tests.
 
-Questions are drawn anew by group, all models' together, so that what a difference is taken of are
-pairs. Another seed of a trained model is another draw, too: where there are several, a difference
-gets the error of both.
+Intervals hold for few draws as for many: by Student's t, with the degrees of freedom that draws of
+unequal size leave, and for shares by Clopper and Pearson, so that 0 of 8 is not 0 without an error.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
 
-N_BOOT = 10_000
 LEVEL = 0.95
-PAIRED_SEEDS = 3
-AT_ONCE = 2**22  # drawn groups in memory at a time
+MOST = 1e5  # degrees of freedom that are worth telling apart
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Groups: TypeAlias = Sequence[Hashable] | None
-Signs: TypeAlias = Sequence[tuple[float, str]]  # what is added up: 1 or -1, and whose mean
+
+
+# ----- distributions ------------------------------------------------------------------------
+
+
+def beta_cdf(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function, by its continued fraction (DLMF 8.17.22)."""
+    if not 0 < x < 1:
+        return x if math.isnan(x) else float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - beta_cdf(1 - x, b, a)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+                     + a * math.log(x) + b * math.log1p(-x)) / a
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    value = d
+    for m in range(1, 10_000):
+        change = 1.0
+        for term in (m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+                     -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))):
+            c, d = 1 + term / c, 1 / (1 + term * d)
+            change = c * d
+            value *= change
+        if abs(change - 1) < 1e-14:
+            break
+    return front * value
+
+
+@lru_cache(maxsize=10_000)
+def beta_quantile(p: float, a: float, b: float) -> float:
+    """Where `beta_cdf` is p: Newton's steps, halved where they lead outside."""
+    scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    low, high, x = 0.0, 1.0, a / (a + b)
+    while high - low > 1e-13 * high and high > 1e-200:
+        above = beta_cdf(x, a, b) - p
+        low, high = (low, x) if above > 0 else (x, high)
+        slope = math.exp(scale + (a - 1) * math.log(x) + (b - 1) * math.log1p(-x))
+        step = x - above / slope if slope else math.nan
+        last, x = x, step if low < step < high else (low + high) / 2
+        if abs(x - last) <= 1e-13 * x:
+            break
+    return x
+
+
+def student_t(freedom: float, level: float = LEVEL) -> float:
+    """How far Student's t is from 0 with probability `1 - level`, on either side."""
+    freedom = min(freedom, MOST)
+    x = beta_quantile(1 - level, freedom / 2, 0.5)
+    return math.sqrt(freedom * (1 - x) / x)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What chance adds to a figure's variance, and the degrees of freedom it is known with."""
+
+    variance: float
+    freedom: float
+
+
+def reach(parts: Sequence[Part], level: float = LEVEL) -> float:
+    """Half an interval's width: every part by its own Student's t, their squares added up, which is
+    never narrower than what Welch's degrees of freedom give (Cochran and Cox, 1950)."""
+    return math.sqrt(math.fsum(part.variance * student_t(part.freedom, level) ** 2
+                               for part in parts))
+
+
+def p_value(value: float, parts: Sequence[Part], draws: int) -> float:
+    """Two-sided, against 0: where `reach` is as far as the value is from 0.
+
+    Args:
+        draws: how many there are; where none differs, it is that all have one sign by chance.
+    """
+    parts = [part for part in parts if part.variance]
+    if not value or not parts:
+        return min(1.0, 2.0 ** (1 - draws)) if value else 1.0
+    if len(parts) == 1:
+        freedom = min(parts[0].freedom, MOST)
+        return beta_cdf(freedom / (freedom + value**2 / parts[0].variance), freedom / 2, 0.5)
+    low, high = -700.0, -1e-9  # of log p
+    for _ in range(60):
+        middle = (low + high) / 2
+        near = reach(parts, -math.expm1(middle)) < abs(value)
+        low, high = (low, middle) if near else (middle, high)
+        if high - low < 1e-4:
+            break
+    return math.exp(high)
+
+
+def share_interval(
+    value: float, half: float, draws: int, size: float, level: float = LEVEL
+) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share, with the number of questions that would have its
+    error if they were independent (Korn and Graubard, 1998).
+
+    Args:
+        value: from 0 to 1. half: `reach` of it; its ends are within 0 and 1 and not symmetric.
+        draws: independent ones, which count where all answers have one score.
+        size: how many questions there are.
+    """
+    n = float(draws)
+    if 0 < value < 1 and half:
+        n = value * (1 - value) * (student_t(size - 1, level) / half) ** 2 * size / (size - 1)
+    k, tail = n * value, (1 - level) / 2
+    low = beta_quantile(tail, k, n - k + 1) if k > 0 else 0.0
+    high = beta_quantile(1 - tail, k + 1, n - k) if k < n else 1.0
+    return low, high
 
 
 # ----- one model ----------------------------------------------------------------------------
@@ -31,29 +133,41 @@ Signs: TypeAlias = Sequence[tuple[float, str]]  # what is added up: 1 or -1, and
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure: `value` and `stderr` in its own unit, over `n` questions; NaN where unknown."""
+    """A figure: `value` and `stderr` in its own unit, over `n` questions; NaN where unknown.
+
+    low, high: its 95 % interval.
+    """
 
     value: float
     stderr: float
     n: int
+    low: float = field(default=math.nan, compare=False)
+    high: float = field(default=math.nan, compare=False)
+
+    def scaled(self, factor: float) -> Estimate:
+        return Estimate(factor * self.value, factor * self.stderr, self.n, factor * self.low,
+                        factor * self.high)
 
 
-def mean_of(scores: Sequence[float], groups: Groups = None) -> Estimate:
+def mean_of(
+    scores: Sequence[float], groups: Groups = None, shares: bool = True
+) -> Estimate:
     """Mean with its standard error; questions of one group are not independent draws.
 
     Args:
         scores: one per question.
         groups: which group a question is of (the same image, the same item rotated); the error is
             then the cluster-robust one of a ratio of sums.
+        shares: whether scores are from 0 to 1; where one is not, that settles it.
 
     Returns:
         `n` counts questions. NaN without questions; the error is NaN for a single group.
     """
-    return ratio_of(scores, [1.0] * len(scores), groups)
+    return ratio_of(scores, [1.0] * len(scores), groups, shares)
 
 
 def ratio_of(
-    totals: Sequence[float], weights: Sequence[float], groups: Groups = None
+    totals: Sequence[float], weights: Sequence[float], groups: Groups = None, shares: bool = True
 ) -> Estimate:
     """Sum of totals over sum of weights (an answer's figure summed over its tokens, and their
     number), with the error of `mean_of`."""
@@ -62,10 +176,83 @@ def ratio_of(
         return Estimate(math.nan, math.nan, n)
     mean = math.fsum(totals) / weight
     residuals: dict[Hashable, float] = defaultdict(float)
+    sizes: dict[Hashable, float] = defaultdict(float)
     for index, (total, size) in enumerate(zip(totals, weights, strict=True)):
-        residuals[index if groups is None else groups[index]] += total - mean * size
+        group = index if groups is None else groups[index]
+        residuals[group] += total - mean * size
+        sizes[group] += size
     squares = math.fsum(x * x for x in residuals.values())
-    return Estimate(mean, standard_error(squares, len(residuals), weight), n)
+    stderr = standard_error(squares, len(residuals), weight)
+    draws = Draws.of(list(sizes.values()))
+    if draws.number < 2:
+        return Estimate(mean, stderr, n)
+    part = part_of(draws.factors * np.array(list(residuals.values())), draws.freedom)
+    half = reach([part])
+    if not shares or not all(0 <= total <= size for total, size in
+                             zip(totals, weights, strict=True)):
+        return Estimate(mean, stderr, n, mean - half, mean + half)
+    number = weight**2 / math.fsum(x * x for x in weights)
+    if len(residuals) == n:  # Clopper and Pearson know of rare answers
+        half = reach([replace(part, freedom=draws.freedom)])
+    if all(total in (0, size) for total, size in zip(totals, weights, strict=True)):
+        half = max(half, binomial_reach(mean, number, draws.freedom))
+    return Estimate(mean, stderr, n, *share_interval(mean, half, draws.number, number))
+
+
+def binomial_reach(share: float, size: float, freedom: float) -> float:
+    """`reach` of a share of right answers if all were independent, which few groups that happen to
+    be alike must not fall below."""
+    if size <= 1:
+        return math.inf
+    return reach([Part(share * (1 - share) / (size - 1), freedom)])
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Independent draws of unequal size behind a ratio of sums, and what they tell of its error.
+
+    factors: what a draw's residual (total - ratio * size) is multiplied by, so that the squares'
+    sum is the jackknife's variance, which is not too small on average (Hansen, 2025).
+    freedom: Satterthwaite's, exact for draws of one variance (Bell and McCaffrey, 2002).
+    """
+
+    number: int
+    factors: Array
+    freedom: float
+
+    @classmethod
+    def of(cls, sizes: Sequence[float] | Array) -> Draws:
+        """Those of size 0 are none; of fewer than two nothing is known (NaN)."""
+        size = np.asarray(sizes, float)
+        number = int((size > 0).sum())
+        if number < 2:
+            return cls(number, np.full(len(size), math.nan), 0.0)
+        share = size / size.sum()
+        scale = math.sqrt((number - 1) / number) / (1 - share)
+        squares = float(share @ share)
+        a = (scale * share) ** 2
+        trace = float(a @ (1 - 2 * share + squares))
+        cross = float(a @ share)
+        whole = float(a.sum())
+        norm = float(a**2 @ (1 + 2 * squares - 4 * share)) + squares**2 * whole**2 \
+            + 2 * whole * float(a @ share**2) - 4 * squares * whole * cross + 2 * cross**2
+        return cls(number, scale / size.sum(), max(1.0, trace**2 / norm))
+
+def part_of(errors: Array, freedom: float) -> Part:
+    """The variance that the squares of errors [draws] add up to. A few draws far from the others,
+    or all on one side, make it hardly known, however many there are: it has fewer degrees of
+    freedom by their kurtosis and skewness (none fewer for normal ones).
+
+    Args:
+        freedom: as if draws were normal.
+    """
+    number, variance = len(errors), float(errors @ errors)
+    if not variance:
+        return Part(variance, freedom)
+    kurtosis, skewness = (number ** (power / 2 - 1) * float(np.sum(errors**power))
+                          / variance ** (power / 2) for power in (4, 3))
+    excess = kurtosis - 1 + skewness**2
+    return Part(variance, max(1.0, min(freedom, 2 * number / excess)) if excess > 0 else freedom)
 
 
 def standard_error(squares: float, draws: int, weight: float) -> float:
@@ -77,6 +264,16 @@ def standard_error(squares: float, draws: int, weight: float) -> float:
     if draws < 2 or not weight:
         return math.nan
     return math.sqrt(max(squares, 0.0) * draws / (draws - 1)) / weight
+
+
+def known(value: float, stderr: float, n: int, share: bool = False) -> Estimate:
+    """With the interval of `n` independent draws, where nothing else is known of a figure."""
+    if n < 2 or not (math.isfinite(value) and math.isfinite(stderr)):
+        return Estimate(value, stderr, n)
+    half = student_t(n - 1) * stderr
+    if share and 0 <= value <= 1:
+        return Estimate(value, stderr, n, *share_interval(value, half, n, n))
+    return Estimate(value, stderr, n, value - half, value + half)
 
 
 def mean_of_means(scores: Sequence[float], parts: Sequence[Hashable]) -> Estimate:
@@ -96,9 +293,24 @@ def mean_of_estimates(parts: Sequence[Estimate]) -> Estimate:
     """The plain mean of independent figures, however many questions each has; NaN without any."""
     if not parts:
         return Estimate(math.nan, math.nan, 0)
-    return Estimate(math.fsum(part.value for part in parts) / len(parts),
-                    root_mean_square([part.stderr for part in parts]) / math.sqrt(len(parts)),
-                    sum(part.n for part in parts))
+    k = len(parts)
+    return Estimate(math.fsum(part.value for part in parts) / k,
+                    root_mean_square([part.stderr for part in parts]) / math.sqrt(k),
+                    sum(part.n for part in parts), *combined([(1 / k, part) for part in parts]))
+
+
+def combined(parts: Sequence[tuple[float, Estimate]], seeds: float = 0.0) -> tuple[float, float]:
+    """The interval of a weighted sum of independent figures, from theirs, which need not be
+    symmetric (Zou and Donner's MOVER, 2008).
+
+    Args:
+        seeds: `reach` of chance that is not in theirs.
+    """
+    value = math.fsum(weight * part.value for weight, part in parts)
+    ends = [sorted((weight * part.low, weight * part.high)) for weight, part in parts]
+    low, high = (math.hypot(seeds, *(weight * part.value - end[side] for end, (weight, part)
+                                     in zip(ends, parts, strict=True))) for side in (0, 1))
+    return value - low, value + high
 
 
 def root_mean_square(errors: Sequence[float]) -> float:
@@ -109,11 +321,17 @@ def root_mean_square(errors: Sequence[float]) -> float:
 def over_seeds(seeds: Sequence[Estimate]) -> Estimate:
     """The mean of one figure over seeds, with the error of the questions, which are the same for
     all seeds, and that of the seeds; one seed has none of its own."""
-    values = [seed.value for seed in seeds]
-    spread = seed_error([values]).spread if len(seeds) > 1 else 0.0
+    if len(seeds) == 1:
+        return seeds[0]
+    values, k = [seed.value for seed in seeds], len(seeds)
+    error, mean = seed_error([values]), math.fsum(values) / k
+    of_seeds = Part(error.spread**2 / k, error.freedom)
+    low, high = (math.hypot(reach([of_seeds]), root_mean_square([end - x for end, x in
+                            zip(ends, values, strict=True)]))
+                 for ends in ([seed.low for seed in seeds], [seed.high for seed in seeds]))
     questions = root_mean_square([seed.stderr for seed in seeds])
-    return Estimate(math.fsum(values) / len(seeds),
-                    math.hypot(questions, spread / math.sqrt(len(seeds))), seeds[0].n)
+    return Estimate(mean, math.hypot(questions, math.sqrt(of_seeds.variance)), seeds[0].n,
+                    mean - low, mean + high)
 
 
 @dataclass(frozen=True)
@@ -148,7 +366,7 @@ def pool_seeds(
     Args:
         scores: [seeds][questions]. weights: as in `ratio_of`; 1 by default.
     """
-    table = _scores(scores)
+    table = as_table(scores)
     sizes = np.ones(table.shape[1]) if weights is None else np.asarray(weights, float)
     by_question = ratio_of(table.mean(0).tolist(), sizes.tolist(), groups)
     seeds = seed_error([table.sum(1) / sizes.sum()]) if sizes.sum() else SeedError(math.nan, 0)
@@ -156,7 +374,8 @@ def pool_seeds(
                   by_question.n, len(table))
 
 
-def _scores(scores: Sequence[Sequence[float]] | Array) -> Array:
+def as_table(scores: Sequence[Sequence[float]] | Array) -> Array:
+    """[seeds][questions]; raises ValueError for another shape."""
     table = np.asarray(scores, float)
     if table.ndim != 2:
         raise ValueError(f"scores must be [seeds][questions], got the shape {table.shape}.")
@@ -179,213 +398,6 @@ def seed_error(seed_means: Sequence[Array | Sequence[float]]) -> SeedError:
         return SeedError(math.nan, 0)
     squares = math.fsum(float(np.var(means) * len(means)) for means in seed_means)
     return SeedError(math.sqrt(squares / freedom), freedom)
-
-
-# ----- several models on the same questions -------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A model's scores [seeds][questions]; a weighted figure's are totals.
-
-    trained: whether another seed would have given another model. A teacher and the student before
-        training are what they are.
-    seeds: which they are, in the order of the scores. A seed decides the order of the data, so
-        models of one seed are pairs, too.
-    """
-
-    scores: Sequence[Sequence[float]]
-    trained: bool = True
-    seeds: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure or a difference with a bootstrap interval.
-
-    p: two-sided, against 0; at least 2 / (n_boot + 1). seeds_known: whether the interval covers
-    other seeds; it does not where every trained model has one.
-    """
-
-    value: float
-    low: float
-    high: float
-    p: float
-    n: int
-    n_boot: int
-    seeds_known: bool = True
-    level: float = LEVEL
-
-    @property
-    def significant(self) -> bool:
-        """Whether it excludes 0."""
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """(student - base) / (teacher - base): 0 at the base, 1 at the teacher.
-
-    share: None where there is no gap to recover: base and teacher do not differ significantly.
-    gap: teacher - base.
-    """
-
-    share: Interval | None
-    gap: Interval
-
-
-class Bootstrap:
-    """Means of several models over questions drawn anew, the same ones for all of them.
-
-    Args:
-        arms: models by name; all with the same questions in the same order.
-        weights: as in `ratio_of`; 1 by default. Questions of weight 0 are left out.
-        groups: which questions are drawn together; each on its own by default.
-    """
-
-    def __init__(
-        self, arms: Mapping[str, Arm], weights: Sequence[float] | None = None,
-        groups: Groups = None, n_boot: int = N_BOOT, seed: int = 0,
-    ) -> None:
-        self.arms, self.n_boot, self._seed = dict(arms), n_boot, seed
-        tables = {name: _scores(arm.scores) for name, arm in arms.items()}
-        sizes = {table.shape[1] for table in tables.values()}
-        if len(sizes) > 1:
-            raise ValueError(f"the models have {sorted(sizes)} questions; pairs need the same.")
-        self.n = sizes.pop() if sizes else 0
-        weight = np.ones(self.n) if weights is None else np.asarray(weights, float)
-        columns = np.vstack([*tables.values(), weight[None]]).T
-        columns[~np.isfinite(columns)] = math.nan  # infinity times no draw
-        clustered = _by_group(columns[weight > 0], groups and
-                              [g for g, w in zip(groups, weight, strict=True) if w > 0])
-        self.clusters, whole = len(clustered), clustered.sum(0)
-        drawn = resampled_sums(clustered, n_boot, seed) if self.clusters > 1 else \
-            np.full((n_boot, len(whole)), math.nan)
-        self.seed_means: dict[str, Array] = {}
-        self._draws: dict[str, Array] = {}
-        start = 0
-        for name, table in tables.items():
-            part = slice(start, start := start + len(table))
-            self.seed_means[name] = whole[part] / whole[-1] if whole[-1] else \
-                np.full(len(table), math.nan)
-            self._draws[name] = drawn[:, part].mean(1) / drawn[:, -1]
-
-    @classmethod
-    def average(cls, parts: Sequence[Bootstrap]) -> Bootstrap:
-        """The plain mean over benchmarks, each with questions (and a `seed`) of its own.
-
-        A method's seeds stand in one order everywhere: a good seed may be good at all of them.
-        """
-        first = parts[0]
-        whole = cls({name: Arm([[]] * len(arm.scores), arm.trained, arm.seeds)
-                     for name, arm in first.arms.items()}, n_boot=first.n_boot, seed=first._seed)
-        whole.n, whole.clusters = sum(p.n for p in parts), min(p.clusters for p in parts)
-        for name in first.arms:
-            whole.seed_means[name] = np.mean([p.seed_means[name] for p in parts], axis=0)
-            whole._draws[name] = np.mean([p._draws[name] for p in parts], axis=0)
-        return whole
-
-    def mean(self, name: str) -> float:
-        return float(self.seed_means[name].mean())
-
-    def interval(self, name: str, level: float = LEVEL) -> Interval:
-        """Of one model's mean."""
-        return self._interval([(1.0, name)], level)
-
-    def difference(self, first: str, second: str, level: float = LEVEL) -> Interval:
-        """Of first - second."""
-        return self._interval([(1.0, first), (-1.0, second)], level)
-
-    def recovered(self, student: str, base: str, teacher: str, level: float = LEVEL) -> Recovered:
-        """How much of the gap between base and teacher the student has closed.
-
-        Draws in which the gap has the other sign, of which there are few where it is significant,
-        count as infinitely far on the side that the student moved to.
-        """
-        gap = self.difference(teacher, base, level)
-        if not gap.significant:
-            return Recovered(None, gap)
-        moved, seeds_known = self._drawn([(1.0, student), (-1.0, base)])
-        width = (self._draws[teacher] - self._draws[base]) * math.copysign(1.0, gap.value)
-        moved = moved * math.copysign(1.0, gap.value)
-        share = np.where(width > 0, moved / np.where(width > 0, width, 1.0),
-                         np.copysign(math.inf, moved))
-        value = (self.mean(student) - self.mean(base)) / gap.value
-        return Recovered(self._summary(value, share, seeds_known, level), gap)
-
-    def _interval(self, signs: Signs, level: float) -> Interval:
-        value = sum(sign * self.mean(name) for sign, name in signs)
-        draws, seeds_known = self._drawn(signs)
-        return self._summary(value, draws, seeds_known, level)
-
-    def _drawn(self, signs: Signs) -> tuple[Array, bool]:
-        """Draws [n_boot] of a signed sum of means: other questions, and other seeds where several
-        tell how much these matter (from Student's t, since they are few)."""
-        draws = np.sum([sign * self._draws[name] for sign, name in signs], axis=0)
-        trained = [(sign, name) for sign, name in signs if self.arms[name].trained]
-        means = [self.seed_means[name] for _, name in trained]
-        if self._seeds_pair([name for _, name in trained]):
-            means = [np.sum([sign * self.seed_means[name] for sign, name in trained], axis=0)]
-        error = seed_error(means)
-        if not error.freedom:
-            return draws, not trained
-        scale = error.spread * math.sqrt(sum(1 / len(of_seeds) for of_seeds in means))
-        chance = np.random.default_rng([self._seed, 1])
-        return draws + scale * chance.standard_t(error.freedom, self.n_boot), True
-
-    def _seeds_pair(self, names: Sequence[str]) -> bool:
-        """Whether the same seeds stand behind these models, and enough of them: pairs have half
-        the degrees of freedom, which with two seeds costs more than pairing can gain."""
-        seeds = [tuple(self.arms[name].seeds) for name in names]
-        return len(seeds) > 1 and len(seeds[0]) >= PAIRED_SEEDS and len(set(seeds)) == 1 and all(
-            len(self.seed_means[name]) == len(seeds[0]) for name in names)
-
-    def _summary(self, value: float, draws: Array, seeds_known: bool, level: float) -> Interval:
-        if self.clusters < 2 or not math.isfinite(value):
-            return Interval(value, math.nan, math.nan, math.nan, self.n, self.n_boot, seeds_known,
-                            level)
-        # "nearest", since a neighbour may be infinite
-        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], method="nearest")
-        side = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
-        p = min(1.0, 2 * (side + 1) / (self.n_boot + 1))
-        return Interval(value, float(low), float(high), p, self.n, self.n_boot, seeds_known, level)
-
-
-def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None,
-    groups: Groups = None, n_boot: int = N_BOOT, seed: int = 0,
-) -> Interval:
-    """The difference first - second of two models' means over the same questions.
-
-    Args:
-        weights, groups: as in `Bootstrap`.
-    """
-    arms = {"first": Arm([first]), "second": Arm([second])}
-    return Bootstrap(arms, weights, groups, n_boot, seed).difference("first", "second")
-
-
-def resampled_sums(rows: Array, n_boot: int, seed: int) -> Array:
-    """Column sums [n_boot, k] over rows [n, k] drawn n at a time with replacement."""
-    n, generator = len(rows), np.random.default_rng([seed, 0])
-    at_once = max(1, AT_ONCE // n)
-    out = np.empty((n_boot, rows.shape[1]))
-    for start in range(0, n_boot, at_once):
-        number = min(at_once, n_boot - start)
-        picks = generator.integers(0, n, (number, n)) + n * np.arange(number)[:, None]
-        times = np.bincount(picks.ravel(), minlength=number * n).reshape(number, n)
-        out[start : start + number] = times.astype(float) @ rows
-    return out
-
-
-def _by_group(columns: Array, groups: Groups) -> Array:
-    """Sums [groups, k] of rows [n, k]."""
-    if groups is None:
-        return columns
-    places: dict[Hashable, int] = {}
-    index = np.array([places.setdefault(group, len(places)) for group in groups], dtype=int)
-    out = np.zeros((len(places), columns.shape[1]))
-    np.add.at(out, index, columns)
-    return out
 
 
 # ----- tests --------------------------------------------------------------------------------

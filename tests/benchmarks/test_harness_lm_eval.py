@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ pytest.importorskip("lm_eval")
 import datasets
 import lm_eval.evaluator
 from lm_eval import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from taid_vlm.benchmarks.harness import lm_eval as ours
 from taid_vlm.benchmarks.harness.lm_eval import run_lm_eval
 from taid_vlm.benchmarks.harness.suites import leaves
+from taid_vlm.compare import compare_runs, read_method
+from taid_vlm.compare.folders import read_folder
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 
@@ -99,6 +103,38 @@ def test_the_same_figures_as_lm_eval_alone(folder: Path, tmp_path: Path) -> None
             else:
                 assert row["likelihoods"] == [said[0] for said in sample["filtered_resps"]]
         assert results["tasks"][task]["n"] == len(rows) == expected["n-samples"][task]["effective"]
+
+
+def test_its_own_logs_are_the_same_evaluation(folder: Path, tmp_path: Path) -> None:
+    """What lm-eval writes with --log_samples, read by `compare`: figures, scores, choices and
+    answers are those that its run through this package has."""
+    measure(folder, tmp_path / "ours", batch_size=4)
+    for task, raw in alone(folder, tmp_path, batch_size=4).items():
+        tracker = EvaluationTracker(output_path=str(tmp_path / "logs"))
+        tracker.general_config_tracker.model_name_sanitized = "llama"
+        samples = raw.pop("samples")
+        raw["lm_eval_version"] = version("lm-eval")  # of its environment's report, which is off
+        tracker.save_results_aggregated(results=raw, samples=samples)
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    logged, ran = (read_folder(tmp_path / name) for name in ("logs", "ours"))
+    assert logged.results["tasks"].keys() == ran.results["tasks"].keys() == set(TASKS)
+    for task, entry in logged.results["tasks"].items():
+        own = ran.results["tasks"][task]
+        assert (entry["rule"], entry["rule_version"], entry["n"]) == (
+            own["rule"], own["rule_version"], own["n"])
+        assert entry["answering"]["num_fewshot"] == own["answering"]["num_fewshot"] == 2
+        assert {name: (f["value"], f["stderr"]) for name, f in entry["figures"].items()} == {
+            name: (f["value"], f["stderr"]) for name, f in own["figures"].items()}
+        for first, second in zip(logged.answers(task), ran.answers(task), strict=True):
+            assert (first["id"], first["score"]) == (second["id"], second["score"])
+            if task in ("arc_challenge", "hellaswag"):
+                assert (first["answer"], first["answers"]) == (second["answer"], second["answers"])
+            if task == "gsm8k":
+                assert (first["answer"], first["read"]) == (second["answer"], second["read"])
+    found = compare_runs([read_method(f"logs={tmp_path / 'logs'}"),
+                          read_method(f"ours={tmp_path / 'ours'}")])
+    assert all(j.against["ours"].interval.value == 0 for j in found.benchmarks)
+    assert sum(j.paired is not None for j in found.benchmarks) >= 4
 
 
 @cache

@@ -203,3 +203,76 @@ metadata: [{{version: 0.0}}]
         batch_size=4, device="cpu", task_manager=manager)
     said = [sample["resps"][0][0] for sample in found["samples"]["tiny"]]
     assert said == model(harness, folder, "qwen2_5_vl", 1).generate_until(requests(6))
+
+
+TASK = """
+task: tiny
+dataset_path: parquet
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.visual
+doc_to_text: !function utils.text
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 8, temperature: 0, do_sample: false}
+process_results: !function utils.process
+metric_list: [{metric: odd, aggregation: !function utils.mean, higher_is_better: true}]
+metadata: {version: 0.0}
+"""
+UTILS = """
+def visual(doc): return [doc["image"].convert("RGB")]
+def text(doc, kwargs=None): return doc["question"]
+def process(doc, results): return {"odd": {"question": doc["question"],
+                                           "score": float(len(results[0]) % 2)}}
+def mean(rows): return sum(row["score"] for row in rows) / len(rows)
+"""
+
+
+@pytest.mark.skipif(not INSTALLED, reason="lmms-eval is not installed")
+def test_its_logs_are_an_evaluation(folder: Path, tmp_path: Path) -> None:
+    """lmms-eval itself with this package's model on local data; what it logs is read by `compare`,
+    with the answers that this package gives and the scores of the harness."""
+    import datasets
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.loggers import EvaluationTracker
+    from lmms_eval.tasks import TaskManager
+
+    from taid_vlm.compare import compare_runs, read_method
+    from taid_vlm.compare.folders import read_folder
+
+    rows = datasets.Dataset.from_list([{**doc, "answer": "red"} for doc in documents()])
+    rows.to_parquet(str(tmp_path / "tiny.parquet"))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.replace("DATA", f"{tmp_path}/tiny.parquet"))
+    (tmp_path / "tasks" / "utils.py").write_text(UTILS)
+    expected = {}
+    for family in ("llava", "smolvlm"):
+        raw = simple_evaluate(
+            model="taid_vlm", model_args=f"pretrained={folder / family},device=cpu", batch_size=2,
+            tasks=["tiny"], task_manager=TaskManager(include_path=str(tmp_path / "tasks"),
+                                                     include_defaults=False), log_samples=True)
+        tracker = EvaluationTracker(output_path=str(tmp_path / "logs"))
+        tracker.general_config_tracker.model_name_sanitized = family
+        samples = raw.pop("samples")
+        expected[family] = raw["results"]["tiny"]["odd,none"]
+        tracker.save_results_aggregated(raw, samples, "20260301_100000")
+        tracker.save_results_samples(task_name="tiny", samples=samples["tiny"])
+        spec = ModelSpec(str(folder / family))
+        adapter = make_adapter(load_processor(spec, "model"), "model")
+        records = [(Record(f"{i}", (Message("user", (None, doc["question"])),),
+                           (ImageRef(doc["image"], f"{i}"),)), 0)
+                   for i, doc in enumerate(documents())]
+        said = generate_answers(load_model(spec, "model"), adapter, records, max_new_tokens=8,
+                                batch_size=1)
+        found = read_folder(tmp_path / "logs" / family)
+        assert [row["answer"].strip() for row in found.answers("tiny")] == [
+            text.strip() for text in said]
+        assert [row["score"] for row in found.answers("tiny")] == [
+            float(len(text) % 2) for text in said]
+        assert found.results["tasks"]["tiny"]["rule"] == (
+            f"lmms-eval {raw['lmms_eval_version']}")
+    judged = compare_runs([read_method(str(tmp_path / "logs" / family)) for family in expected]
+                          ).benchmarks[0]
+    assert judged.paired is not None
+    assert {name: figure.value / 100 for name, figure in judged.figures.items()} == pytest.approx(
+        expected)

@@ -83,7 +83,7 @@ def test_compared(runs: list[Path], cli: Callable[..., Outcome], tmp_path: Path)
             assert found["held_out"][key]["figures"][name]["value"] == pytest.approx(
                 after[key], rel=1e-6)
     difference = found["held_out"]["kl"]["against_baseline"]["TAID"]
-    assert difference["test"] == "paired bootstrap"
+    assert difference["test"] == "paired t"
     assert not found["warnings"]
     page = (tmp_path / "page.html").read_text()
     assert "KL of chunks" in page

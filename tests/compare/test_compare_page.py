@@ -40,7 +40,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     teacher = evaluation(folder / "teacher", [1.0] * 50)
     base = evaluation(folder / "base", [0.0] * 45 + [1.0] * 5)
     return compare_runs([read_method(a) for a in arguments], read_reference("Teacher", teacher),
-                        read_reference("Base", base), n_boot=500)
+                        read_reference("Base", base))
 
 
 def test_the_page_holds_everything(comparison: Comparison) -> None:
@@ -71,8 +71,7 @@ def test_the_page_is_self_contained_and_needs_no_script(comparison: Comparison) 
 
 def test_names_are_text(tmp_path: Path) -> None:
     made = [str(distillation(tmp_path / name, gain)) for name, gain in (("a", 0.4), ("b", 0.6))]
-    found = compare_runs([read_method(f"{HOSTILE}={made[0]}"), read_method(f"B={made[1]}")],
-                         n_boot=200)
+    found = compare_runs([read_method(f"{HOSTILE}={made[0]}"), read_method(f"B={made[1]}")])
     assert "<b onclick" not in render(comparison_report(found))
     assert r"| <b onclick>\| |" in as_markdown(found)
     for table in tables_of(as_markdown(found)):
@@ -89,7 +88,7 @@ def test_the_card_says_what_how_and_with_what(comparison: Comparison) -> None:
     text = as_markdown(comparison)
     for part in ("### Benchmarks", "### Held-out figures", "### Difference from KD", "### Cost",
                  "How this was measured", "rule official, version 1", f"sha256 {'e' * 16}",
-                 "paired bootstrap (500 draws)", "torch 2.15", "recipe abcd", "(2 seeds)"):
+                 "Student's t with as many degrees", "torch 2.15", "recipe abcd", "(2 seeds)"):
         assert part in text, part
     for table in tables_of(text):
         widths = {line.count("|") for line in table.splitlines()}
@@ -144,7 +143,7 @@ def test_the_capacity_gap_needs_two_teachers(tmp_path: Path, comparison: Compari
     made = [distillation(tmp_path / name, 0.5, models__teacher__parameters=size,
                          models__teacher__name=name) for name, size in
             (("s", 2_000_000), ("l", 9_000_000))]
-    found = capacity_gap(compare_runs([read_method(str(f)) for f in made], n_boot=200))
+    found = capacity_gap(compare_runs([read_method(str(f)) for f in made]))
     assert found is not None
     assert [x for x, _ in found.series["taid"]] == [2.0, 9.0]
 
@@ -162,14 +161,16 @@ def test_the_command(two: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["compare", *two, "--html", str(page), "--markdown", str(card)]) == 0
     printed = capsys.readouterr().out
     assert printed.strip() == card.read_text().strip()
-    assert "b wins" in printed
+    assert "This student against that student, one of each method: b is significantly" in printed
+    assert "**Bold**" not in printed
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert main(["compare", *two, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["held_out"]["kl"]["verdicts"] == {"b": "best"}
+    assert found["held_out"]["kl"]["of_students"] == {"b": "best"}
+    assert found["held_out"]["kl"]["verdicts"] == {}
     difference = found["held_out"]["kl"]["against_baseline"]["b"]
     assert difference["low"] < difference["difference"] < difference["high"] < 0
-    assert difference["test"] == "paired bootstrap"
+    assert difference["test"] == "paired t"
 
 
 def test_mistakes_write_nothing(
@@ -189,7 +190,7 @@ def test_a_run_without_held_out_data(tmp_path: Path) -> None:
                          data={"eval": None}, examples=[]) for name in "ab"]
     for folder in made:
         (folder / "eval_answers.jsonl").unlink()
-    found = compare_runs([read_method(str(f)) for f in made], n_boot=200)
+    found = compare_runs([read_method(str(f)) for f in made])
     assert not found.held_out
     write_page(found, tmp_path / "page.html")
     assert "no figure in common" in (tmp_path / "page.html").read_text()

@@ -70,8 +70,7 @@ def test_taid_vlm_compare_reads_the_arms(comparison: Comparison, output: Path) -
     """With nothing of the demo's own, the figures that are not its own are the same."""
     folders = [f"{name}={output}/words/{name},{output}/words/questions/{name}"
                for name in arms.OBJECTIVES]
-    plain = compare_runs([read_method(folder) for folder in folders], baseline="TAID",
-                         n_boot=comparison.n_boot)
+    plain = compare_runs([read_method(folder) for folder in folders], baseline="TAID")
     assert "caption_kl" not in [j.measure.column.key for j in plain.held_out]
     for key in ("kl", "agreement", "nll", "questions"):
         whole = figures(comparison, key)

@@ -24,7 +24,7 @@ def figures_of(entry: Mapping[str, Any], task: str) -> dict[str, dict[str, Any]]
     figures: dict[str, dict[str, Any]] = {}
     for key, value in entry.items():
         metric, comma, name = key.partition(",")
-        if comma and isinstance(value, (int, float)) and not metric.endswith("_stderr"):
+        if comma and isinstance(value, (int, float)) and "_stderr" not in metric:
             stderr = entry.get(f"{metric}_stderr,{name}")
             figures[metric if name == "none" else key] = {
                 "value": float(value), "n": int(entry.get("sample_len", 0)),
@@ -56,13 +56,13 @@ def rows_of(task: str, samples: Sequence[Mapping[str, Any]], headline: str,
         place_of: a document -> the place of its right choice, where the choices stand in the
             question (Winogrande) and the target is what follows them all.
     """
-    metric, _, chosen = headline.partition(",")
+    metric, _, kept = headline.partition(",")
     rows = []
     for sample in samples:
-        if sample["filter"] != (chosen or "none"):
+        if sample["filter"] != (kept or "none"):
             continue
         choices = choices_of(sample["doc"]) if choices_of else None
-        said = _chosen(sample, choices, metric) if choices else _generated(sample)
+        said = chosen(sample, choices, metric) if choices else generated(sample)
         score = sample.get(metric)
         rows.append({
             "id": f"{task}/{sample['doc_id']}", "group": "",
@@ -115,7 +115,7 @@ def too_long(samples: Sequence[Mapping[str, Any]], encode: Callable[[str], Seque
     return len(cut)
 
 
-def _chosen(sample: Mapping[str, Any], choices: Sequence[str], metric: str) -> dict[str, Any]:
+def chosen(sample: Mapping[str, Any], choices: Sequence[str], metric: str) -> dict[str, Any]:
     """The likeliest choice, per character where the figure is normalised so."""
     scores = [float(said[0]) for said in sample["filtered_resps"]][: len(choices)]
     lengths = {"acc_norm": len, "acc_bytes": lambda text: len(text.encode())}.get(metric)
@@ -125,7 +125,7 @@ def _chosen(sample: Mapping[str, Any], choices: Sequence[str], metric: str) -> d
     return {"answer": best, "read": best, "choices": list(choices), "likelihoods": scores}
 
 
-def _generated(sample: Mapping[str, Any]) -> dict[str, Any]:
+def generated(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The raw text and what the filter took out of it; likelihood tasks have no text."""
     said, read = sample["resps"][0][0], sample["filtered_resps"][0]
     if not isinstance(said, str):

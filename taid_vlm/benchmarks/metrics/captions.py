@@ -13,8 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, accuracy
-from taid_vlm.evaluation.statistics import Estimate
+from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict, groups
+from taid_vlm.evaluation.statistics import Estimate, mean_of
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 LONGEST = 4  # words of an n-gram
@@ -113,7 +113,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:
     """CIDEr, in NaN for a single question; the error takes the weights of n-grams as given."""
     if len(judged) == 1:
         return {"cider": Estimate(math.nan, math.nan, 1)}
-    return {"cider": accuracy(judged)["accuracy"]}
+    return {"cider": mean_of([j.verdict.score for j in judged], groups(judged), shares=False)}
 
 
 CIDER = Rule(

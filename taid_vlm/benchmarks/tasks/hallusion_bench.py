@@ -68,7 +68,9 @@ def _average(units: dict[str, tuple[list[float], list[str]]], means: dict[str, E
              for name, (scores, _) in units.items() for score in scores]
     sets = [one for _, names in units.values() for one in names]
     value = math.fsum(mean.value for mean in means.values()) / len(means)
-    return Estimate(value, mean_of(moved, sets).stderr, means["aAcc"].n)
+    error = mean_of(moved, sets)
+    return Estimate(value, error.stderr, means["aAcc"].n, max(0.0, value + error.low),
+                    min(1.0, value + error.high))
 
 
 BENCHMARK = Benchmark("hallusion_bench", "HallusionBench", read, (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from taid_vlm.benchmarks.metrics import yes_no
 from taid_vlm.benchmarks.prompts import about_image
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, all_right, groups, split_by
 from taid_vlm.benchmarks.rows import Row
-from taid_vlm.evaluation.statistics import Estimate, mean_of
+from taid_vlm.evaluation.statistics import Estimate, combined, mean_of
 
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation",
              "code_reasoning")
@@ -52,11 +53,11 @@ def _sum(parts: Sequence[Estimate]) -> Estimate:
     if not parts:
         return Estimate(math.nan, math.nan, 0)
     return Estimate(math.fsum(x.value for x in parts), math.hypot(*(x.stderr for x in parts)),
-                    sum(x.n for x in parts))
+                    sum(x.n for x in parts), *combined([(1.0, x) for x in parts]))
 
 
 def _percent(share: Estimate, n: int) -> Estimate:
-    return Estimate(100 * share.value, 100 * share.stderr, n)
+    return replace(share.scaled(100), n=n)
 
 
 BENCHMARK = Benchmark("mme", "MME", read, (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from taid_vlm.benchmarks.metrics.text import of_text
 from taid_vlm.benchmarks.prompts import about_image
@@ -54,7 +55,7 @@ def points(judged: Sequence[Judged]) -> dict[str, Estimate]:
 def _hits(judged: Sequence[Judged]) -> Estimate:
     scores = [j.verdict.score for j in judged]
     mean = mean_of(scores, groups(judged))
-    return Estimate(sum(scores), mean.stderr * mean.n, mean.n)
+    return replace(mean.scaled(mean.n), value=sum(scores))
 
 
 BENCHMARK = Benchmark("ocrbench", "OCRBench", read, (
