@@ -87,7 +87,7 @@ def test_rules_can_be_chosen() -> None:
     text = "<think>a</think>B"
     assert take_off_thoughts(text, KEEP) == (text, "", False)
     assert take_off_thoughts(text, "magistral") == (text, "", False)
-    with pytest.raises(TaidError, match="--thoughts thnk: there is no such rule.*think"):
+    with pytest.raises(TaidError, match=r"--thoughts thnk: there is no such rule.*think"):
         take_off_thoughts(text, "thnk")
     assert [rule_version(rule) for rule in (AUTO, KEEP, *RULES)] == [1] * (2 + len(RULES))
 
