@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from taid_vlm.adapters import ModelAdapter
+from taid_vlm.benchmarks.metrics.thoughts import MARKS, ends_inside
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.models.generation import PROCESSOR_FAILED, Sampling, generate_batch
@@ -27,12 +28,18 @@ class Answer:
         problem: why there is no answer; such a question counts as wrong and is never judged.
         cut: whether the limit of new tokens ended the answer.
         likelihoods: per choice its log-likelihood in nats and its number of tokens.
+        thought: what a server gave apart from the answer; other thoughts stand in `text`.
+        thought_tokens: as a server counts them; 0 where it does not.
+        opened: whether the prompt ends inside a thought.
     """
 
     text: str = ""
     problem: str = ""
     cut: bool = False
     likelihoods: tuple[tuple[float, int], ...] = ()
+    thought: str = ""
+    thought_tokens: int = 0
+    opened: bool = False
 
 
 Given = list[tuple[Question, Answer]]
@@ -161,6 +168,7 @@ class Generating(LocalAnswerer):
         temperature, top_p = self.settings["temperature"], self.settings["top_p"]
         answers = generate_batch(
             self.model, self.adapter, [question.asked() for question in questions],
-            max_new_tokens=self.settings["max_new_tokens"], context=self.context,
+            max_new_tokens=self.settings["max_new_tokens"], context=self.context, keep=MARKS,
             sampling=Sampling(temperature, top_p, seed) if temperature else None)
-        return [Answer(each.text, cut=each.cut) for each in answers]
+        return [Answer(each.text, cut=each.cut, opened=ends_inside(each.before))
+                for each in answers]

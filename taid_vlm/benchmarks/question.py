@@ -61,11 +61,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judged:
-    """A question, a model's answer to it, and the verdict."""
+    """A question, a model's answer to it without its thought, and the verdict.
+
+    missing: why there is no answer, "" where there is one; such a question is wrong.
+    thought: what was taken off the answer, by the rule that is named in `thought_rule`.
+    """
 
     question: Question
     answer: str
     verdict: Verdict
+    missing: str = ""
+    thought: str = ""
+    thought_rule: str = ""
 
 
 def accuracy(judged: Sequence[Judged]) -> dict[str, Estimate]:

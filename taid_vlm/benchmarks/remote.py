@@ -17,6 +17,7 @@ from taid_vlm.io.endpoint import SHOWN, Endpoint, Failure, GivenUp, persistently
 from taid_vlm.io.images import png
 
 CHAT = "/chat/completions"
+REASONING = ("reasoning_content", "reasoning")  # where servers put a thought that they take off
 
 
 class Remote:
@@ -100,16 +101,37 @@ def read_completion(data: bytes) -> Answer:
     tree = json.loads(data)
     try:
         choice = tree["choices"][0]
-        content = choice["message"]["content"]
-    except (LookupError, TypeError):
+        message = choice["message"]
+        content, reasoning = message.get("content"), [message.get(key) for key in REASONING]
+        if "content" not in message and not any(reasoning):
+            raise LookupError
+    except (LookupError, TypeError, AttributeError):
         raise ValueError(f"no chat completion: {data[:SHOWN].decode(errors='replace')}") from None
+    text, cut = _text(content, "text"), choice.get("finish_reason") == "length"
+    thought = next(filter(None, (_text(each, "text") for each in reasoning)), "") or (
+        _text(content, "thinking") if isinstance(content, list) else "")
+    return Answer(text, cut=cut, thought=thought,
+                  thought_tokens=_thought_tokens(tree.get("usage"), bool(thought) and not text))
+
+
+def _text(content: Any, kind: str) -> str:
+    """What a server sends as text, or as parts of which those of a kind count."""
     if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "".join(str(part.get("text", "")) for part in content
+        content = "".join(_text(part.get(kind, ""), "text") for part in content
                           if isinstance(part, Mapping))
     if content is not None and not isinstance(content, str):
         raise ValueError(f"no text in the answer: {content!r:.100}")
-    text = (content or "").encode(errors="replace").decode()  # JSON can hold half a character
-    return Answer(text.strip(), cut=choice.get("finish_reason") == "length")
+    return (content or "").encode(errors="replace").decode().strip()  # JSON can hold half a
+    # character
+
+
+def _thought_tokens(usage: Any, all_thought: bool) -> int:
+    """As a server counts them: under a name of their own, or all where there is no answer."""
+    usage = usage if isinstance(usage, Mapping) else {}
+    details = usage.get("completion_tokens_details")
+    tokens = details.get("reasoning_tokens") if isinstance(details, Mapping) else None
+    tokens = usage.get("completion_tokens") if all_thought and not tokens else tokens
+    return tokens if isinstance(tokens, int) and tokens > 0 else 0
 
 
 def own_seed(seed: int, name: str) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from taid_vlm.benchmarks.answering import Answer
+from taid_vlm.benchmarks.metrics.thoughts import AUTO, Taken, rule_version, take_off_all
 from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict
 from taid_vlm.benchmarks.store import answer_fields
 from taid_vlm.errors import TaidError
@@ -19,16 +20,67 @@ from taid_vlm.evaluation.statistics import Estimate, root_mean_square, seed_erro
 from taid_vlm.records.record import IMAGE_TAG
 from taid_vlm.runs.machine import machine, peak_memory, versions
 
+SERVER = "server"  # whose own parser has taken a thought off
 SCHEMA, KIND = 1, "evaluation"  # of results.json
 BySeed = Mapping[int, Sequence[Judged]]  # the same questions in the same order under every seed
 LINEAR = 1e-9  # a figure of mean scores that is this near the mean of figures is linear in them
 
 
-def judge(rule: Rule, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Judged]:
-    """A verdict on every answer; where there is none, it is wrong whatever the rule makes of ""."""
-    verdicts = rule.judge(questions, [answer.text for answer in answers])
-    return [Judged(question, answer.text, Verdict(0.0, None) if answer.problem else verdict)
-            for question, answer, verdict in zip(questions, answers, verdicts, strict=True)]
+CUT, SILENT, EMPTY = ("answer cut inside its thought", "thought without an answer",
+                      "answer cut before its first word")
+
+
+def judge(rule: Rule, questions: Sequence[Question], answers: Sequence[Answer],
+          thoughts: str = AUTO) -> list[Judged]:
+    """A verdict on every answer, its thought taken off by the rule `thoughts`; where there is none,
+    it is wrong whatever the rule makes of ""."""
+    taken = take_off_all([answer.text for answer in answers], [answer.cut for answer in answers],
+                         thoughts, [answer.opened for answer in answers])
+    verdicts = rule.judge(questions, [said.answer for _, said in taken])
+    judged = []
+    for question, answer, (name, said), verdict in zip(questions, answers, taken, verdicts,
+                                                       strict=True):
+        thought = "\n\n".join(filter(None, (answer.thought, said.thought)))
+        missing = answer.problem or _missing(answer, said, thought)
+        judged.append(Judged(question, said.answer, Verdict(0.0, None) if missing else verdict,
+                             missing, thought, name or (SERVER if answer.thought else "")))
+    return judged
+
+
+def _missing(answer: Answer, said: Taken, thought: str) -> str:
+    """Why an answer is none though the model was asked; a server may keep to itself what it had
+    thought when its limit ended it."""
+    if said.answer:
+        return ""
+    if said.cut or thought:
+        return CUT if said.cut or answer.cut else SILENT
+    return EMPTY if answer.cut else ""
+
+
+def thoughts_of(rule: str, answers: Mapping[int, Sequence[Answer]], by_seed: BySeed,
+                count: Callable[[str], int] | None = None) -> dict[str, Any]:
+    """What results.json says of the thoughts that were taken off.
+
+    Args:
+        count: the number of a text's tokens; without it those count that a server counted.
+
+    Returns:
+        rule and version; `answers`: how many had a thought, by the rule that read it; `cut`: how
+        many ended inside it; `characters` and, where known, `tokens` of a thought, mean and max.
+    """
+    pairs = [(answer, j) for seed, judged in by_seed.items()
+             for answer, j in zip(answers[seed], judged, strict=True)
+             if j.thought or answer.thought_tokens]
+    tokens = [answer.thought_tokens or (count(j.thought) if count else 0) for answer, j in pairs]
+    return {"rule": rule, "version": rule_version(rule),
+            "answers": dict(Counter(j.thought_rule or SERVER for _, j in pairs)),
+            "cut": sum(j.missing == CUT for judged in by_seed.values() for j in judged),
+            **_sizes("characters", [len(j.thought) for _, j in pairs]),
+            **(_sizes("tokens", tokens) if all(tokens) else {})}
+
+
+def _sizes(name: str, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
+    return {name: {"mean": sum(sizes) / len(sizes), "max": max(sizes)}} if sizes else {}
 
 
 def pooled(by_seed: BySeed) -> list[Judged]:
@@ -84,15 +136,15 @@ def counts(answers: Mapping[int, Sequence[Answer]], by_seed: BySeed) -> dict[str
         `parse_failures` counts what a rule could not read, and `unanswered` (by reason) questions
         without an answer; both have score 0 and are in `n`.
     """
-    pairs = [(answer, j.verdict) for seed, judged in by_seed.items()
+    pairs = [(answer, j) for seed, judged in by_seed.items()
              for answer, j in zip(answers[seed], judged, strict=True)]
 
     def per_seed(number: int) -> float | int:
         mean = number / len(by_seed)
         return int(mean) if mean == int(mean) else mean
 
-    missing = Counter(answer.problem for answer, _ in pairs if answer.problem)
-    unread = sum(verdict.read is None and not answer.problem for answer, verdict in pairs)
+    missing = Counter(j.missing for _, j in pairs if j.missing)
+    unread = sum(j.verdict.read is None and not j.missing for _, j in pairs)
     return {"n": len(pairs) // len(by_seed), "parse_failures": per_seed(unread),
             "unanswered": {reason: per_seed(missing[reason]) for reason in sorted(missing)},
             "cut": per_seed(sum(answer.cut for answer, _ in pairs))}
@@ -161,7 +213,7 @@ def lines(
     """One line per question, in the order of the data: what was asked, said, read and scored."""
     rows = []
     for index, (question, mean) in enumerate(zip(questions, pooled(by_seed), strict=True)):
-        draws = [_draw(seed, answers[seed][index], judged[index].verdict)
+        draws = [_draw(seed, answers[seed][index], judged[index])
                  for seed, judged in by_seed.items()]
         line = {"id": question.id, "group": question.group, "asked": hashes[question.id],
                 "prompt": "".join(IMAGE_TAG if part is None else part for part in question.prompt),
@@ -172,5 +224,9 @@ def lines(
     return rows
 
 
-def _draw(seed: int, answer: Answer, verdict: Verdict) -> dict[str, Any]:
-    return {"seed": seed, **answer_fields(answer), "read": verdict.read, "score": verdict.score}
+def _draw(seed: int, answer: Answer, judged: Judged) -> dict[str, Any]:
+    """`raw`: the answer as the model wrote it, where something was taken off."""
+    more = {"raw": answer.text} if answer.text != judged.answer else {}
+    more |= {"missing": judged.missing} if judged.missing != answer.problem else {}
+    return {"seed": seed, **answer_fields(answer), "answer": judged.answer, **more,
+            "read": judged.verdict.read, "score": judged.verdict.score}

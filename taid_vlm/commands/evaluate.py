@@ -41,6 +41,9 @@ class EvaluateOptions(Options):
 
     rule: Many | None = option(
         "judge a task by another of its rules; asks nothing again", "TASK:RULE", many=True)
+    thoughts: str | None = option(
+        "how thoughts are taken off answers before any rule: auto (the default), keep, or a rule "
+        "by name (think, gpt-oss, magistral ...); asks nothing again", "RULE")
     method: Literal["generate", "likelihood"] | None = option(
         "likelihood chooses the most likely of a question's choices")
     choose_by: Literal["letter", "text"] | None = option("whose likelihood (default letter)")
@@ -111,9 +114,11 @@ def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     from taid_vlm.benchmarks.evaluate import evaluate
 
     asking = Asking(**options.given(_ASKING), batch_size=options.batch_size)
+    if asking.method == "likelihood":
+        options.refuse(("thoughts",), "is for generated answers; likelihood chooses without any")
     candidates = _candidates(options)
     tasks = open_tasks(options.tasks, options.rule or (), options.max_records,
-                       options.video_frames)
+                       options.video_frames, options.thoughts or "auto")
     return evaluate(candidates, tasks, options.output_dir, asking)
 
 
@@ -136,7 +141,7 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
 
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """lm-eval's own tasks, by lm-eval."""
-    options.refuse(("rule", *_ASKING, "base_url", "video_frames"),
+    options.refuse(("rule", "thoughts", *_ASKING, "base_url", "video_frames"),
                    "is for this package's own benchmarks; leave it out with --harness")
     if not options.apply_chat_template:
         options.refuse(("chat_template_kwargs",), "goes with --apply-chat-template")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from taid_vlm.models.forward import evaluation_mode, forward_names, unwrap
 from taid_vlm.records import ImageRef, Record
 
 Question = tuple[Record, int]  # a record, and which of its answers is asked for
+
+BEFORE = 16  # tokens of a prompt's end
 
 PROCESSOR_FAILED = "the processor failed"
 
@@ -50,10 +52,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """A model's answer without special tokens, stripped; `cut`: max_new_tokens ended it."""
+    """A model's answer, stripped.
+
+    Args:
+        text: without special tokens, but for those that were to be kept.
+        cut: whether max_new_tokens ended it.
+        before: the last tokens of its prompt as text, special ones too.
+    """
 
     text: str
     cut: bool
+    before: str = ""
 
 
 def generate_answers(
@@ -90,11 +99,13 @@ def generate_batch(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     context: int | None = None,
+    keep: Collection[str] = (),
 ) -> list[Generated]:
     """Answers to questions that are asked at once, greedy unless `sampling` is given.
 
     Args:
         context: how many tokens the model can take, question and answer together.
+        keep: special tokens that stay in an answer's text.
 
     Raises:
         SampleDropped: an image that cannot be read, a question that the template or the processor
@@ -116,8 +127,21 @@ def generate_batch(
         )
     new = ids[:, inputs["input_ids"].shape[1] :]
     ended = torch.isin(new, torch.tensor(stops, device=new.device)).any(-1).tolist()
-    decoded = adapter.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [Generated(text.strip(), not end) for text, end in zip(decoded, ended, strict=True)]
+    before = adapter.tokenizer.batch_decode(inputs["input_ids"][:, -BEFORE:])
+    return [Generated(text.strip(), not end, prompt) for text, end, prompt in zip(
+        _decoded(adapter.tokenizer, new.tolist(), keep), ended, before, strict=True)]
+
+
+def _decoded(tokenizer: Any, rows: list[list[int]], keep: Collection[str]) -> list[str]:
+    """Texts without special tokens but those to `keep`."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    kept = special & {index for index, token in tokenizer.added_tokens_decoder.items()
+                      if token.content in keep}
+    if not any(kept.intersection(row) for row in rows):
+        return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
+    special -= kept
+    return list(tokenizer.batch_decode([[i for i in row if i not in special] for row in rows]))
 
 
 @contextlib.contextmanager

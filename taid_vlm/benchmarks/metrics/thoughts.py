@@ -7,9 +7,10 @@ Qwen3 put the opening mark into the prompt, so that an answer may hold the closi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from typing import NamedTuple
 
 from taid_vlm.errors import TaidError, nearest
@@ -37,13 +38,22 @@ class ThoughtRule:
     closes: str
     version: int = 1
 
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        return _compiled(self.opens, self.closes)
+
+    def lacks_opening(self, text: str) -> bool:
+        """Whether the first mark closes a thought of some words."""
+        first = self.pattern.search(text)
+        return first is not None and _closes(first) and bool(text[: first.start()].strip())
+
     def take(self, text: str, opened: bool) -> Taken | None:
         """The last piece of text outside all thoughts, and the thoughts; None without a mark.
 
         A mark that closes what nothing opened since the last one closes all text before it: the
         prompt, or the model, left the opening one out.
         """
-        marks = _meant(text, list(_compiled(self.opens, self.closes).finditer(text)))
+        marks = _meant(text, list(self.pattern.finditer(text)))
         if not marks:
             return None
         inside, since = opened or _closes(marks[0]), 0
@@ -148,6 +158,31 @@ def taken_by(text: str, rule: str = AUTO, opened: bool = False) -> tuple[str, Ta
         if taken is not None:
             return name, taken._replace(answer=_unwrapped(taken.answer))
     return "", Taken("", text, True) if opened else Taken(_unwrapped(text), "", False)
+
+
+def take_off_all(texts: Sequence[str], cut: Sequence[bool], rule: str = AUTO,
+                 opened: Sequence[bool] = ()) -> list[tuple[str, Taken]]:
+    """All answers of one model to one benchmark, each as by `taken_by`.
+
+    Where some answer closes a thought that only the prompt can have opened, one that its limit
+    ended before any mark is all thought.
+
+    Args:
+        cut: whether a limit of tokens ended an answer.
+        opened: of every answer, whether its prompt is known to end inside a thought.
+    """
+    opened = opened or [False] * len(texts)
+    taken = [taken_by(*each) for each in zip(texts, repeat(rule), opened, strict=False)]
+    by_prompt = any(name and RULES[name].lacks_opening(text)
+                    for text, (name, _) in zip(texts, taken, strict=True))
+    return [taken_by(text, rule, True) if by_prompt and ended and not one[0] else one
+            for text, ended, one in zip(texts, cut, taken, strict=True)]
+
+
+def ends_inside(prompt: str) -> bool:
+    """Whether a prompt ends with what opens a thought."""
+    return any(mark.end() == len(prompt.rstrip()) and not _closes(mark)
+               for rule in RULES.values() for mark in rule.pattern.finditer(prompt))
 
 
 def check_rule(rule: str, place: str = "--thoughts") -> None:
