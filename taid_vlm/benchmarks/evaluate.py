@@ -290,6 +290,7 @@ class _Evaluation:
         entry = {
             "title": benchmark.title, "benchmark": benchmark.file or benchmark.name,
             "rule": rule.name, "rule_version": rule.version, "rule_source": rule.source,
+            **({"guesses": True} if rule.guesses else {}),
             "source": {"path": source.path, "name": source.name, "split": source.split,
                        "max_records": source.max_records, "sha256": task.sha256},
             **task.video_frames, "prompt_hash": task.prompt_hash, "left_out": dict(task.left_out),

@@ -51,7 +51,8 @@ class Question:
 class Verdict:
     """What a rule says of one answer.
 
-    score: in [0, 1] (CIDEr: its own scale); an answer that cannot be read has 0.
+    score: in [0, 1] (CIDEr: its own scale); an answer that cannot be read has 0, but for a rule
+        that guesses.
     read: what the rule took for the answer; None where it could not be read, which is counted.
     """
 
@@ -106,10 +107,12 @@ class Rule:
     Args:
         name: "official" | "lmms" | "vlmevalkit", or what it does where there is only one.
         version: counted up whenever a verdict changes; stands in every results file.
-        judge: questions and answers -> one verdict each. Of pure text: no model, no chance.
+        judge: questions and answers -> one verdict each. Of pure text: no model, and no chance
+            but that of a seed.
         figures: the judged questions -> the benchmark's figures, the headline first. Values are
             shares of 1, except where the benchmark has points of its own.
         source: where the rule was read, for example a repository and file.
+        guesses: whether it takes an option at random for what it cannot read, which stays unread.
     """
 
     name: str
@@ -117,6 +120,7 @@ class Rule:
     judge: Callable[[Sequence[Question], Sequence[str]], list[Verdict]]
     figures: Callable[[Sequence[Judged]], dict[str, Estimate]] = accuracy
     source: str = ""
+    guesses: bool = False
 
 
 def one_by_one(

@@ -49,6 +49,9 @@ def _notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
                        for reason, number in entry.get("unanswered", {}).items()]
             if reasons:
                 notes.append(f"{name}, {task}: unanswered: {', '.join(reasons)}")
+            if entry.get("guesses") and entry["parse_failures"]:
+                notes.append(f"{name}, {task}: {entry['parse_failures']:g} unread answers were "
+                             f"guessed at random, as the rule '{entry['rule']}' has it")
             notes += [f"{name}, {task}: {note}" for note in _thoughts(entry.get("thoughts", {}))]
     return notes
 

@@ -33,6 +33,12 @@ def test_figures_in_per_cent_points_and_missing():
     assert "thoughts" not in text
 
 
+def test_a_guess_is_told():
+    text = as_text({"student": {"tasks": {"mmmu": entry(guesses=True)}}})
+    assert "student, mmmu: 1 unread answers were guessed at random, as the rule 'lmms' has" in text
+    assert "guessed" not in as_text({"student": {"tasks": {"mmmu": entry()}}})
+
+
 def test_what_was_taken_off_as_thoughts_is_told():
     thoughts = {"rule": "auto", "version": 1, "answers": {"think": 7}, "cut": 2,
                 "characters": {"mean": 31.0, "max": 90}, "tokens": {"mean": 9.5, "max": 20}}
