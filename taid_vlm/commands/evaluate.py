@@ -147,16 +147,18 @@ def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
         options.refuse(("chat_template_kwargs",), "goes with --apply-chat-template")
     from taid_vlm.benchmarks.harness.lm_eval import run_lm_eval
     from taid_vlm.config.model import ModelSpec
+    from taid_vlm.runs.folders import locked
 
     candidates, output = _candidates(options), options.output_dir.expanduser()
     named = [text.partition("=") for text in options.tasks]
     results = {}
     for candidate in candidates:
         assert isinstance(candidate.source, ModelSpec)
-        results[candidate.name] = run_lm_eval(
-            candidate.source, [task for task, _, _ in named],
-            output / candidate.name if len(candidates) > 1 else output,
-            data={task: data for task, _, data in named if data}, name=candidate.name,
-            limit=options.max_records, batch_size=options.batch_size,
-            **options.given(_OF_HARNESS))
+        folder = output / candidate.name if len(candidates) > 1 else output
+        with locked(folder.with_name(f".{folder.name}.evaluation")):  # the folder itself stays new
+            results[candidate.name] = run_lm_eval(
+                candidate.source, [task for task, _, _ in named], folder,
+                data={task: data for task, _, data in named if data}, name=candidate.name,
+                limit=options.max_records, batch_size=options.batch_size,
+                **options.given(_OF_HARNESS))
     return results

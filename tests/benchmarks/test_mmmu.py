@@ -93,7 +93,8 @@ class TestVerdicts:
 
     def test_the_official_rule_guesses_as_eval_utils_does(self):
         """random.seed(42) once, then a choice for every answer that cannot be read, in order."""
-        questions = [asked(options="['a', 'b', 'c']", answer="ABC"[n % 3]) for n in range(50)]
+        questions = [asked(id=f"validation_Art_{n}", options="['a', 'b', 'c']",
+                           answer="ABC"[n % 3]) for n in range(50)]
         answers = ["(B)" if n % 5 == 0 else "hm" for n in range(50)]
         theirs = random.Random(42)
         guesses = ["B" if n % 5 == 0 else theirs.choice(["A", "B", "C"]) for n in range(50)]
@@ -101,6 +102,7 @@ class TestVerdicts:
         assert [v.score for v in found] == [float(g == "ABC"[n % 3]) for n, g in enumerate(guesses)]
         assert [v.read for v in found] == ["B" if n % 5 == 0 else None for n in range(50)]
         assert OFFICIAL.judge(questions, answers) == found
+        assert OFFICIAL.judge(questions[::-1], answers[::-1]) == found[::-1]  # in any file
         assert (OFFICIAL.guesses, LMMS.guesses, PARSED.guesses) == (True, True, False)
         assert BENCHMARK.rules[0] is PARSED  # nothing is guessed unless it is asked for
 

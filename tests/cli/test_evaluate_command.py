@@ -310,6 +310,17 @@ def test_two_evaluations_do_not_share_a_folder(
     assert sorted(path.name for path in (data / "eval").rglob("*")) == [".lock", "other"]
 
 
+def test_nor_do_two_of_lm_eval(cli: Cli, checkpoints: Checkpoints, data: Path) -> None:
+    (data / ".eval.evaluation").mkdir()
+    with (data / ".eval.evaluation" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = cli("evaluate", "--model", checkpoints("llama"), "--tasks", "arc_easy",
+                   "--harness", "lm-eval", "--output-dir", data / "eval")
+    assert done.status == 2
+    assert "is in use by another run" in done.errors[0]
+    assert not (data / "eval").exists()
+
+
 def test_what_cannot_be_asked_of_some_questions_is_told(
     cli: Cli, checkpoints: Checkpoints, data: Path
 ) -> None:
