@@ -153,7 +153,8 @@ class LocalAnswerer:
                 if problem.reason == PROCESSOR_FAILED:
                     self._failures.append(str(problem))
                 return [Answer(problem=problem.reason)]
-            return [answer for each in batch for answer in self._attempt([each], seed)]
+            half = len(batch) // 2  # what can be asked stays together
+            return self._attempt(batch[:half], seed) + self._attempt(batch[half:], seed)
         except torch.OutOfMemoryError as error:
             raise TaidError(f"--batch-size = {self.batch_size}: the device's memory is full. The "
                             "answers so far are kept; run again with a smaller one.") from error

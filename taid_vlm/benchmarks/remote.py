@@ -23,6 +23,9 @@ REASONING = ("reasoning_content", "reasoning")  # where servers put a thought th
 class Remote:
     """Answers from a server, `requests` questions at once.
 
+    As many again are made ready meanwhile (an image as PNG takes a while), so that the server never
+    waits for a question.
+
     Args:
         settings: of `generate_settings`. At temperature 0 an answer is greedy as far as the server
             is; otherwise every question has a seed of its own, which servers may ignore.
@@ -32,6 +35,7 @@ class Remote:
         self.endpoint, self.requests = endpoint, requests
         self.settings: Settings = generate_settings(**settings)
         self._closing = threading.Event()
+        self._slots = threading.Semaphore(requests)
 
     def answers(
         self, questions: Sequence[Question], done: Collection[str], seed: int
@@ -46,15 +50,17 @@ class Remote:
         """Questions with their answers, and the server's words where it refused."""
         self._closing.clear()
         waiting, rest = dict[Future[tuple[Answer, str]], Question](), iter(questions)
-        with ThreadPoolExecutor(self.requests) as pool:
+        ahead = 2 * self.requests if self.requests > 1 else 1  # one after the other, in order
+        with ThreadPoolExecutor(ahead) as pool:
             try:
                 while True:
-                    for question in (next(rest, None) for _ in range(self.requests - len(waiting))):
+                    for question in (next(rest, None) for _ in range(ahead - len(waiting))):
                         if question is not None:
                             waiting[pool.submit(self._ask, question, seed)] = question
                     if not waiting:
                         return
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    done = wait(waiting, return_when=FIRST_COMPLETED).done
+                    for future in [each for each in waiting if each in done]:
                         answer, words = future.result()
                         yield [(waiting.pop(future), answer)], [words] if words else []
             finally:
@@ -67,8 +73,11 @@ class Remote:
             return Answer(problem=problem.reason), ""
         end = self.endpoint
         try:
-            return persistently(end, lambda: send(end, CHAT, body, read_completion),
-                                self._closing), ""
+            with self._slots:
+                if self._closing.is_set():
+                    return Answer(problem="not asked"), ""
+                return persistently(end, lambda: send(end, CHAT, body, read_completion),
+                                    self._closing), ""
         except Failure as failure:
             return Answer(problem="refused by the server"), str(failure)
         except GivenUp as last:
