@@ -1,6 +1,6 @@
 """Evaluation: seconds of processor time against plain loops over the same rows.
 
-    python scripts/bench_evaluation.py --scale small --rows 32 --rounds 5 \\
+    python scripts/bench_evaluation.py --scale short --rows 32 --rounds 5 \\
         --json evaluation.json --markdown evaluation.md
 
 `evaluate` is the whole command but for loading weights: hashes, questions, answers on disk, scores.
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = described(__doc__)
-    parser.add_argument("--scale", default="small", metavar="NAME", help=", ".join(SCALES))
+    parser.add_argument("--scale", default="short", metavar="NAME", help=", ".join(SCALES))
     parser.add_argument("--rows", type=number, default=32, metavar="N")
     parser.add_argument("--tokens", type=number, default=24, metavar="N", help="of an answer")
     parser.add_argument("--rounds", type=number, default=5, metavar="N")
