@@ -3,7 +3,9 @@
     python scripts/bench_evaluation.py --scale short --rows 32 --rounds 5 \\
         --json evaluation.json --markdown evaluation.md
 
-`evaluate` is the whole command but for loading weights: hashes, questions, answers on disk, scores.
+`evaluate` is the whole command, from questions to answers on disk and figures, but for what is done
+once for a model, however many the questions: reading its tokenizer, loading and hashing its weights
+(`once`, in seconds, without loading).
 `plain` is a loop of the processor, `generate` and `batch_decode` over the same rows in the same
 batches. For choices, `plain` is every choice as a row of its own. The models have random weights
 and write to their limit, so that both compute the same; rounds take turns. `server` is wall time
@@ -21,7 +23,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,7 +43,7 @@ from taid_vlm.benchmarks import evaluate as module
 from taid_vlm.benchmarks import likelihood
 from taid_vlm.benchmarks.answering import plan_batches
 from taid_vlm.benchmarks.asking import Asking, Task
-from taid_vlm.benchmarks.candidates import Candidate
+from taid_vlm.benchmarks.candidates import Candidate, LocalModel
 from taid_vlm.benchmarks.choices import choice_rules
 from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.config.data import DataSource
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     """Measure every case, print a table, write what was asked for; returns the rows."""
     args = parsed(make_parser(), check, arguments)
     with tempfile.TemporaryDirectory() as folder:
-        return carry_out([measure(args, Path(folder))], conditions(),
+        return carry_out(([row] for row in measure(args, Path(folder))), conditions(),
                          lambda row: row["conditions"]["processor"], table,
                          partial(write, args=args))
 
@@ -84,18 +86,17 @@ def check(args: argparse.Namespace) -> None:
         raise TaidError(f"--scale {args.scale!r}.{nearest(args.scale, SCALES)}")
 
 
-def measure(args: argparse.Namespace, folder: Path) -> Rows:
-    rows: Rows = []
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     for kind in ("text", "vlm"):
         pair = make_pair(Setup(kind=kind, scale=args.scale), ("student",))
         model, processor = pair.models["student"].eval(), pair.processors["student"]
         model.save_pretrained(folder / kind)
         processor.save_pretrained(folder / kind)
         questions = make_questions(args.rows, kind == "vlm")
+        yield {"case": f"{kind}: once", **once(folder / kind)}
         for case, timed in cases(args, folder / kind, model, processor, questions).items():
-            rows.append({"case": f"{kind}: {case}", **against(timed, args.rounds)})
-    rows.append({"case": "server", **server(args, folder)})
-    return rows
+            yield {"case": f"{kind}: {case}", **against(timed, args.rounds)}
+    yield {"case": "server", **server(args, folder)}
 
 
 def make_questions(count: int, seen: bool) -> list[Question]:
@@ -119,10 +120,15 @@ def picture(seed: int) -> bytes:
 
 def cases(args: argparse.Namespace, folder: Path, model: Any, processor: Any,
           questions: list[Question]) -> dict[str, Timed]:
+    local = LocalModel(ModelSpec(str(folder)))
+    described = {"name": str(folder), **local.identity}
+
     def ours(whole_rows: bool = False, **asking: Any) -> None:
         endings = (lambda *args: None) if whole_rows else likelihood._endings
         with tempfile.TemporaryDirectory() as output, \
                 mock.patch.object(module, "load_model", return_value=model), \
+                mock.patch.object(module, "prepare", return_value=local), \
+                mock.patch.object(local, "describe", return_value=described), \
                 mock.patch.object(likelihood, "_endings", endings):
             evaluation(folder, questions, output, Asking(batch_size=BATCH, **asking))
 
@@ -133,6 +139,14 @@ def cases(args: argparse.Namespace, folder: Path, model: Any, processor: Any,
                          partial(plain, model, processor, questions, args.tokens)),
             **{f"choose by {by}": (partial(choosing, by, False), partial(choosing, by, True))
                for by in ("letter", "text")}}
+
+
+def once(folder: Path) -> dict[str, Any]:
+    def read() -> None:
+        LocalModel(ModelSpec(str(folder))).describe()
+
+    read()
+    return {"evaluate": seconds(read), "plain": None, "ratio": None, "spread": None}
 
 
 def evaluation(source: Any, questions: list[Question], output: str, asking: Asking) -> None:
@@ -219,9 +233,10 @@ def server(args: argparse.Namespace, folder: Path, wait: float = 0.1) -> dict[st
 def table(rows: Rows) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
-        low, high = row["spread"]
-        lines.append(f"| {row['case']} | {row['evaluate']:.2f} | {row['plain']:.2f} "
-                     f"| {row['ratio']:.2f} ({low:.2f} to {high:.2f}) |")
+        low, high = row["spread"] or (0, 0)
+        compared = f"{row['plain']:.2f} | {row['ratio']:.2f} ({low:.2f} to {high:.2f})" \
+            if row["ratio"] else " | "
+        lines.append(f"| {row['case']} | {row['evaluate']:.2f} | {compared} |")
     return "\n".join(lines)
 
 

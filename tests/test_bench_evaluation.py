@@ -23,8 +23,11 @@ def test_every_case_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert rows == json.loads(written.read_text())
     assert [row["case"] for row in rows] == [
         *(f"{kind}: {case}" for kind in ("text", "vlm")
-          for case in ("generate", "choose by letter", "choose by text")), "server"]
+          for case in ("once", "generate", "choose by letter", "choose by text")), "server"]
+    assert [row["case"] for row in rows if row["ratio"] is None] == ["text: once", "vlm: once"]
     for row in rows:
+        if row["ratio"] is None:
+            continue
         low, high = row["spread"]
         assert 0 < low <= row["ratio"] <= high
     assert (tmp_path / "t.md").read_text().startswith("| case | evaluate, s | plain, s | ratio |")

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 CHOOSE_BY = ("letter", "text")
 NORMALISE = ("sum", "bytes", "tokens")
 NOT_SPELLED = "tokens do not spell the text"
-SHARED_FROM = 64  # tokens: a shorter prompt is not worth two forward passes a question
+SHARED_FROM = 128  # tokens: a shorter prompt is not worth two forward passes a question
 ROOM = (3e-2, 2e-4)  # relative: what half precision and float32 may round differently
 DECIMALS = 3  # of a log-likelihood in nats: what another batch size may round differently is gone
 
