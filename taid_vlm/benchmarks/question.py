@@ -54,10 +54,13 @@ class Verdict:
     score: in [0, 1] (CIDEr: its own scale); an answer that cannot be read has 0, but for a rule
         that guesses.
     read: what the rule took for the answer; None where it could not be read, which is counted.
+    unscored: why the answer has no score at all (there is no judge, a metric is missing); it is in
+        no figure, and counted by reason.
     """
 
     score: float
     read: str | None
+    unscored: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,30 @@ def groups(judged: Sequence[Judged]) -> list[str]:
     return [j.question.group or j.question.id for j in judged]
 
 
+NO_JUDGE = "no judge (--judge-url, --judge-model)"
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """How a rule asks a language model about an answer.
+
+    Args:
+        name, version: stand in the results, beside a hash of what is asked.
+        write: template, question and answer -> what the judge is asked.
+        read: question and the judge's reply -> a verdict; None where the reply says none.
+        max_new_tokens: what a reply may take.
+        template: the words that `write` fills in, which a user may replace; "" where each question
+            brings its own.
+    """
+
+    name: str
+    version: int
+    write: Callable[[str, Question, str], str]
+    read: Callable[[Question, str], Verdict | None]
+    max_new_tokens: int = 64
+    template: str = ""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One way of judging a benchmark's answers, as one institution does it.
@@ -113,6 +140,7 @@ class Rule:
             shares of 1, except where the benchmark has points of its own.
         source: where the rule was read, for example a repository and file.
         guesses: whether it takes an option at random for what it cannot read, which stays unread.
+        prompt: what a language model is asked about the answers that `judge` leaves unscored.
     """
 
     name: str
@@ -120,7 +148,13 @@ class Rule:
     judge: Callable[[Sequence[Question], Sequence[str]], list[Verdict]]
     figures: Callable[[Sequence[Judged]], dict[str, Estimate]] = accuracy
     source: str = ""
+    prompt: JudgePrompt | None = None
     guesses: bool = False
+
+
+def left_to_judge(questions: Sequence[Question], answers: Sequence[str]) -> list[Verdict]:
+    """A rule's `judge` where all of it is up to a language model."""
+    return [Verdict(0.0, None, NO_JUDGE) for _ in questions]
 
 
 def one_by_one(

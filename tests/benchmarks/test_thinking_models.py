@@ -97,7 +97,7 @@ def test_rules_that_compare_the_whole_answer_see_no_thought(benchmark: Any, gold
     said = [Answer("<think>\n\n</think>\n\n14")]
     for rule in benchmark.rules:
         assert judge(rule, asked, said)[0].verdict.score == 1
-        assert judge(rule, asked, said, "keep")[0].verdict.score == 0
+        assert judge(rule, asked, said, thoughts="keep")[0].verdict.score == 0
 
 
 def test_a_template_that_opens_the_thought(tmp_path: Path) -> None:
