@@ -72,6 +72,7 @@ class Scale:
 SCALES = {
     "tiny": Scale(1024, Size(32, 2, 4, 2, 64), Size(48, 2, 4, 2, 96), 96),
     "small": Scale(151_936, Size(256, 4, 4, 2, 1024), Size(512, 6, 8, 2, 2048), 256),
+    "short": Scale(32_000, Size(256, 4, 4, 2, 1024), Size(512, 6, 8, 2, 2048), 256, 224, 14),
     # the shapes of Qwen2.5 0.5B and 1.5B, towers of SigLIP base and large
     "medium": Scale(151_936, Size(896, 24, 14, 2, 4864, 768, 12),
                     Size(1536, 28, 12, 2, 8960, 1024, 24), 1024, 336, 14),

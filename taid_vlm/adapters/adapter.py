@@ -82,6 +82,33 @@ class ModelAdapter(Texts):
             rows.append(self._row(item, ids, offset, replacements[index]))
         return EncodedBatch(inputs, rows)
 
+    def encode_endings(
+        self, rendered: Sequence[Sequence[Rendered]], images: Sequence[Sequence[Picture]]
+    ) -> tuple[EncodedBatch, list[list[EncodedRow]]] | None:
+        """Conversations that differ in their ends, with their pictures processed once.
+
+        Returns:
+            Right-padded inputs of every group's first conversation, and the rows of all; None where
+            a processor makes other tokens of a text than its tokenizer does of the same text with
+            its pictures expanded.
+
+        Raises:
+            AlignmentError: as `encode`.
+        """
+        alike, add_special = self._alike([item for group in rendered for item in group])
+        rest = iter(alike)
+        groups = [[next(rest) for _ in group] for group in rendered]
+        firsts = [group[0] for group in groups]
+        inputs, expansions = self._process(firsts, images, "right", add_special)
+        mask, rows = inputs["attention_mask"].bool(), []
+        for index, (group, own) in enumerate(zip(groups, expansions, strict=True)):
+            texts = [expand(item.text, own)[0] for item in group]
+            encoded = self.tokenizer(texts, add_special_tokens=add_special)["input_ids"]
+            if encoded[0] != inputs["input_ids"][index][mask[index]].tolist():
+                return None
+            rows.append([self._row(*each, 0, own) for each in zip(group, encoded, strict=True)])
+        return EncodedBatch(inputs, [group[0] for group in rows]), rows
+
     def _positions(self, inputs: Mapping[str, Tensor], padding_side: Side) -> dict[str, Tensor]:
         return {}
 

@@ -49,6 +49,10 @@ class Texts:
             dropped and counted, longer plain texts are cut at the end and counted.
         chat_template_kwargs: variables for the chat template.
 
+    as_learned: whether an answer is asked for after the text that answers are learned after (the
+        default, for a student), or after the template's own prompt: there a model that was trained
+        to think does.
+
     Raises:
         TaidError: a chat template that does not print answers faithfully, or a variable that it
             does not read.
@@ -56,6 +60,7 @@ class Texts:
 
     prefer: ContentForm = "string"
     sees_images = takes_videos = False
+    as_learned = True
     one_question = "has no chat template; set {}.chat_template."
 
     def __init__(
@@ -206,6 +211,8 @@ class Texts:
         """What is printed before an answer: where the record has it, what it is learned after (a
         template may print earlier answers otherwise than the last)."""
         asked, learned = self.render_prompt(record, turn), None
+        if not self.as_learned:
+            return asked
         with contextlib.suppress(AlignmentError, SampleDropped):
             assert self.form is not None
             whole = render(self.processor, record, self.form, "answers", self.kwargs, self.role)

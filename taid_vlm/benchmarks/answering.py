@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from taid_vlm.adapters import ModelAdapter
+from taid_vlm.benchmarks.metrics.thoughts import MARKS, ends_inside
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.models.generation import PROCESSOR_FAILED, Sampling, generate_batch
@@ -27,12 +28,18 @@ class Answer:
         problem: why there is no answer; such a question counts as wrong and is never judged.
         cut: whether the limit of new tokens ended the answer.
         likelihoods: per choice its log-likelihood in nats and its number of tokens.
+        thought: what a server gave apart from the answer; other thoughts stand in `text`.
+        thought_tokens: as a server counts them; 0 where it does not.
+        opened: whether the prompt ends inside a thought.
     """
 
     text: str = ""
     problem: str = ""
     cut: bool = False
     likelihoods: tuple[tuple[float, int], ...] = ()
+    thought: str = ""
+    thought_tokens: int = 0
+    opened: bool = False
 
 
 Given = list[tuple[Question, Answer]]
@@ -146,7 +153,8 @@ class LocalAnswerer:
                 if problem.reason == PROCESSOR_FAILED:
                     self._failures.append(str(problem))
                 return [Answer(problem=problem.reason)]
-            return [answer for each in batch for answer in self._attempt([each], seed)]
+            half = len(batch) // 2  # what can be asked stays together
+            return self._attempt(batch[:half], seed) + self._attempt(batch[half:], seed)
         except torch.OutOfMemoryError as error:
             raise TaidError(f"--batch-size = {self.batch_size}: the device's memory is full. The "
                             "answers so far are kept; run again with a smaller one.") from error
@@ -161,6 +169,7 @@ class Generating(LocalAnswerer):
         temperature, top_p = self.settings["temperature"], self.settings["top_p"]
         answers = generate_batch(
             self.model, self.adapter, [question.asked() for question in questions],
-            max_new_tokens=self.settings["max_new_tokens"], context=self.context,
+            max_new_tokens=self.settings["max_new_tokens"], context=self.context, keep=MARKS,
             sampling=Sampling(temperature, top_p, seed) if temperature else None)
-        return [Answer(each.text, cut=each.cut) for each in answers]
+        return [Answer(each.text, cut=each.cut, opened=ends_inside(each.before))
+                for each in answers]

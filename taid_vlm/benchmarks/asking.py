@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from taid_vlm.benchmarks.answering import generate_settings
 from taid_vlm.benchmarks.likelihood import CHOOSE_BY, NORMALISE, choose_settings
+from taid_vlm.benchmarks.metrics.thoughts import AUTO, check_rule
 from taid_vlm.benchmarks.question import Benchmark, Question, Rule
 from taid_vlm.benchmarks.reading import read_questions
 from taid_vlm.benchmarks.registry import find_benchmark
@@ -78,6 +79,7 @@ class Task:
     """A benchmark, its questions, and the rule that judges the answers.
 
     left_out: rows that are no part of the benchmark, by reason.
+    thoughts: by which rule of `metrics.thoughts` thoughts are taken off before.
     """
 
     benchmark: Benchmark
@@ -85,6 +87,7 @@ class Task:
     source: DataSource
     questions: Sequence[Question]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    thoughts: str = AUTO
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -111,7 +114,7 @@ class Task:
 
 def open_tasks(
     names: Sequence[str], rules: Sequence[str] = (), max_records: int | None = None,
-    video_frames: int | None = None,
+    video_frames: int | None = None, thoughts: str = AUTO,
 ) -> list[Task]:
     """The benchmarks that `--tasks` names, with all their questions read.
 
@@ -120,12 +123,14 @@ def open_tasks(
         rules: TASK:RULE each; the others are judged by their first rule.
         max_records: only the first so many rows of each.
         video_frames: shown of every video.
+        thoughts: how they are taken off answers.
 
     Raises:
         TaidError: an unknown task or rule, data that is not there or lacks columns.
     """
     at_least("--max-records", max_records, 1)
     at_least("--video-frames", video_frames, 1)
+    check_rule(thoughts)
     video = VideoSpec(frames=video_frames)
     benchmarks: dict[str, Benchmark] = {}
     places: dict[str, str] = {}
@@ -135,8 +140,9 @@ def open_tasks(
             raise TaidError(f"--tasks: '{benchmark.name}' stands twice.")
         benchmarks[benchmark.name], places[benchmark.name] = benchmark, data
     chosen = _rules(benchmarks, rules)
-    return [open_task(benchmark, chosen[name], _source(benchmark, places[name], max_records, video))
-            for name, benchmark in benchmarks.items()]
+    return [replace(open_task(benchmark, chosen[name],
+                              _source(benchmark, places[name], max_records, video)),
+                    thoughts=thoughts) for name, benchmark in benchmarks.items()]
 
 
 def open_task(benchmark: Benchmark, rule: Rule, source: DataSource) -> Task:

@@ -61,10 +61,15 @@ def parse_candidates(
 def _kwargs_of_run(student: Path) -> dict[str, Any]:
     """What a run's recipe says of its student: it is asked as it was taught."""
     recipe = student.parent / RECIPE
-    if student.name != STUDENT or not recipe.is_file():
+    if not _is_run(student):
         return {}
     recipes = [stage for _, stage in parts_by_name(load_recipe(recipe))]
     return dict(recipes[-1].student.chat_template_kwargs)
+
+
+def _is_run(student: Path) -> bool:
+    """Whether a model's folder is a run's student."""
+    return student.name == STUDENT and (student.parent / RECIPE).is_file()
 
 
 def parse_served(texts: Sequence[str], url: str, key_variable: str | None, timeout: float
@@ -128,6 +133,7 @@ class LocalModel:
         self.adapter: ModelAdapter = make_adapter(
             loading.load_processor(spec, "model"), "model",
             chat_template_kwargs=spec.chat_template_kwargs)
+        self.adapter.as_learned = _is_run(Path(spec.model_name_or_path))
         check_image_token(self.adapter, self.config)
         folder = Path(spec.model_name_or_path)
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -144,6 +150,7 @@ class LocalModel:
         return {"weights_sha256": weights_hash(folder) if folder.is_dir() else None,
                 **({"base_sha256": weights_hash(base)} if base and base.is_dir() else {}),
                 "commit": getattr(self.config, "_commit_hash", None), "dtype": self.dtype,
+                "asked": "as learned" if self.adapter.as_learned else "by its template",
                 "chat_template_sha256": digest, **self._shown,
                 **({"chat_template_kwargs": kwargs} if kwargs else {})}
 
@@ -154,6 +161,10 @@ class LocalModel:
         parts = [getattr(self.adapter.processor, name, None) for name in names]
         settings = [part.to_json_string() for part in parts if part is not None]
         return {"pictures_sha256": text_hash("".join(settings))} if settings else {}
+
+    def count_tokens(self, text: str) -> int:
+        """Of a text, as this model's tokenizer splits it."""
+        return len(self.adapter.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
     def dtype(self) -> str:

@@ -7,11 +7,13 @@ the same answers takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from taid_vlm.benchmarks.answering import Answer, Answerer, Generating
+from taid_vlm.benchmarks.answering import Answer, Answerer, Generating, Given
 from taid_vlm.benchmarks.asking import Asking, Task
 from taid_vlm.benchmarks.candidates import Candidate, LocalModel, ServedModel
 from taid_vlm.benchmarks.judge import Judge, judge_answers
@@ -27,6 +29,7 @@ from taid_vlm.benchmarks.likelihood import Choosing
 from taid_vlm.benchmarks.remote import Remote
 from taid_vlm.benchmarks.scoring import (
     KIND,
+    BySeed,
     by_tag,
     check_results,
     counts,
@@ -34,14 +37,16 @@ from taid_vlm.benchmarks.scoring import (
     judge,
     lines,
     summary,
+    thoughts_of,
 )
 from taid_vlm.benchmarks.store import FOLDER, AnswerStore, flat
 from taid_vlm.benchmarks.suite import SUITES, average
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.io.endpoint import Endpoint
 from taid_vlm.io.files import write_json
 from taid_vlm.io.folders import refuse_file_in_the_way
 from taid_vlm.models.loading import load_model
+from taid_vlm.runs.folders import locked
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +86,33 @@ def _check_choices(task: Task, asking: Asking) -> None:
         raise TaidError(f"--method likelihood: {len(without)} of {len(task.questions)} questions "
                         f"of {name} have no choices to read (the first: '{without[0]}'); use "
                         "generate.")
+
+
+def refuse_unaskable(task: Task) -> None:
+    """Raise TaidError where no question has images that can all be loaded.
+
+    In most data the first question has them, and no other is looked at.
+    """
+    problems: list[SampleDropped] = []
+    for question in task.questions:
+        try:
+            for image in question.images:
+                image.load()
+        except SampleDropped as problem:
+            problems.append(problem)
+        else:
+            return
+    raise nothing_asked(task, Counter(problem.reason for problem in problems), str(problems[0]))
+
+
+def nothing_asked(task: Task, reasons: Mapping[str, int], first: str = "") -> TaidError:
+    """The error of a benchmark of which no question could be asked."""
+    counted = ", ".join(f"{number} x {reason}" for reason, number in sorted(reasons.items()))
+    return TaidError(
+        f"{task.benchmark.name}: none of the {len(task.questions)} questions of "
+        f"'{task.source.shown}' could be asked: {counted}"
+        f"{f' (the first: {first})' if first else ''}.",
+        mend="Image paths start from the folder that the data lies in." if first else "")
 
 
 def _check_folder(folder: Path) -> dict[str, Any]:
@@ -129,12 +161,18 @@ def evaluate(
         judge_model.check(tasks)
     folders = {candidate.name: output / candidate.name if len(candidates) > 1 else output
                for candidate in candidates}
-    earlier = {name: _check_folder(folder) for name, folder in folders.items()}
-    models = {candidate.name: prepare(candidate, tasks, asking) for candidate in candidates}
-    each = [_Evaluation(name, model, folders[name], asking, earlier[name], judge_model, suites)
-            for name, model in models.items()]
-    processes().wait_for_everyone()  # every process has read what the main one will replace
-    return {one.name: one.run(tasks) for one in each}
+    processes()
+    with contextlib.ExitStack() as held:
+        for folder in dict.fromkeys((output, *folders.values())):
+            held.enter_context(locked(folder))
+        earlier = {name: _check_folder(folder) for name, folder in folders.items()}
+        models = {candidate.name: prepare(candidate, tasks, asking) for candidate in candidates}
+        for task in tasks:
+            refuse_unaskable(task)
+        each = [_Evaluation(name, model, folders[name], asking, earlier[name], judge_model, suites)
+                for name, model in models.items()]
+        processes().wait_for_everyone()  # every process has read what the main one will replace
+        return {one.name: one.run(tasks) for one in each}
 
 
 def processes() -> PartialState:
@@ -196,6 +234,11 @@ class _Evaluation:
         self.state.wait_for_everyone()
         answers = {seed: [store.answers[question.id, seed].answer for question in task.questions]
                    for seed in self.asking.seeds}
+        reasons = Counter(answer.problem for each in answers.values() for answer in each)
+        if "" not in reasons:
+            if self.state.is_main_process:
+                store.discard()
+            raise nothing_asked(task, reasons)
         seconds += sum(stored.seconds for stored in store.answers.values())
         return self._judged(task, store, answers, settings, seconds)
 
@@ -215,13 +258,24 @@ class _Evaluation:
         shown = None if self.state.is_main_process else True  # None: where a terminal is
         with tqdm(total=len(questions) * len(seeds), initial=known, unit="question", disable=shown,
                   desc=f"{self.name}: {task.benchmark.name}") as bar:
-            for seed in seeds:
-                since = time.perf_counter()
-                for given in answerer.answers(questions, done[seed], seed):
-                    now = time.perf_counter()
-                    store.add(given, seed, now - since)
-                    bar.update(sum(question.id not in done[seed] for question, _ in given))
-                    since = now
+            try:
+                for seed in seeds:
+                    self._keep(answerer.answers(questions, done[seed], seed), seed, store, bar,
+                               done[seed])
+            except TaidError:
+                if not store.answers:
+                    store.discard(own=True)
+                raise
+
+    def _keep(self, stream: Iterator[Given], seed: int, store: AnswerStore, bar: Any,
+              done: Collection[str]) -> None:
+        """Answers on disk as they come."""
+        since = time.perf_counter()
+        for given in stream:
+            now = time.perf_counter()
+            store.add(given, seed, now - since)
+            bar.update(sum(question.id not in done for question, _ in given))
+            since = now
 
     def _answerer(self, task: Task) -> Answerer:
         asking, settings = self.asking, self.asking.settings(task.benchmark)
@@ -234,6 +288,13 @@ class _Evaluation:
         process = (self.state.process_index, self.state.num_processes)
         return kind(self.loaded, self.model.adapter, asking.batch_size, process, **rest)
 
+    def _thoughts(self, task: Task, answers: Mapping[int, Sequence[Answer]], judged: BySeed
+                  ) -> dict[str, Any]:
+        if self.asking.method == "likelihood":
+            return {}
+        count = self.model.count_tokens if isinstance(self.model, LocalModel) else None
+        return {"thoughts": thoughts_of(task.thoughts, answers, judged, count)}
+
     def _judged(
         self, task: Task, store: AnswerStore, answers: Mapping[int, Sequence[Answer]],
         settings: Mapping[str, Any], seconds: float,
@@ -242,15 +303,17 @@ class _Evaluation:
         before = self.earlier.get(benchmark.name) or {}
         replies, judge_model = (None, {}) if rule.prompt is None or self.judge is None else \
             judge_answers(self.judge, task, answers, self.folder, before.get("judge"), self.state)
-        judged = {seed: judge(rule, task.questions, each, replies, seed)
+        judged = {seed: judge(rule, task.questions, each, replies, seed, task.thoughts)
                   for seed, each in answers.items()}
         entry = {
             "title": benchmark.title, "benchmark": benchmark.file or benchmark.name,
             "rule": rule.name, "rule_version": rule.version, "rule_source": rule.source,
+            **({"guesses": True} if rule.guesses else {}),
             "source": {"path": source.path, "name": source.name, "split": source.split,
                        "max_records": source.max_records, "sha256": task.sha256},
             **task.video_frames, "prompt_hash": task.prompt_hash, "left_out": dict(task.left_out),
             **({"judge": judge_model} if judge_model else {}), **counts(answers, judged),
+            **self._thoughts(task, answers, judged),
             "answering": {**settings, "seeds": list(self.asking.seeds)},
             "figures": figures(rule, judged), "by_tag": by_tag(rule, judged),
             "decimals": benchmark.decimals, "answers": f"{FOLDER}/{benchmark.name}.jsonl",

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from taid_vlm.benchmarks.answering import Answer
 from taid_vlm.benchmarks.asking import Task
+from taid_vlm.benchmarks.metrics.thoughts import take_off_thoughts
 from taid_vlm.benchmarks.prompts import PLACES
 from taid_vlm.benchmarks.question import JudgePrompt, Question
 from taid_vlm.benchmarks.remote import Remote
@@ -111,9 +112,10 @@ def judge_answers(
     prompt = task.rule.prompt
     assert prompt is not None
     template, described = judge.template(prompt), judge.describe(task, prompt)
-    asked = [Question(f"{seed}/{question.id}", (prompt.write(template, question, answer.text),))
+    asked = [Question(f"{seed}/{question.id}", (prompt.write(template, question, said.answer),))
              for seed, each in answers.items()
-             for question, answer in zip(task.questions, each, strict=True) if not answer.problem]
+             for question, answer in zip(task.questions, each, strict=True) if not answer.problem
+             for said in [take_off_thoughts(answer.text, task.thoughts, answer.opened)]]
     store = AnswerStore(folder, f"{task.benchmark.name}.judge", described,
                         {question.id: question_hash(question) for question in asked})
     store.load(before)

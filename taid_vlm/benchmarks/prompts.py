@@ -10,6 +10,7 @@ from taid_vlm.benchmarks.question import Question
 from taid_vlm.benchmarks.rows import Row
 
 SHORT_LINE = "Answer the question using a single word or phrase."
+NUMBER_LINE = "Answer the question with a number."
 LETTER_LINE = "Answer with the option's letter from the given choices directly."
 PLACES = ("{question}", "{answer}", "{prediction}")  # of what a judge is asked
 _PLACE = re.compile("|".join(map(re.escape, PLACES)))

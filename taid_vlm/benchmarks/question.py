@@ -51,7 +51,8 @@ class Question:
 class Verdict:
     """What a rule says of one answer.
 
-    score: in [0, 1] (CIDEr: its own scale); an answer that cannot be read has 0.
+    score: in [0, 1] (CIDEr: its own scale); an answer that cannot be read has 0, but for a rule
+        that guesses.
     read: what the rule took for the answer; None where it could not be read, which is counted.
     unscored: why the answer has no score at all (there is no judge, a metric is missing); it is in
         no figure, and counted by reason.
@@ -64,11 +65,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judged:
-    """A question, a model's answer to it, and the verdict."""
+    """A question, a model's answer to it without its thought, and the verdict.
+
+    missing: why there is no answer, "" where there is one; such a question is wrong.
+    thought: what was taken off the answer, by the rule that is named in `thought_rule`.
+    """
 
     question: Question
     answer: str
     verdict: Verdict
+    missing: str = ""
+    thought: str = ""
+    thought_rule: str = ""
 
 
 def accuracy(judged: Sequence[Judged]) -> dict[str, Estimate]:
@@ -126,10 +134,12 @@ class Rule:
     Args:
         name: "official" | "lmms" | "vlmevalkit", or what it does where there is only one.
         version: counted up whenever a verdict changes; stands in every results file.
-        judge: questions and answers -> one verdict each. Of pure text: no model, no chance.
+        judge: questions and answers -> one verdict each. Of pure text: no model, and no chance
+            but that of a seed.
         figures: the judged questions -> the benchmark's figures, the headline first. Values are
             shares of 1, except where the benchmark has points of its own.
         source: where the rule was read, for example a repository and file.
+        guesses: whether it takes an option at random for what it cannot read, which stays unread.
         prompt: what a language model is asked about the answers that `judge` leaves unscored.
     """
 
@@ -139,6 +149,7 @@ class Rule:
     figures: Callable[[Sequence[Judged]], dict[str, Estimate]] = accuracy
     source: str = ""
     prompt: JudgePrompt | None = None
+    guesses: bool = False
 
 
 def left_to_judge(questions: Sequence[Question], answers: Sequence[str]) -> list[Verdict]:

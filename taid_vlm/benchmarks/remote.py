@@ -17,10 +17,14 @@ from taid_vlm.io.endpoint import SHOWN, Endpoint, Failure, GivenUp, persistently
 from taid_vlm.io.images import png
 
 CHAT = "/chat/completions"
+REASONING = ("reasoning_content", "reasoning")  # where servers put a thought that they take off
 
 
 class Remote:
     """Answers from a server, `requests` questions at once.
+
+    As many again are made ready meanwhile (an image as PNG takes a while), so that the server never
+    waits for a question.
 
     Args:
         settings: of `generate_settings`. At temperature 0 an answer is greedy as far as the server
@@ -31,6 +35,7 @@ class Remote:
         self.endpoint, self.requests = endpoint, requests
         self.settings: Settings = generate_settings(**settings)
         self._closing = threading.Event()
+        self._slots = threading.Semaphore(requests)
 
     def answers(
         self, questions: Sequence[Question], done: Collection[str], seed: int
@@ -45,15 +50,17 @@ class Remote:
         """Questions with their answers, and the server's words where it refused."""
         self._closing.clear()
         waiting, rest = dict[Future[tuple[Answer, str]], Question](), iter(questions)
-        with ThreadPoolExecutor(self.requests) as pool:
+        ahead = 2 * self.requests if self.requests > 1 else 1  # one after the other, in order
+        with ThreadPoolExecutor(ahead) as pool:
             try:
                 while True:
-                    for question in (next(rest, None) for _ in range(self.requests - len(waiting))):
+                    for question in (next(rest, None) for _ in range(ahead - len(waiting))):
                         if question is not None:
                             waiting[pool.submit(self._ask, question, seed)] = question
                     if not waiting:
                         return
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    done = wait(waiting, return_when=FIRST_COMPLETED).done
+                    for future in [each for each in waiting if each in done]:
                         answer, words = future.result()
                         yield [(waiting.pop(future), answer)], [words] if words else []
             finally:
@@ -66,8 +73,11 @@ class Remote:
             return Answer(problem=problem.reason), ""
         end = self.endpoint
         try:
-            return persistently(end, lambda: send(end, CHAT, body, read_completion),
-                                self._closing), ""
+            with self._slots:
+                if self._closing.is_set():
+                    return Answer(problem="not asked"), ""
+                return persistently(end, lambda: send(end, CHAT, body, read_completion),
+                                    self._closing), ""
         except Failure as failure:
             return Answer(problem="refused by the server"), str(failure)
         except GivenUp as last:
@@ -100,16 +110,37 @@ def read_completion(data: bytes) -> Answer:
     tree = json.loads(data)
     try:
         choice = tree["choices"][0]
-        content = choice["message"]["content"]
-    except (LookupError, TypeError):
+        message = choice["message"]
+        content, reasoning = message.get("content"), [message.get(key) for key in REASONING]
+        if "content" not in message and not any(reasoning):
+            raise LookupError
+    except (LookupError, TypeError, AttributeError):
         raise ValueError(f"no chat completion: {data[:SHOWN].decode(errors='replace')}") from None
+    text, cut = _text(content, "text"), choice.get("finish_reason") == "length"
+    thought = next(filter(None, (_text(each, "text") for each in reasoning)), "") or (
+        _text(content, "thinking") if isinstance(content, list) else "")
+    return Answer(text, cut=cut, thought=thought,
+                  thought_tokens=_thought_tokens(tree.get("usage"), bool(thought) and not text))
+
+
+def _text(content: Any, kind: str) -> str:
+    """What a server sends as text, or as parts of which those of a kind count."""
     if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "".join(str(part.get("text", "")) for part in content
+        content = "".join(_text(part.get(kind, ""), "text") for part in content
                           if isinstance(part, Mapping))
     if content is not None and not isinstance(content, str):
         raise ValueError(f"no text in the answer: {content!r:.100}")
-    text = (content or "").encode(errors="replace").decode()  # JSON can hold half a character
-    return Answer(text.strip(), cut=choice.get("finish_reason") == "length")
+    return (content or "").encode(errors="replace").decode().strip()  # JSON can hold half a
+    # character
+
+
+def _thought_tokens(usage: Any, all_thought: bool) -> int:
+    """As a server counts them: under a name of their own, or all where there is no answer."""
+    usage = usage if isinstance(usage, Mapping) else {}
+    details = usage.get("completion_tokens_details")
+    tokens = details.get("reasoning_tokens") if isinstance(details, Mapping) else None
+    tokens = usage.get("completion_tokens") if all_thought and not tokens else tokens
+    return tokens if isinstance(tokens, int) and tokens > 0 else 0
 
 
 def own_seed(seed: int, name: str) -> int:

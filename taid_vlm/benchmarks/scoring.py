@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from taid_vlm.benchmarks.answering import Answer
+from taid_vlm.benchmarks.metrics.thoughts import AUTO, Taken, rule_version, take_off_all
 from taid_vlm.benchmarks.question import Judged, JudgePrompt, Question, Rule, Verdict
 from taid_vlm.benchmarks.store import answer_fields
 from taid_vlm.errors import TaidError
@@ -20,6 +21,7 @@ from taid_vlm.evaluation.statistics import Estimate, root_mean_square, seed_erro
 from taid_vlm.records.record import IMAGE_TAG
 from taid_vlm.runs.machine import machine, peak_memory, versions
 
+SERVER = "server"  # whose own parser has taken a thought off
 SCHEMA, KIND = 1, "evaluation"  # of results.json
 BySeed = Mapping[int, Sequence[Judged]]  # the same questions in the same order under every seed
 Replies = Mapping[tuple[int, str], Answer]  # of a judge, by seed and question
@@ -27,20 +29,69 @@ UNCLEAR, REFUSED = "the judge's reply says no score", "the judge refused"
 LINEAR = 1e-9  # a figure of mean scores that is this near the mean of figures is linear in them
 
 
+CUT, SILENT, EMPTY = ("answer cut inside its thought", "thought without an answer",
+                      "answer cut before its first word")
+
+
 def judge(rule: Rule, questions: Sequence[Question], answers: Sequence[Answer],
-          replies: Replies | None = None, seed: int = 0) -> list[Judged]:
-    """A verdict on every answer; where there is none, it is wrong whatever the rule makes of "".
+          replies: Replies | None = None, seed: int = 0, thoughts: str = AUTO) -> list[Judged]:
+    """A verdict on every answer, its thought taken off by the rule `thoughts`; where there is none,
+    it is wrong whatever the rule makes of "".
 
     Args:
         replies: a language model's, where the rule asks one and there is one.
     """
-    verdicts = rule.judge(questions, [answer.text for answer in answers])
+    taken = take_off_all([answer.text for answer in answers], [answer.cut for answer in answers],
+                         thoughts, [answer.opened for answer in answers])
+    verdicts = rule.judge(questions, [said.answer for _, said in taken])
     if rule.prompt is not None and replies is not None:
         verdicts = [_by_reply(rule.prompt, question, replies.get((seed, question.id)))
                     for question in questions]
-    return [Judged(question, answer.text,
-                   replace(verdict, score=0.0, read=None) if answer.problem else verdict)
-            for question, answer, verdict in zip(questions, answers, verdicts, strict=True)]
+    judged = []
+    for question, answer, (name, said), verdict in zip(questions, answers, taken, verdicts,
+                                                       strict=True):
+        thought = "\n\n".join(filter(None, (answer.thought, said.thought)))
+        missing = answer.problem or _missing(answer, said, thought)
+        verdict = replace(verdict, score=0.0, read=None) if missing else verdict
+        judged.append(Judged(question, said.answer, verdict, missing, thought,
+                             name or (SERVER if answer.thought else "")))
+    return judged
+
+
+def _missing(answer: Answer, said: Taken, thought: str) -> str:
+    """Why an answer is none though the model was asked; a server may keep to itself what it had
+    thought when its limit ended it."""
+    if said.answer:
+        return ""
+    if said.cut or thought:
+        return CUT if said.cut or answer.cut else SILENT
+    return EMPTY if answer.cut else ""
+
+
+def thoughts_of(rule: str, answers: Mapping[int, Sequence[Answer]], by_seed: BySeed,
+                count: Callable[[str], int] | None = None) -> dict[str, Any]:
+    """What results.json says of the thoughts that were taken off.
+
+    Args:
+        count: the number of a text's tokens; without it those count that a server counted.
+
+    Returns:
+        rule and version; `answers`: how many had a thought, by the rule that read it; `cut`: how
+        many ended inside it; `characters` and, where known, `tokens` of a thought, mean and max.
+    """
+    pairs = [(answer, j) for seed, judged in by_seed.items()
+             for answer, j in zip(answers[seed], judged, strict=True)
+             if j.thought or answer.thought_tokens]
+    tokens = [answer.thought_tokens or (count(j.thought) if count else 0) for answer, j in pairs]
+    return {"rule": rule, "version": rule_version(rule),
+            "answers": dict(Counter(j.thought_rule or SERVER for _, j in pairs)),
+            "cut": sum(j.missing == CUT for judged in by_seed.values() for j in judged),
+            **_sizes("characters", [len(j.thought) for _, j in pairs]),
+            **(_sizes("tokens", tokens) if all(tokens) else {})}
+
+
+def _sizes(name: str, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
+    return {name: {"mean": sum(sizes) / len(sizes), "max": max(sizes)}} if sizes else {}
 
 
 def _by_reply(prompt: JudgePrompt, question: Question, reply: Answer | None) -> Verdict:
@@ -121,17 +172,17 @@ def counts(answers: Mapping[int, Sequence[Answer]], by_seed: BySeed) -> dict[str
         without an answer; both have score 0 and are in `n`. `unscored` (by reason) counts answers
         that the rule gives no score; they are in no figure.
     """
-    pairs = [(answer, j.verdict) for seed, judged in by_seed.items()
+    pairs = [(answer, j) for seed, judged in by_seed.items()
              for answer, j in zip(answers[seed], judged, strict=True)]
 
     def per_seed(number: int) -> float | int:
         mean = number / len(by_seed)
         return int(mean) if mean == int(mean) else mean
 
-    missing = Counter(answer.problem for answer, _ in pairs if answer.problem)
-    unread = sum(verdict.read is None and not answer.problem and not verdict.unscored
-                 for answer, verdict in pairs)
-    unscored = Counter(verdict.unscored for _, verdict in pairs if verdict.unscored)
+    missing = Counter(j.missing for _, j in pairs if j.missing)
+    unread = sum(j.verdict.read is None and not j.missing and not j.verdict.unscored
+                 for _, j in pairs)
+    unscored = Counter(j.verdict.unscored for _, j in pairs if j.verdict.unscored)
     return {"n": len(pairs) // len(by_seed), "parse_failures": per_seed(unread),
             "unanswered": {reason: per_seed(missing[reason]) for reason in sorted(missing)},
             "cut": per_seed(sum(answer.cut for answer, _ in pairs)),
@@ -202,7 +253,7 @@ def lines(
     """One line per question, in the order of the data: what was asked, said, read and scored."""
     rows = []
     for index, (question, mean) in enumerate(zip(questions, pooled(by_seed), strict=True)):
-        draws = [_draw(seed, answers[seed][index], judged[index].verdict)
+        draws = [_draw(seed, answers[seed][index], judged[index])
                  for seed, judged in by_seed.items()]
         line = {"id": question.id, "group": question.group, "asked": hashes[question.id],
                 "prompt": "".join(IMAGE_TAG if part is None else part for part in question.prompt),
@@ -213,8 +264,13 @@ def lines(
     return rows
 
 
-def _draw(seed: int, answer: Answer, verdict: Verdict) -> dict[str, Any]:
-    return {"seed": seed, **answer_fields(answer), "read": verdict.read, "score": _score(verdict),
+def _draw(seed: int, answer: Answer, judged: Judged) -> dict[str, Any]:
+    """`raw`: the answer as the model wrote it, where something was taken off."""
+    more = {"raw": answer.text} if answer.text != judged.answer else {}
+    more |= {"missing": judged.missing} if judged.missing != answer.problem else {}
+    verdict = judged.verdict
+    return {"seed": seed, **answer_fields(answer), "answer": judged.answer, **more,
+            "read": verdict.read, "score": _score(verdict),
             **({"unscored": verdict.unscored} if verdict.unscored else {})}
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -85,17 +86,21 @@ class AnswerStore:
 
     def _take(self, stored: Line) -> None:
         line: dict[str, Any] = {
-            "problem": "", "cut": False, "likelihoods": [], "seconds": 0.0, **stored}
+            "problem": "", "cut": False, "likelihoods": [], "seconds": 0.0, "thought": "",
+            "thought_tokens": 0, "opened": False, **stored}
         place = f"answers to {self.task} in '{self.folder}'"
         need(line, place, {"id": str, "asked": str, "answer": str, "seed": int, "problem": str,
-                           "cut": bool, "likelihoods": list, "seconds": (int, float)})
+                           "cut": bool, "likelihoods": list, "seconds": (int, float),
+                           "thought": str, "thought_tokens": int, "opened": bool,
+                           **({"raw": str} if "raw" in line else {})})
         for pair in line["likelihoods"]:
             if not (isinstance(pair, list) and [*map(is_number, pair)] == [True, True]):
                 raise TaidError(f"{place}: likelihoods must be pairs of numbers, got {pair!r:.60}.")
         known = self.hashes.get(line["id"])
         if known == line["asked"]:
             likelihoods = tuple((total, tokens) for total, tokens in line["likelihoods"])
-            answer = Answer(line["answer"], line["problem"], line["cut"], likelihoods)
+            answer = Answer(line.get("raw", line["answer"]), line["problem"], line["cut"],
+                            likelihoods, line["thought"], line["thought_tokens"], line["opened"])
             self.answers[line["id"], line["seed"]] = Stored(answer, line["seconds"])
         elif known is not None and "its text or image" not in self.replaced:
             self.replaced.append("its text or image")
@@ -126,6 +131,14 @@ class AnswerStore:
         write_text(dump_lines(lines), self.final)
         for path in self._partial_files():
             path.unlink()
+
+
+    def discard(self, own: bool = False) -> None:
+        """Take away partial files; `own`: this process's only. The final one stays."""
+        for path in [self.path] if own else self._partial_files():
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # if it is empty
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A benchmark of your own, in a few lines of YAML:
 
-    type: multiple_choice            # or short_answer, yes_no, caption
+    type: multiple_choice            # or short_answer, number, relaxed, anls, yes_no, caption
     data: charts.jsonl               # JSONL, JSON, Parquet, CSV, TSV, a folder or a hub name
     columns: {question: query, answer: label}        # ours: yours, where they differ
     prompt: "{question}\\n{options}\\nAnswer with the option's letter."
@@ -8,7 +8,8 @@
 
 Columns: `question`, `answer`, `image` (or `images`), `video`, `id`, `group` (questions about one
 item) and `options` (a list, or the columns A, B, C ...). An answer is an option's letter, its place
-from 0 or its text; yes or no; or one accepted text or a list of them. A prompt may name any column;
+from 0 or its text; yes or no; or one accepted text or a list of them ("number": "$1,250", "10 %",
+"3/4 cup"). A prompt may name any column;
 where `<image>` stands in it (or in a question) an image is shown, otherwise the images come first.
 """
 
@@ -17,12 +18,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from taid_vlm.benchmarks.choices import choice_rules, letter_of, listed, options_of
 from taid_vlm.benchmarks.metrics import yes_no
 from taid_vlm.benchmarks.metrics.captions import CIDER, PROMPT
+from taid_vlm.benchmarks.metrics.numbers import (
+    LAST_NUMBER,
+    anls_rule,
+    number_rule,
+    read_quantity,
+    relaxed_rule,
+    text_rule,
+)
 from taid_vlm.benchmarks.metrics.text import EXACT_MATCH
-from taid_vlm.benchmarks.prompts import LETTER_LINE, SHORT_LINE
+from taid_vlm.benchmarks.prompts import LETTER_LINE, NUMBER_LINE, SHORT_LINE
 from taid_vlm.benchmarks.question import Benchmark, Question, Rule
 from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.config.benchmark import BenchmarkSpec, prompt_pieces
@@ -50,10 +60,27 @@ def load_benchmark(path: str | Path) -> Benchmark:
     kind = KINDS[spec.type]
     missing: list[RecordError] = []
     return Benchmark(
-        spec.name, spec.title or spec.name, lambda row: [_question(spec, row, missing)], kind.rules,
+        spec.name, spec.title or spec.name, lambda row: [_question(spec, row, missing)],
+        _rules(spec, kind, path),
         hub=(_place(spec.data, path.parent), spec.subset, spec.split),
         max_new_tokens=spec.max_new_tokens or kind.max_new_tokens, likelihood=kind.likelihood,
         complete=lambda questions: _with_some_image(questions, missing), file=str(path.resolve()))
+
+
+def _rules(spec: BenchmarkSpec, kind: Kind, path: Path) -> tuple[Rule, ...]:
+    """The type's rules, or the one with the places and the tolerance that the file names."""
+    options: dict[str, Any] = {"final": spec.final, "tolerance": spec.tolerance}
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if key not in kind.options:
+            types = [name for name, other in KINDS.items() if key in other.options]
+            raise RecipeError(f"{path}: {key} has no effect on a benchmark of type {spec.type}; it "
+                              f"is for {', '.join(types)}.")
+    if LAST_NUMBER in given.get("final", ()) and spec.type != "number":
+        raise RecipeError(f"{path}: final: {LAST_NUMBER} is for the type number.")
+    names = {"final": "places", "tolerance": "tolerance"}
+    return (kind.rule(**{names[key]: value for key, value in given.items()}),) if given and \
+        kind.rule else kind.rules
 
 
 def _place(data: str, folder: Path) -> str:
@@ -132,6 +159,16 @@ def _texts(row: Row, spec: BenchmarkSpec) -> tuple[tuple[str, ...], tuple[str, .
     return (), row.golds(spec.column("answer"))
 
 
+def _numbers(row: Row, spec: BenchmarkSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    column = spec.column("answer")
+    golds = row.golds(column)
+    for gold in golds:
+        if read_quantity(gold) is None:
+            raise RecordError(f"{row.where}: {column} = '{gold:.60}' is no number; a benchmark of "
+                              "numbers and texts is of the type relaxed.")
+    return (), golds
+
+
 def _yes_or_no(row: Row, spec: BenchmarkSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
     value = row.text(spec.column("answer"))
     value = {"true": "yes", "false": "no"}.get(value.lower(), value)
@@ -147,12 +184,21 @@ class Kind:
     answers: Callable[[Row, BenchmarkSpec], tuple[tuple[str, ...], tuple[str, ...]]]
     max_new_tokens: int = 32
     likelihood: bool = False
+    rule: Callable[..., Rule] | None = None  # of the keys in `options`
+    options: tuple[str, ...] = ()
 
 
 KINDS = {
     "multiple_choice": Kind("{question}\n{options}\n" + LETTER_LINE, choice_rules(), _chosen,
                             likelihood=True),
-    "short_answer": Kind("{question}\n" + SHORT_LINE, (EXACT_MATCH,), _texts),
+    "short_answer": Kind("{question}\n" + SHORT_LINE, (EXACT_MATCH,), _texts, rule=text_rule,
+                         options=("final",)),
+    "number": Kind("{question}\n" + NUMBER_LINE, (number_rule(),), _numbers, rule=number_rule,
+                   options=("final", "tolerance")),
+    "relaxed": Kind("{question}\n" + SHORT_LINE, (relaxed_rule(),), _texts, rule=relaxed_rule,
+                    options=("final", "tolerance")),
+    "anls": Kind("{question}\n" + SHORT_LINE, (anls_rule(),), _texts, rule=anls_rule,
+                 options=("final",)),
     "yes_no": Kind("{question}\nPlease answer yes or no.", (yes_no.WORD,), _yes_or_no),
     "caption": Kind(PROMPT, (CIDER,), _texts, max_new_tokens=64),
 }

@@ -49,6 +49,9 @@ class EvaluateOptions(Options):
 
     rule: Many | None = option(
         "judge a task by another of its rules; asks nothing again", "TASK:RULE", many=True)
+    thoughts: str | None = option(
+        "how thoughts are taken off answers before any rule: auto (the default), keep, or a rule "
+        "by name (think, gpt-oss, magistral ...); asks nothing again", "RULE")
     method: Literal["generate", "likelihood"] | None = option(
         "likelihood chooses the most likely of a question's choices")
     choose_by: Literal["letter", "text"] | None = option("whose likelihood (default letter)")
@@ -134,10 +137,12 @@ def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     from taid_vlm.benchmarks.suite import with_members
 
     asking = Asking(**options.given(_ASKING), batch_size=options.batch_size)
+    if asking.method == "likelihood":
+        options.refuse(("thoughts",), "is for generated answers; likelihood chooses without any")
     candidates, judge_model = _candidates(options), _judge(options)
     suites = options.suite or ()
     tasks = open_tasks(with_members(options.tasks or (), suites), options.rule or (),
-                       options.max_records, options.video_frames)
+                       options.max_records, options.video_frames, options.thoughts or "auto")
     return evaluate(candidates, tasks, options.output_dir, asking, judge_model,
                     [suite.partition("=")[0] for suite in suites])
 
@@ -173,22 +178,25 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
 
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """lm-eval's own tasks, by lm-eval."""
-    options.refuse(("rule", *_ASKING, "base_url", "video_frames", "suite", "judge_url", *_JUDGE),
+    options.refuse(("rule", "thoughts", *_ASKING, "base_url", "video_frames", "suite", "judge_url",
+                    *_JUDGE),
                    "is for this package's own benchmarks; leave it out with --harness")
     if not options.apply_chat_template:
         options.refuse(("chat_template_kwargs",), "goes with --apply-chat-template")
     from taid_vlm.benchmarks.harness.lm_eval import run_lm_eval
     from taid_vlm.config.model import ModelSpec
+    from taid_vlm.runs.folders import locked
 
     candidates, output = _candidates(options), options.output_dir.expanduser()
     named = [text.partition("=") for text in options.tasks or ()]
     results = {}
     for candidate in candidates:
         assert isinstance(candidate.source, ModelSpec)
-        results[candidate.name] = run_lm_eval(
-            candidate.source, [task for task, _, _ in named],
-            output / candidate.name if len(candidates) > 1 else output,
-            data={task: data for task, _, data in named if data}, name=candidate.name,
-            limit=options.max_records, batch_size=options.batch_size,
-            **options.given(_OF_HARNESS))
+        folder = output / candidate.name if len(candidates) > 1 else output
+        with locked(folder.with_name(f".{folder.name}.evaluation")):  # the folder itself stays new
+            results[candidate.name] = run_lm_eval(
+                candidate.source, [task for task, _, _ in named], folder,
+                data={task: data for task, _, data in named if data}, name=candidate.name,
+                limit=options.max_records, batch_size=options.batch_size,
+                **options.given(_OF_HARNESS))
     return results

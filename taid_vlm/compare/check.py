@@ -132,6 +132,8 @@ def check_benchmark(task: str, methods: Sequence[Method]) -> list[str]:
         return lambda e: _inside(e.results["tasks"][task], keys)
 
     for what, keys in (("rule", ("rule",)), ("the rule's version", ("rule_version",)),
+                       ("the rule of thoughts", ("thoughts", "rule")),
+                       ("the version of that rule", ("thoughts", "version")),
                        ("the data (sha256)", ("source", "sha256")),
                        ("the number of questions", ("n",)),
                        ("the questions (hash)", ("questions_hash",)),

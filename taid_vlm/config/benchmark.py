@@ -5,11 +5,12 @@ from __future__ import annotations
 from string import Formatter
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
-from taid_vlm.config.kinds import AsWritten, Name, Positive, wanted
+from taid_vlm.config.kinds import AsWritten, Name, NotNegative, Positive, wanted
 from taid_vlm.config.section import Section
 
+Place = Literal["boxed", "hashes", "answer_is", "bold", "last_line", "whole", "last_number"]
 Column = Annotated[str, wanted("a column's name")]
 
 
@@ -70,12 +71,17 @@ class BenchmarkSpec(Section):
             image is shown where <image> stands, otherwise first. Left out, the type's.
         columns: Our columns and what the data call them: {question: query}.
         tags: Columns that figures are split by.
+        final: Where a long answer says its final answer, in this order: boxed (\\boxed{14}), hashes
+            (#### 14), answer_is ("the answer is 14", "Answer: 14"), bold (**14**), last_line,
+            whole, and for numbers last_number. Left out, the type's (short_answer: the whole).
+        tolerance: For number and relaxed, as a share of the right value; left out, 0 and 0.05.
         images: false for questions of text alone. Otherwise rows without an image are asked
             without, but some row must have one.
         max_new_tokens (tokens): Longest answer; left out, the type's.
     """
 
-    type: Literal["multiple_choice", "short_answer", "yes_no", "caption"]
+    type: Literal["multiple_choice", "short_answer", "number", "relaxed", "anls", "yes_no",
+                  "caption"]
     data: str
     split: str = "train"
     subset: str | None = None
@@ -84,6 +90,8 @@ class BenchmarkSpec(Section):
     prompt: Annotated[str | None, AfterValidator(_readable)] = None
     columns: Annotated[dict[str, str], AsWritten(lambda: Columns)] = {}
     tags: Annotated[list[str], wanted("a list of columns")] = []
+    final: Annotated[list[Place], Field(min_length=1)] | None = None
+    tolerance: NotNegative | None = None
     images: bool = True
     max_new_tokens: Positive | None = None
 

@@ -11,7 +11,8 @@ SMALL = 160  # pixels; images no larger are drawings rather than photographs
 
 def png(image: Image.Image, longest: int | None = 512) -> bytes:
     """A PNG of at most `longest` pixels in width and height; None leaves the size as it is."""
-    return _encoded(image, longest, "PNG")
+    fast = {"compress_level": 1} if longest is None else {}  # for a machine, not to be kept
+    return _encoded(image, longest, "PNG", **fast)
 
 
 def thumbnail(image: Image.Image, longest: int = 320) -> bytes:

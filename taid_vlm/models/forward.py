@@ -88,6 +88,32 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> 
     return model(**accepted).logits[mask]
 
 
+def ending_logits(
+    model: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor, start: int, endings: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits of one conversation and at other endings of it, which go on from its cache.
+
+    Args:
+        inputs, mask: of the one conversation, as for `answer_logits`.
+        start: how many of its tokens all endings share.
+        endings: [K, W] tokens from there on, padded on the right, where nothing looks at.
+
+    Returns:
+        What `answer_logits` gives, and [K, W, V]. Not every family can go on from a cache with
+        several rows: its own ending should be among them, and be compared.
+    """
+    names = forward_names(type(unwrap(model)))
+    accepted = {key: value for key, value in inputs.items() if key in names}
+    some = {"logits_to_keep": mask} if "logits_to_keep" in names else {}
+    kept = "cache" if "cache" in names else "past_key_values"  # until transformers 5.24
+    given = model(**accepted, **some, use_cache=True)
+    cache = given[kept]
+    cache.crop(start - inputs["input_ids"].shape[1])  # so many fewer
+    cache.batch_repeat_interleave(len(endings))
+    ended = model(input_ids=endings, use_cache=True, **{kept: cache}).logits
+    return given.logits if some else given.logits[mask], ended
+
+
 def answer_hidden(model: PreTrainedModel, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
     """What the head would be given at the predicting positions: [number of True, H].
 

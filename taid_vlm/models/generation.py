@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ from taid_vlm.models.forward import evaluation_mode, forward_names, unwrap
 from taid_vlm.records import ImageRef, Record
 
 Question = tuple[Record, int]  # a record, and which of its answers is asked for
+
+BEFORE = 16  # tokens of a prompt's end
 
 PROCESSOR_FAILED = "the processor failed"
 
@@ -50,10 +52,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """A model's answer without special tokens, stripped; `cut`: max_new_tokens ended it."""
+    """A model's answer, stripped.
+
+    Args:
+        text: without special tokens, but for those that were to be kept.
+        cut: whether max_new_tokens ended it.
+        before: the last tokens of its prompt as text, special ones too.
+    """
 
     text: str
     cut: bool
+    before: str = ""
 
 
 def generate_answers(
@@ -97,11 +106,13 @@ def generate_batch(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     context: int | None = None,
+    keep: Collection[str] = (),
 ) -> list[Generated]:
     """Answers to questions that are asked at once, greedy unless `sampling` is given.
 
     Args:
         context: how many tokens the model can take, question and answer together.
+        keep: special tokens that stay in an answer's text.
 
     Raises:
         SampleDropped: an image that cannot be read, a question that the template or the processor
@@ -114,10 +125,22 @@ def generate_batch(
     with torch.inference_mode():
         continued = continue_prompts(model, adapter, inputs, questions,
                                      max_new_tokens=max_new_tokens, sampling=sampling)
-    decoded = adapter.tokenizer.batch_decode(
-        [each.ids for each in continued], skip_special_tokens=True)
-    return [Generated(text.strip(), each.end is None)
-            for text, each in zip(decoded, continued, strict=True)]
+    decoded = _decoded(adapter.tokenizer, [each.ids for each in continued], keep)
+    before = adapter.tokenizer.batch_decode(inputs["input_ids"][:, -BEFORE:])
+    return [Generated(text.strip(), each.end is None, prompt)
+            for text, each, prompt in zip(decoded, continued, before, strict=True)]
+
+
+def _decoded(tokenizer: Any, rows: list[list[int]], keep: Collection[str]) -> list[str]:
+    """Texts without special tokens but those to `keep`."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    kept = special & {index for index, token in tokenizer.added_tokens_decoder.items()
+                      if token.content in keep}
+    if not any(kept.intersection(row) for row in rows):
+        return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
+    special -= kept
+    return list(tokenizer.batch_decode([[i for i in row if i not in special] for row in rows]))
 
 
 def prompt_inputs(adapter: ModelAdapter, questions: Sequence[Question]) -> dict[str, Tensor]:

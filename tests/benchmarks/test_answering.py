@@ -142,6 +142,21 @@ def test_a_question_that_cannot_be_asked_costs_only_itself() -> None:
     assert found == answered("llava", asked, 4)
 
 
+def test_a_broken_question_leaves_the_others_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    plain = Generating.batch
+
+    def batch(self: Generating, asked: Any, seed: int) -> list[Answer]:
+        answers = plain(self, asked, seed)
+        sizes.append(len(asked))
+        return answers
+
+    monkeypatch.setattr(Generating, "batch", batch)
+    broken = Question("broken", (None, "what is this"), (ImageRef(b"no image", "row 3"),))
+    answered("llava", [*questions(7), broken], 8)
+    assert sorted(sizes) == [1, 2, 4]
+
+
 def test_an_answer_that_the_limit_ends_is_marked() -> None:
     asked = questions(8, seen=False)
     short, long = (answered("llama", asked, 4, new=new) for new in (2, 200))

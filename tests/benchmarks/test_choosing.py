@@ -11,6 +11,7 @@ from benchmarks.quiz import questions, shuffled
 from zoo import VLM_FAMILIES, Built, build
 
 from taid_vlm.adapters import ModelAdapter, make_adapter
+from taid_vlm.benchmarks import likelihood as module
 from taid_vlm.benchmarks.answering import Answer
 from taid_vlm.benchmarks.likelihood import Choosing, log_likelihoods
 from taid_vlm.benchmarks.question import Question
@@ -186,3 +187,77 @@ def test_the_end_of_the_turn_is_not_counted() -> None:
     total, _ = reference("llama", question, "a dark green")
     assert found.total == pytest.approx(total, abs=1e-4)
     assert abs(end) > 1e-2
+
+
+# ----- what choices share -------------------------------------------------------------------
+
+SHARING = ("llama", "gpt2", "qwen3", "llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3",
+           "paligemma")
+
+
+def row_by_row(monkeypatch: pytest.MonkeyPatch, family: str, asked: list[Question], how: str
+               ) -> dict[str, Answer]:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_endings", lambda *args: None)
+        return chosen(family, asked, choose_by=how)
+
+
+@pytest.mark.parametrize("how", ["text", "letter"])
+@pytest.mark.parametrize("family", SHARING)
+def test_what_is_computed_once_is_what_whole_rows_give(
+    monkeypatch: pytest.MonkeyPatch, family: str, how: str
+) -> None:
+    monkeypatch.setattr(module, "SHARED_FROM", 1)
+    asked = questions(4, seen=family in VLM_FAMILIES)
+    answerer = Choosing(built(family).model, adapter(family), 4, choose_by=how)
+    calls = []
+    hook = built(family).model.register_forward_hook(lambda *args: calls.append(1))
+    found = {q.id: answer for given in answerer.answers(asked, (), 0) for q, answer in given}
+    hook.remove()
+    expected = row_by_row(monkeypatch, family, asked, how)
+    for name, answer in found.items():
+        assert answer.text == expected[name].text
+        assert [n for _, n in answer.likelihoods] == [n for _, n in expected[name].likelihoods]
+        assert [x for x, _ in answer.likelihoods] == pytest.approx(
+            [x for x, _ in expected[name].likelihoods], abs=1e-3)
+    if how == "letter":
+        assert len(calls) == 1  # one row a question, whatever the number of choices
+    else:
+        assert answerer.shared >= 3 and answerer.missed <= 1
+        assert len(calls) <= 2 * len(asked) + 1
+
+
+def test_a_prompt_that_gives_something_else_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen's models keep an image's positions for a question without one that comes after it."""
+    monkeypatch.setattr(module, "SHARED_FROM", 1)
+    plain = module.ending_logits
+
+    def wrong(*args: Any) -> Any:
+        first, ended = plain(*args)
+        return first, ended.roll(1, -1)
+
+    asked = questions(4, seen=False)
+    expected = row_by_row(monkeypatch, "llama", asked, "text")
+    monkeypatch.setattr(module, "ending_logits", wrong)
+    answerer = Choosing(built("llama").model, adapter("llama"), 4, choose_by="text")
+    found = {q.id: answer for given in answerer.answers(asked, (), 0) for q, answer in given}
+    assert found == expected
+    assert (answerer.shared, answerer.missed, answerer.shares) == (0, 1, False)
+
+
+def test_a_picture_is_processed_once_for_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [question for question in questions(6) if len(question.images) == 1]
+    ours, pictures = adapter("llava"), []
+    plain = type(ours)._process
+
+    def counted(self: Any, rendered: Any, images: Any, *args: Any) -> Any:
+        pictures.extend(image for each in images for image in each)
+        return plain(self, rendered, images, *args)
+
+    chosen("llava", asked, choose_by="letter")
+    monkeypatch.setattr(type(ours), "_process", counted)
+    chosen("llava", asked, choose_by="letter")
+    assert len(pictures) == len(asked)
+    assert len(asked) < sum(len(question.choices) for question in asked)

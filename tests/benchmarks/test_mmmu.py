@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks.short_answers import BROKEN
 from taid_vlm.benchmarks.metrics.mmmu import (
     LMMS,
     OFFICIAL,
+    PARSED,
     is_open_right,
     normalised,
     read_choice,
@@ -87,7 +89,25 @@ def test_open_verdicts(answer, golds, right):
 class TestVerdicts:
     def test_what_cannot_be_read_is_wrong_and_counted_instead_of_guessed(self):
         questions = [asked() for _ in range(50)]
-        assert OFFICIAL.judge(questions, ["hm"] * 50) == [Verdict(0, None)] * 50
+        assert PARSED.judge(questions, ["hm"] * 50) == [Verdict(0, None)] * 50
+
+    def test_the_official_rule_guesses_as_eval_utils_does(self):
+        """random.seed(42) once, then a choice for every answer that cannot be read, in order."""
+        questions = [asked(id=f"validation_Art_{n}", options="['a', 'b', 'c']",
+                           answer="ABC"[n % 3]) for n in range(50)]
+        answers = ["(B)" if n % 5 == 0 else "hm" for n in range(50)]
+        theirs = random.Random(42)
+        guesses = ["B" if n % 5 == 0 else theirs.choice(["A", "B", "C"]) for n in range(50)]
+        found = OFFICIAL.judge(questions, answers)
+        assert [v.score for v in found] == [float(g == "ABC"[n % 3]) for n, g in enumerate(guesses)]
+        assert [v.read for v in found] == ["B" if n % 5 == 0 else None for n in range(50)]
+        assert OFFICIAL.judge(questions, answers) == found
+        assert OFFICIAL.judge(questions[::-1], answers[::-1]) == found[::-1]  # in any file
+        assert (OFFICIAL.guesses, LMMS.guesses, PARSED.guesses) == (True, True, False)
+        assert BENCHMARK.rules[0] is PARSED  # nothing is guessed unless it is asked for
+
+    def test_an_open_question_is_never_guessed(self):
+        assert OFFICIAL.judge([opened("7")] * 20, [" "] * 20) == [Verdict(0, None)] * 20
 
     def test_choices_and_open_questions(self):
         assert OFFICIAL.judge([asked(), opened("7")], ["(B)", " it is 7 "]) == [
@@ -95,12 +115,14 @@ class TestVerdicts:
         assert OFFICIAL.judge([opened("7")], [" "]) == [Verdict(0, None)]
 
     @pytest.mark.parametrize("name", BROKEN)
-    @pytest.mark.parametrize("rule", [OFFICIAL, LMMS], ids=lambda rule: rule.name)
+    @pytest.mark.parametrize("rule", [PARSED, OFFICIAL, LMMS], ids=lambda rule: rule.name)
     def test_broken_answers(self, name, rule):
         start = time.process_time()
         for question in (asked(options="['x1', 'x2', 'x3']"), opened("x7"), opened("77")):
             verdict, = rule.judge([question], [BROKEN[name]])
-            assert verdict.score == 0 or (name, question.choices != ()) == ("all letters", True)
+            guessed = verdict.read is None and rule.guesses
+            assert verdict.score == 0 or guessed or (
+                name, question.choices != ()) == ("all letters", True)
         assert time.process_time() - start < 2
 
     @pytest.mark.parametrize("answer", ["9" * 200_000 + ",", "1e" * 100_000, "1." * 100_000,

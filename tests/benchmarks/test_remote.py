@@ -7,6 +7,7 @@ import io
 import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from benchmarks.quiz import questions
@@ -86,6 +87,26 @@ def test_requests_are_made_at_once_and_no_more_than_asked_for(server: Server) ->
     assert len(server.ask(questions(16, seen=False), requests=8)) == 16
     assert time.perf_counter() - started < 16 * 0.05
     assert 2 <= server.most <= 8
+
+
+def test_images_are_made_ready_while_the_server_answers(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making a request ready takes as long as answering it: only the first ones are waited for."""
+    def slowly(body: Body, times: int) -> Reply:
+        time.sleep(0.05)
+        return completion("yes")
+
+    def made(question: Question) -> list[Any]:
+        time.sleep(0.05)
+        return [{"role": "user", "content": [{"type": "text", "text": question.id}]}]
+
+    server.reply = slowly
+    monkeypatch.setattr("taid_vlm.benchmarks.remote.chat_messages", made)
+    started = time.perf_counter()
+    assert len(server.ask(questions(24, seen=False), requests=4)) == 24
+    assert time.perf_counter() - started < 24 / 4 * 0.1
+    assert server.most <= 4
 
 
 @pytest.mark.parametrize("trouble", [

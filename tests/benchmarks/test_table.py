@@ -15,7 +15,7 @@ from taid_vlm.config.data import DataSource
 
 def entry(**more):
     return {"rule": "lmms", "rule_version": 2, "parse_failures": 1, "unanswered": {"broken": 2},
-            "seconds": 3.21, "decimals": 1, "figures": {
+            "cut": 4, "seconds": 3.21, "decimals": 1, "figures": {
                 "accuracy": {"value": 0.5, "stderr": 0.125, "n": 16},
                 "f1": {"value": None, "stderr": None, "n": 16}}, **more}
 
@@ -25,9 +25,30 @@ def test_figures_in_per_cent_points_and_missing():
     text = as_text({"student": {"tasks": {"mmstar": entry(), "mme": points}}})
     lines = [line.split() for line in text.splitlines()]
     assert lines[1] == ["student", "mmstar", "lmms", "2", "accuracy", "50.0", "±", "12.5", "16",
-                        "3", "3.2"]
+                        "1", "2", "4", "3.2"]
     assert lines[2] == ["f1", "-", "16"]
     assert "612.50 ± 7.00" in text
+    assert lines[0][-4:] == ["unread", "unanswered", "cut", "seconds"]
+    assert "student, mmstar: unanswered: 2 x broken" in text
+    assert "thoughts" not in text
+
+
+def test_a_guess_is_told():
+    text = as_text({"student": {"tasks": {"mmmu": entry(guesses=True)}}})
+    assert "student, mmmu: 1 unread answers were guessed at random, as the rule 'lmms' has" in text
+    assert "guessed" not in as_text({"student": {"tasks": {"mmmu": entry()}}})
+
+
+def test_what_was_taken_off_as_thoughts_is_told():
+    thoughts = {"rule": "auto", "version": 1, "answers": {"think": 7}, "cut": 2,
+                "characters": {"mean": 31.0, "max": 90}, "tokens": {"mean": 9.5, "max": 20}}
+    text = as_text({"student": {"tasks": {"mmstar": entry(thoughts=thoughts)}}})
+    assert ("student, mmstar: thoughts taken off (auto 1): 7 by think; of 10 tokens on average, at "
+            "most 20") in text
+    assert "student, mmstar: 2 answers were cut inside their thought: raise --max-new-tok" in text
+    text = as_text({"student": {"tasks": {"mmstar": entry(
+        thoughts={"rule": "auto", "version": 1, "answers": {}, "cut": 0})}}})
+    assert "thought" not in text
 
 
 def test_averages_of_suites_and_rows_left_out():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -60,6 +61,8 @@ def data(tmp_path: Path) -> Path:
     for index in range(4):
         (tmp_path / f"{index}.png").write_bytes(png(index))
     pope(tmp_path), mmstar(tmp_path), own(tmp_path)
+    (tmp_path / "elsewhere").mkdir()  # the file was moved, its pictures were not
+    pope(tmp_path / "elsewhere")
     write_jsonl(tmp_path / "odd.jsonl", [{"question_id": 1, "question": "Is?", "image": "0.png"}])
     return tmp_path
 
@@ -75,7 +78,8 @@ def test_models_and_tasks_side_by_side(cli: Cli, checkpoints: Checkpoints, data:
                "--rule", "mmstar:vlmevalkit", "pope:lmms", "--batch-size", "4")
     assert done.status == 0, done.err
     header, *table = done.out.splitlines()
-    assert header.split() == ["model", "task", "rule", "figure", "value", "n", "unread", "seconds"]
+    assert header.split() == ["model", "task", "rule", "figure", "value", "n", "unread",
+                              "unanswered", "cut", "seconds"]
     assert sum(line.startswith("teacher") for line in table) == 3
     assert any(line.split()[:5] == ["base", "mmstar", "vlmevalkit", "1", "accuracy"]
                for line in table)
@@ -247,6 +251,13 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "dtype": ([*POPE, "--dtype", "bf16"], ("--dtype = 'bf16'", "bfloat16")),
     "template": ([*POPE, "--chat-template", "{data}/none.jinja"], ("none.jinja", "neither a file")),
     "records": ([*POPE, "--max-records", "0"], ("--max-records = 0",)),
+    "no image folder": (["--tasks", "pope={data}/elsewhere/pope.jsonl"],
+                        (f"none of the {NUMBER} questions", f"{NUMBER} x unreadable image",
+                         "elsewhere/0.png", "there is no such file", "Image paths start from")),
+    "thoughts": ([*POPE, "--thoughts", "thnk"], ("--thoughts thnk", "Did you mean 'think'?")),
+    "thoughts of likelihood": (
+        ["--tasks", "mmstar={data}/mmstar.parquet", "--method", "likelihood", "--thoughts", "auto"],
+        ("--thoughts is for generated answers",)),
     "seeds": ([*POPE, "--seeds", "1", "2"], ("--temperature",)),
     "key without URL": ([*POPE, "--api-key-env", "X"], ("--api-key-env goes with --base-url",)),
     "timeout without URL": ([*POPE, "--timeout", "3"], ("--timeout goes with --base-url",)),
@@ -280,6 +291,67 @@ def test_mistakes_show_before_weights_are_loaded(
     assert done.status == 2
     (message,) = done.errors
     assert all(word in message for word in words), message
+    assert not (data / "eval").exists()
+
+
+def test_two_evaluations_do_not_share_a_folder(
+    cli: Cli, checkpoints: Checkpoints, data: Path
+) -> None:
+    """Neither one that writes there, nor one of several models of which one does."""
+    task = ("--tasks", f"pope={data}/pope.jsonl")
+    (data / "eval" / "other").mkdir(parents=True)
+    with (data / "eval" / "other" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("4711")
+        file.flush()
+        one = cli("evaluate", "--model", checkpoints("llava"), *task, "--output-dir",
+                  data / "eval" / "other")
+        two = cli("evaluate", "--model", checkpoints("llava"), f"other={checkpoints('qwen2_5_vl')}",
+                  *task, "--output-dir", data / "eval")
+    for done in (one, two):
+        assert done.status == 2
+        (message,) = done.errors
+        assert f"'{data}/eval/other' is in use by another run (process 4711)" in message
+    assert sorted(path.name for path in (data / "eval").rglob("*")) == [".lock", "other"]
+
+
+def test_nor_do_two_of_lm_eval(cli: Cli, checkpoints: Checkpoints, data: Path) -> None:
+    (data / ".eval.evaluation").mkdir()
+    with (data / ".eval.evaluation" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = cli("evaluate", "--model", checkpoints("llama"), "--tasks", "arc_easy",
+                   "--harness", "lm-eval", "--output-dir", data / "eval")
+    assert done.status == 2
+    assert "is in use by another run" in done.errors[0]
+    assert not (data / "eval").exists()
+
+
+def test_what_cannot_be_asked_of_some_questions_is_told(
+    cli: Cli, checkpoints: Checkpoints, data: Path
+) -> None:
+    (data / "1.png").unlink()
+    done = cli("evaluate", "--model", f"m={checkpoints('llava')}", "--tasks",
+               f"pope={data}/pope.jsonl", "--output-dir", data / "eval")
+    assert done.status == 0, done.err
+    assert "m, pope: unanswered: 3 x unreadable image" in done.out.splitlines()
+    entry = loaded(data / "eval" / "results.json")["tasks"]["pope"]
+    assert entry["unanswered"] == {"unreadable image": 3}
+    assert [path.name for path in (data / "eval").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_benchmark_that_a_model_cannot_take_leaves_nothing(
+    cli: Cli, checkpoints: Checkpoints, data: Path
+) -> None:
+    """Only once the weights are loaded can a question be too long."""
+    write_jsonl(data / "sums.jsonl", [
+        {"id": f"s{a}", "question": "what is this " * 3000, "options": ["0", "2"], "answer": "A"}
+        for a in range(3)])
+    done = cli("evaluate", "--model", checkpoints("llama"), "--tasks", data / "sums.yaml",
+               "--output-dir", data / "eval")
+    assert done.status == 2
+    (message,) = done.errors
+    assert "sums: none of the 3 questions" in message
+    assert "3 x longer than the model's context" in message
     assert not (data / "eval").exists()
 
 

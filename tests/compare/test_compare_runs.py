@@ -495,6 +495,13 @@ def test_other_benchmarks_are_refused(
     assert "two'" in str(error.value)
 
 
+def test_thoughts_that_were_taken_off_otherwise_are_refused(tmp_path: Path) -> None:
+    one, two = (evaluation(tmp_path / rule, right(50, 0.5), tasks__charts__thoughts={
+        "rule": rule, "version": 1}) for rule in ("auto", "keep"))
+    with pytest.raises(TaidError, match="charts: the rule of thoughts is not the same: auto in"):
+        compared(str(one), str(two))
+
+
 @pytest.mark.parametrize(("change", "value", "told"), [
     ("tasks__charts__prompt_hash", "0" * 16, "Different charts: prompts: ffff"),
     ("tasks__charts__answering", {"method": "likelihood"}, "Different charts: ways of answering"),

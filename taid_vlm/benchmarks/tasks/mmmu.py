@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from taid_vlm.benchmarks.choices import letter_of, listed, options_of
-from taid_vlm.benchmarks.metrics.mmmu import LMMS, OFFICIAL
+from taid_vlm.benchmarks.metrics.mmmu import LMMS, OFFICIAL, PARSED
 from taid_vlm.benchmarks.prompts import LETTER_LINE, SHORT_LINE
 from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.benchmarks.rows import Row
@@ -87,5 +87,5 @@ def _tags(row: Row) -> dict[str, str]:
         "subfield", "topic_difficulty", "question_type")
 
 
-BENCHMARK = Benchmark("mmmu", "MMMU", read, (OFFICIAL, LMMS),
+BENCHMARK = Benchmark("mmmu", "MMMU", read, (PARSED, OFFICIAL, LMMS),
                       hub=("lmms-lab/MMMU", None, "validation"))
