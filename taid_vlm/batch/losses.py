@@ -103,14 +103,23 @@ def has_chunks(batch: Batch) -> bool:
 
 def chunk_pair_logits(batch: Batch, s: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Student's and teacher's [chunks, 2]."""
-    count = len(batch["chunk_last"])
-    return (_of_chunks(s, batch["labels"], batch["chunk_student"], count),
-            _of_chunks(u, batch["teacher_labels"], batch["chunk_teacher"], count))
+    return chunk_outcomes(batch, _in_chunks(s, batch["labels"], batch["chunk_student"]),
+                          _in_chunks(u, batch["teacher_labels"], batch["chunk_teacher"]))
 
 
-def _of_chunks(logits: Tensor, labels: Tensor, chunk: Tensor, count: int) -> Tensor:
+def _in_chunks(logits: Tensor, labels: Tensor, chunk: Tensor) -> Tensor:
+    """[N] log-probabilities of the labels in chunks; 0 for others."""
     inside = (chunk >= 0).nonzero()[:, 0]
-    return chunk_logits(label_log_prob(logits[inside], labels[inside]), chunk[inside], count)
+    found = label_log_prob(logits[inside], labels[inside])
+    return found.new_zeros(len(chunk)).index_copy(0, inside, found)
+
+
+def chunk_outcomes(batch: Batch, log_prob: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's [chunks, 2] from log-probabilities of their labels, [N] and [M]."""
+    count = len(batch["chunk_last"])
+    return (chunk_logits(log_prob, batch["chunk_student"], count),
+            chunk_logits(teacher, batch["chunk_teacher"], count))
+
 
 Compare = Callable[[VocabularyMap, Tensor, Tensor], dict[str, Tensor]]
 

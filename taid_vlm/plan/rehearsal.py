@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from taid_vlm.batch.collator import Batch
 from taid_vlm.batch.forward import student_forward
 from taid_vlm.evaluation.held_out import teacher_figures
-from taid_vlm.fused.divergence import Rows
+from taid_vlm.fused.work import Rows
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.head import LogitTransform, known_logit_transforms
 from taid_vlm.models.parts import TOWER, frozen_modules
@@ -35,7 +35,6 @@ from taid_vlm.training.loss import (
     Step,
     StepLoss,
     choose_step,
-    obstacle,
     plain_step,
 )
 from taid_vlm.training.trainer import DistillationTrainer
@@ -102,8 +101,7 @@ def _loss_step(trainer: DistillationTrainer, batch: Batch) -> Step:
     plain = plain_step(trainer.objective, pairing, trainer.teacher)
     if not isinstance(plain, ReferenceStep):
         return plain
-    if args.loss_implementation == "reference" or obstacle(
-            trainer.objective, pairing) is not None:
+    if args.loss_implementation == "reference":
         return choose_step(
             args.loss_implementation, trainer.objective, pairing, trainer.model, trainer.teacher,
             batch, args.loss_memory_budget, trainer.accelerator.autocast)
