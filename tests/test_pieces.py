@@ -23,11 +23,12 @@ from torch import nn
 
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.figures import token_figures
-from taid_vlm.batch.losses import token_losses
+from taid_vlm.batch.losses import of_partners, token_losses
 from taid_vlm.errors import RecipeError
 from taid_vlm.fused.divergence import FusedDivergence
 from taid_vlm.fused.heads import Head, ModuleHead
 from taid_vlm.fused.pieces import Pieces
+from taid_vlm.fused.work import Weighing
 from taid_vlm.models.head import IDENTITY, LogitTransform
 from taid_vlm.objectives import parse_objective
 
@@ -331,6 +332,26 @@ def test_figures_are_the_references():
         assert torch.allclose(teacher, u.log_softmax(-1).gather(
             1, batch["teacher_labels"][:, None])[:, 0], atol=1e-12)
         assert torch.allclose(result.figures["row"], s[batch["pair_student"]].sum(-1))
+
+
+@pytest.mark.parametrize("budget", [1, 1500, 2**20])
+def test_weights_that_follow_from_the_teachers_likelihood(budget):
+    """A token's from its partner, a chunk's from the sum over it, also where it is cut."""
+    objective = parse_objective(SUM)
+    p, batch, pairing = case_c(maps=("cells", "rest"), dtype=torch.float64)
+    u = p.teacher_hidden @ p.teacher_weight.T
+    nll = -u.log_softmax(-1).gather(1, batch["teacher_labels"][:, None])[:, 0]
+
+    def factors(teacher_nll):
+        return 1 + of_partners(batch, teacher_nll).square()
+
+    found = fuse(objective, p, batch, pairing, budget=budget,
+                 token_weights=Weighing(batch["teacher_labels"], factors))
+    want, _, want_gradients = unfused(
+        objective, p, batch, pairing, token_weights=factors(nll))
+    assert torch.allclose(found.token_weights, factors(nll), rtol=1e-12)
+    assert error(found.loss.detach(), want) < 1e-12
+    assert max(errors(gradients(p, found.loss), want_gradients).values()) < 1e-11
 
 
 def test_layout_has_every_shape_of_a_piece():

@@ -179,24 +179,28 @@ def measure(
     """One row per implementation: error, memory, and time in turn with the floor."""
     batch, pairing = (real(case.tokens, folders, texts) if folders
                       else synthetic(case, teacher_vocab))
-    found: dict[str, dict[str, Any]] = {}
     with memory_limit("cpu"):
         problem = make_problem(case, batch, pairing)
-        small = first(problem, CHECKED)
-        doubles = replace(small, **{name: getattr(small, name).detach().double().requires_grad_(
-            name.startswith("student")) for name in (
-            "student_hidden", "student_head", "teacher_hidden", "teacher_head")})
-        want = step(all_logits(case, pairing))(doubles)
         steps = {name: step(make(case, pairing)) for name, make in IMPLEMENTATIONS.items()}
+        found: dict[str, dict[str, Any]] = errors(case, first(problem, CHECKED), steps)
         for name, run in steps.items():
-            found[name] = gradient_errors(run(small), want)
-            gradients = run(problem)  # warm
-            found[name] |= {"gradient_bytes": sum(g.nbytes for g in gradients if g is not None)}
-            del gradients
+            found[name]["gradient_bytes"] = sum(  # of a call that warms up
+                g.nbytes for g in run(problem) if g is not None)
             found[name]["peak_extra_bytes"] = peak_extra_bytes(
                 lambda name=name: step(IMPLEMENTATIONS[name](case, pairing))(problem), "cpu")
         times = alternate({"floor": floor, **steps}, problem, repeats)
     return [_row(case, name, values, problem, times) for name, values in found.items()]
+
+
+def errors(
+    case: Case, problem: ChunkProblem, steps: Mapping[str, Callable[[Any], Any]]
+) -> dict[str, dict[str, Any]]:
+    """Of the gradients of every step, against all logits in float64."""
+    doubles = replace(problem, **{name: getattr(problem, name).detach().double().requires_grad_(
+        name.startswith("student")) for name in (
+        "student_hidden", "student_head", "teacher_hidden", "teacher_head")})
+    want = step(all_logits(case, problem.pairing))(doubles)
+    return {name: gradient_errors(run(problem), want) for name, run in steps.items()}
 
 
 def floor(problem: ChunkProblem) -> None:

@@ -44,14 +44,20 @@ def advantage_weights(
         seeing: the teacher's negative log-likelihood of its tokens [N_teacher].
         unseeing: the same of another batch: this one, in which only the teacher's pixels differ.
     """
-    degraded = batch["teacher_degraded"]
-    if not degraded:
+    blind = blinded(batch)
+    if blind is None:
         return seeing.new_ones(len(batch["labels"]), dtype=torch.float32)
-    blind = {**batch, "teacher_inputs": {**batch["teacher_inputs"], **degraded}}
     gain = unseeing(blind) - seeing
     if has_chunks(batch):
         gain = of_partners(batch, gain)
     return advantage_weight(gain, strength).where(batch["images"][batch["row"]] > 0, 1.0)
+
+
+def blinded(batch: Batch) -> Batch | None:
+    """This batch, in which the teacher sees degraded images; None where no row has one."""
+    if not (degraded := batch["teacher_degraded"]):
+        return None
+    return {**batch, "teacher_inputs": {**batch["teacher_inputs"], **degraded}}
 
 
 def by_weight(batch: Batch, values: Tensor) -> Tensor:

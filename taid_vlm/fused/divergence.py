@@ -19,11 +19,18 @@ from taid_vlm.alignment import VocabularyMap
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.heads import Head, ModuleHead
-from taid_vlm.fused.pieces import Pieces, PieceWork
+from taid_vlm.fused.pieces import Pieces, PieceWork, parts_of
 from taid_vlm.fused.terms import BodyTerm
-from taid_vlm.fused.work import Measure, Settings, Work
-from taid_vlm.objectives import LOSSES, Objective
-from taid_vlm.objectives.divergences import check_parameters
+from taid_vlm.fused.work import (
+    Measure,
+    Settings,
+    Weighing,
+    Work,
+    autocast_dtype,
+    open_teacher,
+)
+from taid_vlm.objectives import LOSSES, Objective, label_log_prob
+from taid_vlm.objectives.divergences import check_parameters, upcast
 
 SCALED_AT_ONCE = 2**22  # numbers of a half-precision gradient that are scaled in float32 at a time
 
@@ -35,6 +42,8 @@ class FusedLoss(NamedTuple):
         for float64 hidden states).
     per_token: every term's own loss, {name: [N] nats}, without weights, detached.
     figures: what `measure` found, {name: [N]}; with `pieces`, of the P pairs, {name: [P]}.
+    token_weights: [N] the factors of the terms that compare with the teacher, where it had to be
+        read for them.
     log_probs: with `pieces` and `measure`, the log-probabilities of the student's labels [N] and of
         the teacher's [M].
     """
@@ -42,6 +51,7 @@ class FusedLoss(NamedTuple):
     loss: Tensor
     per_token: dict[str, Tensor]
     figures: dict[str, Tensor]
+    token_weights: Tensor | None = None
     log_probs: tuple[Tensor, Tensor] | None = None
 
 
@@ -81,7 +91,7 @@ class FusedDivergence(Settings):
         *,
         t: float | None = None,
         map_index: Tensor | None = None,
-        token_weights: Tensor | None = None,
+        token_weights: Tensor | Weighing | None = None,
         weights: Tensor | None = None,
         measure: Measure | None = None,
         pieces: Pieces | None = None,
@@ -100,8 +110,8 @@ class FusedDivergence(Settings):
             t: TAID's interpolation parameter.
             map_index: [N] which of `maps` holds for a token, with `pieces` [P] for a pair; needed
                 with more than one.
-            token_weights: [N] factors of the terms that compare with the teacher; no gradient
-                reaches them.
+            token_weights: [N] factors of the terms that compare with the teacher, or what they
+                follow from; no gradient reaches them.
             weights: [N] factors of all terms; no gradient reaches them.
             measure: looks at every chunk's logits while they are there, for figures; it must not
                 change them. With `pieces` it is shown the pairs.
@@ -111,14 +121,34 @@ class FusedDivergence(Settings):
             RecipeError: something the terms need is missing, or shapes do not match.
         """
         between, on_data = self.terms(t)
-        sides = between, on_data, student_head, teacher_head, measure
+        weighing = token_weights if isinstance(token_weights, Weighing) else None
+        token_weights = None if isinstance(token_weights, Weighing) else token_weights
+        sides = between, on_data, student_head, teacher_head, measure, weighing
         work = Work(self, *sides) if pieces is None else PieceWork(pieces, t, self, *sides)
         work.take(student_hidden, teacher_hidden, labels, map_index, token_weights, weights)
         if torch.is_grad_enabled():
             loss = _Fused.apply(work, student_hidden, *student_head.parameters())
         else:
             loss, _ = work.run(student_hidden, ())
-        return FusedLoss(loss, work.per_token, work.figures, work.log_probs)
+        return FusedLoss(loss, work.per_token, work.figures,
+                         work.token_weights if weighing else None, work.log_probs)
+
+    @torch.no_grad()
+    def teacher_log_prob(
+        self, hidden: Tensor, head: Head | ModuleHead, labels: Tensor
+    ) -> Tensor:
+        """Log-probabilities of a teacher's labels [M], in chunks that fit the budget.
+
+        Args:
+            hidden: [M, Ht]. labels: [M].
+        """
+        dtype, parts = autocast_dtype(hidden), [upcast(hidden[:0]).new_zeros(0)]
+        row = max(4, hidden.element_size()) * head.rows * head.copies
+        with torch.autocast(hidden.device.type, enabled=False):
+            teacher = open_teacher(self, head, dtype)
+            for rows in parts_of(slice(0, len(hidden)), max(1, self.memory_budget // row)):
+                parts.append(label_log_prob(teacher.logits(hidden[rows]), labels[rows]))
+        return torch.cat(parts)
 
     @property
     def kept(self) -> list[Tensor]:

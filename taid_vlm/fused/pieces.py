@@ -223,9 +223,10 @@ class PieceWork(Work):
             return g
         u = self._teacher_logits(unit.teacher)
         likely = unit.chunks.stop > unit.chunks.start
-        if likely or self.measure is not None:
+        if likely or self.measure is not None or self.weighing is not None:
             read = self._read_student(s, unit.rows)
             self._read_teacher(u, unit.teacher)
+            self._weigh(unit.span, -self.teacher_log_prob)
         for index, pairs in self._by_map(unit.pairs):
             self._add_pairs(g, s, u, unit, index, pairs)
         if likely and self.between:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,26 @@ from taid_vlm.fused.heads import Head, HeadPass, ModuleHead
 from taid_vlm.fused.scratch import Scratch
 from taid_vlm.fused.terms import BodyTerm
 from taid_vlm.models.head import keeps_type
-from taid_vlm.objectives import Objective
+from taid_vlm.objectives import Objective, label_log_prob
 from taid_vlm.objectives.divergences import upcast
 
 Rows = Tensor | slice
 # number of the map, rows [n], student logits [n, V_student], teacher logits [n, V_teacher] or None
 # -> {name: [n]}
 Measure = Callable[[int, Rows, Tensor, Tensor | None], Mapping[str, Tensor]]
+
+
+class Weighing(NamedTuple):
+    """Factors that follow from how likely the teacher finds its own labels, which its logits in a
+    call say.
+
+    labels: [M] the teacher's next-token ids.
+    factors: of their negative log-likelihoods [M], for the N tokens of the student; each is one of
+        its own partner alone, or of the tokens of its own piece.
+    """
+
+    labels: Tensor
+    factors: Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -45,6 +58,20 @@ class Settings:
     bodies_used: set[str] = field(default_factory=set)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in where x lies; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def open_teacher(
+    fused: Settings, head: Head | ModuleHead, dtype: torch.dtype | None
+) -> HeadPass:
+    """A teacher's head; one in half precision computes in its own type, whatever autocast's."""
+    own = isinstance(head, Head) and keeps_type(head.weight.dtype)
+    return head.open(dtype=None if own else dtype, scratch=fused.teacher_scratch)
+
+
 class Work:
     """One call: what it was given, and what it leaves beside the loss. Every row of the student
     has one of the teacher's."""
@@ -54,11 +81,11 @@ class Work:
     def __init__(
         self, fused: Settings, between: list[BodyTerm], on_data: list[BodyTerm],
         student_head: Head | ModuleHead, teacher_head: Head | ModuleHead | None,
-        measure: Measure | None,
+        measure: Measure | None, weighing: Weighing | None,
     ) -> None:
         self.fused, self.between, self.on_data = fused, between, on_data
         self.student_head, self.teacher_head = student_head, teacher_head
-        self.measure = measure
+        self.measure, self.weighing = measure, weighing
         self.per_token: dict[str, Tensor] = {}
         self.figures: dict[str, Tensor] = {}
         self.log_probs: tuple[Tensor, Tensor] | None = None
@@ -69,7 +96,7 @@ class Work:
     ) -> None:
         """Whether all tensors are there, with their rows, is checked before any work."""
         measured = self.measure is not None and teacher_hidden is not None
-        self.compares = bool(self.between) or measured
+        self.compares = bool(self.between) or measured or self.weighing is not None
         several, needs_labels = len(self.fused.maps) > 1, self.needs_labels or self.on_data
         for name, tensor, needed in (
             ("teacher_hidden", teacher_hidden, self.compares), ("labels", labels, needs_labels),
@@ -108,9 +135,8 @@ class Work:
         Args:
             needs: which of them are; () for none.
         """
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        with torch.autocast(device, enabled=False):
+        dtype = autocast_dtype(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
             return self._run(hidden, needs, dtype)
 
     def _run(
@@ -120,9 +146,7 @@ class Work:
         chunks = list(self._chunks(hidden))
         head = self.student_head.open(needs, len(chunks), dtype, self.fused.student_scratch)
         if self.compares and self.teacher_head is not None:
-            own = isinstance(self.teacher_head, Head) and keeps_type(self.teacher_head.weight.dtype)
-            self.teacher: HeadPass = self.teacher_head.open(
-                dtype=None if own else dtype, scratch=self.fused.teacher_scratch)
+            self.teacher = open_teacher(self.fused, self.teacher_head, dtype)
         self._look_ahead(head, hidden)
         gradient = torch.zeros_like(hidden) if any(needs[:1]) else None
         for where, rows in chunks:
@@ -139,6 +163,9 @@ class Work:
         """Losses to be filled in, zero."""
         self.measured, zeros = len(hidden), upcast(hidden[:0]).new_zeros
         self.per_token = {term.name: zeros(len(hidden)) for term in self.fused.objective.terms}
+        if self.weighing is not None:
+            self.token_weights = zeros(len(hidden))
+            self.teacher_nll = zeros(len(self.weighing.labels))
 
     def _look_ahead(self, head: HeadPass, hidden: Tensor) -> None:
         """What has to be known of other chunks before the first one."""
@@ -202,6 +229,9 @@ class Work:
         vocabulary = self.fused.maps[index]
         labels = None if self.labels is None else self.labels[rows]
         u = self._teacher_logits(rows) if self.compares else None
+        if self.weighing is not None and u is not None:
+            self.teacher_nll[rows] = -label_log_prob(u, self.weighing.labels[rows])
+            self._weigh(rows, self.teacher_nll)
         self._measure(index, rows, s, u)
         if not self._apart(vocabulary):
             return self._body(s, u, labels, rows, [*self.between, *self.on_data], dtype,
@@ -211,6 +241,12 @@ class Work:
         assert u is not None
         compared = self._compared(s, u, vocabulary, rows)
         return compared if of_data is None else compared.add_(of_data)
+
+    def _weigh(self, rows: Rows, teacher_nll: Tensor) -> None:
+        """Fill in the factors of some rows, whose teacher has been read."""
+        if self.weighing is not None and self.token_weights is not None:
+            self.token_weights[rows] = self.weighing.factors(teacher_nll)[rows].to(
+                self.token_weights.dtype)
 
     def _apart(self, vocabulary: VocabularyMap | None) -> bool:
         """Whether terms against the teacher and on the data need a gradient each: they look at

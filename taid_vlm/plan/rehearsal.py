@@ -110,7 +110,7 @@ def _loss_step(trainer: DistillationTrainer, batch: Batch) -> Step:
     step = _FewFigures(trainer.objective, pairing, trainer.model,
                        _configured_transform(trainer.model), args.loss_memory_budget,
                        trainer.accelerator.autocast)
-    step.fused.body = step.likelihood.body = "eager"
+    step.fused.body = "eager"
     return step
 
 
@@ -170,7 +170,7 @@ def teacher_tensors(trainer: DistillationTrainer) -> list[Tensor]:
 def kept(trainer: DistillationTrainer) -> list[Tensor]:
     """The room for logits that a step leaves to the next one, on a CPU."""
     step = trainer._step
-    return [*step.fused.kept, *step.likelihood.kept] if isinstance(step, FusedStep) else []
+    return step.fused.kept if isinstance(step, FusedStep) else []
 
 
 def trained(trainer: DistillationTrainer) -> list[nn.Parameter]:

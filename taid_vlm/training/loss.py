@@ -29,6 +29,7 @@ from taid_vlm.batch.figures import (
 from taid_vlm.batch.forward import Batch, student_forward
 from taid_vlm.batch.losses import (
     advantage_weights,
+    blinded,
     by_map,
     by_weight,
     chunk_outcomes,
@@ -41,10 +42,10 @@ from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedDivergence, FusedLoss
 from taid_vlm.fused.model_head import find_logit_transform, output_head
 from taid_vlm.fused.pieces import Pieces
-from taid_vlm.fused.work import Rows
+from taid_vlm.fused.work import Rows, Weighing
 from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
 from taid_vlm.models.head import LogitTransform
-from taid_vlm.objectives import Objective, divergence, parse_objective
+from taid_vlm.objectives import Objective, divergence
 from taid_vlm.teachers import CachedTeacher, HiddenSignal, SparseSignal, Teacher
 from taid_vlm.teachers.sparse import of_entries
 
@@ -196,7 +197,6 @@ class FusedStep:
         self.autocast = autocast
         maps = pairing.maps if pairing is not None and objective.needs_teacher else ()
         self.fused = FusedDivergence(objective, maps, memory_budget=memory_budget)
-        self.likelihood = FusedDivergence(parse_objective("ce"), memory_budget=memory_budget)
         accept_distill(unwrap(student))
 
     def report(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class FusedStep:
         if teacher is not None and self.objective.needs_teacher:
             signal = _hidden(teacher, batch)
             if self.objective.visual_advantage:
-                weight = self._advantage(teacher, batch, signal)
+                weight = self._advantage(teacher, batch)
         teacher_hidden, teacher_head = signal or (None, None)
         pieces = Pieces(**{field.name: batch[field.name] for field in fields(Pieces)}) if (
             signal is not None and has_chunks(batch)) else None
@@ -227,7 +227,8 @@ class FusedStep:
                     measure=functools.partial(self._measure, batch) if with_figures else None)
 
         result = model(**batch["student_inputs"], distill=distill)
-        return StepLoss(result.loss, result.per_token, weight, self._figures(batch, result))
+        return StepLoss(result.loss, result.per_token, result.token_weights,
+                        self._figures(batch, result))
 
     @torch.no_grad()
     def _figures(self, batch: Batch, result: FusedLoss) -> dict[str, Measured]:
@@ -238,13 +239,15 @@ class FusedStep:
             chunk_figures(batch, chunk_outcomes(batch, own, teacher))
 
     @torch.no_grad()
-    def _advantage(self, teacher: Teacher, batch: Batch, seeing: HiddenSignal) -> Tensor:
-        def nll(signal: HiddenSignal) -> Tensor:
+    def _advantage(self, teacher: Teacher, batch: Batch) -> Weighing:
+        """The teacher is asked here of what it does not see; what it sees, the fused pass finds."""
+        blind, labels = blinded(batch), batch["teacher_labels"]
+        unseeing = torch.empty(0)
+        if blind is not None:
             with self.autocast():
-                return self.likelihood(*signal, labels=batch["teacher_labels"]).per_token["ce"]
-
-        return advantage_weights(self.objective.visual_advantage, batch, nll(seeing),
-                                 lambda blind: nll(_hidden(teacher, blind)))
+                unseeing = -self.fused.teacher_log_prob(*_hidden(teacher, blind), labels)
+        return Weighing(labels, lambda seeing: advantage_weights(
+            self.objective.visual_advantage, batch, seeing, lambda _: unseeing))
 
     def _measure(
         self, batch: Batch, index: int, rows: Rows, s: Tensor, u: Tensor | None
