@@ -25,6 +25,10 @@ the first 64 answers with the whole vocabulary, in two chunks if the timed probl
 The reference is float64 from the same rounded inputs: the rounding of logits is part of the error.
 `gradient_error_rms_*` are the same with root mean squares instead of largest elements.
 
+With `--teacher-vocab V` or `--tokenizers TEACHER STUDENT` (two folders) the models split text
+differently (alignment `chunks`): ours against the same over all logits in memory, on CPU. The ratio
+is then of processor seconds; the floor's rows are those of both models.
+
 What cannot be measured (not installed, refused, out of memory) is a row with `error`.
 """
 
@@ -42,6 +46,7 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own remarks
 
 import torch
+from bench import chunks
 from bench.common import (
     Rows,
     carry_out,
@@ -70,6 +75,7 @@ from bench.measure import (
 )
 from bench.output import conditions_line, plot, table, write_csv
 from bench.problem import Case, Problem, make_problem
+from measure_cells import TEXTS
 
 from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_json
@@ -81,8 +87,12 @@ PICTURES = (".svg", ".png", ".pdf")
 def main(arguments: Sequence[str] | None = None) -> Rows:
     """Measure every case, print tables, write what was asked for; returns the rows."""
     args = parsed(make_parser(), check, arguments)
-    cases = (measure(make_case(args, tokens, objective), args.implementations, args.repeats)
-             for tokens in args.tokens for objective in args.objective)
+    apart = args.teacher_vocab or args.tokenizers
+    cases = (chunks.measure(case, args.teacher_vocab, args.tokenizers, [*TEXTS.values()],
+                            args.repeats) if apart
+             else measure(case, args.implementations, args.repeats)
+             for case in (make_case(args, tokens, objective)
+                          for tokens in args.tokens for objective in args.objective))
     return carry_out(cases, conditions(), conditions_line, table, partial(write, args=args))
 
 
@@ -92,6 +102,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=numbers, default=[256], metavar="N[,N...]")
     parser.add_argument("--answer-fraction", type=float, default=1.0, metavar="F")
     parser.add_argument("--vocab", type=number, default=151936, metavar="V")
+    parser.add_argument("--teacher-vocab", type=number, metavar="V")
+    parser.add_argument("--tokenizers", nargs=2, type=chunks.folder, default=(),
+                        metavar=("TEACHER", "STUDENT"))
     parser.add_argument("--student-hidden", type=number, default=896, metavar="H")
     parser.add_argument("--teacher-hidden", type=number, default=2048, metavar="H")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from taid_vlm.alignment import VocabularyMap
 from taid_vlm.alignment.vocabulary import SideMap
+from taid_vlm.config.objective import MOVING
 from taid_vlm.fused.divergence import FusedDivergence
 from taid_vlm.fused.heads import Head
 from taid_vlm.models.head import LogitTransform
@@ -96,7 +97,7 @@ def textbook(
     """Losses per token as their papers write them; CE on `own` where the others are mapped."""
     losses = {}
     for term in objective.terms:
-        extra = {"t": t} if term.name == "taid" else {}
+        extra = {"t": t} if term.name in MOVING else {}
         data = not LOSSES[term.name].needs_teacher
         losses[term.name] = reference.loss_of(
             term.name, s if own is None or not data else own, u, labels,

@@ -92,6 +92,20 @@ def test_what_fails_while_timed_is_a_row_and_the_others_go_on(monkeypatch):
     assert rows[1]["ratio_to_floor"] > 0
 
 
+def test_models_that_split_text_differently():
+    rows = bench_objective.main([*TINY, "--objective", "taid,jsd", "--teacher-vocab", "700"])
+    assert [row["implementation"] for row in rows] == 2 * ["ours", "all logits"]
+    for row in rows:
+        assert row["gradient_error"] < 1e-5
+        assert 24 <= row["tokens"] < 27
+        assert row["tokens_in_pieces"] < row["tokens"]
+        assert row["pairs"] < row["teacher_tokens"] < row["tokens"]
+        assert row["floor_flops"] == 6 * row["tokens"] * 512 * 16 + 2 * row[
+            "teacher_tokens"] * 700 * 24
+        assert row["ratio_to_floor"] > 0
+        assert row["peak_extra_bytes"] >= row["gradient_bytes"]
+
+
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the limit is Linux's")
 def test_too_large_an_allocation_is_an_error_not_the_end():
     with measure.memory_limit("cpu"), pytest.raises(RuntimeError, match="allocate"):
@@ -105,6 +119,7 @@ def test_too_large_an_allocation_is_an_error_not_the_end():
     (["--answer-fraction", "0"], "must be in (0, 1]"),
     (["--tokens", "0"], "at least 1"),
     (["--plot", "x.jpeg"], ".svg"),
+    (["--tokenizers", "/nowhere/a", "/nowhere/b"], "/nowhere/a"),
 ])
 def test_mistakes_are_refused_before_anything_is_measured(arguments, said, capsys):
     with pytest.raises(SystemExit):

@@ -23,6 +23,7 @@ from fusing import (
 from taid_vlm.errors import RecipeError
 from taid_vlm.fused.divergence import FusedDivergence
 from taid_vlm.fused.heads import Head
+from taid_vlm.fused.work import Weighing
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import DIAGNOSTICS, LOSSES, diagnose, parse_objective
 
@@ -294,6 +295,29 @@ def test_token_weights_are_for_the_teacher_alone():
     assert max(errors(gradients(p, result.loss), gradients(q, loss)).values()) < 1e-12
     nothing = fuse(parse_objective("taid"), p, t=0.3, token_weights=torch.zeros(11))
     assert not any(g.any() for g in gradients(p, nothing.loss).values())
+
+
+@every([{"name": "taid"}, SUM])
+@pytest.mark.parametrize("memory_budget", [ONE_ROW, 1500, 2**20])
+def test_weights_that_follow_from_the_teachers_likelihood(objective, memory_budget):
+    """Found in the pass that makes its logits anyway, they are as weights that are known before."""
+    p = problem(dtype=torch.float64)
+    seen, labels = [], p.labels.flip(0)
+    u = logits(p)[1]
+    nll = -u.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+    def factors(teacher_nll):
+        seen.append(teacher_nll.clone())
+        return 1 + teacher_nll.square()
+
+    found = fuse(objective, p, t=0.3, memory_budget=memory_budget,
+                 token_weights=Weighing(labels, factors))
+    known = fuse(objective, p, t=0.3, memory_budget=memory_budget, token_weights=1 + nll.square())
+    assert torch.allclose(seen[-1], nll, rtol=1e-12)
+    assert torch.allclose(found.token_weights, 1 + nll.square(), rtol=1e-12)
+    assert known.token_weights is None
+    assert error(found.loss.detach(), known.loss.detach()) < 1e-12
+    assert max(errors(gradients(p, found.loss), gradients(p, known.loss)).values()) < 1e-12
 
 
 @every([{"name": "taid"}, {"name": "ce"}, SUM])

@@ -121,15 +121,16 @@ class VocabularyMap:
             return gradient
         side, shared = self.student, len(self.student.shared)
         out = torch.zeros_like(logits, dtype=gradient.dtype)
-        out[:, side.shared] = gradient[:, :shared]
+        out.index_copy_(1, side.shared, gradient[:, :shared].to(out.dtype))
         groups = [(side.members, shared + side.cell)]
         if self.has_rest:
             groups.append((side.rest, torch.full_like(side.rest, self.width - 1)))
         for ids, entry in groups:
             for rows in row_chunks(len(logits), SCRATCH * len(ids)):
-                share = group_shares(logits[rows][:, ids], mapped[rows], entry)
+                share = group_shares(logits[rows].index_select(1, ids), mapped[rows], entry)
                 part = out[rows]  # a view
-                part[:, ids] = (gradient[rows][:, entry] * share).to(out.dtype)
+                back = gradient[rows].index_select(1, entry).mul_(share)
+                part.index_copy_(1, ids, back.to(out.dtype))
         return out
 
     @torch.no_grad()
@@ -175,7 +176,8 @@ class _GroupedLogSumExp(torch.autograd.Function):
     def forward(ctx, logits, ids, group, groups):  # type: ignore[no-untyped-def]
         out = logits.new_empty(len(logits), groups, dtype=upcast(logits[:0]).dtype)
         for rows in row_chunks(len(logits), SCRATCH * len(ids)):
-            out[rows] = grouped_logsumexp(upcast(logits[rows][:, ids]), group, groups)
+            out[rows] = grouped_logsumexp(
+                upcast(logits[rows].index_select(1, ids)), group, groups)
         ctx.save_for_backward(logits, ids, group, out)
         return out
 
@@ -185,15 +187,17 @@ class _GroupedLogSumExp(torch.autograd.Function):
         logits, ids, group, out = ctx.saved_tensors
         gradient = torch.zeros_like(logits)
         for rows in row_chunks(len(logits), SCRATCH * len(ids)):
-            share = group_shares(logits[rows][:, ids], out[rows], group)
+            share = group_shares(logits[rows].index_select(1, ids), out[rows], group)
             part = gradient[rows]  # a view
-            part[:, ids] = (share * upstream[rows][:, group]).to(logits.dtype)
+            part.index_copy_(
+                1, ids, (share * upstream[rows].index_select(1, group)).to(logits.dtype))
         return gradient, None, None, None
 
 
 def group_shares(logits: Tensor, totals: Tensor, group: Tensor) -> Tensor:
     """Each column's share [N, M] of its group's probability; `totals` [N, groups]."""
-    return (upcast(logits) - totals[:, group]).exp().nan_to_num(0.0)  # -inf minus -inf
+    share = (upcast(logits) - totals.index_select(1, group)).exp_()
+    return share.nan_to_num_(0.0)  # -inf minus -inf
 
 
 def build_vocabulary_map(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -50,9 +51,17 @@ def token_figures(
     if not has_chunks(batch):
         return figures | {"teacher_nll": Measured(teacher_nll)} | {
             name: Measured(values) for name, values in compared.items()}
-    return figures | {"teacher_nll": Measured(_at_student(batch, teacher_nll))} | {
-        name: Measured(values, batch["pair_student"]) for name, values in compared.items()
-    } | _chunk_figures(batch, student_logits, teacher_logits, closely)
+    return figures | at_tokens(batch, teacher_nll, compared) | chunk_figures(
+        batch, chunk_pair_logits(batch, student_logits, teacher_logits), closely)
+
+
+def at_tokens(
+    batch: Batch, teacher_nll: Tensor, compared: Mapping[str, Tensor]
+) -> dict[str, Measured]:
+    """Where texts are split differently: figures of the teacher's tokens [N_teacher], and of the
+    pairs [P], at the student's tokens."""
+    return {"teacher_nll": Measured(_at_student(batch, teacher_nll))} | {
+        name: Measured(values, batch["pair_student"]) for name, values in compared.items()}
 
 
 def compared_figures(
@@ -63,8 +72,11 @@ def compared_figures(
     return figures | vocabulary.unshared_mass(s, "student") | vocabulary.unshared_mass(u, "teacher")
 
 
-def _chunk_figures(batch: Batch, s: Tensor, u: Tensor, closely: bool) -> dict[str, Measured]:
-    figures = diagnose(*chunk_pair_logits(batch, s, u), closely)
+def chunk_figures(
+    batch: Batch, outcomes: tuple[Tensor, Tensor], closely: bool = False
+) -> dict[str, Measured]:
+    """Figures of both models' likelihoods of chunks, [chunks, 2] each."""
+    figures = diagnose(*outcomes, closely)
     names = ("kl", "reverse_kl", "jsd") if closely else ("kl", "reverse_kl")
     return {f"chunk_{name}": Measured(figures[name], batch["chunk_last"]) for name in names}
 

@@ -44,14 +44,20 @@ def advantage_weights(
         seeing: the teacher's negative log-likelihood of its tokens [N_teacher].
         unseeing: the same of another batch: this one, in which only the teacher's pixels differ.
     """
-    degraded = batch["teacher_degraded"]
-    if not degraded:
+    blind = blinded(batch)
+    if blind is None:
         return seeing.new_ones(len(batch["labels"]), dtype=torch.float32)
-    blind = {**batch, "teacher_inputs": {**batch["teacher_inputs"], **degraded}}
     gain = unseeing(blind) - seeing
     if has_chunks(batch):
         gain = of_partners(batch, gain)
     return advantage_weight(gain, strength).where(batch["images"][batch["row"]] > 0, 1.0)
+
+
+def blinded(batch: Batch) -> Batch | None:
+    """This batch, in which the teacher sees degraded images; None where no row has one."""
+    if not (degraded := batch["teacher_degraded"]):
+        return None
+    return {**batch, "teacher_inputs": {**batch["teacher_inputs"], **degraded}}
 
 
 def by_weight(batch: Batch, values: Tensor) -> Tensor:
@@ -103,14 +109,23 @@ def has_chunks(batch: Batch) -> bool:
 
 def chunk_pair_logits(batch: Batch, s: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Student's and teacher's [chunks, 2]."""
-    count = len(batch["chunk_last"])
-    return (_of_chunks(s, batch["labels"], batch["chunk_student"], count),
-            _of_chunks(u, batch["teacher_labels"], batch["chunk_teacher"], count))
+    return chunk_outcomes(batch, _in_chunks(s, batch["labels"], batch["chunk_student"]),
+                          _in_chunks(u, batch["teacher_labels"], batch["chunk_teacher"]))
 
 
-def _of_chunks(logits: Tensor, labels: Tensor, chunk: Tensor, count: int) -> Tensor:
+def _in_chunks(logits: Tensor, labels: Tensor, chunk: Tensor) -> Tensor:
+    """[N] log-probabilities of the labels in chunks; 0 for others."""
     inside = (chunk >= 0).nonzero()[:, 0]
-    return chunk_logits(label_log_prob(logits[inside], labels[inside]), chunk[inside], count)
+    found = label_log_prob(logits[inside], labels[inside])
+    return found.new_zeros(len(chunk)).index_copy(0, inside, found)
+
+
+def chunk_outcomes(batch: Batch, log_prob: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's [chunks, 2] from log-probabilities of their labels, [N] and [M]."""
+    count = len(batch["chunk_last"])
+    return (chunk_logits(log_prob, batch["chunk_student"], count),
+            chunk_logits(teacher, batch["chunk_teacher"], count))
+
 
 Compare = Callable[[VocabularyMap, Tensor, Tensor], dict[str, Tensor]]
 

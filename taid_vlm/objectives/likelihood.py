@@ -39,11 +39,7 @@ class _LabelLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels):  # type: ignore[no-untyped-def]
-        others, odds = (upcast(logits.new_empty(len(logits))) for _ in range(2))
-        for rows in row_chunks(*logits.shape):
-            s, y = upcast(logits[rows]), labels[rows, None]
-            others[rows] = s.scatter(1, y, -torch.inf).logsumexp(-1)
-            odds[rows] = s.gather(1, y)[:, 0] - others[rows]
+        others, odds = label_odds(logits, labels)
         ctx.save_for_backward(logits, labels, others, odds)
         return logsigmoid(odds)
 
@@ -51,14 +47,37 @@ class _LabelLogProb(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         logits, labels, others, odds = ctx.saved_tensors
-        weight = (upstream * torch.sigmoid(-odds))[:, None]
-        gradient = torch.empty_like(logits)
-        for rows in row_chunks(*logits.shape):
-            w = weight[rows]
-            g = -(upcast(logits[rows]) - others[rows, None]).exp() * w
-            g = torch.where(w == 0, 0.0, g).scatter(1, labels[rows, None], w)
-            gradient[rows] = g.to(gradient.dtype)
+        gradient = torch.zeros_like(logits)
+        add_label_gradient(gradient, logits, labels, others, odds, upstream)
         return gradient, None
+
+
+def label_odds(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logsumexp of all other logits, and the label's logit minus that: both [N], without gradient.
+    """
+    others, odds = (upcast(logits.new_empty(len(logits))) for _ in range(2))
+    for rows in row_chunks(*logits.shape):
+        s, y = upcast(logits[rows]), labels[rows, None]
+        others[rows] = s.scatter(1, y, -torch.inf).logsumexp(-1)
+        odds[rows] = s.gather(1, y)[:, 0] - others[rows]
+    return others, odds
+
+
+def add_label_gradient(
+    gradient: Tensor, logits: Tensor, labels: Tensor, others: Tensor, odds: Tensor,
+    upstream: Tensor,
+) -> None:
+    """Add the gradient of sum(upstream * `label_log_prob`) in the logits to `gradient` [N, V].
+
+    Args:
+        others, odds: of `label_odds`. upstream: [N].
+    """
+    weight = (upstream * torch.sigmoid(-odds))[:, None]
+    for rows in row_chunks(*logits.shape):
+        w = weight[rows]
+        g = -(upcast(logits[rows]) - others[rows, None]).exp() * w
+        g = torch.where(w == 0, 0.0, g).scatter(1, labels[rows, None], w)
+        gradient[rows] += g.to(gradient.dtype)
 
 
 def chunk_logits(log_prob: Tensor, chunk: Tensor, chunks: int) -> Tensor:
@@ -66,14 +85,14 @@ def chunk_logits(log_prob: Tensor, chunk: Tensor, chunks: int) -> Tensor:
 
     Args:
         log_prob: [N] log-probabilities of tokens; differentiable.
-        chunk: [N] which chunk each token belongs to; -1 for none.
+        chunk: [N] which chunk each token belongs to; below 0 for none.
         chunks: how many chunks there are.
 
     Returns:
         [chunks, 2], normalised.
     """
-    inside = chunk >= 0
-    total = log_prob.new_zeros(chunks).index_add(0, chunk[inside], log_prob[inside])
+    index = torch.where(chunk < 0, chunks, chunk)  # no mask, whose size a GPU would be waited for
+    total = log_prob.new_zeros(chunks + 1).index_add(0, index, log_prob)[:chunks]
     total = total.clamp(max=CERTAIN)
     return torch.stack([total, _log1mexp(total)], dim=-1)
 

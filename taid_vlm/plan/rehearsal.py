@@ -22,7 +22,7 @@ from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch
 from taid_vlm.batch.forward import student_forward
 from taid_vlm.evaluation.held_out import teacher_figures
-from taid_vlm.fused.divergence import Rows
+from taid_vlm.fused.work import Rows
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.head import LogitTransform, known_logit_transforms
 from taid_vlm.models.parts import TOWER, frozen_modules
@@ -38,7 +38,6 @@ from taid_vlm.training.loss import (
     Step,
     StepLoss,
     choose_step,
-    obstacle,
     plain_step,
 )
 from taid_vlm.training.several import SeveralStep
@@ -116,7 +115,7 @@ def _one_step(
     plain = plain_step(objective, pairing, teacher)
     if not isinstance(plain, ReferenceStep):
         return plain
-    if args.loss_implementation == "reference" or obstacle(objective, pairing) is not None:
+    if args.loss_implementation == "reference":
         return choose_step(
             args.loss_implementation, objective, pairing, trainer.model, teacher,
             batch, args.loss_memory_budget, trainer.accelerator.autocast)
@@ -125,7 +124,7 @@ def _one_step(
     step = _FewFigures(objective, pairing, trainer.model,
                        _configured_transform(trainer.model), args.loss_memory_budget,
                        trainer.accelerator.autocast)
-    step.fused.body = step.likelihood.body = "eager"
+    step.fused.body = "eager"
     return step
 
 
@@ -203,8 +202,7 @@ def kept(trainer: DistillationTrainer) -> list[Tensor]:
     """The room for logits that a step leaves to the next one, on a CPU."""
     step = trainer._step
     steps = [*step.steps.values(), step.data_step] if isinstance(step, SeveralStep) else [step]
-    return [x for one in steps if isinstance(one, FusedStep)
-            for x in (*one.fused.kept, *one.likelihood.kept)]
+    return [x for one in steps if isinstance(one, FusedStep) for x in one.fused.kept]
 
 
 def trained(trainer: DistillationTrainer) -> list[nn.Parameter]:

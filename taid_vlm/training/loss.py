@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,17 +19,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from taid_vlm.alignment import Pairing
-from taid_vlm.batch.figures import Measured, compared_figures, token_figures
+from taid_vlm.batch.figures import (
+    Measured,
+    at_tokens,
+    chunk_figures,
+    compared_figures,
+    token_figures,
+)
 from taid_vlm.batch.forward import Batch, student_forward
-from taid_vlm.batch.losses import advantage_weights, by_weight, token_losses
+from taid_vlm.batch.losses import (
+    advantage_weights,
+    blinded,
+    by_weight,
+    chunk_outcomes,
+    has_chunks,
+    token_losses,
+)
 from taid_vlm.batch.sparse import sparse_figures, sparse_losses
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
-from taid_vlm.fused.divergence import FusedDivergence, FusedLoss, Rows
+from taid_vlm.fused.divergence import FusedDivergence, FusedLoss
 from taid_vlm.fused.model_head import find_logit_transform, output_head
+from taid_vlm.fused.pieces import Pieces
+from taid_vlm.fused.work import Rows, Weighing
 from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
 from taid_vlm.models.head import LogitTransform
-from taid_vlm.objectives import Objective, divergence, parse_objective
+from taid_vlm.objectives import Objective, divergence
 from taid_vlm.teachers import CachedTeacher, HiddenSignal, Teacher
 
 logger = logging.getLogger(__name__)
@@ -136,7 +152,6 @@ class FusedStep:
         self.autocast = autocast
         maps = pairing.maps if pairing is not None and objective.needs_teacher else ()
         self.fused = FusedDivergence(objective, maps, memory_budget=memory_budget)
-        self.likelihood = FusedDivergence(parse_objective("ce"), memory_budget=memory_budget)
         accept_distill(unwrap(student))
 
     def report(self) -> dict[str, Any]:
@@ -151,8 +166,10 @@ class FusedStep:
         if teacher is not None and self.objective.needs_teacher:
             signal = _hidden(teacher, batch)
             if self.objective.visual_advantage:
-                weight = self._advantage(teacher, batch, signal)
+                weight = self._advantage(teacher, batch)
         teacher_hidden, teacher_head = signal or (None, None)
+        pieces = Pieces(**{field.name: batch[field.name] for field in fields(Pieces)}) if (
+            signal is not None and has_chunks(batch)) else None
 
         def distill(student: PreTrainedModel, inputs: Mapping[str, Tensor]) -> FusedLoss:
             with self.autocast():
@@ -161,33 +178,47 @@ class FusedStep:
                     output_head(student, self.transform), teacher_hidden, teacher_head,
                     batch["labels"], t=t,
                     map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
-                    token_weights=weight, weights=batch.get("weights"),
+                    token_weights=weight, weights=batch.get("weights"), pieces=pieces,
                     measure=functools.partial(self._measure, batch) if with_figures else None)
 
         result = model(**batch["student_inputs"], distill=distill)
-        figures = {name: Measured(values) for name, values in result.figures.items()}
-        return StepLoss(result.loss, result.per_token, weight, figures)
+        return StepLoss(result.loss, result.per_token, result.token_weights,
+                        self._figures(batch, result))
 
     @torch.no_grad()
-    def _advantage(self, teacher: Teacher, batch: Batch, seeing: HiddenSignal) -> Tensor:
-        def nll(signal: HiddenSignal) -> Tensor:
-            with self.autocast():
-                return self.likelihood(*signal, labels=batch["teacher_labels"]).per_token["ce"]
+    def _figures(self, batch: Batch, result: FusedLoss) -> dict[str, Measured]:
+        if result.log_probs is None:
+            return {name: Measured(values) for name, values in result.figures.items()}
+        own, teacher = result.log_probs
+        return {"nll": Measured(-own)} | at_tokens(batch, -teacher, result.figures) | \
+            chunk_figures(batch, chunk_outcomes(batch, own, teacher))
 
-        return advantage_weights(self.objective.visual_advantage, batch, nll(seeing),
-                                 lambda blind: nll(_hidden(teacher, blind)))
+    @torch.no_grad()
+    def _advantage(self, teacher: Teacher, batch: Batch) -> Weighing:
+        """The teacher is asked here of what it does not see; what it sees, the fused pass finds."""
+        blind, labels = blinded(batch), batch["teacher_labels"]
+        unseeing = torch.empty(0)
+        if blind is not None:
+            with self.autocast():
+                unseeing = -self.fused.teacher_log_prob(*_hidden(teacher, blind), labels)
+        return Weighing(labels, lambda seeing: advantage_weights(
+            self.objective.visual_advantage, batch, seeing, lambda _: unseeing))
 
     def _measure(
         self, batch: Batch, index: int, rows: Rows, s: Tensor, u: Tensor | None
     ) -> dict[str, Tensor]:
-        """As `token_figures`, as many rows at a time as the budget holds."""
+        """As `token_figures`, as many rows at a time as the budget holds; of pairs of tokens what
+        is compared."""
         at_once = max(1, self.fused.memory_budget // (FIGURE_BYTES * s.shape[1]))
         parts = []
         for part in (slice(i, i + at_once) for i in range(0, max(1, len(s)), at_once)):
-            found = {"nll": divergence("ce", s[part], None, labels=batch["labels"][rows][part])}
-            if u is not None and self.pairing is not None:
+            found = {}
+            if u is None or not has_chunks(batch):
+                found["nll"] = divergence("ce", s[part], None, labels=batch["labels"][rows][part])
+            if u is not None and not has_chunks(batch):
                 partners = batch["teacher_labels"][rows][part]
                 found["teacher_nll"] = divergence("ce", u[part], None, labels=partners)
+            if u is not None and self.pairing is not None:
                 found |= compared_figures(self.pairing.maps[index], s[part], u[part])
             parts.append(found)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -250,16 +281,14 @@ def choose_step(
         return step
     if implementation == "reference":
         return ReferenceStep(objective, pairing, "loss_implementation = 'reference'")
-    reason, transform = obstacle(objective, pairing), None
-    if reason is None:
-        with autocast():
-            transform = find() if find else find_logit_transform(
-                unwrap(student), probe["student_inputs"], probe["student_mask"])
-        if transform is None:
-            reason = _unknown_head("student", unwrap(student))
-        elif teacher is not None and objective.needs_teacher and teacher.hidden(probe) is None:
-            reason = _unknown_head("teacher", getattr(teacher, "model", None))
-    if reason is None and transform is not None:
+    with autocast():
+        transform = find() if find else find_logit_transform(
+            unwrap(student), probe["student_inputs"], probe["student_mask"])
+    if transform is None:
+        reason = _unknown_head("student", unwrap(student))
+    elif teacher is not None and objective.needs_teacher and teacher.hidden(probe) is None:
+        reason = _unknown_head("teacher", getattr(teacher, "model", None))
+    else:
         return FusedStep(objective, pairing, student, transform, memory_budget, autocast)
     if implementation == "fused":
         raise TaidError(f"loss_implementation = 'fused', but {reason}. Use auto or reference.")
@@ -285,10 +314,3 @@ def plain_step(
 def _unknown_head(role: str, model: Any) -> str:
     kind = "" if model is None else f" ({unwrap(model).config.model_type})"
     return f"the {role}{kind} does something behind its head that is not known here"
-
-
-def obstacle(objective: Objective, pairing: Pairing | None) -> str | None:
-    """What only the reference can do."""
-    if pairing is not None and pairing.has_chunks and objective.needs_teacher:
-        return "the models split some texts differently, and chunks need single tokens' logits"
-    return None

@@ -41,16 +41,18 @@ TOWER = {"hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 6,
 
 
 def save_pair(
-    folder: Path, families: Mapping[str, str], tokens: int = 0, **text: Any
+    folder: Path, families: Mapping[str, str], tokens: int = 0, variant: str = "plain", **text: Any
 ) -> dict[str, str]:
     """{role: folder} of configurations and processors; `text` changes the language models.
 
     Args:
         tokens: that the tokenizers name (0: as many as they have).
+        variant: of the student's tokenizer, see `zoo.make_tokenizer`.
     """
     paths = {}
     for role, family in families.items():
-        tok = make_tokenizer(family) if not tokens else _with_tokens(make_tokenizer(family), tokens)
+        tok = make_tokenizer(family, variant if role == "student" else "plain")
+        tok = _with_tokens(tok, tokens) if tokens else tok
         wider = {"hidden_size": 256, "intermediate_size": 704} if role == "teacher" else {}
         own = {**TEXT, **wider, **text, "pad_token_id": tok.pad_token_id,
                "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
@@ -90,12 +92,12 @@ def write_pair(
     folder: Path, words: int = 60, images: int = 0, number: int = 8,
     train: Mapping[str, Any] | None = None, student: Mapping[str, Any] | None = None,
     teacher: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None,
-    families: tuple[str, str] | None = None, tokens: int = 0, **recipe: Any,
+    families: tuple[str, str] | None = None, tokens: int = 0, variant: str = "plain", **recipe: Any,
 ) -> Path:
     """A recipe on disk with its pair and its data, of text or of one image per row and more."""
     families = families or (("llava", "llava") if images else ("llama", "qwen2"))
     pair = save_pair(folder, dict(zip(("teacher", "student"), families, strict=True)), tokens,
-                     **(text or {}))
+                     variant, **(text or {}))
     data = write_jsonl(folder / "train.jsonl", rows(folder, number, words, images))
     return write_recipe(folder, {
         "student": {"model_name_or_path": pair["student"], **(student or {})},

@@ -39,6 +39,9 @@ CASES: dict[str, dict[str, Any]] = {
         "words": 60, "text": WIDE, "teacher": {"dtype": "bfloat16"},
         "train": {"bf16": True, "loss_implementation": "fused",
                   "loss_memory_budget": 4 * 2**20}},
+    "large vocabulary, fused, texts split differently": {
+        "words": 60, "text": WIDE, "variant": "other",
+        "train": {"loss_implementation": "fused", "loss_memory_budget": 4 * 2**20}},
     "Qwen's vocabulary, mixed precision": {
         "words": 60, "text": LARGE, "teacher": {"dtype": "bfloat16"}, "train": {"bf16": True}},
     "images": {"words": 20, "images": 1},

@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc_per_node=2 sharded.py KIND FOLDER
 
-KIND is ddp or fsdp, with -reference for the reference loss or -several for two teachers. Rank 0
-writes KIND-PROCESSES files.
+KIND is ddp or fsdp, with -chunks for a student that splits text differently, -reference for the
+reference loss or -several for two teachers. Rank 0 writes KIND-PROCESSES files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def main() -> None:
     kind, folder = sys.argv[1], Path(sys.argv[2])
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    theirs, ours = build("internvl"), build("llava", seed=1, tokenizer="permuted")
+    theirs, ours = build("internvl"), build(
+        "llava", seed=1, tokenizer="metaspace" if "-chunks" in kind else "permuted")
     teacher, student = (make_adapter(theirs.processor, "teacher"),
                         make_adapter(ours.processor, "student"))
     pairing = pair_models(teacher, student, head_rows(theirs.model), head_rows(ours.model))

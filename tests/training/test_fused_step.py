@@ -120,15 +120,28 @@ def test_a_head_that_is_not_known_falls_back_and_says_so(
         trainer.train()
 
 
-def test_what_only_the_reference_can_do(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("objective", ["sum", "advantage", "adaptive"])
+@pytest.mark.parametrize("pair", [{"tokenizer": "other"}, {
+    "teacher": "internvl", "student": "llava", "tokenizer": "metaspace"}, {
+    "teacher": "smolvlm", "student": "qwen2_5_vl", "tokenizer": "unigram"}],
+    ids=["other", "metaspace", "unigram"])
+def test_models_that_split_text_differently(
+    pair: dict[str, Any], objective: str, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1, tokenizer="other")
-    trainer.train()
-    assert isinstance(trainer._step, ReferenceStep)
-    assert "The loss keeps the logits of all answer positions: the models split" in caplog.text
-    with pytest.raises(TaidError, match="chunks need single tokens"):
-        make_trainer(tmp_path, max_steps=1, tokenizer="other", loss_implementation="fused").train()
+    """Weights and all that is logged, of pieces, too."""
+    fused, reference = both(
+        tmp_path, objective=OBJECTIVES[objective], per_device_train_batch_size=4, **pair,
+        **SHORT | {"max_steps": 6, "logging_steps": 2})
+    assert fused.pairing.case == "c"
+    assert relative(weights(fused), weights(reference)) < 1e-6
+    ours, theirs = ([row for row in trainer.state.log_history if "nll" in row]
+                    for trainer in (fused, reference))
+    assert len(ours) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        assert {"kl", "agreement", "teacher_nll", "chunk_kl", "chunk_reverse_kl"} <= a.keys()
+        assert all(a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6) for key in b
+                   if isinstance(b[key], float) and "per_second" not in key)
 
 
 def test_implementations_have_names(tmp_path: Path) -> None:
@@ -223,11 +236,12 @@ def launched(folder: Path, kind: str, processes: int) -> dict[str, Tensor]:
     return load_file(folder / f"{kind}-{processes}.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "ddp-chunks", "fsdp-chunks"])
 def test_two_processes_give_the_gradient_of_one(kind: str, tmp_path: Path) -> None:
     one, two = launched(tmp_path, kind, 1), launched(tmp_path, kind, 2)
     assert one.keys() == two.keys()
     assert relative(two, one) < 1e-5
     reference = launched(tmp_path, f"{kind}-reference", 1)
     assert relative(one, reference) < 1e-5
-    assert json.loads((tmp_path / f"{kind}-2.json").read_text())["sharded"] == (kind == "fsdp")
+    sharded = json.loads((tmp_path / f"{kind}-2.json").read_text())["sharded"]
+    assert sharded == kind.startswith("fsdp")

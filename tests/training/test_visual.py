@@ -25,6 +25,7 @@ from taid_vlm.batch.forward import student_forward, teacher_forward
 from taid_vlm.batch.losses import advantage_weights, token_losses
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import blank
+from taid_vlm.fused.heads import _MatrixPass
 from taid_vlm.models.forward import answer_logits, head_rows
 from taid_vlm.objectives import divergence
 from taid_vlm.training import visual
@@ -286,6 +287,33 @@ def test_without_weight_all_is_as_it_was(tmp_path: Path, count: list[str]) -> No
     assert runs[0].visual.map is None
     assert runs[0].data_collator is runs[0].collator
     assert "visual_weight" not in logs(runs[0])[0]
+
+
+@pytest.mark.parametrize("tokenizer", ["permuted", "other"])
+def test_the_teachers_logits_are_made_once_for_each_image(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused pass makes those of the real image anyway; beside them only the degraded one's."""
+    trainer = make_trainer(tmp_path, objective={"name": "taid", "token_weights": WEIGHTS},
+                           max_steps=1, kinds=["one"], canary_records=0, tokenizer=tokenizer)
+    rows_made, batches = [], []
+    plain, collate = _MatrixPass.logits, trainer.data_collator
+    head = trainer.teacher_model.get_output_embeddings().weight
+
+    def logits(self: Any, x: Tensor) -> Tensor:
+        if self.head.weight is head and trainer._step is not None:  # not while it is checked
+            rows_made.append(len(x))
+        return plain(self, x)
+
+    def collated(data: Any) -> Any:
+        batches.append(collate(data))
+        return batches[-1]
+
+    trainer.data_collator = collated
+    monkeypatch.setattr(_MatrixPass, "logits", logits)
+    trainer.train()
+    assert trainer.loss_report["name"] == "fused"
+    assert sum(rows_made) == 2 * len(batches[0]["teacher_labels"])  # the next one is only fetched
 
 
 def test_the_second_forward_is_for_images_only(tmp_path: Path) -> None:
