@@ -90,11 +90,16 @@ class ServerSpec(Section):
     check: str | None = None
 
 
+Sharding = Literal["replicate", "fsdp", "zero3", "tensor"]
+
+
 class TeacherSpec(ModelSpec):
     """The model that is learned from: its weights in this process, a server that has them, or
     what it said once.
 
     Args:
+        sharding: How it lies in several processes, whatever way the student is trained: whole in
+            each (replicate), or all but its head spread over them (fsdp).
         server: Where the teacher is served. No weights are loaded then, only configuration and
             processor, from processor_name_or_path.
         cache: Folder that `taid-vlm cache` wrote, instead of a model: training then loads none of
@@ -102,6 +107,7 @@ class TeacherSpec(ModelSpec):
             come from there, so that only trust_remote_code may stand beside it.
     """
 
+    sharding: Sharding = "replicate"
     server: ServerSpec | None = None
     cache: str | None = None
 

@@ -81,7 +81,7 @@ def generate_answers(
     return answers
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would leave tensors behind that sharded models cannot use
 def generate_batch(
     model: PreTrainedModel,
     adapter: ModelAdapter,

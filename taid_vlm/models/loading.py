@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
@@ -20,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -107,15 +110,29 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": weights_dtype(spec, role, config), **spec.init_kwargs}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
-    model, report = guarded(
-        role, spec.model_name_or_path, auto.from_pretrained, spec.model_name_or_path,
-        revision=spec.revision, trust_remote_code=spec.trust_remote_code, use_safetensors=True,
-        output_loading_info=True, ignore_mismatched_sizes=True, **options,
-    )
+    with _whole():
+        model, report = guarded(
+            role, spec.model_name_or_path, auto.from_pretrained, spec.model_name_or_path,
+            revision=spec.revision, trust_remote_code=spec.trust_remote_code, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
+        )
     _check_loaded(report, spec, role)
     _check_ends(model, spec, role)
     _with_commit(model.config, spec)
     return model
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Inside, `from_pretrained` loads all weights in every process, whatever the student's way of
+    training: ZeRO-3 would leave a share of them, FSDP's lean way nothing but in one process. What
+    shards the student does so when training begins."""
+    zero, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero
 
 
 def _check_ends(model: PreTrainedModel, spec: ModelSpec, role: str) -> None:

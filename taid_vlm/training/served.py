@@ -85,13 +85,13 @@ def training_collator(
 
 
 def place_teacher(
-    teacher: Any, accelerator: Accelerator
+    teacher: Any, accelerator: Accelerator, sharding: str
 ) -> LocalTeacher | ServedTeacher | CachedTeacher | None:
     """A model becomes a teacher in this process, a cache one with its head."""
     if teacher is None or isinstance(teacher, ServedTeacher):
         return teacher
     if not isinstance(teacher, TeacherCache):
-        return LocalTeacher(teacher, accelerator)
+        return LocalTeacher(teacher, accelerator, sharding)
     if accelerator.is_main_process:
         logger.info("The teacher is cached in '%s' and shown no images: whether it looks at its "
                     "own (the canary) is not measured.", teacher.folder)

@@ -127,7 +127,7 @@ class DistillationTrainer(Trainer):
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
-        self.teacher = place_teacher(teacher, self.accelerator)
+        self.teacher = place_teacher(teacher, self.accelerator, args.teacher_sharding)
         self.pairing: Pairing | None = pairing and pairing.to(self.args.device)
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
@@ -191,8 +191,9 @@ class DistillationTrainer(Trainer):
         return (loss, found.losses) if return_outputs else loss
 
     def _loss_step(self, batch: Batch) -> Step:
-        """The implementation of the loss, chosen at the first batch that has tokens to check it."""
-        if self._step is None and len(batch["labels"]):
+        """The implementation of the loss, chosen when every process has tokens to check it: a
+        sharded model is asked by all at once."""
+        if self._step is None and all(gather_object([len(batch["labels"])])):
             self._step = choose_step(
                 self.args.loss_implementation, self.objective, self.pairing, self.model,
                 self.teacher, batch, self.args.loss_memory_budget, self.accelerator.autocast)
@@ -355,6 +356,13 @@ class DistillationTrainer(Trainer):
         """`evaluation.canary.canary` of teacher and student, by role; {} without images."""
         return self.canary.measure(
             dataset, self.model, self.teacher_model, self.collator, **self._evaluation_options())
+
+    def place_student(self) -> None:
+        """Where it can be measured: FSDP and DeepSpeed bring it to its device when training begins.
+        """
+        plain = getattr(self.model, "quantization_method", None) is None
+        if self.optimizer is None and plain and not self.place_model_on_device:
+            self.model.to(self.args.device)
 
     def _evaluation_options(self) -> dict[str, Any]:
         return {
