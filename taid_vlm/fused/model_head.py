@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from taid_vlm.fused.heads import Head, ModuleHead
-from taid_vlm.models.forward import answer_hidden, answer_logits, evaluation_mode, head_rows
+from taid_vlm.models.forward import (
+    answer_hidden,
+    answer_logits,
+    evaluation_mode,
+    gathered,
+    head_rows,
+)
 from taid_vlm.models.head import LogitTransform, known_logit_transforms
 
 CHECKED_POSITIONS = 8  # at which head(hidden) must be the model's own logits
@@ -51,7 +57,7 @@ def find_logit_transform(
     allowed = ALLOWED.get(dtype or hidden.dtype, ALLOWED_HALF)
     errors: dict[LogitTransform, float] = {}
     for transform in known_logit_transforms(model.config.get_text_config()):
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(kind, enabled=False), gathered(model.get_output_embeddings()):
             logits = output_head(model, transform).open(dtype=dtype).logits(hidden)
         errors[transform] = _error(logits.float(), own.float())
     best = min(errors, key=errors.__getitem__)

@@ -26,7 +26,7 @@ from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedDivergence, FusedLoss, Rows
 from taid_vlm.fused.model_head import find_logit_transform, output_head
-from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
+from taid_vlm.models.forward import Autocast, answer_hidden, share_head, unwrap
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, divergence, parse_objective
 from taid_vlm.teachers import CachedTeacher, HiddenSignal, SparseSignal, Teacher
@@ -256,6 +256,7 @@ def accept_distill(model: PreTrainedModel) -> None:
     original = model.forward
     if getattr(original, "accepts_distill", False):
         return
+    share_head(model)
 
     @functools.wraps(original)
     def forward(*args: Any, distill: Any = None, **inputs: Any) -> Any:
