@@ -110,29 +110,15 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": weights_dtype(spec, role, config), **spec.init_kwargs}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
-    with _whole():
-        model, report = guarded(
-            role, spec.model_name_or_path, auto.from_pretrained, spec.model_name_or_path,
-            revision=spec.revision, trust_remote_code=spec.trust_remote_code, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True, **options,
-        )
+    model, report = guarded(
+        role, spec.model_name_or_path, auto.from_pretrained, spec.model_name_or_path,
+        revision=spec.revision, trust_remote_code=spec.trust_remote_code, use_safetensors=True,
+        output_loading_info=True, ignore_mismatched_sizes=True, **options,
+    )
     _check_loaded(report, spec, role)
     _check_ends(model, spec, role)
     _with_commit(model.config, spec)
     return model
-
-
-@contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """Inside, `from_pretrained` loads all weights in every process, whatever the student's way of
-    training: ZeRO-3 would leave a share of them, FSDP's lean way nothing but in one process. What
-    shards the student does so when training begins."""
-    zero, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
-    try:
-        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-            yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = zero
 
 
 def _check_ends(model: PreTrainedModel, spec: ModelSpec, role: str) -> None:
@@ -292,10 +278,24 @@ def _similar_folder(path: Path) -> str:
     return f" Did you mean the folder '{path.parent / match[0]}'?" if match else ""
 
 
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Inside, transformers makes models with all of their weights in every process: under ZeRO-3 it
+    would keep a share of them, under FSDP's lean loading have them in one process. A student is
+    sharded when training begins."""
+    zero, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero
+
+
 def guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a loader of transformers; its many exceptions become one message."""
     try:
-        return load(*args, **kwargs)
+        with _whole():
+            return load(*args, **kwargs)
     except Exception as error:  # tokenizers, for one, raises plain ones
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__
