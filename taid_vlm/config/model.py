@@ -100,6 +100,9 @@ class TeacherSpec(ModelSpec):
     Args:
         sharding: How it lies in several processes, whatever way the student is trained: whole in
             each (replicate), or all but its head spread over them (fsdp).
+        devices: Where it lies in a process: cpu, over all devices (auto), or over some ([1, 2]);
+            what does not fit there, in the CPU's memory. Its head is where the student is. Left
+            out: where the student is.
         server: Where the teacher is served. No weights are loaded then, only configuration and
             processor, from processor_name_or_path.
         cache: Folder that `taid-vlm cache` wrote, instead of a model: training then loads none of
@@ -108,6 +111,7 @@ class TeacherSpec(ModelSpec):
     """
 
     sharding: Sharding = "replicate"
+    devices: Literal["auto", "cpu"] | Annotated[list[Count], Field(min_length=1)] | None = None
     server: ServerSpec | None = None
     cache: str | None = None
 
@@ -125,10 +129,22 @@ class TeacherSpec(ModelSpec):
 
     @model_validator(mode="after")
     def _nothing_to_load(self) -> Self:
-        for key in ("dtype", "attn_implementation", "init_kwargs"):
-            if self.server is not None and getattr(self, key):
+        for key in ("dtype", "attn_implementation", "init_kwargs", "sharding", "devices"):
+            if self.server is not None and getattr(self, key) != TeacherSpec.model_fields[key].default:
                 raise ValueError(f".{key} has no effect with a server, which has loaded its model; "
                                  "take it out.")
+        return self
+
+    @model_validator(mode="after")
+    def _in_one_place(self) -> Self:
+        device_map = self.init_kwargs.get("device_map")
+        if self.devices is not None and device_map is not None:
+            raise ValueError(f".devices = {self.devices!r} and init_kwargs.device_map = "
+                             f"{device_map!r:.60} say the same; take the second out.")
+        if self.sharding != "replicate" and (self.devices is not None or device_map is not None):
+            key = "init_kwargs.device_map" if self.devices is None else "devices"
+            raise ValueError(f".sharding = '{self.sharding}' spreads the teacher over processes, "
+                             f"{key} over one process's devices; take one of the two out.")
         return self
 
     @model_validator(mode="before")

@@ -44,7 +44,7 @@ def find_logit_transform(
     Args:
         inputs, mask: as for `answer_logits`, on any device.
     """
-    device = model.device
+    device = next(model.get_output_embeddings().parameters()).device
     mask = mask.clone()
     places = mask.nonzero()[CHECKED_POSITIONS:]
     mask[places[:, 0], places[:, 1]] = False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import patch_environment
+from accelerate.utils import get_max_memory, patch_environment
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from taid_vlm.adapters import Processor, check_kwargs
-from taid_vlm.config.model import ModelSpec
+from taid_vlm.config.model import ModelSpec, TeacherSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.io.hashing import SHORT, sha256
 from taid_vlm.models.lora import (
@@ -107,7 +107,8 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
         return merge_adapter(load_model(adapter.base, role), adapter, role)
     config = load_config(spec, role)
     auto = _auto_class(config, spec, role)
-    options: dict[str, Any] = {"dtype": weights_dtype(spec, role, config), **spec.init_kwargs}
+    options: dict[str, Any] = {"dtype": weights_dtype(spec, role, config), **spec.init_kwargs,
+                               **_device_map(spec)}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
     model, report = guarded(
@@ -117,8 +118,19 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
     )
     _check_loaded(report, spec, role)
     _check_ends(model, spec, role)
+    if options.get("device_map") is not None and not hasattr(model, "hf_device_map"):
+        model.hf_device_map = {"": model.device}  # transformers notes it for several devices only
     _with_commit(model.config, spec)
     return model
+
+
+def _device_map(spec: ModelSpec) -> dict[str, Any]:
+    """`devices` of a teacher, for `from_pretrained`: what is free on some of them, and beside."""
+    devices = spec.devices if isinstance(spec, TeacherSpec) else None
+    if not isinstance(devices, list):
+        return {} if devices is None else {"device_map": devices}
+    free = get_max_memory()
+    return {"device_map": "auto", "max_memory": {key: free[key] for key in (*devices, "cpu")}}
 
 
 def _check_ends(model: PreTrainedModel, spec: ModelSpec, role: str) -> None:

@@ -1,22 +1,27 @@
-"""Where a teacher's weights lie: whole in every process, or its base model sharded over all.
+"""Where a teacher's weights lie: with the student, on other devices, or sharded over processes.
 
-Sharded is the base model alone. The head stays a plain frozen matrix, so that hidden states and
-head are what they are in one process. No process runs a sharded model without the others: all
-take the same number of batches, in training and in evaluation.
+What lies elsewhere is the base model alone. The head stays a plain frozen matrix on the process's
+device, so that hidden states and head are what they are in one process on one device. No process
+runs a sharded model without the others: all take the same number of batches.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import align_module_device, gather_object
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from taid_vlm.errors import TaidError
 
@@ -24,18 +29,16 @@ MESH = "teacher"  # the dimension of the teacher's own device mesh
 
 
 def place(model: PreTrainedModel, accelerator: Accelerator, sharding: str) -> Any:
-    """The model where the accelerator's process computes with it.
-
-    What `device_map` has spread stays where it is; accelerate moves an evaluated model for one
-    process and for DDP, but not under FSDP.
+    """The model as the accelerator's process computes with it. accelerate moves an evaluated model
+    for one process and for DDP, but not under FSDP.
 
     Args:
         sharding: of `config.model.TeacherSpec`.
     """
-    if sharding == "fsdp":
-        return shard(model, accelerator.device)
+    if sharding in SHARD:
+        return SHARD[sharding](model, accelerator.device)
     if getattr(model, "hf_device_map", None) is not None:
-        return model
+        return bring_home(model, accelerator.device)
     return accelerator.prepare_model(model, evaluation_mode=True).to(accelerator.device)
 
 
@@ -51,11 +54,89 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     whole = set(model.get_output_embeddings().parameters())
     for unit in (*decoder_layers(model), model.base_model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    _move_rest(model, device)
+    model._is_fsdp_managed_module = True  # `generate` then goes on until all processes are done
+    return model
+
+
+def _move_rest(model: PreTrainedModel, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device)
-    model._is_fsdp_managed_module = True  # `generate` then goes on until all processes are done
+
+
+def split(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Split every layer of the base model by transformers' plan for tensor parallelism.
+
+    All processes then compute one batch together; as each has its own, they take turns.
+    """
+    world = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (world,), mesh_dim_names=(MESH,))
+    plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_plan="auto", tp_size=world))
+    whole = {id(p) for p in model.get_output_embeddings().parameters()}
+    kept = [name for name, module in model.named_modules() if name and any(
+        id(p) in whole for p in module.parameters(recurse=False))]
+    apply_tensor_parallelism(model, mesh, {
+        name: style for name, style in plan.items()
+        if not any(f"{name}.".startswith(f"{inner}.") for inner in kept)})
+    for name, p in list(model.named_parameters()):
+        if isinstance(p, DTensor):  # a slice would keep all of what it is cut from
+            p._local_tensor = p._local_tensor.clone()
+    _move_rest(model, device)
+    model.base_model.forward = _taking_turns(model.base_model.forward, device)
     return model
+
+
+def _taking_turns(forward: Any, device: torch.device) -> Any:
+    """`forward` of a model that all processes run on the same inputs, for inputs of their own.
+
+    Where answers are generated, with a cache, the inputs are the same already.
+    """
+
+    @functools.wraps(forward)
+    def turns(**inputs: Any) -> Any:
+        if inputs.get("use_cache"):
+            return forward(**inputs)
+        tensors = {key: x for key, x in inputs.items() if isinstance(x, Tensor)}
+        shapes = gather_object([{key: (x.shape, x.dtype) for key, x in tensors.items()}])
+        rest = {key: x for key, x in inputs.items() if key not in tensors}
+        own = None
+        for rank, names in enumerate(shapes):
+            here = rank == dist.get_rank()
+            part = {key: tensors[key].contiguous() if here else
+                    torch.empty(shape, dtype=dtype, device=device)
+                    for key, (shape, dtype) in names.items()}
+            for x in part.values():
+                dist.broadcast(x, rank)
+            result = forward(**rest, **part)
+            own = result if here else own
+        return own
+
+    return turns
+
+
+def bring_home(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Let a model that `device_map` has put elsewhere be called from `device`: its base model takes
+    what it is given to where it begins, and gives its results back; its head is here."""
+    head = model.get_output_embeddings()
+    with align_module_device(head):  # offloaded weights are there inside
+        own = {name: nn.Parameter(p.detach().to(device, copy=p.device != device), False)
+               for name, p in head.named_parameters(recurse=False)}
+    remove_hook_from_module(head)
+    for name, parameter in own.items():
+        setattr(head, name, parameter)
+    remove_hook_from_module(model)  # not those inside
+    for module, place in ((model.base_model, begins_on(model)), (head, device)):
+        add_hook_to_module(module, AlignDevicesHook(place, io_same_device=True), append=True)
+    return model
+
+
+def begins_on(model: PreTrainedModel) -> torch.device:
+    """The device on which a model's first layer runs, wherever its weights are kept."""
+    embeddings = model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(embeddings.weight.device if device is None else device)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -70,3 +151,6 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         raise TaidError(f"teacher.sharding: transformers does not say what the layers of "
                         f"{type(model).__name__} are.", mend="Take teacher.devices instead.")
     return layers
+
+
+SHARD = {"fsdp": shard, "tensor": split}
