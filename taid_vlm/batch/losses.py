@@ -33,7 +33,8 @@ def token_losses(
 
 
 def advantage_weights(
-    strength: float, batch: Batch, seeing: Tensor, unseeing: Callable[[Batch], Tensor]
+    strength: float, batch: Batch, seeing: Tensor, unseeing: Callable[[Batch], Tensor],
+    in_step: bool = False,
 ) -> Tensor:
     """How much every token of the student counts [N], by what the teacher sees for it.
 
@@ -43,9 +44,10 @@ def advantage_weights(
     Args:
         seeing: the teacher's negative log-likelihood of its tokens [N_teacher].
         unseeing: the same of another batch: this one, in which only the teacher's pixels differ.
+        in_step: ask it of a batch without images, too, as other processes do of theirs.
     """
     degraded = batch["teacher_degraded"]
-    if not degraded:
+    if not degraded and not in_step:
         return seeing.new_ones(len(batch["labels"]), dtype=torch.float32)
     blind = {**batch, "teacher_inputs": {**batch["teacher_inputs"], **degraded}}
     gain = unseeing(blind) - seeing

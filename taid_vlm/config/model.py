@@ -90,7 +90,7 @@ class ServerSpec(Section):
     check: str | None = None
 
 
-Sharding = Literal["replicate", "fsdp", "zero3", "tensor"]
+Sharding = Literal["replicate", "fsdp", "tensor"]
 
 
 class TeacherSpec(ModelSpec):
@@ -98,8 +98,9 @@ class TeacherSpec(ModelSpec):
     what it said once.
 
     Args:
-        sharding: How it lies in several processes, whatever way the student is trained: whole in
-            each (replicate), or all but its head spread over them (fsdp).
+        sharding: How it lies in several processes, however the student is trained: whole in each
+            (replicate), or all but its head spread over them, layers gathered one after the other
+            (fsdp) or every layer computed together (tensor).
         devices: Where it lies in a process: cpu, over all devices (auto), or over some ([1, 2]);
             what does not fit there, in the CPU's memory. Its head is where the student is. Left
             out: where the student is.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from taid_vlm.fused.heads import Head, ModuleHead
-from taid_vlm.models.forward import (
-    answer_hidden,
-    answer_logits,
-    evaluation_mode,
-    gathered,
-    head_rows,
-)
+from taid_vlm.models.forward import answer_hidden, answer_logits, evaluation_mode, head_rows
 from taid_vlm.models.head import LogitTransform, known_logit_transforms
 
 CHECKED_POSITIONS = 8  # at which head(hidden) must be the model's own logits
@@ -26,9 +22,33 @@ ALLOWED_HALF = 2.0**-6  # two roundings of bfloat16
 def output_head(model: PreTrainedModel, transform: LogitTransform) -> Head | ModuleHead:
     """The model's head, and what stands behind it."""
     module = model.get_output_embeddings()
-    if type(module) is nn.Linear:
+    if is_plain(module):
         return Head(module.weight, module.bias, transform)
     return ModuleHead(module, head_rows(model), transform)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a head is a matrix and no more, perhaps one that FSDP shards."""
+    return type(module) is nn.Linear or type(module).__bases__ == (FSDPModule, nn.Linear)
+
+
+def at_head(
+    model: PreTrainedModel, transform: LogitTransform, hidden: Tensor,
+    function: Callable[[Tensor, Any], Any],
+) -> Any:
+    """`function(hidden, head)`, as the forward of the head where that is a plain matrix: FSDP and
+    ZeRO-3 bring its weights there when it is called, and take their gradient afterwards."""
+    module = model.get_output_embeddings()
+    if not is_plain(module):
+        return function(hidden, output_head(model, transform))
+    own = module.__dict__.get("forward")
+    module.forward = lambda hidden: function(hidden, output_head(model, transform))
+    try:
+        return module(hidden)
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @torch.no_grad()
@@ -57,8 +77,9 @@ def find_logit_transform(
     allowed = ALLOWED.get(dtype or hidden.dtype, ALLOWED_HALF)
     errors: dict[LogitTransform, float] = {}
     for transform in known_logit_transforms(model.config.get_text_config()):
-        with torch.autocast(kind, enabled=False), gathered(model.get_output_embeddings()):
-            logits = output_head(model, transform).open(dtype=dtype).logits(hidden)
+        with torch.autocast(kind, enabled=False):
+            logits = at_head(model, transform, hidden,
+                             lambda hidden, head: head.open(dtype=dtype).logits(hidden))
         errors[transform] = _error(logits.float(), own.float())
     best = min(errors, key=errors.__getitem__)
     return best if errors[best] <= allowed else None

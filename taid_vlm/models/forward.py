@@ -26,25 +26,6 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def gathered(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Inside, parameters that ZeRO-3 has partitioned are whole, outside of forward, too."""
-    partitioned = [p for p in module.parameters() if hasattr(p, "ds_id")]
-    if not partitioned:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(partitioned)  # type: ignore[no-any-return]
-
-
-def share_head(model: Any) -> None:
-    """Tell ZeRO-3 that the head's parameters are needed wherever the whole model runs."""
-    partitioned = [p for p in model.get_output_embeddings().parameters() if hasattr(p, "ds_id")]
-    for parameter in partitioned:
-        import deepspeed
-
-        deepspeed.zero.register_external_parameter(model, parameter)
-
-
 def head_rows(model: nn.Module) -> int:
     """Rows of the output head: the width of the model's logits."""
     head = unwrap(model).get_output_embeddings()

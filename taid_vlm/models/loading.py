@@ -118,8 +118,9 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
     )
     _check_loaded(report, spec, role)
     _check_ends(model, spec, role)
-    if options.get("device_map") is not None and not hasattr(model, "hf_device_map"):
-        model.hf_device_map = {"": model.device}  # transformers notes it for several devices only
+    placed = role != "student" and options.get("device_map") is not None
+    if placed and not hasattr(model, "hf_device_map"):  # transformers notes several devices only
+        model.hf_device_map = {"": model.device}
     _with_commit(model.config, spec)
     return model
 

@@ -38,6 +38,7 @@ class LocalTeacher:
         sharding: str = "replicate",
     ) -> None:
         model.requires_grad_(False).eval()
+        self.is_sharded = sharding != "replicate"  # then no process asks it alone
         self.model: Any = model if accelerator is None else place(model, accelerator, sharding)
         self.autocast: Autocast = (
             contextlib.nullcontext if accelerator is None else accelerator.autocast)

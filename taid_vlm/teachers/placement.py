@@ -24,6 +24,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from taid_vlm.errors import TaidError
+from taid_vlm.models.parts import decoder_layers
 
 MESH = "teacher"  # the dimension of the teacher's own device mesh
 
@@ -70,21 +71,24 @@ def split(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
     All processes then compute one batch together; as each has its own, they take turns.
     """
-    world = dist.get_world_size()
-    mesh = init_device_mesh(device.type, (world,), mesh_dim_names=(MESH,))
-    plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_plan="auto", tp_size=world))
-    whole = {id(p) for p in model.get_output_embeddings().parameters()}
-    kept = [name for name, module in model.named_modules() if name and any(
-        id(p) in whole for p in module.parameters(recurse=False))]
-    apply_tensor_parallelism(model, mesh, {
-        name: style for name, style in plan.items()
-        if not any(f"{name}.".startswith(f"{inner}.") for inner in kept)})
-    for name, p in list(model.named_parameters()):
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(MESH,))
+    apply_tensor_parallelism(model, mesh, planned(model, dist.get_world_size()))
+    for p in model.parameters():
         if isinstance(p, DTensor):  # a slice would keep all of what it is cut from
             p._local_tensor = p._local_tensor.clone()
     _move_rest(model, device)
     model.base_model.forward = _taking_turns(model.base_model.forward, device)
     return model
+
+
+def planned(model: PreTrainedModel, processes: int) -> dict[str, str]:
+    """What transformers' plan does with every module and parameter of the base model, by name."""
+    plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_plan="auto", tp_size=processes))
+    whole = {id(p) for p in model.get_output_embeddings().parameters()}
+    kept = [name for name, module in model.named_modules()
+            if any(id(p) in whole for p in module.parameters(recurse=False))]
+    return {name: style for name, style in plan.items()
+            if not any(f"{name}.".startswith(f"{inner}.") for inner in kept)}
 
 
 def _taking_turns(forward: Any, device: torch.device) -> Any:
@@ -108,7 +112,7 @@ def _taking_turns(forward: Any, device: torch.device) -> Any:
                     for key, (shape, dtype) in names.items()}
             for x in part.values():
                 dist.broadcast(x, rank)
-            result = forward(**rest, **part)
+            result = forward(**{**rest, **part})
             own = result if here else own
         return own
 
@@ -135,22 +139,34 @@ def begins_on(model: PreTrainedModel) -> torch.device:
     """The device on which a model's first layer runs, wherever its weights are kept."""
     embeddings = model.get_input_embeddings()
     hook = getattr(embeddings, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device(embeddings.weight.device if device is None else device)
+    hooks = getattr(hook, "hooks", [hook])
+    named = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in named if device is not None), embeddings.weight.device)
+    return torch.device(device)
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The language model's layers, by what transformers says may not be split.
+def check_sharding(model: PreTrainedModel, sharding: str, processes: int) -> None:
+    """Refuse a model that cannot be sharded over so many processes; shapes are enough.
 
     Raises:
-        TaidError: it says nothing.
+        TaidError: with the value, the model and the mend.
     """
-    names = set(model._no_split_modules or ())
-    layers = [x for x in model.get_decoder().modules() if type(x).__name__ in names]
-    if not layers:
-        raise TaidError(f"teacher.sharding: transformers does not say what the layers of "
-                        f"{type(model).__name__} are.", mend="Take teacher.devices instead.")
-    return layers
+    problem, mend = None, "Take teacher.sharding: fsdp instead"
+    config = model.config.get_text_config()
+    if getattr(model.config, "quantization_config", None) is not None:
+        problem, mend = "is quantised", "Take teacher.sharding: replicate"
+    elif sharding == "fsdp" and not decoder_layers(model):
+        problem, mend = "does not say what its layers are", "Take teacher.devices instead"
+    elif sharding == "tensor" and not model.tp_plan:
+        problem = "has no plan for tensor parallelism in transformers"
+    elif sharding == "tensor":
+        for key in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(config, key, None)
+            if isinstance(heads, int) and heads % processes:
+                problem = f"has {key} = {heads}, which {processes} processes cannot share evenly"
+    if problem is not None:
+        raise TaidError(f"teacher.sharding = '{sharding}': the model ({config.model_type}) "
+                        f"{problem}. {mend}.")
 
 
 SHARD = {"fsdp": shard, "tensor": split}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from taid_vlm.alignment import Pairing, VocabularyMap
@@ -25,8 +26,8 @@ from taid_vlm.batch.sparse import sparse_figures, sparse_losses
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedDivergence, FusedLoss, Rows
-from taid_vlm.fused.model_head import find_logit_transform, output_head
-from taid_vlm.models.forward import Autocast, answer_hidden, share_head, unwrap
+from taid_vlm.fused.model_head import at_head, find_logit_transform, is_plain
+from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, divergence, parse_objective
 from taid_vlm.teachers import CachedTeacher, HiddenSignal, SparseSignal, Teacher
@@ -87,7 +88,8 @@ def _advantage(objective: Objective, teacher: Teacher, batch: Batch, u: Tensor) 
         return divergence("ce", logits, None, labels=batch["teacher_labels"])
 
     return advantage_weights(objective.visual_advantage, batch, nll(u),
-                             lambda blind: nll(teacher.logits(blind)))
+                             lambda blind: nll(teacher.logits(blind)),
+                             getattr(teacher, "is_sharded", False))
 
 
 class SparseStep:
@@ -200,13 +202,13 @@ class FusedStep:
 
         def distill(student: PreTrainedModel, inputs: Mapping[str, Tensor]) -> FusedLoss:
             with self.autocast():
-                return self.fused(
-                    answer_hidden(student, inputs, batch["student_mask"]),
-                    output_head(student, self.transform), teacher_hidden, teacher_head,
-                    batch["labels"], t=t,
-                    map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
-                    token_weights=weight, weights=batch.get("weights"),
-                    measure=functools.partial(self._measure, batch) if with_figures else None)
+                return at_head(
+                    student, self.transform, answer_hidden(student, inputs, batch["student_mask"]),
+                    lambda hidden, head: self.fused(
+                        hidden, head, teacher_hidden, teacher_head, batch["labels"], t=t,
+                        map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
+                        token_weights=weight, weights=batch.get("weights"),
+                        measure=functools.partial(self._measure, batch) if with_figures else None))
 
         result = model(**batch["student_inputs"], distill=distill)
         figures = {name: Measured(values) for name, values in result.figures.items()}
@@ -219,7 +221,8 @@ class FusedStep:
                 return self.likelihood(*signal, labels=batch["teacher_labels"]).per_token["ce"]
 
         return advantage_weights(self.objective.visual_advantage, batch, nll(seeing),
-                                 lambda blind: nll(_hidden(teacher, blind)))
+                                 lambda blind: nll(_hidden(teacher, blind)),
+                                 getattr(teacher, "is_sharded", False))
 
     def _measure(
         self, batch: Batch, index: int, rows: Rows, s: Tensor, u: Tensor | None
@@ -256,7 +259,6 @@ def accept_distill(model: PreTrainedModel) -> None:
     original = model.forward
     if getattr(original, "accepts_distill", False):
         return
-    share_head(model)
 
     @functools.wraps(original)
     def forward(*args: Any, distill: Any = None, **inputs: Any) -> Any:
@@ -295,6 +297,10 @@ def choose_step(
     if implementation == "reference":
         return ReferenceStep(objective, pairing, "loss_implementation = 'reference'")
     reason, transform = obstacle(objective, pairing), None
+    head = unwrap(student).get_output_embeddings()
+    if reason is None and not is_plain(head) and any(
+            isinstance(p, DTensor) for p in unwrap(student).parameters()):
+        reason = "FSDP shards the student, whose head is no plain matrix"
     if reason is None:
         with autocast():
             transform = find_logit_transform(

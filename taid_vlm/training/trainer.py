@@ -37,8 +37,9 @@ from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import Canary, Looks
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
 from taid_vlm.io.manifest import seal
+from taid_vlm.models.forward import unwrap
 from taid_vlm.models.loading import refuse_nonfinite, restore_weights
-from taid_vlm.models.parts import TrainedParts
+from taid_vlm.models.parts import TrainedParts, decoder_layers
 from taid_vlm.models.published import use_published_names
 from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.teachers import ServedTeacher, TeacherCache
@@ -124,6 +125,8 @@ class DistillationTrainer(Trainer):
             processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
         )
         use_published_names(self.model)
+        if self.is_fsdp_enabled and (layers := decoder_layers(student)):
+            unwrap(student)._no_split_modules = sorted({type(layer).__name__ for layer in layers})
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
