@@ -17,12 +17,11 @@ _init = AcceleratorState.__init__
 
 def init(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
     shared = PartialState._shared_state
-    first, sharded = not AcceleratorState._shared_state, kwargs.get("fsdp_plugin") is not None
-    if first and shared.get("distributed_type") in (DistributedType.MULTI_CPU, DistributedType.FSDP):
-        shared["distributed_type"] = (
-            DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU)
+    first = not AcceleratorState._shared_state and kwargs.get("fsdp_plugin") is not None
+    if first:
+        shared["distributed_type"] = DistributedType.MULTI_GPU
     _init(self, *args, **kwargs)
-    if first and sharded:
+    if first:
         assert self.distributed_type is DistributedType.FSDP
         shared["distributed_type"] = DistributedType.FSDP
 

@@ -131,7 +131,8 @@ class TeacherSpec(ModelSpec):
     @model_validator(mode="after")
     def _nothing_to_load(self) -> Self:
         for key in ("dtype", "attn_implementation", "init_kwargs", "sharding", "devices"):
-            if self.server is not None and getattr(self, key) != TeacherSpec.model_fields[key].default:
+            default = TeacherSpec.model_fields[key].default
+            if self.server is not None and getattr(self, key) != default:
                 raise ValueError(f".{key} has no effect with a server, which has loaded its model; "
                                  "take it out.")
         return self

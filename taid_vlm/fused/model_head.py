@@ -11,7 +11,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from taid_vlm.fused.heads import Head, ModuleHead
-from taid_vlm.models.forward import answer_hidden, answer_logits, evaluation_mode, head_rows
+from taid_vlm.models.forward import (
+    answer_hidden,
+    answer_logits,
+    evaluation_mode,
+    head_rows,
+    unwrap,
+)
 from taid_vlm.models.head import LogitTransform, known_logit_transforms
 
 CHECKED_POSITIONS = 8  # at which head(hidden) must be the model's own logits
@@ -53,7 +59,7 @@ def at_head(
 
 @torch.no_grad()
 def find_logit_transform(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], mask: Tensor
+    model: Any, inputs: Mapping[str, Tensor], mask: Tensor
 ) -> LogitTransform | None:
     """What the model does between its head and its logits; None if it is not known here.
 
@@ -62,25 +68,36 @@ def find_logit_transform(
     and a forward that accelerate has wrapped opens the same. Moves no random state.
 
     Args:
+        model: under FSDP as it is wrapped, with a forward that takes `distill`.
         inputs, mask: as for `answer_logits`, on any device.
     """
-    device = next(model.get_output_embeddings().parameters()).device
+    plain = unwrap(model)
+    device = next(plain.get_output_embeddings().parameters()).device
     mask = mask.clone()
     places = mask.nonzero()[CHECKED_POSITIONS:]
     mask[places[:, 0], places[:, 1]] = False
     inputs, mask = {key: x.to(device) for key, x in inputs.items()}, mask.to(device)
-    with evaluation_mode(model):
-        own = answer_logits(model, inputs, mask)
-        hidden = answer_hidden(model, inputs, mask)
     kind = device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    allowed = ALLOWED.get(dtype or hidden.dtype, ALLOWED_HALF)
-    errors: dict[LogitTransform, float] = {}
-    for transform in known_logit_transforms(model.config.get_text_config()):
-        with torch.autocast(kind, enabled=False):
-            logits = at_head(model, transform, hidden,
-                             lambda hidden, head: head.open(dtype=dtype).logits(hidden))
-        errors[transform] = _error(logits.float(), own.float())
+    allowed, errors = 0.0, dict[LogitTransform, float]()
+
+    def compare(plain: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+        nonlocal allowed
+        hidden = answer_hidden(plain, inputs, mask)
+        allowed = ALLOWED.get(dtype or hidden.dtype, ALLOWED_HALF)
+        for transform in known_logit_transforms(plain.config.get_text_config()):
+            with torch.autocast(kind, enabled=False):
+                logits = at_head(plain, transform, hidden,
+                                 lambda hidden, head: head.open(dtype=dtype).logits(hidden))
+            errors[transform] = _error(logits.float(), own.float())
+        return hidden
+
+    with evaluation_mode(model):
+        own = answer_logits(model, inputs, mask)
+        if isinstance(model, FSDPModule):  # gathers its weights for its own forward alone
+            model(**inputs, distill=compare)
+        else:
+            compare(plain, inputs)
     best = min(errors, key=errors.__getitem__)
     return best if errors[best] <= allowed else None
 

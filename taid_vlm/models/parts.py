@@ -176,16 +176,17 @@ class TrainedParts(TrainerCallback):
         several processes all others wait for this one. FSDP adds up what has a gradient, which must
         be the same in all processes: there, 0 times every parameter that only images reach.
         """
+        if not module.training:
+            return output
         fused = isinstance(output, tuple)
         value = output.loss if fused else output.logits
-        trained = next((p for p in module.parameters() if p.requires_grad), None)
-        idle = [] if value.requires_grad else [trained]
+        trained = [p for p in module.parameters() if p.requires_grad]
+        idle = [] if value.requires_grad else trained[:1]
         if isinstance(module, FSDPModule):
             named = dict(module.named_parameters())
             idle = [named[name] for name in self.of_images if not isinstance(named[name], DTensor)]
-        if not module.training or trained is None or not idle:
-            return output
-        value = value + sum(0 * p.flatten()[0].to(value.dtype) for p in idle)
+        for p in idle:
+            value = value + 0 * p.flatten()[0].to(value.dtype)
         if fused:
             return output._replace(loss=value)
         output.logits = value

@@ -253,20 +253,20 @@ def _check_teacher(args: DistillationConfig, teacher: TeacherSpec) -> None:
         raise RecipeError(f"teacher.sharding = '{sharding}' needs several processes: start with "
                           "`accelerate launch`, or take it out.")
     if devices not in (None, "cpu") and several:
-        raise RecipeError(f"teacher.devices = {devices!r}: every one of {args.world_size} processes "
-                          "would put a teacher of its own there; take teacher.sharding: fsdp, or "
+        raise RecipeError(f"teacher.devices = {devices!r}: each of {args.world_size} processes would "
+                          "put a teacher of its own there; take teacher.sharding: fsdp, or "
                           "teacher.devices: cpu.")
     if isinstance(devices, list) and max(devices) >= present:
         raise RecipeError(f"teacher.devices = {devices}, but this machine has {present} "
-                          f"accelerators, counted from 0.")
+                          "accelerators, counted from 0.")
     if sharding == "replicate":
         return
     if teacher.init_kwargs.get("quantization_config"):
-        raise RecipeError(f"teacher.sharding = '{sharding}': a quantised teacher cannot be sharded; "
-                          "take out init_kwargs.quantization_config, or sharding.")
+        raise RecipeError(f"teacher.sharding = '{sharding}' cannot shard a quantised teacher; take "
+                          "out init_kwargs.quantization_config, or sharding.")
     objective = parse_objective(args.objective)
     if sharding == "tensor" and objective.visual:
-        raise RecipeError(f"objective.{objective.visual[0].name} compares features of the teacher's "
+        raise RecipeError(f"objective.{objective.visual[0].name} compares features of a process's "
                           "own batch, and with teacher.sharding = 'tensor' all processes compute "
                           "one batch together; take teacher.sharding: fsdp.")
     check_sharding(load_skeleton(teacher, "teacher"), sharding, args.world_size)

@@ -302,9 +302,10 @@ def choose_step(
             isinstance(p, DTensor) for p in unwrap(student).parameters()):
         reason = "FSDP shards the student, whose head is no plain matrix"
     if reason is None:
+        accept_distill(unwrap(student))
         with autocast():
             transform = find_logit_transform(
-                unwrap(student), probe["student_inputs"], probe["student_mask"])
+                student, probe["student_inputs"], probe["student_mask"])
         if transform is None:
             reason = _unknown_head("student", unwrap(student))
         elif teacher is not None and objective.needs_teacher and teacher.hidden(probe) is None:

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fsdp_on_cpu  # noqa: F401  # before accelerate makes up its mind
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -33,24 +32,30 @@ def main() -> None:
     torch.set_num_threads(1)
     path = Path(sys.argv[1])
     for name, options in json.loads(path.read_text()).items():
-        AcceleratorState._reset_state()  # a run may shard its student, and the next one not
-        trainer = make_trainer(path.parent / name, per_device_eval_batch_size=1, **options)
-        held_out = rows(UNEVEN, seed=3)
-        trainer.evaluate(held_out)
-        trainer.train()
-        trainer.evaluate(held_out)
-        whole = {key: full(p) for key, p in weights(trainer).items()}
-        if trainer.is_world_process_zero():
-            save_file(whole, path.parent / f"{name}.safetensors")
-            (path.parent / f"{name}.json").write_text(json.dumps({
-                "log": trainer.state.log_history, "processes": trainer.accelerator.num_processes,
-                "kind": str(trainer.accelerator.distributed_type),
-                "loss": trainer.loss_report["name"], "teacher": lies(trainer.teacher_model),
-                "student": lies(trainer.model)}))
-    trainer.accelerator.wait_for_everyone()
+        run(path.parent, name, options)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # what torch does at the end of a process can abort it
+
+
+def run(folder: Path, name: str, options: dict[str, Any]) -> None:
+    """Measure, train, measure again; rank 0 writes."""
+    trainer = make_trainer(folder / name, per_device_eval_batch_size=1, optim="sgd",
+                           learning_rate=0.1, logging_steps=1, **options)
+    held_out = rows(UNEVEN, seed=3)
+    trainer.place_student()
+    trainer.evaluate(held_out)
+    trainer.train()
+    trainer.evaluate(held_out)
+    whole = {key: full(p) for key, p in weights(trainer).items()}
+    if trainer.is_world_process_zero():
+        save_file(whole, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps({
+            "log": trainer.state.log_history, "processes": trainer.accelerator.num_processes,
+            "kind": trainer.accelerator.distributed_type.value,
+            "loss": trainer.loss_report["name"], "teacher": lies(trainer.teacher_model),
+            "student": lies(trainer.model)}))
+    trainer.accelerator.wait_for_everyone()
 
 
 def full(p: Tensor) -> Tensor:
