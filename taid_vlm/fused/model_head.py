@@ -94,7 +94,8 @@ def find_logit_transform(
 
     with evaluation_mode(model):
         own = answer_logits(model, inputs, mask)
-        if isinstance(model, FSDPModule):  # gathers its weights for its own forward alone
+        sharded = isinstance(model, FSDPModule)
+        if sharded:  # its weights are there for its own forward alone
             model(**inputs, distill=compare)
         else:
             compare(plain, inputs)

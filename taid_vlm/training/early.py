@@ -253,8 +253,8 @@ def _check_teacher(args: DistillationConfig, teacher: TeacherSpec) -> None:
         raise RecipeError(f"teacher.sharding = '{sharding}' needs several processes: start with "
                           "`accelerate launch`, or take it out.")
     if devices not in (None, "cpu") and several:
-        raise RecipeError(f"teacher.devices = {devices!r}: each of {args.world_size} processes would "
-                          "put a teacher of its own there; take teacher.sharding: fsdp, or "
+        raise RecipeError(f"teacher.devices = {devices!r}: each of {args.world_size} processes "
+                          "would put a teacher of its own there; take teacher.sharding: fsdp, or "
                           "teacher.devices: cpu.")
     if isinstance(devices, list) and max(devices) >= present:
         raise RecipeError(f"teacher.devices = {devices}, but this machine has {present} "
