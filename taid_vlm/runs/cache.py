@@ -149,9 +149,8 @@ def build_cache(
         raise TaidError("cache: the recipe names no teacher that can be loaded. Name the model "
                         "with teacher.model_name_or_path, without cache and server.")
     if recipe.teacher.sharding != "replicate":
-        raise TaidError(f"cache: teacher.sharding = '{recipe.teacher.sharding}' cannot work here, "
-                        "where every process asks about records of its own. Start one process with "
-                        "teacher.devices: auto instead.")
+        raise TaidError("cache: teacher.sharding cannot work where every process asks about records "
+                        "of its own; start one process with teacher.devices: auto.")
     sides, found = _sides(recipe, signal)
     with locked(output):
         on_main(lambda: _check_folder(output), output)
