@@ -152,7 +152,9 @@ class TrainedParts(TrainerCallback):
         self.freeze, self.learning_rates = args.freeze or [], args.learning_rates or {}
         freeze_parts(model, self.freeze, self.learning_rates)
         settle_unused(args, model)
-        parts = parts_of(model)
+        parts, plain = parts_of(model), unwrap(model)
+        if layers := decoder_layers(model):  # FSDP gathers a tower with the rest
+            plain._no_split_modules = sorted({type(layer).__name__ for layer in layers})
         self.of_images = [name for name, p in model.named_parameters()
                           if p.requires_grad and parts[name] in (TOWER, PROJECTOR)]
         model.register_forward_hook(self._keep_graph)

@@ -149,8 +149,7 @@ def build_cache(
         raise TaidError("cache: the recipe names no teacher that can be loaded. Name the model "
                         "with teacher.model_name_or_path, without cache and server.")
     if recipe.teacher.sharding != "replicate":
-        raise TaidError("cache: teacher.sharding cannot work where every process asks about records "
-                        "of its own; start one process with teacher.devices: auto.")
+        raise TaidError("cache: teacher.sharding cannot work here; take teacher.devices: auto.")
     sides, found = _sides(recipe, signal)
     with locked(output):
         on_main(lambda: _check_folder(output), output)
