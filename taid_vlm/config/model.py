@@ -99,8 +99,8 @@ class TeacherSpec(ModelSpec):
 
     Args:
         sharding: How it lies in several processes, however the student is trained: whole in each
-            (replicate), or all but its head spread over them, layers gathered one after the other
-            (fsdp) or every layer computed together (tensor).
+            (replicate, the default), or all but its head spread over them, layers gathered one
+            after the other (fsdp) or every layer computed together (tensor).
         devices: Where it lies in a process: cpu, over all devices (auto), or over some ([1, 2]);
             what does not fit there, in the CPU's memory. Its head is where the student is. Left
             out: where the student is.
@@ -111,10 +111,14 @@ class TeacherSpec(ModelSpec):
             come from there, so that only trust_remote_code may stand beside it.
     """
 
-    sharding: Sharding = "replicate"
+    sharding: Sharding | None = None
     devices: Literal["auto", "cpu"] | Annotated[list[Count], Field(min_length=1)] | None = None
     server: ServerSpec | None = None
     cache: str | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.sharding not in (None, "replicate")
 
     @model_validator(mode="before")
     @classmethod
@@ -143,7 +147,7 @@ class TeacherSpec(ModelSpec):
         if self.devices is not None and device_map is not None:
             raise ValueError(f".devices = {self.devices!r} and init_kwargs.device_map = "
                              f"{device_map!r:.60} say the same; take the second out.")
-        if self.sharding != "replicate" and (self.devices is not None or device_map is not None):
+        if self.is_sharded and (self.devices is not None or device_map is not None):
             key = "init_kwargs.device_map" if self.devices is None else "devices"
             raise ValueError(f".sharding = '{self.sharding}' spreads the teacher over processes, "
                              f"{key} over one process's devices; take one of the two out.")

@@ -175,7 +175,7 @@ def _for_rehearsal(recipe: Recipe, folder: str) -> Recipe:
            "max_steps": 1, "optim": "sgd", "logging_steps": 1, "logging_nan_inf_filter": False,
            "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
     teacher = recipe.teacher and recipe.teacher.model_copy(
-        update={"sharding": "replicate", "devices": None})
+        update={"sharding": None, "devices": None})
     return recipe.model_copy(update={
         "train": {**train, **own}, "output_dir": folder, "teacher": teacher})
 
@@ -309,7 +309,7 @@ def _placed(
         return memory
     if _is_elsewhere(teacher.devices) and _device(recipe) == "gpu":
         size = resident(trainer.teacher_model.get_output_embeddings())
-    elif teacher.sharding != "replicate":
+    elif teacher.sharding and teacher.is_sharded:
         size = sharded(trainer.teacher_model, teacher.sharding, processes)
     else:
         return memory

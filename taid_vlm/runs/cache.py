@@ -148,7 +148,7 @@ def build_cache(
     if recipe.teacher is None or recipe.teacher.cache or recipe.teacher.server:
         raise TaidError("cache: the recipe names no teacher that can be loaded. Name the model "
                         "with teacher.model_name_or_path, without cache and server.")
-    if recipe.teacher.sharding != "replicate":
+    if recipe.teacher.is_sharded:
         raise TaidError("cache: teacher.sharding cannot work here; take teacher.devices: auto.")
     sides, found = _sides(recipe, signal)
     with locked(output):

@@ -121,7 +121,7 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
         defaults["logging_steps"] = max(1, steps // 100)
     own = {"output_dir": recipe.output_dir, "objective": recipe.objective,
            "canary_records": recipe.evaluate.canary,
-           "teacher_sharding": recipe.teacher.sharding if recipe.teacher else "replicate",
+           "teacher_sharding": (recipe.teacher and recipe.teacher.sharding) or "replicate",
            "chat_template_kwargs": recipe.student.chat_template_kwargs,
            "teacher_chat_template_kwargs": (
                template_kwargs(recipe.teacher) if recipe.teacher else {})}

@@ -249,7 +249,7 @@ def _check_teacher(args: DistillationConfig, teacher: TeacherSpec) -> None:
     """Refuse a placement that this run's processes and devices cannot have."""
     several, present = args.world_size > 1, torch.accelerator.device_count()
     sharding, devices = teacher.sharding, teacher.devices
-    if sharding != "replicate" and not several:
+    if teacher.is_sharded and not several:
         raise RecipeError(f"teacher.sharding = '{sharding}' needs several processes: start with "
                           "`accelerate launch`, or take it out.")
     if devices not in (None, "cpu") and several:
@@ -259,7 +259,7 @@ def _check_teacher(args: DistillationConfig, teacher: TeacherSpec) -> None:
     if isinstance(devices, list) and max(devices) >= present:
         raise RecipeError(f"teacher.devices = {devices}, but this machine has {present} "
                           "accelerators, counted from 0.")
-    if sharding == "replicate":
+    if sharding is None or not teacher.is_sharded:
         return
     if teacher.init_kwargs.get("quantization_config"):
         raise RecipeError(f"teacher.sharding = '{sharding}' cannot shard a quantised teacher; take "
