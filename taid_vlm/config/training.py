@@ -47,6 +47,7 @@ ELSEWHERE = {
     "model_init_kwargs": "student.init_kwargs", "teacher_model_init_kwargs": "teacher.init_kwargs",
     "chat_template_kwargs": "student.chat_template_kwargs",
     "teacher_chat_template_kwargs": "teacher.chat_template_kwargs",
+    "teacher_sharding": "teacher.sharding",
 }
 
 
