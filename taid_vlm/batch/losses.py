@@ -33,7 +33,8 @@ def token_losses(
 
 
 def advantage_weights(
-    strength: float, batch: Batch, seeing: Tensor, unseeing: Callable[[Batch], Tensor]
+    strength: float, batch: Batch, seeing: Tensor, unseeing: Callable[[Batch], Tensor],
+    in_step: bool = False,
 ) -> Tensor:
     """How much every token of the student counts [N], by what the teacher sees for it.
 
@@ -43,8 +44,9 @@ def advantage_weights(
     Args:
         seeing: the teacher's negative log-likelihood of its tokens [N_teacher].
         unseeing: the same of another batch: this one, in which only the teacher's pixels differ.
+        in_step: ask it of a batch without images, too, as other processes do of theirs.
     """
-    blind = blinded(batch)
+    blind = blinded(batch, in_step)
     if blind is None:
         return seeing.new_ones(len(batch["labels"]), dtype=torch.float32)
     gain = unseeing(blind) - seeing
@@ -53,9 +55,11 @@ def advantage_weights(
     return advantage_weight(gain, strength).where(batch["images"][batch["row"]] > 0, 1.0)
 
 
-def blinded(batch: Batch) -> Batch | None:
-    """This batch, in which the teacher sees degraded images; None where no row has one."""
-    if not (degraded := batch["teacher_degraded"]):
+def blinded(batch: Batch, in_step: bool = False) -> Batch | None:
+    """This batch, in which the teacher sees degraded images; None where no row has one, unless it
+    is to be asked with all others (`advantage_weights`)."""
+    degraded = batch["teacher_degraded"]
+    if not degraded and not in_step:
         return None
     return {**batch, "teacher_inputs": {**batch["teacher_inputs"], **degraded}}
 

@@ -110,11 +110,20 @@ class ServerSpec(Section):
     check: str | None = None
 
 
+Sharding = Literal["replicate", "fsdp", "tensor"]
+
+
 class TeacherSpec(ModelSpec):
     """The model that is learned from: its weights in this process, a server that has them, or
     what it said once.
 
     Args:
+        sharding: How it lies in several processes, however the student is trained: whole in each
+            (replicate, the default), or all but its head spread over them, layers gathered one
+            after the other (fsdp) or every layer computed together (tensor).
+        devices: Where it lies in a process: cpu, over all devices (auto), or over some ([1, 2]);
+            what does not fit there, in the CPU's memory. Its head is where the student is. Left
+            out: where the student is.
         server: Where the teacher is served. No weights are loaded then, only configuration and
             processor, from processor_name_or_path.
         cache: Folder that `taid-vlm cache` wrote, instead of a model: training then loads none of
@@ -122,8 +131,14 @@ class TeacherSpec(ModelSpec):
             come from there, so that only trust_remote_code may stand beside it.
     """
 
+    sharding: Sharding | None = None
+    devices: Literal["auto", "cpu"] | Annotated[list[Count], Field(min_length=1)] | None = None
     server: ServerSpec | None = None
     cache: str | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.sharding not in (None, "replicate")
 
     @model_validator(mode="before")
     @classmethod
@@ -139,10 +154,27 @@ class TeacherSpec(ModelSpec):
 
     @model_validator(mode="after")
     def _nothing_to_load(self) -> Self:
-        for key in ("dtype", "attn_implementation", "quantization", "init_kwargs"):
-            if self.server is not None and getattr(self, key):
+        for key in ("dtype", "attn_implementation", "quantization", "init_kwargs", "sharding",
+                    "devices"):
+            default = TeacherSpec.model_fields[key].default
+            if self.server is not None and getattr(self, key) != default:
                 raise ValueError(f".{key} has no effect with a server, which has loaded its model; "
                                  "take it out.")
+        return self
+
+    @model_validator(mode="after")
+    def _in_one_place(self) -> Self:
+        device_map = self.init_kwargs.get("device_map")
+        if self.devices is not None and device_map is not None:
+            raise ValueError(f".devices = {self.devices!r} and init_kwargs.device_map = "
+                             f"{device_map!r:.60} say the same; take the second out.")
+        if self.is_sharded and self.quantization is not None:
+            raise ValueError(f".sharding = '{self.sharding}' cannot shard a teacher in "
+                             f"{self.quantization}; take one of the two out.")
+        if self.is_sharded and (self.devices is not None or device_map is not None):
+            key = "init_kwargs.device_map" if self.devices is None else "devices"
+            raise ValueError(f".sharding = '{self.sharding}' spreads the teacher over processes, "
+                             f"{key} over one process's devices; take one of the two out.")
         return self
 
     @model_validator(mode="before")

@@ -155,6 +155,11 @@ class Recipe(Section):
         if self.teachers and self.teacher is not None:
             raise ValueError("'teacher' and 'teachers' both say what is learned from; take one of "
                              "them out.")
+        for name, teacher in (self.teachers or {}).items():
+            if teacher.is_sharded and len(self.teachers or ()) > 1:
+                raise ValueError(f"teachers.{name}.sharding = '{teacher.sharding}': a process asks "
+                                 "one of several teachers only about its own rows, and a sharded "
+                                 "one is asked by all at once; take devices or quantization.")
         sides = {f"data.{name}": side for name, side in self.data.sides.items()} | {
             f"stages '{stage.name}': data.{name}": side for stage in self.stages or ()
             for name, side in stage.data.items()}

@@ -48,6 +48,7 @@ ELSEWHERE = {
     "chat_template_kwargs": "student.chat_template_kwargs",
     "teacher_chat_template_kwargs": "teacher.chat_template_kwargs",
     "teacher_weights": "teacher_weights",
+    "teacher_sharding": "teacher.sharding",
 }
 
 

@@ -26,12 +26,12 @@ from taid_vlm.adapters import ModelAdapter, Rendered
 from taid_vlm.alignment import supervised_positions
 from taid_vlm.batch.collator import DistillationCollator, predicting_mask, target_ids
 from taid_vlm.batch.several import SeveralCollator, role_of
-from taid_vlm.evaluation.held_out import ALL, Tally
+from taid_vlm.evaluation.held_out import ALL, Tally, in_step
 from taid_vlm.models.forward import answer_logits, evaluation_mode
 from taid_vlm.objectives import diagnose, divergence
 from taid_vlm.records import Record
 from taid_vlm.records.images import GREY
-from taid_vlm.records.videos import Clip, Picture, like, mapped, shown_as
+from taid_vlm.records.videos import Clip, Picture, VideoRef, like, mapped, shown_as
 
 logger = logging.getLogger(__name__)
 
@@ -169,14 +169,16 @@ def look(
     Args:
         process: (rank, world size); this call takes every world-size-th record.
     """
-    rank, world = process
-    share = list(zip(records, shuffled(records), strict=True))[rank::world]
+    pairs = list(zip(records, shuffled(records), strict=True))
+    versions = [BLANK, *[SHUFFLED] * any(partner is not None for _, partner in pairs),
+                *[FROZEN] * any(
+                    VideoRef.kind in _kinds(record) for record in records)]
     tally = Tally()
-    for start in range(0, len(share), batch_size):
-        samples = [_sample(adapter, *pair) for pair in share[start : start + batch_size]]
+    for share in in_step(len(records), batch_size, process):
+        samples = [_sample(adapter, *pairs[index]) for index in share or [0]]
         with evaluation_mode(model), autocast():
-            for name, values in _differences(model, adapter, samples, device):
-                if len(values):
+            for name, values in _differences(model, adapter, samples, versions, device):
+                if share and len(values):
                     tally.table[ALL][name].add(float(values.sum()), len(values))
     return tally
 
@@ -196,13 +198,12 @@ def _sample(adapter: ModelAdapter, record: Record, partner: Record | None) -> _S
 
 
 def _differences(
-    model: nn.Module, adapter: ModelAdapter, samples: Sequence[_Sample], device: Any
+    model: nn.Module, adapter: ModelAdapter, samples: Sequence[_Sample], versions: Sequence[str],
+    device: Any,
 ) -> Iterator[tuple[str, Tensor]]:
     """For every sample: a figure's name, and its values over the sample's tokens."""
     real, labels, rows = _predict(model, adapter, samples, REAL, device)
-    for version in (BLANK, SHUFFLED, FROZEN):
-        if not any(sample.measured(version) for sample in samples):
-            continue
+    for version in versions:
         figures = _compared(real, labels, _predict(model, adapter, samples, version, device))
         for index, sample in enumerate(samples):
             if sample.measured(version):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from taid_vlm.alignment import Pairing
@@ -206,18 +206,31 @@ def evaluate_pair(
         records: a map-style dataset of records.
         process: (rank, world size); this call takes every world-size-th record.
     """
-    rank, world = process
-    share: Any = Subset(records, range(rank, len(records), world))  # type: ignore[arg-type]
+    shares = in_step(len(records), batch_size, process)
     # a generator of its own: a DataLoader draws its base seed from the global one otherwise
-    loader = DataLoader(share, batch_size, collate_fn=collator, generator=torch.Generator())
+    loader: Any = DataLoader(records, collate_fn=collator,  # type: ignore[arg-type]
+                             batch_sampler=[list(share) or [0] for share in shares],
+                             generator=torch.Generator())
     tally = Tally(keep_answers=keep_answers)
     with evaluation_mode(student):
-        for batch in tqdm(loader, desc="evaluate", disable=not progress, leave=False):
+        for share, batch in zip(shares, tqdm(
+                loader, desc="evaluate", disable=not progress, leave=False), strict=True):
             batch = send_to_device(batch, device)
             with autocast():
                 s = student_forward(student, batch)
-            tally.add(batch, teacher_figures(batch, s, teacher, pairing, autocast))
+            figures = teacher_figures(batch, s, teacher, pairing, autocast)
+            if share:
+                tally.add(batch, figures)
     return tally
+
+
+def in_step(records: int, batch_size: int, process: tuple[int, int]) -> list[range]:
+    """The batches of one process, as numbers of records: as many as any other process has, so that
+    models sharded over all of them are run by all; the last one may be empty."""
+    rank, world = process
+    share = range(rank, records, world)
+    return [share[start : start + batch_size]
+            for start in range(0, len(range(0, records, world)), batch_size)]
 
 
 def teacher_figures(

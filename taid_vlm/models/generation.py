@@ -122,9 +122,8 @@ def generate_batch(
     longest = int(inputs["attention_mask"].sum(-1).max()) + max_new_tokens
     if context is not None and longest > context:
         raise SampleDropped("longer than the model's context", f"{longest} tokens of {context}")
-    with torch.inference_mode():
-        continued = continue_prompts(model, adapter, inputs, questions,
-                                     max_new_tokens=max_new_tokens, sampling=sampling)
+    continued = continue_prompts(model, adapter, inputs, questions,
+                                 max_new_tokens=max_new_tokens, sampling=sampling)
     decoded = _decoded(adapter.tokenizer, [each.ids for each in continued], keep)
     before = adapter.tokenizer.batch_decode(inputs["input_ids"][:, -BEFORE:])
     return [Generated(text.strip(), each.end is None, prompt)
@@ -151,7 +150,7 @@ def prompt_inputs(adapter: ModelAdapter, questions: Sequence[Question]) -> dict[
         return adapter.encode_prompts(questions, images)
 
 
-@torch.no_grad()
+@torch.no_grad()  # inference mode would leave tensors behind that sharded models cannot use
 def continue_prompts(
     model: PreTrainedModel, adapter: ModelAdapter, inputs: Mapping[str, Tensor],
     questions: Sequence[Question], *, max_new_tokens: int, sampling: Sampling | None = None,

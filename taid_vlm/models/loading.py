@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory, patch_environment
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import (
@@ -20,13 +22,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from taid_vlm.adapters import Processor, check_kwargs
-from taid_vlm.config.model import ModelSpec
+from taid_vlm.config.model import ModelSpec, TeacherSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.io.hashing import SHORT, sha256
 from taid_vlm.models.lora import (
@@ -120,7 +123,7 @@ def load_model(
     refuse_unavailable(spec, role)
     auto, dtype = _auto_class(config, spec, role), weights_dtype(spec, role, config)
     options: dict[str, Any] = {"dtype": dtype, **load_options(config, spec, dtype, half),
-                               **spec.init_kwargs}
+                               **spec.init_kwargs, **_device_map(spec)}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
     model, report = guarded(
@@ -131,8 +134,20 @@ def load_model(
     _check_loaded(report, spec, role)
     _check_ends(model, spec, role)
     settle(model, spec, role)
+    placed = role != "student" and options.get("device_map") is not None
+    if placed and not hasattr(model, "hf_device_map"):  # transformers notes several devices only
+        model.hf_device_map = {"": model.device}
     _with_commit(model.config, spec)
     return model
+
+
+def _device_map(spec: ModelSpec) -> dict[str, Any]:
+    """`devices` of a teacher, for `from_pretrained`: what is free on some of them, and beside."""
+    devices = spec.devices if isinstance(spec, TeacherSpec) else None
+    if not isinstance(devices, list):
+        return {} if devices is None else {"device_map": devices}
+    free = get_max_memory()
+    return {"device_map": "auto", "max_memory": {key: free[key] for key in (*devices, "cpu")}}
 
 
 def _check_ends(model: PreTrainedModel, spec: ModelSpec, role: str) -> None:
@@ -297,10 +312,24 @@ def _similar_folder(path: Path) -> str:
     return f" Did you mean the folder '{path.parent / match[0]}'?" if match else ""
 
 
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Inside, transformers makes models with all of their weights in every process: under ZeRO-3 it
+    would keep a share of them, under FSDP's lean loading have them in one process. A student is
+    sharded when training begins."""
+    zero, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero
+
+
 def guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a loader of transformers; its many exceptions become one message."""
     try:
-        return load(*args, **kwargs)
+        with _whole():
+            return load(*args, **kwargs)
     except Exception as error:  # tokenizers, for one, raises plain ones
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__

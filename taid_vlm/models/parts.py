@@ -16,6 +16,8 @@ from itertools import pairwise
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
@@ -76,6 +78,14 @@ def is_tied(model: nn.Module) -> bool:
     plain = unwrap(model)
     head, embeddings = plain.get_output_embeddings(), plain.get_input_embeddings()
     return head is not None and getattr(head, "weight", None) is embeddings.weight
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The language model's layers, by what transformers says may not be split: what is sharded
+    layer by layer. Every batch runs them; a tower's are run by batches with images alone."""
+    plain = unwrap(model)
+    names = set(plain._no_split_modules or ())
+    return [x for x in plain.get_decoder().modules() if type(x).__name__ in names]
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -144,7 +154,12 @@ class TrainedParts(TrainerCallback):
         self.freeze, self.learning_rates = args.freeze or [], args.learning_rates or {}
         freeze_parts(model, self.freeze, self.learning_rates)
         settle_unused(args, model)
-        model.register_forward_hook(_keep_graph)
+        parts, plain = parts_of(model), unwrap(model)
+        if layers := decoder_layers(model):  # FSDP gathers a tower with the rest
+            plain._no_split_modules = sorted({type(layer).__name__ for layer in layers})
+        self.of_images = [name for name, p in model.named_parameters()
+                          if p.requires_grad and parts[name] in (TOWER, PROJECTOR)]
+        model.register_forward_hook(self._keep_graph)
         self.frozen = frozen_modules(model, self.freeze)
         self.rates: dict[str, float] = {}  # of the last optimizer step, as they are logged
 
@@ -156,6 +171,30 @@ class TrainedParts(TrainerCallback):
         """
         for module in self.frozen:
             module.training = bool(getattr(module, "gradient_checkpointing", False))
+
+    def _keep_graph(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """Let a batch without images go backward where tower and projector alone are trained.
+
+        Nothing that is trained has a share in such a batch. Its logits (or its loss, where that is
+        what comes out) get one: 0 times one parameter, without which there is no graph, and in
+        several processes all others wait for this one. FSDP adds up what has a gradient, which must
+        be the same in all processes: there, 0 times every parameter that only images reach.
+        """
+        if not module.training:
+            return output
+        fused = isinstance(output, tuple)
+        value = output.loss if fused else output.logits
+        trained = [p for p in module.parameters() if p.requires_grad]
+        idle = [] if value.requires_grad else trained[:1]
+        if isinstance(module, FSDPModule):
+            named = dict(module.named_parameters())
+            idle = [named[name] for name in self.of_images if not isinstance(named[name], DTensor)]
+        for p in idle:
+            value = value + 0 * p.flatten()[0].to(value.dtype)
+        if fused:
+            return output._replace(loss=value)
+        output.logits = value
+        return output
 
     def split_groups(self, optimizer: Any, model: nn.Module) -> Any:
         """Split the groups of an optimizer by part, and give each part its own learning rate.
@@ -228,25 +267,6 @@ def frozen_modules(model: nn.Module, freeze: Sequence[str]) -> list[nn.Module]:
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Any) -> Any:
     return output.requires_grad_(True)
-
-
-def _keep_graph(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Let a batch without images go backward where tower and projector alone are trained.
-
-    Nothing that is trained has a share in such a batch. Its logits (or its loss, where that is what
-    comes out) get one: 0 times one parameter, without which there is no graph, and in several
-    processes all others wait for this one.
-    """
-    fused = isinstance(output, tuple)
-    value = output.loss if fused else output.logits
-    trained = next((p for p in module.parameters() if p.requires_grad), None)
-    if not module.training or value.requires_grad or trained is None:
-        return output
-    value = value + 0 * trained.flatten()[0].to(value.dtype)
-    if fused:
-        return output._replace(loss=value)
-    output.logits = value
-    return output
 
 
 def settle_unused(args: TrainingArguments, model: nn.Module) -> None:

@@ -33,7 +33,7 @@ from taid_vlm.plan.rehearsal import (
     trained,
 )
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
-from taid_vlm.plan.sizes import OPTIMIZERS, optimizer_bytes
+from taid_vlm.plan.sizes import OPTIMIZERS, optimizer_bytes, resident, sharded
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.sharing import Sharing, sharing
 from taid_vlm.runs.stages import parts_by_name
@@ -186,7 +186,10 @@ def _for_rehearsal(recipe: Recipe, folder: str) -> Recipe:
     own = {"bf16": bool(train.get("bf16") or recipe.train.get("fp16")), "use_cpu": True,
            "max_steps": 1, "optim": "sgd", "logging_steps": 1, "logging_nan_inf_filter": False,
            "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
-    return recipe.model_copy(update={"train": {**train, **own}, "output_dir": folder})
+    teacher = recipe.teacher and recipe.teacher.model_copy(
+        update={"sharding": None, "devices": None})
+    return recipe.model_copy(update={
+        "train": {**train, **own}, "output_dir": folder, "teacher": teacher})
 
 
 def _trainer(
@@ -309,6 +312,8 @@ def _account(
     state, _ = _optimizer(trainer, recipe)
     always = {kinds.OPTIMIZER: state,
               kinds.BUCKETS: bytes_of(trained(trainer)) if processes > 1 else 0}
+    phases = {name: _placed(memory, recipe, trainer, processes)
+              for name, memory in phases.items()}
     whole = {name: _with_process(memory, always, _device(recipe))
              for name, memory in phases.items()}
     name, worst = max(whole.items(), key=lambda item: item[1].peak)
@@ -331,6 +336,27 @@ def _experts(trainer: DistillationTrainer) -> dict[str, Experts]:
     return {role: Experts(*chosen, sum(p.numel() for p in unwrap(model).parameters()),
                           parameters_per_token(model))
             for role, (model, chosen) in counts.items() if chosen is not None}
+
+
+def _placed(
+    memory: Memory, recipe: Recipe, trainer: DistillationTrainer, processes: int
+) -> Memory:
+    """With as much of the teacher as its sharding and its devices leave to the student's device."""
+    teacher = recipe.teacher
+    if teacher is None or trainer.teacher_model is None:
+        return memory
+    if _is_elsewhere(teacher.devices) and _device(recipe) == "gpu":
+        size = resident(trainer.teacher_model.get_output_embeddings())
+    elif teacher.sharding and teacher.is_sharded:
+        size = sharded(trainer.teacher_model, teacher.sharding, processes)
+    else:
+        return memory
+    return replace(memory, at_peak={**memory.at_peak, kinds.TEACHER: size},
+                   most={**memory.most, kinds.TEACHER: size})
+
+
+def _is_elsewhere(devices: Any) -> bool:
+    return devices == "cpu" or (isinstance(devices, list) and 0 not in devices)
 
 
 def _with_process(memory: Memory, always: Mapping[str, int], device: str) -> Memory:
@@ -370,6 +396,11 @@ def _notes(
         if recipe.train.get(key):
             yield (f"train.{key} shards the models over devices; the plan is of one device that "
                    "holds all of them.")
+    if recipe.teacher is not None and recipe.teacher.devices is not None:
+        where = "its head alone is counted" if _is_elsewhere(recipe.teacher.devices) else \
+            "all of it is counted"
+        yield (f"teacher.devices = {recipe.teacher.devices!r} may put the teacher beside the "
+               f"student or not; {where}.")
     for key in ("torch_compile", "auto_find_batch_size"):
         if recipe.train.get(key):
             yield f"train.{key} is not followed; the plan is of a run without it."

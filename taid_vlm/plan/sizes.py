@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from taid_vlm.errors import TaidError
+from taid_vlm.models.parts import decoder_layers
+from taid_vlm.models.quantization import bytes_of
+from taid_vlm.teachers.placement import planned
 
 # bitsandbytes and torchao keep small tensors in 32 bits, the others in blocks with a scale each
 SMALL, BLOCK = 4096, 256
@@ -28,6 +32,28 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise TaidError(f"--memory = '{text}', but it must be a size like 24GB, 24GiB or 80e9.")
     return size
+
+
+def resident(model: nn.Module) -> int:
+    """Bytes of a model that lies in memory: parameters and buffers."""
+    return bytes_of([*model.parameters(), *model.buffers()])
+
+
+def sharded(teacher: Any, sharding: str, processes: int) -> int:
+    """Bytes of a teacher in one of several processes, at most: its share, its whole head, and under
+    fsdp what is gathered to be computed with: all that is no layer, a layer, and the next one."""
+    whole = {id(p) for p in teacher.get_output_embeddings().parameters()}
+
+    def size(parameters: Iterable[Tensor]) -> int:
+        return bytes_of(p for p in parameters if id(p) not in whole)
+
+    if sharding == "tensor":
+        names = planned(teacher, processes)
+        split = size(p for name, p in teacher.named_parameters() if name in names)
+        return resident(teacher) - split + split // processes
+    layers = [size(layer.parameters()) for layer in decoder_layers(teacher)]
+    base = size(teacher.parameters())
+    return resident(teacher) - base + base // processes + base - sum(layers) + 2 * max(layers)
 
 
 # ----- optimizers ---------------------------------------------------------------------------

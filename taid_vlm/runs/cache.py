@@ -152,6 +152,8 @@ def build_cache(
     if spec is None or spec.cache or spec.server:
         raise TaidError(f"cache: the recipe names no teacher that can be loaded. Name it with {key}"
                         ".model_name_or_path, without cache and server.")
+    if spec.is_sharded:
+        raise TaidError(f"cache: {key}.sharding cannot work here; take {key}.devices: auto.")
     sides, found = _sides(recipe, signal, teacher)
     refuse_unavailable(spec, key)
     with locked(output):

@@ -42,7 +42,8 @@ MAY_CHANGE = ("output_dir", "evaluate", "train.max_steps", "train.num_train_epoc
               "train.per_device_eval_batch_size", "train.max_nonfinite_steps",
               "train.push_to_hub", "train.hub_", "train.max_left_out",
               "teacher.server.url", "teacher.server.timeout", "teacher.server.retries",
-              "teacher.server.concurrency", "teacher.server.api_key_env", "teacher.server.check")
+              "teacher.server.concurrency", "teacher.server.api_key_env", "teacher.server.check",
+              "teacher.sharding", "teacher.devices")
 
 
 def find_checkpoint(recipe: Recipe, resume: bool, overwrite: bool = False) -> Path | None:

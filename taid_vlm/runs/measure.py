@@ -33,7 +33,7 @@ from taid_vlm.training.trainer import DistillationTrainer
 class Measured:
     """One moment of a run: figures of all held-out records, and answers to some questions.
 
-    answers: by role; of the main process alone.
+    answers: by role.
     """
 
     tally: Tally | None
@@ -65,6 +65,7 @@ class Measuring:
 
     def __call__(self, *roles: str) -> Measured:
         """Now; roles: which models answer the questions, "teacher" or "student"."""
+        self.trainer.place_student()
         answers = {role: self._answers(role) for role in roles}
         if self.records is None:
             return Measured(None, {}, answers)
@@ -72,11 +73,11 @@ class Measuring:
                         self.trainer.look(self.records), answers)
 
     def _answers(self, role: str) -> list[str]:
-        """Greedy answers, on the main process only (nothing is trained or sharded here)."""
+        """Greedy answers, the same in every process: a sharded model is asked by all at once."""
         trainer, model = self.trainer, model_of(self.trainer, role)
-        if not self.questions or model is None or not trainer.is_world_process_zero():
+        if not self.questions or model is None:
             return []
-        plain = trainer.accelerator.unwrap_model(model).to(trainer.args.device)
+        plain = trainer.accelerator.unwrap_model(model)
         try:
             with torch.random.fork_rng():
                 return generate_answers(plain, getattr(trainer.collator, role), self.questions,

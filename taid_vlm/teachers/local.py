@@ -15,6 +15,7 @@ from taid_vlm.batch.forward import Batch, teacher_forward
 from taid_vlm.fused.model_head import find_logit_transform, output_head
 from taid_vlm.models.forward import Autocast, answer_hidden, head_rows, unwrap
 from taid_vlm.models.head import LogitTransform, keeps_type
+from taid_vlm.teachers.placement import place
 from taid_vlm.teachers.signal import HiddenSignal, SparseSignal, most_likely
 
 
@@ -27,13 +28,18 @@ class LocalTeacher:
     Args:
         accelerator: places the model, and brings its mixed precision; without it the model stays
             as and where it is.
+        sharding: over the accelerator's processes, see `teachers.placement`.
     """
 
     top: int | None = None
 
-    def __init__(self, model: PreTrainedModel, accelerator: Accelerator | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, accelerator: Accelerator | None = None,
+        sharding: str = "replicate",
+    ) -> None:
         model.requires_grad_(False).eval()
-        self.model: Any = model if accelerator is None else _placed(model, accelerator)
+        self.is_sharded = sharding != "replicate"  # then no process asks it alone
+        self.model: Any = model if accelerator is None else place(model, accelerator, sharding)
         self.autocast: Autocast = (
             contextlib.nullcontext if accelerator is None else accelerator.autocast)
         if keeps_type(model.dtype):
@@ -68,14 +74,3 @@ class LocalTeacher:
     def sparse(self, batch: Batch, k: int) -> SparseSignal:
         """The k most likely tokens in float32, see `Teacher`."""
         return most_likely(self.logits(batch), k, batch["teacher_labels"])
-
-
-def _placed(model: PreTrainedModel, accelerator: Accelerator) -> Any:
-    """The model on the process's device; what `device_map` has spread stays where it is.
-
-    accelerate moves an evaluated model for one process and for DDP, but not under FSDP.
-    """
-    prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    if getattr(model, "hf_device_map", None) is None:
-        prepared.to(accelerator.device)
-    return prepared

@@ -46,6 +46,8 @@ class DistillationConfig(TrainingArguments):
         learning_rates: {part: learning rate}; the others take `learning_rate`.
         model_init_kwargs, teacher_model_init_kwargs: for `from_pretrained`, where a model is
             given by name.
+        teacher_sharding: how the teacher lies in several processes, as a recipe's
+            `teacher.sharding`.
         chat_template_kwargs, teacher_chat_template_kwargs: variables of the student's and the
             teacher's chat templates; of several teachers by name.
         teacher_weights: of several teachers, the mixture for records that name none.
@@ -68,6 +70,7 @@ class DistillationConfig(TrainingArguments):
     learning_rates: dict[str, float] | None = field(default=None)
     model_init_kwargs: dict[str, Any] | None = field(default=None)
     teacher_model_init_kwargs: dict[str, Any] | None = field(default=None)
+    teacher_sharding: str = field(default="replicate")
     chat_template_kwargs: dict[str, Any] | None = field(default=None)
     teacher_chat_template_kwargs: dict[str, Any] | None = field(default=None)
     teacher_weights: dict[str, float] | None = field(default=None)
@@ -120,6 +123,7 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
         defaults["logging_steps"] = max(1, steps // 100)
     own = {"output_dir": recipe.output_dir, "objective": recipe.objective,
            "canary_records": recipe.evaluate.canary,
+           "teacher_sharding": (recipe.teacher and recipe.teacher.sharding) or "replicate",
            "chat_template_kwargs": recipe.student.chat_template_kwargs,
            "teacher_weights": recipe.teacher_weights, "teacher_chat_template_kwargs": (
                template_kwargs(recipe.teacher) if recipe.teacher else {

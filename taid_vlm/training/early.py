@@ -14,11 +14,14 @@ from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import ParallelMode
 
+from taid_vlm.config.model import TeacherSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.config.training import of_hub
 from taid_vlm.errors import RecipeError, TaidError, nearest, nearest_sibling
 from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.models.loading import load_skeleton
+from taid_vlm.objectives import parse_objective
+from taid_vlm.teachers.placement import check_sharding
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.pair import with_adapter
 
@@ -51,6 +54,9 @@ def refuse_early(args: DistillationConfig, recipe: Recipe, adapter: Any = None) 
     optimizer = _check_optimizer(args, recipe)
     _check_schedule(args, optimizer)
     _check_student(args, recipe, adapter)
+    _check_zero(args)
+    if recipe.teacher is not None:
+        _check_teacher(args, recipe.teacher)
 
 
 def check_files(train: Mapping[str, Any]) -> None:
@@ -229,3 +235,38 @@ def _check_student(args: DistillationConfig, recipe: Recipe, adapter: Any) -> No
                        f"is nothing that {type(skeleton).__name__} can do.")
     if adapter is not None:
         with_adapter(skeleton, adapter, on_meta=True)
+
+
+def _check_zero(args: DistillationConfig) -> None:
+    zero = getattr(args.deepspeed_plugin, "hf_ds_config", None)
+    key = "stage3_gather_16bit_weights_on_model_save"
+    if zero is not None and zero.is_zero3() and not zero.is_true(f"zero_optimization.{key}"):
+        raise _refusal("deepspeed", "stage 3", "would leave the student's weights in shares, and "
+                       f"no whole student to save: set zero_optimization.{key} to true.")
+
+
+def _check_teacher(args: DistillationConfig, teacher: TeacherSpec) -> None:
+    """Refuse a placement that this run's processes and devices cannot have."""
+    several, present = args.world_size > 1, torch.accelerator.device_count()
+    sharding, devices = teacher.sharding, teacher.devices
+    if teacher.is_sharded and not several:
+        raise RecipeError(f"teacher.sharding = '{sharding}' needs several processes: start with "
+                          "`accelerate launch`, or take it out.")
+    if devices not in (None, "cpu") and several:
+        raise RecipeError(f"teacher.devices = {devices!r}: each of {args.world_size} processes "
+                          "would put a teacher of its own there; take teacher.sharding: fsdp, or "
+                          "teacher.devices: cpu.")
+    if isinstance(devices, list) and max(devices) >= present:
+        raise RecipeError(f"teacher.devices = {devices}, but this machine has {present} "
+                          "accelerators, counted from 0.")
+    if sharding is None or not teacher.is_sharded:
+        return
+    if teacher.init_kwargs.get("quantization_config"):
+        raise RecipeError(f"teacher.sharding = '{sharding}' cannot shard a quantised teacher; take "
+                          "out init_kwargs.quantization_config, or sharding.")
+    objective = parse_objective(args.objective)
+    if sharding == "tensor" and objective.visual:
+        raise RecipeError(f"objective.{objective.visual[0].name} compares features of a process's "
+                          "own batch, and with teacher.sharding = 'tensor' all processes compute "
+                          "one batch together; take teacher.sharding: fsdp.")
+    check_sharding(load_skeleton(teacher, "teacher"), sharding, args.world_size)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from taid_vlm.alignment import Pairing
@@ -39,7 +40,7 @@ from taid_vlm.batch.sparse import sparse_figures, sparse_losses
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedDivergence, FusedLoss
-from taid_vlm.fused.model_head import find_logit_transform, output_head
+from taid_vlm.fused.model_head import at_head, find_logit_transform, is_plain
 from taid_vlm.fused.pieces import Pieces
 from taid_vlm.fused.work import Rows, Weighing
 from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
@@ -102,7 +103,8 @@ def _advantage(objective: Objective, teacher: Teacher, batch: Batch, u: Tensor) 
         return divergence("ce", logits, None, labels=batch["teacher_labels"])
 
     return advantage_weights(objective.visual_advantage, batch, nll(u),
-                             lambda blind: nll(teacher.logits(blind)))
+                             lambda blind: nll(teacher.logits(blind)),
+                             getattr(teacher, "is_sharded", False))
 
 
 class SparseStep:
@@ -173,13 +175,13 @@ class FusedStep:
 
         def distill(student: PreTrainedModel, inputs: Mapping[str, Tensor]) -> FusedLoss:
             with self.autocast():
-                return self.fused(
-                    answer_hidden(student, inputs, batch["student_mask"]),
-                    output_head(student, self.transform), teacher_hidden, teacher_head,
-                    batch["labels"], t=t,
-                    map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
-                    token_weights=weight, weights=batch.get("weights"), pieces=pieces,
-                    measure=functools.partial(self._measure, batch) if with_figures else None)
+                return at_head(
+                    student, self.transform, answer_hidden(student, inputs, batch["student_mask"]),
+                    lambda hidden, head: self.fused(
+                        hidden, head, teacher_hidden, teacher_head, batch["labels"], t=t,
+                        map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
+                        token_weights=weight, weights=batch.get("weights"), pieces=pieces,
+                        measure=functools.partial(self._measure, batch) if with_figures else None))
 
         result = model(**batch["student_inputs"], distill=distill)
         return StepLoss(result.loss, result.per_token, result.token_weights,
@@ -196,13 +198,14 @@ class FusedStep:
     @torch.no_grad()
     def _advantage(self, teacher: Teacher, batch: Batch) -> Weighing:
         """The teacher is asked here of what it does not see; what it sees, the fused pass finds."""
-        blind, labels = blinded(batch), batch["teacher_labels"]
+        in_step = getattr(teacher, "is_sharded", False)
+        blind, labels = blinded(batch, in_step), batch["teacher_labels"]
         unseeing = torch.empty(0)
         if blind is not None:
             with self.autocast():
                 unseeing = -self.fused.teacher_log_prob(*_hidden(teacher, blind), labels)
         return Weighing(labels, lambda seeing: advantage_weights(
-            self.objective.visual_advantage, batch, seeing, lambda _: unseeing))
+            self.objective.visual_advantage, batch, seeing, lambda _: unseeing, in_step))
 
     def _measure(
         self, batch: Batch, index: int, rows: Rows, s: Tensor, u: Tensor | None
@@ -281,14 +284,20 @@ def choose_step(
         return step
     if implementation == "reference":
         return ReferenceStep(objective, pairing, "loss_implementation = 'reference'")
-    with autocast():
-        transform = find() if find else find_logit_transform(
-            unwrap(student), probe["student_inputs"], probe["student_mask"])
-    if transform is None:
-        reason = _unknown_head("student", unwrap(student))
-    elif teacher is not None and objective.needs_teacher and teacher.hidden(probe) is None:
-        reason = _unknown_head("teacher", getattr(teacher, "model", None))
-    else:
+    reason, transform = None, None
+    head = unwrap(student).get_output_embeddings()
+    if not is_plain(head) and any(isinstance(p, DTensor) for p in unwrap(student).parameters()):
+        reason = "FSDP shards the student, whose head is no plain matrix"
+    if reason is None:
+        accept_distill(unwrap(student))
+        with autocast():
+            transform = find() if find else find_logit_transform(
+                student, probe["student_inputs"], probe["student_mask"])
+        if transform is None:
+            reason = _unknown_head("student", unwrap(student))
+        elif teacher is not None and objective.needs_teacher and teacher.hidden(probe) is None:
+            reason = _unknown_head("teacher", getattr(teacher, "model", None))
+    if reason is None and transform is not None:
         return FusedStep(objective, pairing, student, transform, memory_budget, autocast)
     if implementation == "fused":
         raise TaidError(f"loss_implementation = 'fused', but {reason}. Use auto or reference.")

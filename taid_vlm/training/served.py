@@ -98,12 +98,13 @@ def served_of(teacher: Any) -> dict[str, ServedTeacher]:
 
 
 def place_teacher(
-    teacher: Any, accelerator: Accelerator, pairing: Any = None, called: str = "The teacher"
+    teacher: Any, accelerator: Accelerator, pairing: Any = None, called: str = "The teacher",
+    sharding: str = "replicate",
 ) -> Any:
     """A model becomes a teacher in this process, a cache one with its head; several do by name.
 
     Args:
-        pairing: of several, how each is compared.
+        pairing: of several, how each is compared. sharding: of a model, over the processes.
     """
     if isinstance(teacher, Mapping):
         return Teachers({name: place_teacher(one, accelerator, called=f"The teacher '{name}'")
@@ -113,7 +114,7 @@ def place_teacher(
     if isinstance(teacher, TeacherInStudent):
         return SharedTeacher(teacher, accelerator)
     if not isinstance(teacher, TeacherCache):
-        return LocalTeacher(teacher, accelerator)
+        return LocalTeacher(teacher, accelerator, sharding)
     if accelerator.is_main_process:
         logger.info("%s is cached in '%s' and shown no images: whether it looks at its own (the "
                     "canary) is not measured.", called, teacher.folder)

@@ -291,13 +291,16 @@ def _joined(
     return pairing, collator
 
 
-def placed(teacher: Any, pairing: Any, accelerator: Accelerator) -> tuple[Any, Pairing | None]:
+def placed(
+    teacher: Any, pairing: Any, accelerator: Accelerator, sharding: str
+) -> tuple[Any, Pairing | None]:
     """The teacher, and how it is compared, on the process's device; several bring their own."""
     device = accelerator.device
     if isinstance(pairing, Mapping):
         return place_teacher(teacher, accelerator, {
             name: one.to(device) for name, one in pairing.items()}), None
-    return place_teacher(teacher, accelerator), pairing and pairing.to(device)
+    return (place_teacher(teacher, accelerator, sharding=sharding),
+            pairing and pairing.to(device))
 
 
 def the_only_one(teacher: Any) -> Any:

@@ -152,7 +152,8 @@ class DistillationTrainer(Trainer):
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
-        self.teacher, self.pairing = placed(teacher, pairing, self.accelerator)
+        self.teacher, self.pairing = placed(
+            teacher, pairing, self.accelerator, args.teacher_sharding)
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.router = RouterTerm(self.objective.router, student, self.accelerator)
@@ -233,14 +234,15 @@ class DistillationTrainer(Trainer):
         return (loss, found.losses) if return_outputs else loss
 
     def _loss_step(self, batch: Batch, part: str = "") -> Step | SeveralStep | NoTokens:
-        """The implementation of the loss, chosen at the first batch that has tokens to check it.
+        """The implementation of the loss, chosen when every process has tokens to check it: a
+        sharded model is asked by all at once.
 
         Args:
             part: "" for references, SAMPLED.
         """
         objective = self.objective.sampled if part else self.objective
         assert objective is not None
-        if self._steps.get(part) is None and len(batch["labels"]):
+        if self._steps.get(part) is None and all(gather_object([len(batch["labels"])])):
             self._steps[part] = step_of(objective, self.pairing, self.model, self.teacher, batch,
                                         self.args, self.accelerator)
         return self._steps.get(part) or plain_step_of(objective, self.pairing, self.teacher)
@@ -403,6 +405,13 @@ class DistillationTrainer(Trainer):
         teacher = self.teacher.models if isinstance(self.teacher, Teachers) else self.teacher_model
         return self.canary.measure(
             dataset, self.model, teacher, self.collator, **self._evaluation_options())
+
+    def place_student(self) -> None:
+        """Where it can be measured: FSDP and DeepSpeed bring it to its device when training begins.
+        """
+        plain = getattr(self.model, "quantization_method", None) is None
+        if self.optimizer is None and plain and not self.place_model_on_device:
+            self.model.to(self.args.device)
 
     def _evaluation_options(self) -> dict[str, Any]:
         return {

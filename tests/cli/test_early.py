@@ -110,6 +110,17 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
                           ("train.dataloader_num_workers = 0", "persistent_workers")),
     "compiled around the fused loss": (["train.torch_compile=true"],
                                        ("train.torch_compile = True", "reference")),
+    "a sharded teacher in one process": (
+        ["teacher.sharding=fsdp"], ("teacher.sharding = 'fsdp'", "accelerate launch")),
+    "a teacher sharded in no known way": (
+        ["teacher.sharding=zero3"], ("teacher.sharding = 'zero3'", "fsdp")),
+    "a teacher in two places": (
+        ["teacher.sharding=fsdp", "teacher.devices=cpu"], ("teacher.sharding", "devices")),
+    "a teacher placed twice": (
+        ["teacher.devices=cpu", "teacher.init_kwargs={device_map: auto}"],
+        ("teacher.devices = 'cpu'", "init_kwargs.device_map = 'auto'")),
+    "a teacher on devices that are not there": (
+        ["teacher.devices=[97]"], ("teacher.devices = [97]", "this machine has")),
     "parallelism": (["train.parallelism_config={tp_size: 2}"], ("train.parallelism_config",)),
     "an adapter on nothing": (["student.peft={r: 4, target_modules: [nope]}"],
                               ("student.peft", "nope")),

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from zoo import build
 
 from taid_vlm.errors import TaidError
 from taid_vlm.models.quantization import bytes_of
-from taid_vlm.plan.sizes import OPTIMIZERS, optimizer_bytes, parse_bytes
+from taid_vlm.plan.sizes import OPTIMIZERS, optimizer_bytes, parse_bytes, resident, sharded
 
 
 @pytest.mark.parametrize(("text", "size"), [
@@ -92,3 +93,14 @@ def test_every_optimizer_is_one_of_transformers() -> None:
     from transformers.training_args import OptimizerNames
 
     assert OPTIMIZERS.keys() <= {name.value for name in OptimizerNames}
+
+
+def test_a_sharded_teacher_is_its_share_its_head_and_what_is_gathered() -> None:
+    model = build("llama").model
+    layer, head = bytes_of(model.model.layers[0].parameters()), bytes_of([model.lm_head.weight])
+    base = bytes_of(model.parameters()) - head
+    rest = base - layer * len(model.model.layers)
+    buffers = resident(model) - base - head
+    assert sharded(model, "fsdp", 4) == head + buffers + base // 4 + rest + 2 * layer
+    norms = bytes_of(p for name, p in model.named_parameters() if "norm" in name)
+    assert sharded(model, "tensor", 2) == head + buffers + norms + (base - norms) // 2
