@@ -8,6 +8,7 @@ from taid_vlm.adapters.adapter import (
     check_spelled,
 )
 from taid_vlm.adapters.encoded import AnswerSpan, AnswerToken, EncodedBatch, EncodedRow
+from taid_vlm.adapters.expansions import SeenSizes
 from taid_vlm.adapters.families import check_image_token, make_adapter, probe_image
 from taid_vlm.adapters.grids import GlobalViews, View
 from taid_vlm.adapters.template import Rendered, agree
@@ -18,6 +19,7 @@ from taid_vlm.adapters.turns import Processor, Supervise, check_kwargs
 __all__ = [
     "PROBE_WORDS", "TOKENIZER_PROBES", "AnswerSpan", "AnswerToken", "EncodedBatch",
     "EncodedRow", "GlobalViews", "ImageTextAdapter", "ModelAdapter", "Processor", "Rendered",
-    "Side", "Supervise", "TextAdapter", "TokenTable", "View", "agree", "check_image_token",
-    "check_kwargs", "check_reloaded", "check_spelled", "make_adapter", "probe_image",
+    "SeenSizes", "Side", "Supervise", "TextAdapter", "TokenTable", "View", "agree",
+    "check_image_token", "check_kwargs", "check_reloaded", "check_spelled", "make_adapter",
+    "probe_image",
 ]

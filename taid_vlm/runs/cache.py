@@ -57,6 +57,7 @@ from taid_vlm.teachers.shards import (
     Entry,
     ShardWriter,
     key_of,
+    pixels_hash,
     read_index,
     source_hash,
     whole_shards,
@@ -392,8 +393,8 @@ class _Collate:
         rows: list[TeacherRow] = batch.pop("teacher_rows")
         numbers = {id(row): number for number, row in items}
         batch["kept"] = [] if not batch["counts"]["rows"] else [
-            (numbers[id(row.record)], source_hash(row.source), key_of(row.ids, row.images),
-             row.positions) for row in rows]
+            (numbers[id(row.record)], source_hash(row.source),
+             key_of(row.ids, pixels_hash(row.images)), row.positions) for row in rows]
         return batch
 
 

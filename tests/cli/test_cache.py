@@ -28,8 +28,12 @@ from cli.recipes import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from taid_vlm.adapters import ImageTextAdapter
+from taid_vlm.config.recipe import parse_recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.runs import cache as building
+from taid_vlm.runs.ingredients import gather
+from taid_vlm.runs.run import _make_trainer
 from taid_vlm.teachers import TeacherCache
 from taid_vlm.teachers.shards import AGAIN
 
@@ -115,6 +119,29 @@ def test_single_records_train_bit_for_bit(
         key: expected["models"]["teacher"][key] for key in ("name", "parameters", "model_type")}
     page = (Path(live["output_dir"] + "-cached") / "report.html").read_text()
     assert "bytes an answer token" in page
+
+
+def test_pixels_that_the_cache_knows_are_not_shown_to_the_teacher_again(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But once for each size, in a collator's life: here before training, as it checks the data."""
+    live = tree(tmp_path, checkpoints)
+    recipe = parse_recipe(cached(live, built(cli, tmp_path, live)))
+    trainer = _make_trainer(recipe, gather(recipe))
+    records, shown, process = list(trainer.train_dataset), [], ImageTextAdapter._process
+
+    def count(adapter: Any, rendered: Any, *rest: Any) -> Any:
+        shown.append(adapter.role)
+        return process(adapter, rendered, *rest)
+
+    monkeypatch.setattr(ImageTextAdapter, "_process", count)
+    batch = trainer.collator(records)
+    assert shown == ["student"]
+    monkeypatch.setattr(TeacherCache, "holds", lambda *_: False)
+    again = trainer.collator(records)
+    assert shown[1:].count("teacher") == len(records), "what is not known is looked at"
+    assert again["teacher_hidden"].equal(batch["teacher_hidden"])
+    assert again["teacher_mask"].equal(batch["teacher_mask"])
 
 
 def test_a_template_and_its_variables_come_with_the_cache(
