@@ -60,16 +60,18 @@ Tree = dict[str, Any]
 @dataclass(frozen=True)
 class Arm:
     """One form of the signal. cache: dtype of hidden states, and what is kept; refused: the
-    objectives that it cannot be trained with."""
+    objectives that it cannot be trained with; side: of the padding."""
 
     title: str
     cache: tuple[str, Signal] | None = None
     served: bool = False
     refused: frozenset[str] = frozenset()
+    side: str = "right"
 
 
 ARMS = {
     "live": Arm("the teacher itself"),
+    "live-left": Arm("the teacher itself, padded on the left", side="left"),
     "float32": Arm("cached hidden states, float32", ("float32", Signal())),
     "topk": Arm(f"cached top {K} with the rest", ("auto", Signal("topk", K))),
     "sampled": Arm(f"cached {DRAWS} draws", ("auto", Signal("sampled", DRAWS)),
@@ -181,7 +183,8 @@ def recipe(options: argparse.Namespace, objective: str, name: str, held_out: boo
         "train": {"max_steps": options.steps, "per_device_train_batch_size": BATCH,
                   "per_device_eval_batch_size": BATCH, "learning_rate": options.learning_rate,
                   "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "logging_steps": 1,
-                  "save_strategy": "no", "seed": options.seed, "use_cpu": True},
+                  "save_strategy": "no", "seed": options.seed, "use_cpu": True,
+                  "padding_side": ARMS[name].side},
         **sections}
     return {key: value for key, value in tree.items() if value is not None}
 

@@ -21,6 +21,7 @@ from taid_vlm.models.forward import unwrap
 from taid_vlm.models.loading import load_skeleton
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
+from taid_vlm.plan.caches import CacheSize, cache_size
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
 from taid_vlm.plan.rehearsal import (
     Memory,
@@ -85,7 +86,7 @@ class Plan:
     """Memory of one device while a recipe (or one stage of it) is carried out.
 
     peak: bytes in its fullest moment, which is in the phase `fullest`; phases: peak of each.
-    experts: of models that have some.
+    experts: of models that have some. cache: on disk, of a teacher that is loaded.
     """
 
     stage: str
@@ -98,6 +99,7 @@ class Plan:
     batch: Longest
     notes: tuple[str, ...] = ()
     experts: Mapping[str, Experts] = field(default_factory=dict)
+    cache: CacheSize | None = None
 
 
 Seen = dict[str, Looked]
@@ -136,6 +138,7 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         shapes = Shapes()
         trainer = _trainer(recipe, found, shapes)
         looked = _looked(trainer, recipe, "train", found.train, seen)
+        sides = [(looked, found.train)]
         batch, lengths = longest_batch(trainer, looked, found.args.per_device_train_batch_size)
         phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes)}
         if _device(recipe) == "gpu":
@@ -143,10 +146,12 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         phases[UPDATE] = _update(trainer, recipe)
         if found.eval is not None:
             looked = _looked(trainer, recipe, "eval", found.eval, seen)
+            sides.append((looked, found.eval))
             held_out, _ = longest_batch(trainer, looked, found.args.per_device_eval_batch_size)
             phases[EVALUATION] = _rehearsed(
                 rehearse_evaluation, formula.evaluation, trainer, held_out, shapes)
-        return _account(stage, processes, recipe, trainer, phases, lengths)
+        plan = _account(stage, processes, recipe, trainer, phases, lengths)
+        return replace(plan, cache=cache_size(recipe, trainer, sides))
 
 
 def _looked(

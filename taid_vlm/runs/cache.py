@@ -237,7 +237,7 @@ def _estimate(
     """From the first records of every side; raises TaidError where the disk has no room."""
     skeleton = load_skeleton(spec, "teacher")
     rows, width = (int(n) for n in skeleton.get_output_embeddings().weight.shape)
-    stored = _weight_bytes(spec, skeleton)
+    stored = weight_bytes(spec, skeleton)
     item = stored if dtype == "auto" else getattr(torch, dtype).itemsize
     tokens = records = size = 0
     for side in sides:
@@ -245,7 +245,7 @@ def _estimate(
         with quiet("taid_vlm", warn=False):
             seen = sum(len(side.collator([row])["teacher_labels"]) for row in first)
         more = round(seen * len(side.records) / max(len(first), 1))
-        size += more * (signal.bytes if signal.is_sparse and side.learned else width * item + 4)
+        size += more * bytes_per_token(signal, side.learned, width, item)
         tokens, records = tokens + more, records + len(side.records)
     per_token = round(size / max(tokens, 1))
     size += records * BESIDE + rows * width * stored
@@ -258,7 +258,13 @@ def _estimate(
     return Estimate(records, tokens, size, per_token)
 
 
-def _weight_bytes(spec: TeacherSpec, skeleton: PreTrainedModel) -> int:
+def bytes_per_token(signal: Signal, learned: bool, width: int, item: int) -> int:
+    """On disk, with its position. learned: of a record to train on; width, item: of the teacher's
+    hidden states, how many numbers and bytes of each."""
+    return signal.bytes if signal.is_sparse and learned else width * item + 4
+
+
+def weight_bytes(spec: TeacherSpec, skeleton: PreTrainedModel) -> int:
     """Of a number in the teacher's weights as they will be loaded, and in its hidden states."""
     name = weights_dtype(spec, "teacher", skeleton.config)
     kind = getattr(skeleton.config, "dtype", None) if name == "auto" else getattr(torch, name)

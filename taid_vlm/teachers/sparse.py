@@ -28,6 +28,7 @@ from taid_vlm.teachers.shards import HIDDEN
 from taid_vlm.teachers.signal import SparseSignal, most_likely
 
 Kind = Literal["hidden", "topk", "sampled"]
+DEFAULT_K: dict[Kind, int] = {"topk": 64, "sampled": 12}
 TRAINS = {"topk": ("forward_kl", "taid", "ce"), "sampled": ("forward_kl", "ce")}
 WHY = {"topk": "needs the teacher's whole law",
        "sampled": "is not linear in the teacher's probabilities, so draws of them would be biased"}

@@ -506,6 +506,36 @@ def test_plan_and_inspect_know_a_cache(
     assert done.status == 0, done.err
 
 
+@pytest.mark.parametrize(("case", "objective", "options", "without"), [
+    ("b", "forward_kl", "", []),
+    ("b", "taid", "--signal topk --k 64", ["sampled"]),
+    ("c", "forward_kl", "--dtype bfloat16", ["topk", "sampled"]),
+])
+def test_plan_says_what_a_cache_would_take(
+    case: str, objective: str, options: str, without: list[str], cli: Cli,
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Bytes of the cache that is then built, but for the heads of its files."""
+    live = tree(tmp_path, checkpoints, case) | {"objective": objective}
+    live["data"].pop("eval")
+    live["train"].pop("per_device_eval_batch_size")
+    done = cli("plan", write_recipe(tmp_path, live), "--json")
+    assert done.status == 0, done.err
+    (stage,) = json.loads(done.out)["stages"]
+    size = stage["cache"]
+    assert [why.partition(":")[0] for why in size["refused"]] == [
+        f"--signal {kind}" for kind in without]
+    assert [form["exact"] for form in size["forms"]] == [True] + [False] * (3 - len(without))
+    (form,) = (form for form in size["forms"] if form["options"] == options)
+    cache = TeacherCache(built(cli, tmp_path, live, *options.split()))
+    assert (size["tokens"], size["records"]) == (cache.facts["tokens"], cache.records)
+    head = (cache.folder / "head.safetensors").stat().st_size
+    assert form["bytes"] == pytest.approx(cache.bytes + head, abs=2500)
+    text = cli("plan", write_recipe(tmp_path, live)).out
+    assert f"taid-vlm cache {options}".strip() in text
+    assert text.count("not for this recipe") == len(without)
+
+
 # ----- a few entries of every law ---------------------------------------------------------------
 
 
