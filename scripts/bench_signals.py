@@ -337,6 +337,20 @@ def served(options: argparse.Namespace) -> Iterator[Server]:
 # ----- output -------------------------------------------------------------------------------
 
 
+COLUMNS = """\
+Held-out KL (nats) and agreement (of the most likely token) are per answer token, against the
+teacher itself, whatever the student was trained on; standard errors are over records, of one
+training run each, so that they say nothing of another seed. Seconds are of `train` alone, all
+steps, compilation in the first one included: by the clock, of a machine that others used at the
+same time, and of this process's CPU. Bytes are on disk, all that lies beside the signal included,
+or what came from the server. Peak RSS is that of the process that trained, and of a server all its
+processes; building is the teacher's one pass over the records, with loading it."""
+ROUNDING = """\
+The same law in other batches is not the same in the last bit: the cache was built in the order of
+the records, and padded otherwise than training draws them (padding the live teacher on the left is
+no other thing). What training makes of it, against the live teacher:"""
+
+
 def write(options: argparse.Namespace, arguments: Sequence[str] | None) -> None:
     """FILE.json and FILE.md with all arms that are finished."""
     if options.output is None:
@@ -351,19 +365,43 @@ def write(options: argparse.Namespace, arguments: Sequence[str] | None) -> None:
              "settings": read_json(options.folder / "settings.json", "settings"),
              "before": read_json(options.folder / "before.json", "figures")}
     write_json({**about, "objectives": finished}, options.output.with_suffix(".json"))
-    write_text("\n\n".join(_page(about, finished)) + "\n", options.output.with_suffix(".tables"))
+    write_text("\n\n".join(_page(about, finished)) + "\n", options.output.with_suffix(".md"))
 
 
 def _page(about: Mapping[str, Any], finished: Mapping[str, Mapping[str, Tree]]) -> Iterator[str]:
-    before, found = about["before"], about["conditions"]
+    before, found, settings = about["before"], about["conditions"], about["settings"]
+    yield "# What a teacher's signal costs, and what it gives"
     yield f"```bash\n{about['command']}\n```"
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    yield (f"{found['processor']}, {found['threads']} thread(s) of this process; {versions}. "
-           f"Seed {about['settings']['seed']}. Before training: KL {_figure(before, 'kl')}, "
-           f"agreement {_figure(before, 'agreement')} over {before['n_tokens']:,} held-out tokens.")
+    yield (f"On a CPU ({found['processor']}), {found['threads']} thread(s), float32; {versions}. "
+           f"The teacher is {Path(settings['teacher']).name}, the student {settings['layers']} of "
+           f"its layers; {settings['steps']} steps of {BATCH} records, seed {settings['seed']}, "
+           f"learning rate {settings['learning_rate']}. Before training: KL "
+           f"{_figure(before, 'kl')}, agreement {_figure(before, 'agreement')} over "
+           f"{before['n_tokens']:,} held-out answer tokens of {before['n_answers']} records.")
     for objective, arms in finished.items():
-        yield f"## {objective}"
-        yield _table(arms)
+        if arms:
+            tokens = {result["train"]["answer_tokens"] for result in arms.values()}
+            yield f"## {objective}"
+            yield f"Trained on {', '.join(f'{n:,}' for n in sorted(tokens))} answer tokens."
+            yield _table(arms)
+            yield COLUMNS
+            yield from _rounding(arms)
+
+
+def _rounding(arms: Mapping[str, Tree]) -> Iterator[str]:
+    """How far the arms with the teacher's whole law are from the live one, step by step."""
+    same = [name for name in ("live-left", "float32") if name in arms]
+    if "live" not in arms or not same:
+        return
+    yield ROUNDING
+    live, lines = arms["live"]["train"]["losses"], []
+    for name in same:
+        apart = [abs(x - y) for x, y in zip(live, arms[name]["train"]["losses"], strict=True)]
+        until = ", ".join(f"{max(apart[:n]):.1e} until step {n}" for n in (2, 5, len(apart)))
+        lines.append(f"- {ARMS[name].title}: largest difference of a logged loss {until}; of a "
+                     f"weight, at the end, {arms[name]['weights_apart']:.1e}.")
+    yield "\n".join(lines)
 
 
 def _table(arms: Mapping[str, Tree]) -> str:

@@ -10,9 +10,10 @@ from taid_vlm.alignment import teacher_positions
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import unwrap
+from taid_vlm.models.loading import weight_bytes
 from taid_vlm.objectives import parse_objective
 from taid_vlm.plan.longest import Looked
-from taid_vlm.runs.cache import BESIDE, bytes_per_token, weight_bytes
+from taid_vlm.runs.cache import BESIDE
 from taid_vlm.teachers.cache import DTYPES
 from taid_vlm.teachers.sparse import DEFAULT_K, Signal
 from taid_vlm.training.trainer import DistillationTrainer
@@ -61,7 +62,7 @@ def cache_size(
         except TaidError as error:
             refused.append(error.message)
             continue
-        each = [bytes_per_token(signal, not number, width, item) for number in range(len(tokens))]
+        each = [signal.token_bytes(not number, width, item) for number in range(len(tokens))]
         size = sum(n * per for n, per in zip(tokens, each, strict=True))
         forms.append(CacheForm(options, not signal.is_sparse and item == stored, each[0],
                                size + records * BESIDE + rows * width * stored))

@@ -42,7 +42,7 @@ from taid_vlm.models.loading import (
     load_model,
     load_processor,
     load_skeleton,
-    weights_dtype,
+    weight_bytes,
     weights_hash,
 )
 from taid_vlm.objectives import parse_objective
@@ -245,7 +245,7 @@ def _estimate(
         with quiet("taid_vlm", warn=False):
             seen = sum(len(side.collator([row])["teacher_labels"]) for row in first)
         more = round(seen * len(side.records) / max(len(first), 1))
-        size += more * bytes_per_token(signal, side.learned, width, item)
+        size += more * signal.token_bytes(side.learned, width, item)
         tokens, records = tokens + more, records + len(side.records)
     per_token = round(size / max(tokens, 1))
     size += records * BESIDE + rows * width * stored
@@ -256,19 +256,6 @@ def _estimate(
                         f"'{output}' has {free / 1e9:,.3g} GB of room. Make room, choose another "
                         "disk, or keep hidden states in half of it with --dtype bfloat16.")
     return Estimate(records, tokens, size, per_token)
-
-
-def bytes_per_token(signal: Signal, learned: bool, width: int, item: int) -> int:
-    """On disk, with its position. learned: of a record to train on; width, item: of the teacher's
-    hidden states, how many numbers and bytes of each."""
-    return signal.bytes if signal.is_sparse and learned else width * item + 4
-
-
-def weight_bytes(spec: TeacherSpec, skeleton: PreTrainedModel) -> int:
-    """Of a number in the teacher's weights as they will be loaded, and in its hidden states."""
-    name = weights_dtype(spec, "teacher", skeleton.config)
-    kind = getattr(skeleton.config, "dtype", None) if name == "auto" else getattr(torch, name)
-    return kind.itemsize if isinstance(kind, torch.dtype) else 4
 
 
 def _accelerator(found: Ingredients) -> Accelerator:

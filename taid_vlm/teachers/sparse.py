@@ -53,10 +53,14 @@ class Signal:
     def is_sparse(self) -> bool:
         return self.kind != HIDDEN
 
-    @property
-    def bytes(self) -> int:
-        """Of a token, with its position."""
-        return 8 + 8 * self.k
+    def token_bytes(self, learned: bool, width: int, item: int) -> int:
+        """Of a token on disk, with its position.
+
+        Args:
+            learned: of a record to train on; of others hidden states are kept in any case.
+            width, item: of the teacher's hidden states, how many numbers, and bytes of each.
+        """
+        return 8 + 8 * self.k if self.is_sparse and learned else width * item + 4
 
     def of(self, log_probs: Tensor, generator: torch.Generator) -> SparseSignal:
         """Of laws [n, W] over W entries."""
