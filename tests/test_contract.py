@@ -4,6 +4,7 @@ is one builder in the zoo and nothing here."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from zoo import TEXT_FAMILIES, VLM_FAMILIES, Built, build, save
 from zoo.images import image
 from zoo.tokenizers import VARIANTS
 
-from taid_vlm.adapters import EncodedBatch, EncodedRow, ModelAdapter, Side, make_adapter
+from taid_vlm.adapters import (
+    Continuation,
+    EncodedBatch,
+    EncodedRow,
+    ModelAdapter,
+    Side,
+    continued_record,
+    make_adapter,
+)
 from taid_vlm.alignment import (
     AlignedToken,
     Pairing,
@@ -294,6 +303,68 @@ def test_answers_are_begun_where_they_were_learned(family: str) -> None:
         at = positions.index(row.answers[-1].tokens[0].position)
         expected = students.tokenizer.decode([found[at].argmax()], skip_special_tokens=True)
         assert first == expected.strip()
+
+
+def continuation(row: EncodedRow, kind: str) -> Continuation:
+    """A row's last answer as if the model had sampled it: its own tokens."""
+    answer = row.answers[-1]
+    first, last = answer.tokens[0].position, answer.end_of_turn
+    assert last is not None
+    return Continuation(record(kind), answer.turn,
+                        tuple(row.ids[first - row.offset : last - row.offset]),
+                        row.ids[last - row.offset])
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_that_was_sampled_is_learned_as_the_same_reference(
+    family: str, side: Side
+) -> None:
+    """The reference's own tokens behind the prompt: the same inputs, the same tokens learned."""
+    students, names = adapter(family, "student"), kinds(family)
+    reference = encoded(family, "student", side)
+    sampled = [continued_record(students, continuation(row, kind))
+               for row, kind in zip(reference.rows, names, strict=True)]
+    images = [[ref.load() for ref in item.images] for item, _ in sampled]
+    again = students.encode([rendered for _, rendered in sampled], images, side)
+    for index, (old, new) in enumerate(zip(reference.rows, again.rows, strict=True)):
+        (answer,), before = new.answers, old.answers[-1]
+        kept = len(new.ids)  # a template prints more behind the end of a turn
+        assert (new.ids, new.byte_spans) == (old.ids[:kept], old.byte_spans[:kept])
+        assert old.text.startswith(new.text)
+        assert answer.end_of_turn == new.offset + kept - 1
+        assert [token[1:] for token in answer.tokens] == [token[1:] for token in before.tokens]
+        assert [p - new.offset for p in answer.positions] == [
+            p - old.offset for p in before.positions]
+        for key, value in reference.inputs.items():
+            if value.shape[:2] == reference.inputs["input_ids"].shape:
+                assert torch.equal(again.inputs[key][index, new.offset : new.offset + kept],
+                                   value[index, old.offset : old.offset + kept]), key
+    for key, value in reference.inputs.items():
+        if value.shape[:2] != reference.inputs["input_ids"].shape:
+            assert torch.equal(again.inputs[key], value), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sampled_answer_is_aligned_with_every_kind_of_teacher(family: str) -> None:
+    """The text in the teacher's template, the tokens as drawn: each is compared, the end, too."""
+    teacher = TEACHERS[family]
+    pairing = paired(teacher, family)
+    collate = DistillationCollator(adapter(family, "student"), adapter(teacher, "teacher"), pairing)
+    for kind in kinds(teacher, family):
+        row = row_of(family, "student", "right", kind)
+        whole = continuation(row, kind)
+        cut = replace(whole, ids=whole.ids[:2], end=None)
+        for sampled, number in ((whole, len(row.answers[-1].positions)), (cut, 2)):
+            batch = collate([sampled])
+            assert not batch["counts"]["dropped"], kind
+            words = len(cut.ids) if sampled is cut else number
+            assert batch["counts"]["aligned_tokens"] == words, kind
+            mask = batch["student_mask"][0].nonzero()[:, 0] + 1
+            ids = batch["student_inputs"]["input_ids"][0]
+            assert ids[mask].tolist() == batch["labels"].tolist()
+            end = () if sampled.end is None else (sampled.end,)
+            assert tuple(batch["labels"].tolist()) == (*sampled.ids, *end)[-len(mask):]
 
 
 @pytest.mark.parametrize(("family", "kind"), REFUSED)

@@ -12,7 +12,7 @@ import bisect
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -21,8 +21,10 @@ from taid_vlm.adapters.encoded import (
     AnswerToken,
     EncodedBatch,
     EncodedRow,
+    Side,
     byte_index,
     expand,
+    with_continuations,
 )
 from taid_vlm.adapters.pictures import arguments
 from taid_vlm.adapters.specials import CONTROL, control_ids, refuse_media_tokens
@@ -42,11 +44,11 @@ from taid_vlm.errors import AlignmentError, SampleDropped, TaidError
 from taid_vlm.records import Message, Record
 from taid_vlm.records.videos import Picture
 
-Side = Literal["left", "right"]
-
 
 class ModelAdapter(Texts):
     """The interface; `_process` is what the two implementations differ in."""
+
+    answer_type = 0  # what token_type_ids say of an answer's tokens
 
     # ----- encoding -------------------------------------------------------------------------
 
@@ -72,7 +74,11 @@ class ModelAdapter(Texts):
         """
         rendered, add_special = self._alike(rendered)
         process = self._process if shown else self._expanded
-        inputs, replacements = process(rendered, images, padding_side, add_special)
+        inputs, replacements = process(
+            [item.to_tokenize() for item in rendered], images, padding_side, add_special)
+        if any(item.own for item in rendered):
+            inputs = with_continuations(inputs, [item.own for item in rendered], padding_side,
+                                        self.tokenizer.pad_token_id, self.answer_type)
         inputs |= self._positions(inputs, padding_side)
         mask = inputs["attention_mask"].bool()
         rows = []
@@ -90,8 +96,8 @@ class ModelAdapter(Texts):
     ) -> dict[str, Tensor]:
         """Left-padded inputs of conversations cut before their `turn`-th answer."""
         for record, _ in records:
-            refuse_media_tokens(record, self._media_tokens, self.role)
-        rendered = [self._prompt(record, turn) for record, turn in records]
+            refuse_media_tokens(record, self.media_tokens, self.role)
+        rendered = [self.prompt(record, turn) for record, turn in records]
         alike, add_special = self._alike(rendered)
         return self._process(alike, images, "left", add_special)[0]
 
@@ -139,7 +145,7 @@ class ModelAdapter(Texts):
         while index < len(ids) and byte_spans[index][0] < end:
             a, b = byte_spans[index]
             special = self.table.text[ids[index]] is None
-            if special and ids[index] in self._controls:
+            if special and ids[index] in self.controls:
                 if b == end and tokens:  # the end of a turn that a call has to itself
                     end = a
                     break
@@ -168,13 +174,13 @@ class ModelAdapter(Texts):
         while index > 0:
             a, b = byte_spans[index - 1]
             token = self.table.text[ids[index - 1]]
-            if token is None or token.strip() or not start - self._head <= a <= b <= start:
+            if token is None or token.strip() or not start - self.head_space <= a <= b <= start:
                 break
             index -= 1
         return index
 
     @cached_property
-    def _head(self) -> int:
+    def head_space(self) -> int:
         """Bytes of whitespace between the generation prompt and an answer."""
         if self.form is None:
             return 0
@@ -183,10 +189,10 @@ class ModelAdapter(Texts):
         return 0 if head.strip() else len(head.encode())
 
     @cached_property
-    def _controls(self) -> frozenset[int]:
+    def controls(self) -> frozenset[int]:
         """Special tokens that an answer cannot hold."""
         probe = next(filter(None, map(self.probe, PROBE_WORDS)), None)
-        return control_ids(self.tokenizer, self._media_tokens, self.end_of_turn_id, probe)
+        return control_ids(self.tokenizer, self.media_tokens, self.end_of_turn_id, probe)
 
     def _end_of_turn(self, ids: list[int], index: int) -> int | None:
         """The special token that closes the answer; spaces may stand before it."""

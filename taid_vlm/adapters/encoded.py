@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
+
+Side = Literal["left", "right"]
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class AnswerToken(NamedTuple):  # a batch has thousands
@@ -97,3 +101,27 @@ def byte_index(text: str) -> Sequence[int]:
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000).astype(np.int64)
     return [0, *np.cumsum(widths).tolist()]
+
+
+def with_continuations(
+    inputs: Mapping[str, Tensor], own: Sequence[Sequence[int]], side: Side, pad: int, kind: int
+) -> dict[str, Tensor]:
+    """Padded inputs of prompts [B, T] with every row's own tokens behind its prompt.
+
+    Args:
+        kind: what token_type_ids say of an answer's tokens.
+    """
+    mask = inputs["attention_mask"].bool()
+    fills = {"attention_mask": (1, 0), "token_type_ids": (kind, 0), "mm_token_type_ids": (0, 0)}
+    joined = dict(inputs)
+    for name in _PER_TOKEN:
+        if name not in inputs:
+            continue
+        rows = []
+        for row, keep, tokens in zip(inputs[name], mask, own, strict=True):
+            value = list(tokens) if name == "input_ids" else [fills[name][0]] * len(tokens)
+            rows.append(torch.cat([row[keep], torch.tensor(value, dtype=row.dtype)]))
+        joined[name] = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_side=side,
+            padding_value=pad if name == "input_ids" else fills[name][1])
+    return joined

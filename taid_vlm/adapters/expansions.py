@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taid_vlm.adapters.adapter import ModelAdapter, Side
-from taid_vlm.adapters.encoded import EncodedBatch, EncodedRow
+from taid_vlm.adapters.adapter import ModelAdapter
+from taid_vlm.adapters.encoded import EncodedBatch, EncodedRow, Side
 from taid_vlm.adapters.template import Rendered
 from taid_vlm.records.images import SIZES
 from taid_vlm.records.videos import Clip, Picture

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from taid_vlm.adapters.adapter import ImageTextAdapter, ModelAdapter, Side, TextAdapter
-from taid_vlm.adapters.encoded import EncodedRow
+from taid_vlm.adapters.adapter import ImageTextAdapter, ModelAdapter, TextAdapter
+from taid_vlm.adapters.encoded import EncodedRow, Side
 from taid_vlm.adapters.template import Rendered, TextSpan, has_chat_template
 from taid_vlm.adapters.turns import Processor
 from taid_vlm.adapters.video import FramesAdapter, TilesAdapter
@@ -57,6 +57,7 @@ class PrefixAdapter(ImageTextAdapter):
                     "assistant's turn, or choose another model.")
 
     takes_videos = False  # type: ignore[assignment]
+    answer_type = 1
 
     def __init__(
         self, processor: Processor, role: str, max_length: int | None = None,
@@ -88,7 +89,7 @@ class PrefixAdapter(ImageTextAdapter):
         images = self.processor.image_token * len(record.images)
         return images + self._added_bos + record.messages[0].text.strip() + "\n"
 
-    def _prompt(self, record: Record, turn: int) -> Rendered:
+    def prompt(self, record: Record, turn: int) -> Rendered:
         return Rendered(self._prefix(record), ())
 
     def _process(  # type: ignore[no-untyped-def]

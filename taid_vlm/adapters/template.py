@@ -47,7 +47,7 @@ PARTLY = "answers that the two chat templates print differently: what both print
 WHOLE = "whole"
 BESIDE_CALL = "text beside a tool call that the {}'s chat template does not print"
 THOUGHT_GONE = "a thought that the {}'s chat template takes out of an earlier turn"
-_OPENS_THOUGHT = re.compile(r"(<\|?think(ing)?\|?>|<thought>|<reasoning>|\[THINK\]"
+OPENS_THOUGHT = re.compile(r"(<\|?think(ing)?\|?>|<thought>|<reasoning>|\[THINK\]"
                             r"|<\|channel>thought|<\|channel\|>analysis<\|message\|>)\s*\Z")
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 
@@ -79,12 +79,20 @@ class Rendered:
 
     add_special: whether the tokenizer is to add its own BOS (and EOS) around the text.
     notes: what of the record this model does not see, in words.
+    own: token ids of all that stands behind the `own_at`-th character, where they are not the
+        tokenizer's to choose.
     """
 
     text: str
     spans: tuple[TextSpan, ...]
     add_special: bool = False
     notes: tuple[str, ...] = ()
+    own: tuple[int, ...] = ()
+    own_at: int = 0
+
+    def to_tokenize(self) -> Rendered:
+        """What of it the tokenizer splits."""
+        return replace(self, text=self.text[: self.own_at], spans=()) if self.own else self
 
 
 def has_chat_template(processor: Processor) -> bool:
@@ -313,7 +321,7 @@ class _Rendering:
         start, end = region or (places[-1].start, places[-1].end)
         if places:
             start, end = min(start, places[0].start), max(end, places[-1].end)
-        opens = _OPENS_THOUGHT if places and places[0].marked.kind == "thought" else \
+        opens = OPENS_THOUGHT if places and places[0].marked.kind == "thought" else \
             _EMPTY_THOUGHT if has_thought(message) and not is_thoughtful(message) else None
         if opens is not None and (match := opens.search(text, max(0, start - 40), start)):
             start = match.start()

@@ -82,7 +82,7 @@ class Texts:
             raise SampleDropped(
                 NO_VISION, f"{record.source} holds an image, but the {self.role} is a text model "
                 f"and cannot see it; choose a {self.role} with vision, or text records.")
-        refuse_media_tokens(record, self._media_tokens, self.role)
+        refuse_media_tokens(record, self.media_tokens, self.role)
         check_pictures(record, self.processor, self.role, self.takes_videos)
         if record.text is not None:
             if not record.text.strip():
@@ -191,7 +191,7 @@ class Texts:
 
     # ----- prompts --------------------------------------------------------------------------
 
-    def _prompt(self, record: Record, turn: int) -> Rendered:
+    def prompt(self, record: Record, turn: int) -> Rendered:
         if self.form is not None:
             text = self._asked(record, turn)
             prompt = self._after_template(Rendered(text, ()))
@@ -288,5 +288,5 @@ class Texts:
         return self.tokenizer("a")["input_ids"][-1] == self.tokenizer.eos_token_id
 
     @cached_property
-    def _media_tokens(self) -> frozenset[str]:
+    def media_tokens(self) -> frozenset[str]:
         return media_tokens(self.processor) if self.sees_images else frozenset()

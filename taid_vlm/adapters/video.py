@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from taid_vlm.adapters.adapter import ImageTextAdapter, Side
+from taid_vlm.adapters.adapter import ImageTextAdapter
+from taid_vlm.adapters.encoded import Side
 from taid_vlm.adapters.pictures import video_arguments
 from taid_vlm.adapters.template import Rendered, Supervise
 from taid_vlm.errors import TaidError
@@ -78,8 +79,8 @@ class FramesAdapter(ImageTextAdapter):
     def render(self, record: Record, supervise: Supervise = "answers") -> Rendered:
         return super().render(_as_images(record), supervise)
 
-    def _prompt(self, record: Record, turn: int) -> Rendered:
-        return super()._prompt(_as_images(record), turn)
+    def prompt(self, record: Record, turn: int) -> Rendered:
+        return super().prompt(_as_images(record), turn)
 
     def _process(  # type: ignore[no-untyped-def]
         self, rendered: Sequence[Rendered], images: Sequence[Sequence[Picture]],

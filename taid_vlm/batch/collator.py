@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from taid_vlm.adapters import (
+    Continuation,
     EncodedBatch,
     EncodedRow,
     GlobalViews,
@@ -28,6 +29,7 @@ from taid_vlm.adapters import (
     Side,
     Supervise,
     agree,
+    continued_record,
 )
 from taid_vlm.alignment import (
     Aligned,
@@ -47,7 +49,7 @@ from taid_vlm.records.videos import Picture
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
-Row: TypeAlias = Record | Malformed | Mapping[str, Any]
+Row: TypeAlias = Record | Malformed | Continuation | Mapping[str, Any]
 TOO_LONG, UNALIGNED = "longer than max_length", "nothing aligned"
 NO_VIEW = "video for visual terms"
 CUT = "cut"  # not dropped: plain texts that were shortened
@@ -93,6 +95,7 @@ class DistillationCollator:
         stored: what has the teacher's hidden states, or takes note of where they are asked for:
             given the batch's rows and the batch, it says what of the batch is another. Where it
             says which rows it `holds`, the teacher's processor is not shown their pixels again.
+        left_out: what a message says of a record that cannot be used.
         reported: the first message of every reason for which a record was left out.
 
     A batch holds, for N aligned tokens in B rows:
@@ -126,6 +129,7 @@ class DistillationCollator:
     chat: Callable[..., Mapping[str, Any] | None] | None = None
     views: Mapping[str, GlobalViews] | None = None
     stored: Callable[[Sequence[TeacherRow], Batch], Batch] | None = None
+    left_out: str = "A record is left out"
     reported: dict[str, str] = field(default_factory=dict)
     seen: SeenSizes = field(default_factory=SeenSizes, repr=False)
 
@@ -159,6 +163,8 @@ class DistillationCollator:
             if isinstance(row, Malformed):
                 self._leave_out(problem_of(row), counts)
                 return None
+            if isinstance(row, Continuation):
+                return self._prepare_continuation(row)
             return self._prepare(row if isinstance(row, Record) else parse_record(row, "a row"))
         except (SampleDropped, RecordError, AlignmentError) as problem:
             self._leave_out(problem, counts)
@@ -170,16 +176,25 @@ class DistillationCollator:
         counts[reason] += 1
         if reason not in self.reported:
             self.reported[reason] = message
-            logger.warning("A record is left out (%s). %s", reason, message)
+            logger.warning("%s (%s). %s", self.left_out, reason, message)
 
     def usable(self, data: Any, wanted: Callable[[Record], Any]) -> Iterator[Record]:
         """Those of a data set's records that are wanted and that are not left out, in order."""
         return (row for row in first_rows(data)
                 if isinstance(row, Record) and wanted(row) and self([row])["counts"]["rows"])
 
+    def _prepare_continuation(self, row: Continuation) -> _Sample:
+        """The student sees its own tokens, the teacher the text through its own template."""
+        record, own = continued_record(self.student, row)
+        return self._sample(record, {a.role: own if a is self.student else a.render(record)
+                                     for a in self.adapters})
+
     def _prepare(self, record: Record) -> _Sample:
-        rendered = agree({a.role: a.render(record, self.supervise) for a in self.adapters},
-                         record.source)
+        return self._sample(record, {a.role: a.render(record, self.supervise)
+                                     for a in self.adapters})
+
+    def _sample(self, record: Record, rendered: dict[str, Rendered]) -> _Sample:
+        rendered = agree(rendered, record.source)
         if self.views and any(image.kind == "video" for image in record.images):
             raise SampleDropped(NO_VIEW, f"{record.source} holds a video, but the visual terms of "
                                 "the objective compare images; leave them out.")

@@ -54,6 +54,8 @@ def check_sparse(objective: Objective, teacher: str) -> None:
     elif objective.kd_temperature != 1 and objective.needs_teacher:
         problem = (f"kd_temperature = {objective.kd_temperature:g} would change how much the other "
                    "tokens weigh together, which only the whole distribution says; set it to 1")
+    if objective.sampled is not None:
+        check_sparse(objective.sampled, teacher)
     if problem is not None:
         raise TaidError(f"objective: {problem}. ({teacher} gives its most likely tokens only.)")
 

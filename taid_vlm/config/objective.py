@@ -22,7 +22,16 @@ from pydantic import (
     model_validator,
 )
 
-from taid_vlm.config.kinds import Finite, HalfOpen, Share, Weight, wanted
+from taid_vlm.config.kinds import (
+    Count,
+    Finite,
+    HalfOpen,
+    Positive,
+    Rate,
+    Share,
+    Weight,
+    wanted,
+)
 from taid_vlm.config.messages import TAG
 from taid_vlm.config.section import Section, check
 from taid_vlm.errors import RecipeError, nearest
@@ -61,6 +70,20 @@ class Term(Section):
 # ----- losses per token ---------------------------------------------------------------------
 
 
+class TokenTerm(Term):
+    """A loss per token.
+
+    Args:
+        focus: Weighs a token by (1 - e^-loss)^focus, so that hard ones count more (of ce this is
+            the focal loss, Lin et al., 2017); 0 weighs none.
+        clip (nats): A token's loss is at most this, and above it has no gradient (OPSD clips at
+            0.05); left out, it has no bound.
+    """
+
+    focus: Weight = 0.0
+    clip: Rate | None = None
+
+
 class ScheduleSpec(Section):
     """When TAID's t moves, and by how much (`objectives/schedule.py`).
 
@@ -86,25 +109,66 @@ class ScheduleSpec(Section):
         return self
 
 
-class Taid(Term, ScheduleSpec):
+class Taid(TokenTerm, ScheduleSpec):
     """KL(p_t || q), p_t between student and teacher (TAID, Shing et al., ICLR 2025)."""
 
     name: Literal["taid"]
 
+    def schedule(self) -> dict[str, Any]:
+        """What of it is the schedule's."""
+        return {key: getattr(self, key) for key in ScheduleSpec.model_fields
+                if key in self.model_fields_set}
 
-class ForwardKL(Term):
+
+class Amid(TokenTerm):
+    """KL(r || q), r a moving alpha-mixture of student and teacher (AMiD, Shin et al., 2026).
+
+    r's probabilities are means of order (1 - alpha) / 2 of both models', normalised; t is the
+    teacher's weight.
+
+    Args:
+        t_start: The teacher's share at the first step.
+        t_end: The teacher's share at the last step, at least t_start.
+        rate: Step size of the adaptive term (taid's alpha); auto goes by the run's length.
+        momentum: Decay of the running improvement.
+        adaptive: false leaves the linear schedule alone.
+        alpha: Which mean: 1 the geometric one (taid), -1 the arithmetic one (skew towards the
+            teacher), 3 the harmonic one.
+    """
+
+    name: Literal["amid", "alpha_mixture"]
+    t_start: Share = 0.4
+    t_end: Share = 1.0
+    rate: Annotated[Literal["auto"] | Weight, wanted("'auto' or a number >= 0")] = "auto"
+    momentum: HalfOpen = 0.99
+    adaptive: bool = True
+    alpha: Finite = 1.0
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        ScheduleSpec(t_start=self.t_start, t_end=self.t_end)
+        return self
+
+    def schedule(self) -> dict[str, Any]:
+        """What of it is the schedule's, under the schedule's names."""
+        names = {"rate": "alpha"}
+        return {names.get(key, key): getattr(self, key) for key in self.model_fields_set
+                if key in ("t_start", "t_end", "rate", "momentum", "adaptive")}
+
+
+class ForwardKL(TokenTerm):
     """KL(p || q), the classic distillation loss (Hinton et al., 2015)."""
 
     name: Literal["forward_kl", "fkl", "kl"]
 
 
-class ReverseKL(Term):
+class ReverseKL(TokenTerm):
     """KL(q || p) (MiniLLM, Gu et al., 2024)."""
 
     name: Literal["reverse_kl", "rkl"]
 
 
-class Jsd(Term):
+class Jsd(TokenTerm):
     """Generalised Jensen-Shannon divergence (GKD, Agarwal et al., 2024).
 
     Args:
@@ -115,7 +179,7 @@ class Jsd(Term):
     beta: Share = 0.5
 
 
-class SkewKL(Term):
+class SkewKL(TokenTerm):
     """KL(p || lam p + (1 - lam) q) (DistiLLM, Ko et al., 2024).
 
     Args:
@@ -126,7 +190,7 @@ class SkewKL(Term):
     lam: HalfOpen = 0.1
 
 
-class SkewRKL(Term):
+class SkewRKL(TokenTerm):
     """KL(q || lam q + (1 - lam) p) (DistiLLM, Ko et al., 2024).
 
     Args:
@@ -137,13 +201,13 @@ class SkewRKL(Term):
     lam: HalfOpen = 0.1
 
 
-class TotalVariation(Term):
+class TotalVariation(TokenTerm):
     """Total variation distance (f-distill, Wen et al., 2023)."""
 
     name: Literal["tvd", "total_variation"]
 
 
-class AdaptiveKL(Term):
+class AdaptiveKL(TokenTerm):
     """Forward and reverse KL, weighted by the gaps in head and tail (Wu et al., 2024).
 
     Args:
@@ -154,7 +218,7 @@ class AdaptiveKL(Term):
     mu: Share = 0.5
 
 
-class AlphaBeta(Term):
+class AlphaBeta(TokenTerm):
     """alpha-beta divergence (ABKD, Wang et al., 2025): (1, 0) is the forward KL, (0, 1) reverse.
 
     Args:
@@ -167,7 +231,24 @@ class AlphaBeta(Term):
     beta: Finite = 0.7
 
 
-class CrossEntropy(Term):
+class ToDi(TokenTerm):
+    """Forward and reverse KL, weighed entry by entry (ToDi, Jung et al., 2025)."""
+
+    name: Literal["todi"]
+
+
+class EntropySwitch(TokenTerm):
+    """Forward KL where the teacher is unsure, reverse KL where it is not (after EOPD, 2026).
+
+    Args:
+        threshold (nats): The teacher's entropy from which on a token has the forward KL.
+    """
+
+    name: Literal["entropy_switch", "eopd"]
+    threshold: Weight = 0.8
+
+
+class CrossEntropy(TokenTerm):
     """Cross-entropy with the data's own tokens (SFT); alone it needs no teacher."""
 
     name: Literal["ce", "sft", "cross_entropy", "hard_label_ce"]
@@ -209,11 +290,19 @@ class Router(Term):
     compares = False
 
 
+MOVING = ("taid", "amid")  # losses whose target moves with t
 VISUAL = (VisualFeatures, VisualRelation)
 TERMS: dict[str, type[Term]] = {kind.names()[0]: kind for kind in (
-    Taid, ForwardKL, ReverseKL, Jsd, SkewKL, SkewRKL, TotalVariation, AdaptiveKL, AlphaBeta,
-    CrossEntropy, *VISUAL, Router)}
+    Taid, Amid, ForwardKL, ReverseKL, Jsd, SkewKL, SkewRKL, TotalVariation, AdaptiveKL, AlphaBeta,
+    ToDi, EntropySwitch, CrossEntropy, *VISUAL, Router)}
 _CANONICAL = {alias: name for name, kind in TERMS.items() for alias in kind.names()}
+
+
+def scheduled_keys(name: str) -> set[str]:
+    """Those keys of a loss that say how its t moves."""
+    if name == "taid":
+        return {*ScheduleSpec.model_fields}
+    return {*ScheduleSpec.model_fields, "rate"} - {"alpha"} if name in MOVING else set()
 
 
 def canonical_name(name: object, valid: Mapping[str, str] = _CANONICAL) -> str:
@@ -241,6 +330,49 @@ class TokenWeights(Section):
     strength: Weight = 1.0
 
 
+class OnPolicy(Section):
+    """Learn part of the records from answers that the student gives itself, as it is at that step
+    (GKD, Agarwal et al., 2024).
+
+    Args:
+        lmbda: Share of the records whose answer is sampled anew, each time they come round.
+        max_new_tokens (tokens): Longest sampled answer; one that is cut there does not learn to
+            end.
+        temperature: Of sampling.
+        top_p: Share of the student's mass that is sampled from.
+        batch_size (records): Answers that are sampled at once; left out, all of an optimizer step.
+        max_age (steps): A record's sampled answer is learned from again if it comes round within
+            so many optimizer steps; 0 samples each time.
+        objective: For sampled answers; left out, the terms that compare with the teacher.
+        stop_when_collapsed: End the run if most answers are empty, repeat themselves or are no
+            text, instead of warning.
+    """
+
+    lmbda: Share = 0.5
+    max_new_tokens: Positive = 128
+    temperature: Rate = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1), wanted("above 0 and at most 1")] = 1.0
+    batch_size: Positive | None = None
+    max_age: Count = 0
+    objective: Annotated[str | dict[str, Any] | None, AfterValidator(lambda x: _for_sampled(x))] = \
+        None
+    stop_when_collapsed: bool = False
+
+
+def _for_sampled(value: Any) -> Any:
+    if value is None:
+        return None
+    spec = read_objective(value)
+    if spec.on_policy is not None:
+        raise ValueError(".on_policy inside on_policy.objective has no meaning; take it out.")
+    if not all(term.compares for term in spec.losses):
+        raise ValueError(" has a term on the data (ce), but a sampled answer is no reference; "
+                         "take it out.")
+    if any(isinstance(term, VISUAL) for term in spec.losses):
+        raise ValueError(" has a term on images, which answers do not change; take it out.")
+    return value
+
+
 class Common(Section):
     """What holds for all losses of an objective.
 
@@ -250,11 +382,13 @@ class Common(Section):
         alignment: How models of different tokenizers may be compared; auto takes the most exact
             way.
         token_weights: Which tokens count more; {name: visual_advantage, strength: 1}.
+        on_policy: Sample part of the answers from the student; {lmbda: 0.5, max_new_tokens: 128}.
     """
 
     kd_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False), wanted("positive")] = 1.0
     alignment: Literal["auto", "exact", "shared", "chunks"] = "auto"
     token_weights: TokenWeights | None = None
+    on_policy: OnPolicy | None = None
 
     @property
     def losses(self) -> tuple[Term, ...]:
@@ -330,6 +464,9 @@ def _sensible(objective: Common) -> Common:
     if weighed and not any(term.compares for term in per_token):
         raise ValueError(".token_weights weighs the terms that compare with the teacher, and "
                          "there is none; add one, for example taid.")
+    if objective.on_policy is not None and not any(term.compares for term in per_token):
+        raise ValueError(".on_policy compares sampled answers with the teacher, and no term does; "
+                         "add one, for example reverse_kl.")
     return objective
 
 

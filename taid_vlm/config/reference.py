@@ -12,7 +12,7 @@ from taid_vlm.config.benchmark import BenchmarkSpec, Columns
 from taid_vlm.config.data import DataSource, DataSpec, VideoSpec
 from taid_vlm.config.evaluation import EvaluateSpec
 from taid_vlm.config.model import ServerSpec, StudentSpec, TeacherSpec
-from taid_vlm.config.objective import TERMS, Common, Term, TokenWeights
+from taid_vlm.config.objective import TERMS, Common, OnPolicy, Term, TokenWeights
 from taid_vlm.config.recipe import Recipe, StageSpec
 from taid_vlm.config.training import ELSEWHERE, WITHOUT_EFFECT, TrainSpec
 
@@ -35,6 +35,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`objective`", "`name` with the keys of that loss, or `terms`: a list of losses, summed by "
      "their weights. A text alone is `name`. Beside either:", Common),
     ("`objective.token_weights`", "A text alone is `name`.", TokenWeights),
+    ("`objective.on_policy`", "", OnPolicy),
     ("Every loss", "", Term),
 )
 _KINDS = {"string": "text", "boolean": "true or false", "integer": "whole number",

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from taid_vlm.config.objective import MOVING
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.fused.terms import BodyTerm
 from taid_vlm.objectives.divergences import closed_form, row_chunks, upcast
@@ -127,7 +128,7 @@ def _sum_of_terms(
 
 def _without_t(terms: Sequence[BodyTerm]) -> tuple[str, float]:
     """The sum as a key, and the one number that changes from step to step."""
-    t = next((term.parameters["t"] for term in terms if term.name == "taid"), 0.0)
+    t = next((term.parameters["t"] for term in terms if term.name in MOVING), 0.0)
     return json.dumps([
         [term.name, term.weight, term.kd_temperature,
          {name: x for name, x in term.parameters.items() if name != "t"}] for term in terms
@@ -142,7 +143,7 @@ def _compiled(key: str, dtype: torch.dtype) -> Callable[..., Tensor]:
         s: Tensor, u: Tensor | None, labels: Tensor | None, out: Tensor | None, t: float
     ) -> Tensor:
         terms = [replace(term, parameters={**term.parameters, "t": t})
-                 if term.name == "taid" else term for term in plain]
+                 if term.name in MOVING else term for term in plain]
         return _sum_of_terms(s, u, labels, out, terms)
 
     # what is compiled is kept, and counted against a limit, per code object: one for every sum

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from taid_vlm.alignment import VocabularyMap
+from taid_vlm.config.objective import MOVING
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import RecipeError, TaidError
 from taid_vlm.fused.bodies import choose_body
@@ -132,7 +133,7 @@ class FusedDivergence:
         for term in self.objective.terms:
             needs = LOSSES[term.name].needs_teacher
             parameters = dict(term.parameters)
-            if term.name == "taid" and t is not None:
+            if term.name in MOVING and t is not None:
                 parameters["t"] = float(t)
             check_parameters(term.name, parameters)
             sides[not needs].append(BodyTerm(

@@ -63,11 +63,12 @@ def supports(terms: Sequence[BodyTerm]) -> bool:
     """Whether `triton_body` can do this weighted sum.
 
     It can for up to eight of TAID, forward, reverse and skew KLs, JSD and cross-entropy, with
-    one TAID term, one kd_temperature and a cross-entropy without one.
+    one TAID term, one kd_temperature and a cross-entropy without one; without focus and clip.
     """
     compared = [term for term in terms if term.name != "ce"]
     return (0 < len(terms) <= MOST_TERMS
-            and all(term.name in KINDS for term in terms)
+            and all(term.name in KINDS and not {"focus", "clip"} & term.parameters.keys()
+                    for term in terms)
             and sum(term.name == "taid" for term in terms) <= 1
             and len({term.kd_temperature for term in compared}) <= 1
             and all(term.kd_temperature == 1 for term in terms if term.name == "ce"))

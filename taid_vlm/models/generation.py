@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from taid_vlm.adapters import ModelAdapter
+from taid_vlm.adapters import ModelAdapter, unsayable
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.models.forward import evaluation_mode, forward_names, unwrap
 from taid_vlm.records import ImageRef, Record
@@ -45,7 +45,7 @@ class Sampling:
 
     temperature: float = 1.0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | str = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,14 @@ def generate_answers(
     return answers
 
 
-@torch.inference_mode()
+class Continued(NamedTuple):
+    """ids: an answer's tokens, without the one that ends it; end: that one, None where
+    max_new_tokens did."""
+
+    ids: list[int]
+    end: int | None
+
+
 def generate_batch(
     model: PreTrainedModel,
     adapter: ModelAdapter,
@@ -100,24 +107,55 @@ def generate_batch(
         SampleDropped: an image that cannot be read, a question that the template or the processor
             refuses or that leaves no room in the context.
     """
-    images = [[image.load() for image in _images_before(*question)] for question in questions]
-    with processing():
-        inputs = adapter.encode_prompts(questions, images)
+    inputs = prompt_inputs(adapter, questions)
     longest = int(inputs["attention_mask"].sum(-1).max()) + max_new_tokens
     if context is not None and longest > context:
         raise SampleDropped("longer than the model's context", f"{longest} tokens of {context}")
+    with torch.inference_mode():
+        continued = continue_prompts(model, adapter, inputs, questions,
+                                     max_new_tokens=max_new_tokens, sampling=sampling)
+    decoded = adapter.tokenizer.batch_decode(
+        [each.ids for each in continued], skip_special_tokens=True)
+    return [Generated(text.strip(), each.end is None)
+            for text, each in zip(decoded, continued, strict=True)]
+
+
+def prompt_inputs(adapter: ModelAdapter, questions: Sequence[Question]) -> dict[str, Tensor]:
+    """Left-padded inputs of what stands before each answer, with its images; raises SampleDropped
+    for what cannot be read or is refused."""
+    images = [[image.load() for image in _images_before(*question)] for question in questions]
+    with processing():
+        return adapter.encode_prompts(questions, images)
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: PreTrainedModel, adapter: ModelAdapter, inputs: Mapping[str, Tensor],
+    questions: Sequence[Question], *, max_new_tokens: int, sampling: Sampling | None = None,
+    synced: bool = False, as_text: bool = False,
+) -> list[Continued]:
+    """What a model says after prompts, in its own tokens; its mode is restored.
+
+    Args:
+        inputs: of `prompt_inputs`.
+        synced: whether the other processes have to take part in every forward pass, because each
+            holds a part of the weights.
+        as_text: nothing is said that no answer can hold: tokens that begin turns or stand for
+            images, rows of the head without a token.
+    """
     names, stops = forward_names(type(unwrap(model))), _stops(model, adapter)
     accepted = {key: x.to(model.device) for key, x in inputs.items() if key in names}
     with evaluation_mode(model):
         ids = model.generate(
             **accepted, **PLAIN, max_new_tokens=max_new_tokens, eos_token_id=stops,
-            pad_token_id=adapter.tokenizer.pad_token_id,
-            logits_processor=_drawing(questions, sampling),
+            pad_token_id=adapter.tokenizer.pad_token_id, synced_gpus=synced,
+            logits_processor=_drawing(questions, sampling, _Sayable(
+                len(adapter.table), unsayable(adapter, stops)) if as_text else None),
         )
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    ended = torch.isin(new, torch.tensor(stops, device=new.device)).any(-1).tolist()
-    decoded = adapter.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [Generated(text.strip(), not end) for text, end in zip(decoded, ended, strict=True)]
+    rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
+    return [Continued(row[:end], row[end] if end < len(row) else None)
+            for row, end in zip(rows, ends, strict=True)]
 
 
 @contextlib.contextmanager
@@ -139,13 +177,28 @@ def _stops(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
     return sorted(index for index in stops if index is not None)
 
 
-def _drawing(questions: Sequence[Question], sampling: Sampling | None) -> LogitsProcessorList:
+def _drawing(
+    questions: Sequence[Question], sampling: Sampling | None, first: LogitsProcessor | None = None
+) -> LogitsProcessorList:
+    before = [] if first is None else [first]
     if sampling is None:
-        return LogitsProcessorList()
+        return LogitsProcessorList(before)
     names = [f"{record.source}/{turn}" for record, turn in questions]
     return LogitsProcessorList([
-        TemperatureLogitsWarper(float(sampling.temperature)), TopPLogitsWarper(sampling.top_p),
-        _OwnDraws(names, sampling.seed)])
+        *before, TemperatureLogitsWarper(float(sampling.temperature)),
+        TopPLogitsWarper(sampling.top_p), _OwnDraws(names, sampling.seed)])
+
+
+class _Sayable(LogitsProcessor):
+    """Leaves the first `rows` tokens but those of `never`."""
+
+    def __init__(self, rows: int, never: Sequence[int]) -> None:
+        self.rows, self.never = rows, list(never)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.rows :] = -torch.inf
+        scores[:, self.never] = -torch.inf
+        return scores
 
 
 class _OwnDraws(LogitsProcessor):
@@ -154,7 +207,7 @@ class _OwnDraws(LogitsProcessor):
     In place of `do_sample`, whose draws are one stream of random numbers for the whole batch.
     """
 
-    def __init__(self, names: Sequence[str], seed: int) -> None:
+    def __init__(self, names: Sequence[str], seed: int | str) -> None:
         self._draws = [random.Random(f"{seed}/{name}") for name in names]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

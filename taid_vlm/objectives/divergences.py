@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from taid_vlm.config.kinds import Share
-from taid_vlm.config.objective import TERMS, canonical_name
+from taid_vlm.config.objective import MOVING, TERMS, canonical_name, scheduled_keys
 from taid_vlm.config.objective import Term as TermSpec
 from taid_vlm.config.section import Section, check
 from taid_vlm.errors import RecipeError, nearest
@@ -124,6 +124,18 @@ def interpolate(s: Tensor, u: Tensor, t: float) -> tuple[Tensor, Tensor]:
     return torch.where(ruled_out, -torch.inf, s + difference), difference
 
 
+def alpha_mixture(s: Tensor, u: Tensor, t: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """Logits of AMiD's assistant, and their distance from s: the means of order c = (1 - alpha) / 2
+    of both laws, ((1 - t) q^c + t p^c)^(1/c), in logarithms. alpha = 1 (c = 0) is `interpolate`.
+    """
+    c = (1 - alpha) / 2
+    if c == 0 or t in (0.0, 1.0):
+        return interpolate(s, u, t)
+    pair = make_pair(s, u)
+    distance = _log_mixture(c * pair.r, t) / c
+    return s + distance, distance
+
+
 def _expm1(x: Tensor) -> Tensor:
     """e^x - 1 with all digits; compiled loops have exp and a polynomial at half expm1's price."""
     if x.dtype != torch.float32 or not torch.compiler.is_compiling():
@@ -181,6 +193,11 @@ def taid(pair: Pair) -> Result:
 
     The pair's target is already the interpolation; q stays attached only in the second place.
     """
+    return forward_kl(pair)
+
+
+def amid(pair: Pair) -> Result:
+    """KL(r || q) with r the alpha-mixture of sg(q) and p (AMiD, Shin et al., 2026), as `taid`."""
     return forward_kl(pair)
 
 
@@ -273,6 +290,25 @@ def alpha_beta(pair: Pair, alpha: float = 0.2, beta: float = 0.7) -> Result:
     return row_sum(terms), -power
 
 
+def todi(pair: Pair) -> Result:
+    """Sum of w p r - (1 - w) q r with w = sigmoid(r), detached (ToDi, Jung et al., 2025).
+
+    Its value is that of Jeffreys' divergence, sum of (p - q) r; its gradient is not.
+    """
+    surplus, w = _scaled_expm1(pair.log_q, pair.r), pair.r.sigmoid()  # p - q
+    a = -(w * surplus + pair.q * ((1 - w) * pair.r + (pair.r / 2).tanh()))
+    return row_sum(surplus * pair.r), a
+
+
+def entropy_switch(pair: Pair, threshold: float = 0.8) -> Result:
+    """Forward KL of tokens at which the teacher's entropy is at least `threshold` nats, reverse KL
+    of the others (after EOPD, 2026)."""
+    unsure = -row_sum(pair.log_p.exp() * pair.log_p) >= threshold
+    (forward, a_forward), (reverse, a_reverse) = forward_kl(pair), reverse_kl(pair)
+    return (torch.where(unsure, forward, reverse),
+            torch.where(unsure[:, None], a_forward, a_reverse))
+
+
 def ce(pair: Pair) -> Result:
     """Cross-entropy with the data's own next token (SFT, the term without a teacher)."""
     assert pair.labels is not None
@@ -301,8 +337,9 @@ class Loss:
 
 
 LOSSES: dict[str, Loss] = {function.__name__: Loss(function, TERMS[function.__name__])
-                           for function in (taid, forward_kl, reverse_kl, jsd, skew_kl, skew_rkl,
-                                            tvd, adaptive_kl, alpha_beta, ce)}
+                           for function in (taid, amid, forward_kl, reverse_kl, jsd, skew_kl,
+                                            skew_rkl, tvd, adaptive_kl, alpha_beta, todi,
+                                            entropy_switch, ce)}
 _NAMES = {alias: name for name, loss in LOSSES.items() for alias in (name, *loss.aliases)}
 
 
@@ -313,17 +350,18 @@ class _Interpolation(Section):
 def check_parameters(name: str, parameters: dict[str, float]) -> None:
     """Raise RecipeError if a parameter of the loss `name` is unknown or out of range."""
     spec = LOSSES[name].spec
-    allowed = ["t"] if name == "taid" else spec.parameters()
+    moving = name in MOVING
+    allowed = [*(["t"] if moving else []),
+               *(key for key in spec.parameters() if key not in scheduled_keys(name))]
     for key in parameters:
         if key not in allowed:
-            known = nearest(key, allowed) if allowed else " It takes none."
-            raise RecipeError(f"loss '{name}' has no parameter '{key}'.{known}")
-    if name == "taid" and "t" not in parameters:
-        raise RecipeError("loss 'taid' needs t, the interpolation parameter in [0, 1].")
-    if name == "taid":
-        check(_Interpolation, parameters)
-    else:
-        check(spec, {"name": name, **parameters})
+            raise RecipeError(f"loss '{name}' has no parameter '{key}'.{nearest(key, allowed)}")
+    if moving and "t" not in parameters:
+        raise RecipeError(f"loss '{name}' needs t, the interpolation parameter in [0, 1].")
+    own = dict(parameters)
+    if moving:
+        check(_Interpolation, {"t": own.pop("t")})
+    check(spec, {"name": name, **own})
 
 
 # ----- the public function ------------------------------------------------------------------
@@ -341,15 +379,16 @@ def divergence(
     """Loss per token, differentiable in the student's logits.
 
     Args:
-        name: a name or alias of `LOSSES`: "taid", "fkl", "rkl", "jsd", "skew_kl", "skew_rkl",
-            "tvd", "adaptive_kl", "alpha_beta", "ce".
+        name: a name or alias of `LOSSES`: "taid", "amid", "fkl", "rkl", "jsd", "skew_kl",
+            "skew_rkl", "tvd", "adaptive_kl", "alpha_beta", "todi", "entropy_switch", "ce".
         student_logits: [N, V] (or [..., V]; the result then has the leading shape).
         teacher_logits: the same shape; not used by "ce". No gradient flows into it.
         labels: [N] token ids, for "ce" only.
         kd_temperature: divides both logits; the loss is multiplied by its square (Hinton et al.,
             2015). Not applied to "ce".
-        parameters: the loss's own: `t` (taid), `beta` (jsd), `lam` (skew_kl, skew_rkl),
-            `mu` (adaptive_kl), `alpha` and `beta` (alpha_beta).
+        parameters: the loss's own: `t` (taid), `t` and `alpha` (amid), `beta` (jsd), `lam`
+            (skew_kl, skew_rkl), `mu` (adaptive_kl), `alpha` and `beta` (alpha_beta), `threshold`
+            (entropy_switch); and `focus` and `clip` of any (`config/objective.TokenTerm`).
 
     Returns:
         Nats per token [N], float32 whatever the logits' type (float64 for float64 logits).
@@ -430,9 +469,22 @@ def closed_form(
     s = upcast(s) / temperature
     target = s if u is None else u.to(s.dtype) / temperature
     rest, difference = dict(parameters), None
+    focus, clip = rest.pop("focus", 0.0), rest.pop("clip", None)
     if name == "taid":
         target, difference = interpolate(s, target, rest.pop("t"))
+    elif name == "amid":
+        target, difference = alpha_mixture(s, target, rest.pop("t"), rest.pop("alpha", 1.0))
     pair = make_pair(s, target, labels, difference)
     loss, a = LOSSES[name].function(pair, **rest)
     gradient = a - pair.q * row_sum(a)[:, None]
-    return loss * temperature**2, gradient * temperature
+    return _shaped(loss * temperature**2, gradient * temperature, focus, clip)
+
+
+def _shaped(loss: Tensor, gradient: Tensor, focus: float, clip: float | None) -> Result:
+    """A loss per token [n] and its gradient with hard tokens weighed up, and a bound."""
+    if focus:
+        weight = (-torch.expm1(-loss)).clamp(min=0.0) ** focus  # a constant for the gradient
+        loss, gradient = loss * weight, gradient * weight[:, None]
+    if clip is None:
+        return loss, gradient
+    return loss.clamp(max=clip), gradient * (loss < clip)[:, None]

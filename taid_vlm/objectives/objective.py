@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from taid_vlm.config.objective import VISUAL, Router, read_objective
+from taid_vlm.config.objective import (
+    MOVING,
+    VISUAL,
+    Amid,
+    OnPolicy,
+    Router,
+    Taid,
+    read_objective,
+    scheduled_keys,
+)
 from taid_vlm.objectives.divergences import (
     LOSSES,
     divergence,
@@ -43,6 +52,8 @@ class Objective:
     visual: losses on visual features, see `taid_vlm.training.visual`.
     visual_advantage: how much more tokens count that the teacher needs the image for; 0: all
         tokens count alike.
+    on_policy: how answers are sampled from the student; None: they are not.
+    sampled: what such answers are trained on.
     """
 
     terms: tuple[Term, ...]
@@ -51,18 +62,22 @@ class Objective:
     visual: tuple[VisualTerm, ...] = ()
     visual_advantage: float = 0.0
     router: float = 0.0
+    on_policy: OnPolicy | None = None
+    sampled: Objective | None = None
 
     @property
     def needs_teacher(self) -> bool:
         return bool(self.visual) or any(LOSSES[term.name].needs_teacher for term in self.terms)
 
     @property
-    def taid_term(self) -> Term | None:
-        return next((term for term in self.terms if term.name == "taid"), None)
+    def moving_term(self) -> Term | None:
+        """The term whose target moves with t (taid, amid); of references first."""
+        own = self.sampled.terms if self.sampled is not None else ()
+        return next((term for term in (*self.terms, *own) if term.name in MOVING), None)
 
     def schedule(self, total_steps: int) -> TaidSchedule | None:
-        """The schedule of t for a run of `total_steps`, or None without a TAID term."""
-        term = self.taid_term
+        """The schedule of t for a run of `total_steps`, or None without such a term."""
+        term = self.moving_term
         return None if term is None else TaidSchedule(total_steps, **term.schedule)
 
     def per_token(
@@ -98,7 +113,7 @@ class Objective:
         for term in self.terms:
             if LOSSES[term.name].needs_teacher:
                 extra: dict[str, Any] = dict(term.parameters)
-                if term.name == "taid" and t is not None:
+                if term.name in MOVING and t is not None:
                     extra["t"] = float(t)
                 losses[term.name] = divergence(
                     term.name, student_logits, teacher_logits,
@@ -145,10 +160,18 @@ def parse_objective(config: str | Mapping[str, Any]) -> Objective:
             visual.append(VisualTerm(term.name, term.weight, term.grid))
         elif isinstance(term, Router):
             router = term.weight
-        elif term.name == "taid":
-            terms.append(Term(term.name, term.weight, schedule=own))
+        elif isinstance(term, (Taid, Amid)):
+            kept = {key: own[key] for key in own if key not in scheduled_keys(term.name)}
+            terms.append(Term(term.name, term.weight, kept, term.schedule()))
         else:
             terms.append(Term(term.name, term.weight, own))
     strength = 0.0 if spec.token_weights is None else spec.token_weights.strength
-    return Objective(tuple(terms), spec.kd_temperature, spec.alignment, tuple(visual), strength,
-                     router)
+    plain = Objective(tuple(terms), spec.kd_temperature, spec.alignment, tuple(visual), strength,
+                      router)
+    if spec.on_policy is None:
+        return plain
+    sampled_spec = spec.on_policy.objective
+    sampled = replace(plain, visual=(), router=0.0, terms=tuple(
+        term for term in terms if LOSSES[term.name].needs_teacher)) if sampled_spec is None \
+        else parse_objective(sampled_spec)
+    return replace(plain, on_policy=spec.on_policy, sampled=sampled)

@@ -142,7 +142,7 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         batch, lengths = longest_batch(trainer, looked, found.args.per_device_train_batch_size)
         phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes)}
         if _device(recipe) == "gpu":
-            trainer._step = None  # CUDA's allocator gives what the loss had to anything else
+            trainer._steps.clear()  # CUDA's allocator gives what the loss had to anything else
         phases[UPDATE] = _update(trainer, recipe)
         if found.eval is not None:
             looked = _looked(trainer, recipe, "eval", found.eval, seen)
@@ -338,6 +338,9 @@ def _notes(
     if recipe.teacher is not None and recipe.teacher.server is not None:
         yield (f"the teacher is served ('{recipe.teacher.server.model}'): it takes no memory here, "
                "and its server is not asked.")
+    if trainer.objective.on_policy is not None:
+        yield ("sampled answers are counted like references; keys and values while they are "
+               "sampled, when there are no gradients and no logits, are not.")
     for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
         if spec is not None and spec.init_kwargs:
             named = ", ".join(spec.init_kwargs)

@@ -76,12 +76,13 @@ def rehearse_training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes
     The trainer's arguments have to say max_steps = 1, and to log every step.
     """
     ledger, collate = _ledger(trainer, batch), trainer.data_collator
-    trainer._step = _loss_step(trainer, batch)  # what the trainer chooses by values
+    trainer._steps[""] = _loss_step(trainer, batch)  # what the trainer chooses by values
     trainer.guard.judge = lambda *_: None  # type: ignore[method-assign]  # it looks at values
     trainer.add_callback(_StopBeforeUpdate())
     handles = [p.register_post_accumulate_grad_hook(
         lambda p: ledger.relabel(p.grad, kinds.GRADIENTS)) for p in trained(trainer)]
     trainer.data_collator = lambda rows: batch
+    trainer.rollouts = None  # samples take a reference's place
     try:
         with _watched(ledger, trainer), shapes, ledger, contextlib.suppress(_Finished):
             trainer.train()

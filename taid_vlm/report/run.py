@@ -184,6 +184,14 @@ def _account(results: Results) -> list[str]:
     left_out = ", ".join(f"{n} x {reason}" for reason, n in train.records_left_out.items())
     text.append(f"Training records left out: {left_out or 'none'}.")
     text.extend(f"In {n} training records: {note}." for note, n in train.without_effect.items())
+    if (own := train.on_policy) is not None:
+        unused = ", ".join(f"{n} x {reason}" for reason, n in own.unused.items())
+        text.append(
+            f"On policy: {own.share:.0%} of the rows were learned from answers that the student "
+            f"gave itself ({own.sampled:,} answers, {own.reused:,} of them learned again; "
+            f"{own.cut:,} cut, {own.repeating:,} repeating). Not learned, but the record's own "
+            f"instead: {unused or 'none'}. Sampling took {own.seconds / train.seconds:.0%} of the "
+            "time of one process.")
     if train.skipped_steps:
         reasons = ", ".join(f"{n} x {reason}" for reason, n in train.skipped_steps.items())
         text.append(f"Steps not applied: {reasons}.")

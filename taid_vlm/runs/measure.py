@@ -145,6 +145,7 @@ def train_account(trainer: DistillationTrainer, seconds: float, checkpoint: Path
         "adaptive_share": schedule and schedule.active_share,
         "skipped_updates": schedule and schedule.state.skipped,
         "loss_implementation": trainer.loss_report, "skipped_steps": dict(trainer.guard.skipped),
+        "on_policy": trainer.rollouts and trainer.rollouts.report(),
     })
 
 

@@ -180,6 +180,27 @@ class LossImplementation(Part):
     bodies: list[str] = []
 
 
+class OnPolicy(Part):
+    """Answers that the student gave itself, over all processes and resumptions.
+
+    share: of the rows, those learned from a sampled answer. asked: how often one was to be sampled;
+    sampled: how many were learned, reused among them; stale: too old to be learned again. cut: by
+    max_new_tokens; repeating: ended in copies of a few tokens. tokens: sampled; seconds: of
+    sampling, in all processes together. unused: answers that were not learned, by reason.
+    """
+
+    share: float
+    asked: int
+    sampled: int
+    reused: int
+    stale: int
+    cut: int
+    repeating: int
+    tokens: int
+    seconds: float
+    unused: dict[str, int]
+
+
 class Train(Part):
     """What training did.
 
@@ -193,6 +214,7 @@ class Train(Part):
     loss_implementation: None where no step was trained, or nothing is known.
     skipped_steps: optimizer steps that were not applied, by reason.
     without_effect: what of the records was not read or not shown to a model, and how often.
+    on_policy: None where all answers were the data's.
     """
 
     steps: int
@@ -210,6 +232,7 @@ class Train(Part):
     loss_implementation: LossImplementation | None
     skipped_steps: dict[str, int] = {}
     without_effect: dict[str, int] = {}
+    on_policy: OnPolicy | None = None
 
 
 class Example(Part):

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from taid_vlm.batch.forward import Batch
+from taid_vlm.config.objective import MOVING
 from taid_vlm.errors import TaidError
 from taid_vlm.objectives import Objective
 from taid_vlm.objectives.objective import Term, VisualTerm
@@ -167,7 +168,7 @@ def comparable_loss(
     for term in terms:
         name = f"loss/{term.name}"
         count = sums.get(f"tokens/{name}", sums["tokens"])
-        scale = 1.0 if term.name != "taid" else (t or 0.0) ** 2
+        scale = 1.0 if term.name not in MOVING else (t or 0.0) ** 2
         if not count or not scale:
             return None
         total += term.weight * sums[name] / count / scale

@@ -96,6 +96,10 @@ def _stored(teacher: Any, objective: Objective) -> TeacherCache | None:
     """The cache that stands for a teacher; raises TaidError where a term asks a live one."""
     if not isinstance(teacher, TeacherCache):
         return None
+    if objective.on_policy is not None:
+        raise TaidError("objective.on_policy asks the teacher about answers that the student gives "
+                        "while training, and teacher.cache holds what it said of the data only: "
+                        "leave it out, or name the teacher with teacher.model_name_or_path.")
     for key, asks in (("token_weights", bool(objective.visual_advantage)),
                       (" and ".join(term.name for term in objective.visual), objective.visual)):
         if asks:

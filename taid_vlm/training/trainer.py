@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from taid_vlm.adapters import Processor
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch, DistillationCollator
-from taid_vlm.batch.figures import Measured
-from taid_vlm.batch.losses import by_weight, compared_tokens, weight_sum
+from taid_vlm.batch.losses import weight_sum
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import Canary, Looks
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
@@ -47,6 +47,15 @@ from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.intake import Intake, prepared, windowed
 from taid_vlm.training.loss import Step, StepLoss, choose_step, plain_step
+from taid_vlm.training.on_policy import (
+    NOT_LEARNED,
+    OWN,
+    SAMPLED,
+    Rollouts,
+    Rows,
+    on_policy_figures,
+    without_sync,
+)
 from taid_vlm.training.pair import pair_for_training, resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
 from taid_vlm.training.served import (
@@ -57,6 +66,7 @@ from taid_vlm.training.served import (
     shapes_of,
     training_collator,
 )
+from taid_vlm.training.sums import figure_sums, token_sums
 from taid_vlm.training.visual import VisualTerms
 from taid_vlm.training.window import Window
 
@@ -117,10 +127,14 @@ class DistillationTrainer(Trainer):
             student = with_adapter(student, peft_config)
         self.parts = TrainedParts(student, args)
         _use_one_gpu(args)
+        batches, sampling = training_collator(
+            collator, self.objective, student, teacher), self.objective.on_policy
+        samples = training_collator(replace(collator, left_out=NOT_LEARNED, reported={}),
+                                    self.objective.sampled or self.objective, student, teacher)
         super().__init__(
             model=student, args=args, eval_dataset=eval_dataset,
             train_dataset=windowed(train_dataset, collator, args),
-            data_collator=training_collator(collator, self.objective, student, teacher),
+            data_collator=batches if sampling is None else Rows(),
             processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
         )
         use_published_names(self.model)
@@ -132,8 +146,10 @@ class DistillationTrainer(Trainer):
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.router = RouterTerm(self.objective.router, student, self.accelerator)
+        self.rollouts = None if sampling is None else Rollouts(
+            sampling, collator.student, batches, samples, self.accelerator, args.seed)
         self._begin(train_dataset)
-        self._step: Step | None = None
+        self._steps: dict[str, Step] = {}
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
 
@@ -158,7 +174,8 @@ class DistillationTrainer(Trainer):
     @property
     def loss_report(self) -> dict[str, Any] | None:
         """Which implementation of the loss ran, and why; None before the first step."""
-        return None if self._step is None else self._step.report()
+        step = self._step or self._steps.get(SAMPLED)
+        return None if step is None else step.report()
 
     @property
     def teacher_model(self) -> Any:
@@ -167,17 +184,32 @@ class DistillationTrainer(Trainer):
 
     # ----- the step -------------------------------------------------------------------------
 
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; of its sampled part first."""
+        if SAMPLED not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with without_sync(self.accelerator, model):
+            loss = super().training_step(model, inputs[SAMPLED], num_items_in_batch)
+        references = {key: value for key, value in inputs.items() if key != SAMPLED}
+        return loss + super().training_step(model, references, num_items_in_batch)
+
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the mean over all answer tokens of the optimizer step, of
         the visual terms' mean over all of its images, and of the router's over all it is fed."""
-        t = self.schedule.t if self.schedule else None
-        step = self._loss_step(inputs)
+        t, shown = self.schedule.t if self.schedule else None, self._logs_this_step()
+        if inputs.get(OWN):
+            found = self._loss_step(inputs, SAMPLED)(model, self.teacher, inputs, t, shown)
+            self._remember(inputs, found, {}, SAMPLED)
+            processes = self.accelerator.num_processes
+            return found.loss * processes / (float(num_items_in_batch or 0) or 1.0)
         with self.visual.watch(), self.router.watch():
             self.parts.keep_frozen()
-            found = step(model, self.teacher, inputs, t, self._logs_this_step())
+            found = self._loss_step(inputs)(model, self.teacher, inputs, t, shown)
         seen, routed = self.visual.losses(inputs), self.router.losses(inputs)
         self._remember(inputs, found, seen if routed is None else seen | {ROUTER: routed})
         tokens, images, fed = (_counts(inputs) if num_items_in_batch is None
@@ -190,21 +222,35 @@ class DistillationTrainer(Trainer):
             loss = loss + self.router.weight * routed.sum() * processes / max(float(fed), 1.0)
         return (loss, found.losses) if return_outputs else loss
 
-    def _loss_step(self, batch: Batch) -> Step:
-        """The implementation of the loss, chosen at the first batch that has tokens to check it."""
-        if self._step is None and len(batch["labels"]):
-            self._step = choose_step(
-                self.args.loss_implementation, self.objective, self.pairing, self.model,
+    def _loss_step(self, batch: Batch, part: str = "") -> Step:
+        """The implementation of the loss, chosen at the first batch that has tokens to check it.
+
+        Args:
+            part: "" for references, SAMPLED.
+        """
+        objective = self.objective.sampled if part else self.objective
+        assert objective is not None
+        if self._steps.get(part) is None and len(batch["labels"]):
+            self._steps[part] = choose_step(
+                self.args.loss_implementation, objective, self.pairing, self.model,
                 self.teacher, batch, self.args.loss_memory_budget, self.accelerator.autocast)
-        return self._step or plain_step(self.objective, self.pairing, self.teacher)
+        return self._steps.get(part) or plain_step(objective, self.pairing, self.teacher)
+
+    @property
+    def _step(self) -> Step | None:
+        """That of the references."""
+        return self._steps.get("")
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """What the answer tokens of the optimizer step count, over all micro-batches and
         processes; its images and the tokens it is fed are noted. All are on the CPU: no
         micro-batch waits for the device to know them."""
+        if self.rollouts is not None:
+            self.rollouts.fill(batch_samples, self.model, self.state.global_step + 1)
         if isinstance(self.teacher, ServedTeacher):
+            asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
             with kept_if_lost(self):
-                await_signals(self.teacher, batch_samples, self.accelerator)
+                await_signals(self.teacher, asked, self.accelerator)
         counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
@@ -212,30 +258,13 @@ class DistillationTrainer(Trainer):
         return tokens
 
     @torch.no_grad()
-    def _remember(self, batch: Batch, found: StepLoss, seen: Mapping[str, Tensor]) -> None:
-        """Add up this micro-batch for the schedule and the log."""
-        sums = {f"loss/{name}": by_weight(batch, x).sum() for name, x in found.losses.items()}
-
-        def count(values: Tensor) -> Tensor:  # made on the device, which nothing waits for
-            return torch.full((), len(values), dtype=torch.float64, device=found.loss.device)
-
-        sums["tokens"] = count(batch["labels"])
-        sums["tokens/loss"] = batch["weights"].double().sum() if "weights" in batch else \
-            sums["tokens"].clone()
-        figures = {f"loss/{name}": Measured(values) for name, values in seen.items()}
-        if found.weight is not None:
-            tokens, weight = compared_tokens(batch), found.weight
-            figures["visual_weight"] = Measured(weight if tokens is None else weight[tokens])
-        for name, figure in figures.items():
-            sums[name] = figure.values.sum()
-            sums[f"tokens/{name}"] = count(figure.values)
-        for name, figure in found.figures.items():
-            values, amount = figure.values, count(figure.values)
-            if "weights" in batch:
-                weight = batch["weights"] if figure.tokens is None else \
-                    batch["weights"][figure.tokens]
-                values, amount = values * weight, weight.double().sum()
-            sums[name], sums[f"tokens/{name}"] = values.sum(), amount
+    def _remember(
+        self, batch: Batch, found: StepLoss, seen: Mapping[str, Tensor], part: str = ""
+    ) -> None:
+        """Add up this micro-batch, or its sampled part, for the schedule and the log."""
+        sums = token_sums(batch, found, seen, apart=self.rollouts is not None)
+        sums |= figure_sums(batch, on_policy_figures(batch, found.figures) if part
+                            else found.figures)
         sums |= {name: torch.full((), rows, dtype=torch.float64, device=found.loss.device)
                  for name, rows in self.intake.sums(batch).items()}
         for name, value in sums.items():
@@ -276,7 +305,11 @@ class DistillationTrainer(Trainer):
             raise TaidError(f"{EMPTY_STEPS} optimizer steps in a row had no usable record: {told}.")
         if self.schedule is not None:
             counts = sums["tokens"] and self.guard.applied
-            mean = sums["loss/taid"] / sums["tokens/loss"] if counts else float("nan")
+            term = self.objective.moving_term
+            assert term is not None
+            name = f"loss/{term.name}"
+            tokens = sums.get(f"tokens/{name}", sums["tokens/loss"])
+            mean = sums[name] / tokens if counts else float("nan")
             self.schedule.update(mean, self.state.global_step - 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -286,6 +319,8 @@ class DistillationTrainer(Trainer):
             figures = self._window.take()
             lead = {key: figures[key] for key in ("kl",) if key in figures}
             logs = {**lead, **logs, **figures, **self.parts.rates, **self.intake.logs()}
+            if self.rollouts is not None:
+                logs |= self.rollouts.logs()
             if self.schedule is not None:
                 logs["t"] = self.schedule.t
                 logs["adaptive_share"] = self.schedule.active_share
@@ -305,7 +340,9 @@ class DistillationTrainer(Trainer):
         return self.visual.add_group(optimizer, self.args.learning_rate, self.args.weight_decay)
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        return super().floating_point_ops(inputs["student_inputs"])
+        own = inputs[SAMPLED]["student_inputs"] if SAMPLED in inputs else None
+        return super().floating_point_ops(inputs["student_inputs"]) + (
+            0 if own is None else super().floating_point_ops(own))
 
     # ----- evaluation -----------------------------------------------------------------------
 
@@ -386,6 +423,8 @@ class DistillationTrainer(Trainer):
         TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.visual.load(Path(resume_from_checkpoint))
         self.router.restore(Path(resume_from_checkpoint))
+        if self.rollouts is not None:
+            self.rollouts.load(Path(resume_from_checkpoint))
         target = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded or not isinstance(target, PreTrainedModel):
@@ -418,6 +457,8 @@ class DistillationTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)  # what an interruption left of one
                 self.visual.save(folder)
                 self.router.save(folder)
+                if self.rollouts is not None:
+                    self.rollouts.save(folder)
             self.accelerator.wait_for_everyone()
             self.args.save_total_limit = None  # older ones go when this one is whole
             super()._save_checkpoint(model, trial)
@@ -443,7 +484,9 @@ def _use_one_gpu(args: DistillationConfig) -> None:
 
 
 def _counts(batch: Batch) -> Tensor:
-    """What the answer tokens count, images, and tokens fed to the student, without padding."""
+    """What the answer tokens count; images and tokens fed to the student, without padding, of the
+    references."""
     images, fed = torch.stack(
         [batch["images"].sum(), batch["student_inputs"]["attention_mask"].sum()]).tolist()
-    return torch.tensor([weight_sum(batch), images, fed], dtype=torch.float64)
+    own = weight_sum(batch[SAMPLED]) if SAMPLED in batch else 0.0
+    return torch.tensor([weight_sum(batch) + own, images, fed], dtype=torch.float64)

@@ -210,7 +210,7 @@ OPENINGS = {
     "family", [f for f in SPECS if SPECS[f].template is not None])
 def test_prompts_end_as_what_answers_are_learned_after(family: str) -> None:
     model, item = adapter(family), talk("Is it?", "The red square", "And?", "It is")
-    prompt = model._prompt(item, 1).text
+    prompt = model.prompt(item, 1).text
     assert model._opening(thinks=False) == OPENINGS.get(family, ("", ""))
     rendered = model.render(item)
     before = rendered.text[: rendered.spans[1].start]
@@ -229,7 +229,7 @@ def test_thoughts_are_learned(family: str) -> None:
     spans = [row.byte_spans[token.position] for token in answer.tokens]
     assert b"".join(data[a:b] for a, b in spans) == THOUGHT.encode()
     assert answer.end_of_turn == answer.tokens[-1].position + 1
-    prompt = model._prompt(item, 1).text  # it is to think: no thought, empty or begun, stands here
+    prompt = model.prompt(item, 1).text  # it is to think: no thought, empty or begun, stands here
     assert row.text.startswith(prompt + THOUGHT)
 
 

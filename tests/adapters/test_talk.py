@@ -78,7 +78,7 @@ def test_calls_are_learned_as_the_template_prints_them(
     assert rendered.text == printed(one, plain, tools=[WEATHER])
     assert "Of a town." in rendered.text
     assert spans(rendered) == [call, "It is 21 degrees."]
-    prompt = one._prompt(chat(messages, tools=[WEATHER]), 1).text
+    prompt = one.prompt(chat(messages, tools=[WEATHER]), 1).text
     assert rendered.text[: rendered.spans[1].start].startswith(prompt)
     row = one.encode([rendered], [[]]).rows[0]
     assert all(answer.end_of_turn is not None for answer in row.answers)
@@ -216,7 +216,7 @@ def test_thoughts_in_an_answer_are_learned_as_they_are_printed(answer: str, fami
         for m in turns("Is it?", answer)])
     wanted = answer if family == "llama" else "<think>\nA hat?\n</think>\n\nNo."
     assert spans(rendered) == [wanted]
-    prompt = one._prompt(chat(turns("Is it?", answer)), 0).text
+    prompt = one.prompt(chat(turns("Is it?", answer)), 0).text
     assert rendered.text.startswith(prompt + wanted)
 
 
@@ -306,9 +306,9 @@ def test_every_turn_is_asked_as_it_is_learned(family: str) -> None:
                  turns("a", "It is", "b", "<think>x</think>y")):
         rendered = one.render(chat(talk))
         for span in rendered.spans:
-            assert one._prompt(chat(talk), span.turn).text == rendered.text[: span.start]
+            assert one.prompt(chat(talk), span.turn).text == rendered.text[: span.start]
         alone = chat(talk[:3])  # an answer that is not there yet
-        assert one._prompt(alone, 1).text.startswith(one.render_prompt(alone, 1)[:-20])
+        assert one.prompt(alone, 1).text.startswith(one.render_prompt(alone, 1)[:-20])
 
 
 # ----- variables of the template --------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_variables_hold_in_training_and_in_answering(thinks: bool) -> None:
     item = chat(turns("Is it?", "Yes"))
     rendered = one.render(item)
     assert ("<think></think>" in rendered.text) is not thinks
-    assert one._prompt(item, 0).text == rendered.text[: rendered.spans[0].start]
+    assert one.prompt(item, 0).text == rendered.text[: rendered.spans[0].start]
 
 
 def test_a_variable_that_nothing_reads_is_refused() -> None:

@@ -192,7 +192,11 @@ def test_the_terms_are_the_losses() -> None:
         else:
             signature = dict(inspect.signature(LOSSES[name].function).parameters)
             signature.pop("pair")
-        assert kind.parameters() == list(signature)
+        own = [key for key in kind.parameters() if key not in ("focus", "clip")]
+        if name == "amid":  # taid's, and which mean
+            assert own == ["t_start", "t_end", "rate", "momentum", "adaptive", "alpha"]
+            continue
+        assert own == list(signature)
         for key, parameter in signature.items():
             assert kind.model_fields[key].default == parameter.default, (name, key)
 

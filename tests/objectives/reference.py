@@ -32,6 +32,25 @@ def taid(s: Tensor, u: Tensor, t: float) -> Tensor:
     return kl(softmax(taid_target(s, u, t)), softmax(s))
 
 
+def amid(s: Tensor, u: Tensor, t: float, alpha: float = 1.0) -> Tensor:
+    """The generalised mean of order (1 - alpha) / 2 of detached student and teacher, normalised."""
+    if alpha == 1:
+        return taid(s, u, t)
+    q, p, c = softmax(s).detach(), softmax(u), (1 - alpha) / 2
+    mean = ((1 - t) * q**c + t * p**c) ** (1 / c)
+    return kl(mean / mean.sum(-1, keepdim=True), softmax(s))
+
+
+def todi(s: Tensor, u: Tensor) -> Tensor:
+    q, p = softmax(s), softmax(u)
+    w = torch.sigmoid((p / q).log()).detach()
+    return (w * p * (p / q).log() + (1 - w) * q * (q / p).log()).sum(-1)
+
+
+def entropy_switch(s: Tensor, u: Tensor, threshold: float = 0.8) -> Tensor:
+    return torch.where(entropy(u) >= threshold, forward_kl(s, u), reverse_kl(s, u))
+
+
 def forward_kl(s: Tensor, u: Tensor) -> Tensor:
     return kl(softmax(u), softmax(s))
 
@@ -122,6 +141,9 @@ LOSSES = {
     "tvd": tvd,
     "adaptive_kl": adaptive_kl,
     "alpha_beta": alpha_beta,
+    "amid": amid,
+    "todi": todi,
+    "entropy_switch": entropy_switch,
 }
 
 
@@ -129,9 +151,11 @@ def loss_of(
     name: str, s: Tensor, u: Tensor, labels: Tensor, temperature: float = 1.0, **parameters: float
 ) -> Tensor:
     """The loss [N] in the dtype of `s`; cross-entropy knows neither teacher nor temperature."""
-    if name == "ce":
-        return ce(s, labels)
-    return temperature**2 * LOSSES[name](s / temperature, u / temperature, **parameters)
+    focus, clip = parameters.pop("focus", 0.0), parameters.pop("clip", None)
+    loss = ce(s, labels) if name == "ce" else \
+        temperature**2 * LOSSES[name](s / temperature, u / temperature, **parameters)
+    loss = loss * (1 - (-loss.detach()).exp()) ** focus
+    return loss if clip is None else torch.minimum(loss, torch.tensor(clip, dtype=loss.dtype))
 
 
 def value_and_gradient(

@@ -71,7 +71,9 @@ def test_the_gradient_in_the_logits_place(body):
 
 @needs_compiler
 @pytest.mark.parametrize("terms", [
-    [BodyTerm("taid", parameters={"t": 0.4})], [BodyTerm("jsd", parameters={"beta": 0.5})]])
+    [BodyTerm("taid", parameters={"t": 0.4})], [BodyTerm("jsd", parameters={"beta": 0.5})],
+    [BodyTerm("amid", parameters={"t": 0.4, "alpha": -1.0})], [BodyTerm("todi")],
+    [BodyTerm("entropy_switch", parameters={"threshold": 5.0})]])
 @pytest.mark.parametrize("apart", [1e-4, 1e-2, 1.0, 10.0, 60.0])
 def test_compiled_is_exact_at_any_distance(terms, apart):
     """Its own expm1: as near float64 as eager float32 is; at distance 60 ratios pass e^80."""

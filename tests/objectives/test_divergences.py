@@ -9,6 +9,7 @@ import torch
 from objectives import reference
 from torch.nn.functional import cosine_similarity
 
+from taid_vlm.config.objective import MOVING
 from taid_vlm.errors import RecipeError
 from taid_vlm.objectives import LOSSES, divergence, divergences
 
@@ -26,6 +27,10 @@ CASES = [
     # mu = 1 is left out: whether the last tokens count then depends on rounding alone
     *(("adaptive_kl", {"mu": mu}) for mu in (0.0, 0.5, 0.9)),
     *(("alpha_beta", {"alpha": alpha, "beta": beta}) for alpha, beta in ALPHA_BETA),
+    *(("amid", {"t": t, "alpha": alpha})
+      for t, alpha in ((0.4, 1.0), (0.4, -1.0), (0.2, 0.0), (0.9, -3.0), (0.5, 3.0), (1.0, -1.0))),
+    ("todi", {}),
+    *(("entropy_switch", {"threshold": threshold}) for threshold in (0.0, 1.5, 100.0)),
     ("ce", {}),
 ]
 AGAINST_TEACHER = [case for case in CASES if case[0] != "ce"]
@@ -418,13 +423,80 @@ def test_no_gradient_is_computed_without_need():
         assert not divergence("fkl", s.requires_grad_(), u).requires_grad
 
 
+# ----- one is another -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_amid_with_the_geometric_mean_is_taid_bit_for_bit(t):
+    s, u, _ = random_logits(3, dtype=torch.float32)
+    for one, other in zip(run("amid", s, u, None, t=t, alpha=1.0), run("taid", s, u, None, t=t),
+                          strict=True):
+        assert torch.equal(one, other)
+
+
+def test_amid_with_the_arithmetic_mean_is_a_mixture():
+    """KL((1 - t) q + t p || q), and nearly taid's for a mean of nearly order 0."""
+    s, u, _ = random_logits(2)
+    q, p = s.softmax(-1), u.softmax(-1)
+    mixture = 0.7 * q + 0.3 * p
+    loss, _ = run("amid", s, u, None, t=0.3, alpha=-1.0)
+    assert relative(loss, (mixture * (mixture / q).log()).sum(-1)) < 1e-9
+    near, taid = (run(name, s, u, None, t=0.3, **extra)[1] for name, extra in (
+        ("amid", {"alpha": 1 - 1e-6}), ("taid", {})))
+    assert relative(near, taid) < 1e-4
+
+
+def test_todi_has_the_value_of_jeffreys_and_another_gradient():
+    s, u, _ = random_logits(2)
+    (loss, gradient), forward, reverse = (run(name, s, u, None)
+                                          for name in ("todi", "forward_kl", "reverse_kl"))
+    assert relative(loss, forward[0] + reverse[0]) < 1e-9
+    assert relative(gradient, forward[1] + reverse[1]) > 0.1
+
+
+def test_the_entropy_switch_takes_one_loss_or_the_other_token_by_token():
+    s, u, _ = random_logits(4)
+    p = u.softmax(-1)
+    entropy = -(p * p.log()).sum(-1)
+    threshold = float(entropy.median()) - 1e-6
+    loss, _ = run("entropy_switch", s, u, None, threshold=threshold)
+    forward, reverse = (run(name, s, u, None)[0] for name in ("forward_kl", "reverse_kl"))
+    assert torch.equal(loss, torch.where(entropy >= threshold, forward, reverse))
+    assert 0 < int((entropy >= threshold).sum()) < len(entropy)
+
+
+# ----- hard tokens, and a bound -------------------------------------------------------------
+
+
+@every([("forward_kl", {"focus": 1.0}), ("reverse_kl", {"focus": 0.5}), ("taid", {"t": 0.6}),
+        ("ce", {"focus": 2.0}), ("jsd", {})])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_focus_and_clip_are_as_written(name, parameters, temperature):
+    s, u, labels = random_logits(1.5)
+    free, _ = run(name, s, u, labels, kd_temperature=temperature, **parameters)
+    parameters = {**parameters, "clip": float(free.median()) + 1e-6}
+    loss, gradient = run(name, s, u, labels, kd_temperature=temperature, **parameters)
+    want, want_gradient = reference.value_and_gradient(
+        name, s, u, labels, temperature, **parameters)
+    assert relative(loss, want, floor=1e-4) < 1e-10
+    assert of_batch(gradient, want_gradient) < 1e-10
+    plain, _ = run(name, s, u, labels, kd_temperature=temperature,
+                   **{key: x for key, x in parameters.items() if key == "t"})
+    assert (free <= plain).all()
+    assert torch.equal(free, plain) == ("focus" not in parameters)
+    clipped = loss == parameters["clip"]
+    assert 0 < int(clipped.sum()) < len(clipped)
+    assert not gradient[clipped].any()
+    assert gradient[~clipped].abs().amax(-1).min() > 0
+
+
 # ----- names and messages -------------------------------------------------------------------
 
 
 def test_every_name_and_alias_is_one_loss():
     s, u, labels = random_logits(1)
     for name, loss in LOSSES.items():
-        extra = {"t": 0.4} if name == "taid" else {}
+        extra = {"t": 0.4} if name in MOVING else {}
         want, _ = run(name, s, u, labels, **extra)
         for alias in loss.aliases:
             teacher = None if name == "ce" else u
@@ -441,7 +513,7 @@ MISTAKES = {
     "unknown name": (("taidd", S, S), {}, "unknown loss 'taidd'.*Did you mean 'taid'"),
     "far name": (("zzz", S, S), {}, "unknown loss 'zzz'.*Valid: .*forward_kl"),
     "near parameter": (("jsd", S, S), {"betta": 0.1}, "no parameter 'betta'.*'beta'"),
-    "no parameters": (("tvd", S, S), {"beta": 0.1}, "no parameter 'beta'.*takes none"),
+    "no parameters": (("tvd", S, S), {"beta": 0.1}, "no parameter 'beta'.*clip, focus"),
     "beta": (("jsd", S, S), {"beta": 1.1}, r"beta = 1.1.*\[0, 1\]"),
     "lam": (("skew_kl", S, S), {"lam": 1.0}, r"lam = 1.0.*\[0, 1\)"),
     "lam, reverse": (("skew_rkl", S, S), {"lam": -0.1}, r"lam = -0.1.*\[0, 1\)"),
@@ -451,6 +523,9 @@ MISTAKES = {
     "alpha is text": (("ab", S, S), {"alpha": "0.2"}, "alpha = '0.2'.*finite number"),
     "alpha": (("ab", S, S), {"alpha": INF}, "alpha = inf.*finite number"),
     "missing t": (("taid", S, S), {}, "needs t"),
+    "missing t of amid": (("amid", S, S), {"alpha": 0}, "'amid' needs t"),
+    "a schedule's key": (("amid", S, S), {"t": 0.1, "rate": 0.1}, "no parameter 'rate'"),
+    "threshold": (("eopd", S, S), {"threshold": -1.0}, "threshold = -1.0.*>= 0"),
     "no teacher": (("fkl", S, None), {}, r"student \(2, 3\) and teacher None"),
     "other vocabulary": (("fkl", S, S[:, :2]), {}, r"\(2, 3\) and teacher \(2, 2\).*Vocabulary"),
     "no labels": (("ce", S, None), {}, r"labels of shape \(2,\)"),

@@ -266,6 +266,8 @@ UNSUPPORTED = {
     "two TAIDs": [SINGLE["taid"]] * 2,
     "two temperatures": [BodyTerm("forward_kl"), BodyTerm("reverse_kl", 1.0, 2.0)],
     "data with a temperature": [BodyTerm("ce", 1.0, 2.0)],
+    "a bound": [BodyTerm("forward_kl", parameters={"clip": 1.0})],
+    "hard tokens": [BodyTerm("ce", parameters={"focus": 1.0})],
     "too many": [SINGLE["jsd"]] * 9,
 }
 

@@ -7,6 +7,7 @@ import torch
 from objectives import reference
 from torch import Tensor
 
+from taid_vlm.config.objective import MOVING
 from taid_vlm.objectives import (
     LOSSES,
     chunk_logits,
@@ -179,7 +180,7 @@ def test_no_chunks(chunk: list[int]) -> None:
     found = chunk_logits(label_log_prob(logits, labels), index, 0)
     assert found.shape == (0, 2)
     for name in AGAINST_TEACHER:
-        parameters = {"t": 0.5} if name == "taid" else {}
+        parameters = {"t": 0.5} if name in MOVING else {}
         loss = divergence(name, found, found.detach(), **parameters)
         assert loss.shape == (0,)
         loss.sum().backward(retain_graph=True)
@@ -206,7 +207,7 @@ def test_certain_chunks_have_finite_losses_and_gradients(way: str, name: str) ->
     for ours, theirs in ((certain, teacher.float()), (teacher.float(), certain),
                          (certain, certain)):
         student = ours.clone().requires_grad_()
-        parameters = {"t": 0.5} if name == "taid" else {}
+        parameters = {"t": 0.5} if name in MOVING else {}
         loss = divergence(name, chunks(student, labels), chunks(theirs, labels), **parameters)
         loss.sum().backward()
         assert torch.isfinite(loss).all()
@@ -219,7 +220,7 @@ def test_certain_chunks_have_finite_losses_and_gradients(way: str, name: str) ->
 
 def bernoulli(name: str, temperature: float, labels: Tensor, theirs: Tensor):
     """The loss of `name` as its paper writes it, from the student's whole logits."""
-    parameters = {"t": 0.3} if name == "taid" else {}
+    parameters = {"t": 0.3} if name in MOVING else {}
 
     def loss(student: Tensor) -> Tensor:
         return reference.loss_of(name, naive_chunks(student, labels), naive_chunks(theirs, labels),
@@ -237,7 +238,7 @@ def test_every_loss_on_chunks(
     (ours, labels), (theirs, _) = draw(), draw(seed=5)
     ours, theirs = ours.to(dtype), theirs.to(dtype)
     weight = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0])
-    parameters = {"t": 0.3} if name == "taid" else {}
+    parameters = {"t": 0.3} if name in MOVING else {}
 
     def loss(student: Tensor) -> Tensor:
         return divergence(name, chunks(student, labels), chunks(theirs, labels),
@@ -257,7 +258,7 @@ def test_every_loss_on_chunks(
 def test_an_overconfident_student_is_still_corrected(name: str, gap: float) -> None:
     """1 - p is 1e-5 ... 1e-22 in float32, the teacher is unsure: the gradient has its digits."""
     (ours, labels), (theirs, _) = confident(gap), draw(seed=5)
-    parameters = {"t": 0.3} if name == "taid" else {}
+    parameters = {"t": 0.3} if name in MOVING else {}
     _, gradient = value_and_gradient(
         lambda x: divergence(name, chunks(x, labels), chunks(theirs.float(), labels), **parameters),
         ours.float(), torch.ones(5))

@@ -50,7 +50,7 @@ def test_terms_weights_parameters_and_temperature():
     objective = parse_objective(config)
     assert objective.terms == (Term("jsd", 2.0, {"beta": 0.3}), Term("ce", 0.1), Term("tvd"))
     assert objective.kd_temperature == 2.0
-    assert objective.taid_term is None
+    assert objective.moving_term is None
     assert objective.schedule(100) is None
     # a recipe is shown and saved again: reading must leave it as it was
     assert config["terms"][0] == {"name": "jsd", "beta": 0.3, "weight": 2}
@@ -70,8 +70,8 @@ def test_schedule_keys_reach_the_schedule():
     assert isinstance(schedule, TaidSchedule)
     assert (schedule.total_steps, schedule.t_start, schedule.t_end) == (123, 0.2, 0.7)
     assert (schedule.alpha, schedule.momentum, schedule.adaptive) == (5e-4, 0.9, False)
-    assert objective.taid_term.weight == 0.5
-    assert objective.taid_term.parameters == {}
+    assert objective.moving_term.weight == 0.5
+    assert objective.moving_term.parameters == {}
     assert objective.kd_temperature == 3.0
 
 

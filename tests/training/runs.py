@@ -1,7 +1,8 @@
 """Small real training runs, in this process or (as a script) in processes of their own.
 
-As a script: `python runs.py OPTIONS.json` with a list of `make_trainer` options, also under
-torch.distributed.run; rank 0 leaves `final.safetensors` and `trajectory.json` in every output.
+As a script: `python runs.py OPTIONS.json` with a list of `make_trainer` options (and `resume`, a
+checkpoint), also under torch.distributed.run; rank 0 leaves `final.safetensors` and
+`trajectory.json` in every output.
 """
 
 from __future__ import annotations
@@ -157,8 +158,9 @@ def step_gradient(output: Path, **options: Any) -> dict[str, Tensor]:
 def main() -> None:
     torch.set_num_threads(1)
     for options in json.loads(Path(sys.argv[1]).read_text()):
+        resume = options.pop("resume", None)
         trainer = make_trainer(**options)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
         if trainer.is_world_process_zero():
             output = Path(options["output"])
             save_file(weights(trainer), output / "final.safetensors")

@@ -1,0 +1,55 @@
+"""What a micro-batch adds to the log and to the schedule: sums on the device, which nothing waits
+for. What has a count of its own has it under "tokens/<name>"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from taid_vlm.batch.collator import Batch
+from taid_vlm.batch.figures import Measured
+from taid_vlm.batch.losses import by_weight, compared_tokens
+from taid_vlm.training.loss import StepLoss
+
+
+def token_sums(
+    batch: Batch, found: StepLoss, seen: Mapping[str, Tensor], apart: bool = False
+) -> dict[str, Tensor]:
+    """Of the losses, per token and per image.
+
+    Args:
+        seen: losses per image, {name: [images]}.
+        apart: whether each loss is over its own tokens, and not all over all.
+    """
+    sums = {f"loss/{name}": by_weight(batch, x).sum() for name, x in found.losses.items()}
+    sums["tokens"] = _count(batch["labels"], found.loss)
+    sums["tokens/loss"] = batch["weights"].double().sum() if "weights" in batch else \
+        sums["tokens"].clone()
+    if apart:
+        sums |= {f"tokens/loss/{name}": sums["tokens/loss"].clone() for name in found.losses}
+    figures = {f"loss/{name}": Measured(values) for name, values in seen.items()}
+    if found.weight is not None:
+        tokens, weight = compared_tokens(batch), found.weight
+        figures["visual_weight"] = Measured(weight if tokens is None else weight[tokens])
+    for name, figure in figures.items():
+        sums[name] = figure.values.sum()
+        sums[f"tokens/{name}"] = _count(figure.values, found.loss)
+    return sums
+
+
+def figure_sums(batch: Batch, figures: Mapping[str, Measured]) -> dict[str, Tensor]:
+    """Of what is reported of a batch, by what its answers count."""
+    sums = {}
+    for name, (values, tokens) in figures.items():
+        amount = _count(values, values)
+        if "weights" in batch:
+            weight = batch["weights"] if tokens is None else batch["weights"][tokens]
+            values, amount = values * weight, weight.double().sum()
+        sums[name], sums[f"tokens/{name}"] = values.sum(), amount
+    return sums
+
+
+def _count(values: Tensor, like: Tensor) -> Tensor:
+    return torch.full((), len(values), dtype=torch.float64, device=like.device)
