@@ -8,10 +8,14 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from zoo import build, save
+from zoo.images import images
+
+from benchmarks import harness_data
 
 ROOT = Path(__file__).parents[1]
 WORDS = ("red", "green", "blue", "circle", "square", "left", "right", "of", "the", "two")
@@ -95,3 +99,64 @@ def test_the_steps_on_a_cached_teacher_are_measured(tmp_path: Path) -> None:
         assert f"{name}: built in " in done.stdout
         assert f"{name}" in page
     assert done.stdout.count("CPU ms a step") == 6
+
+
+# ----- evaluation ---------------------------------------------------------------------------
+
+
+def evaluated(script: str, folder: Path, processes: int, *arguments: str | Path) -> dict[str, Any]:
+    """What a script leaves in results.json, on one process or two."""
+    output = folder / f"{script}-{processes}"
+    command = [sys.executable, *(("-m", "torch.distributed.run", "--standalone",
+                                  f"--nproc_per_node={processes}") if processes > 1 else ()),
+               str(ROOT / "scripts" / script), *map(str, arguments), "--output-dir", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                   "HF_DATASETS_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("unread") == 1  # one process prints
+    return json.loads((output / "results.json").read_text())
+
+
+def answers_of(folder: Path, script: str, processes: int) -> dict[str, str]:
+    return {path.name: path.read_text() for path in
+            sorted((folder / f"{script}-{processes}" / "answers").iterdir())}
+
+
+def test_vision_benchmarks_on_two_processes(tmp_path: Path) -> None:
+    """The same answers and figures as one process gives; the number is asserted."""
+    save(build("llava"), tmp_path / "model")
+    rows = []
+    for index, picture in enumerate(images(9)):
+        picture.save(tmp_path / f"{index}.png")
+        rows.append({"question_id": index, "question": "is it " + "red " * (index % 4) + "?",
+                     "answer": ("yes", "no")[index % 2], "category": "x", "image": f"{index}.png"})
+    (tmp_path / "pope.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--model", tmp_path / "model", "--tasks", f"pope={tmp_path / 'pope.jsonl'}",
+                 "--batch-size", "2", "--max-new-tokens", "5")
+    one, two = (evaluated("evaluate_vlm.py", tmp_path, number, *arguments) for number in (1, 2))
+    assert [one["machine"]["processes"], two["machine"]["processes"]] == [1, 2]
+    assert two["tasks"]["pope"]["figures"] == one["tasks"]["pope"]["figures"]
+    assert two["tasks"]["pope"]["figures"]["accuracy"] == pytest.approx(
+        {"value": 5 / 9, "stderr": 0.17568209, "n": 9})
+    assert answers_of(tmp_path, "evaluate_vlm.py", 1) == answers_of(tmp_path, "evaluate_vlm.py", 2)
+
+
+def test_text_benchmarks_of_lm_eval_on_two_processes(tmp_path: Path) -> None:
+    """Each takes its share of the tasks; figures and answers are those of one process."""
+    pytest.importorskip("lm_eval")
+    save(build("llama"), tmp_path / "model")
+    for name, rows, asked in (("arc_challenge/ARC-Challenge", harness_data.arc, "test"),
+                              ("winogrande/winogrande_xl", harness_data.winogrande, "validation"),
+                              ("hellaswag/data", harness_data.hellaswag, "validation")):
+        for split, number in (("train", 6), (asked, 4)):
+            harness_data.parquet(rows(number), tmp_path / name / f"{split}-00000-of-00001.parquet")
+    tasks = [f"{name}={tmp_path / name}" for name in ("arc_challenge", "winogrande", "hellaswag")]
+    arguments = ("--model", tmp_path / "model", "--harness", "lm-eval", "--tasks", *tasks,
+                 "--num-fewshot", "1")
+    one, two = (evaluated("evaluate_llm.py", tmp_path, number, *arguments) for number in (1, 2))
+    assert [*two["tasks"]] == [*one["tasks"]] == ["arc_challenge", "winogrande", "hellaswag"]
+    for task, entry in one["tasks"].items():
+        assert two["tasks"][task]["figures"] == entry["figures"]
+    assert two["machine"]["processes"] == 2
+    assert answers_of(tmp_path, "evaluate_llm.py", 1) == answers_of(tmp_path, "evaluate_llm.py", 2)

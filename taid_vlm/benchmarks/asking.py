@@ -177,7 +177,8 @@ def _source(
     if not data and not path:
         raise TaidError(f"--tasks {benchmark.name}: its data is not on the hub; say where it is, "
                         f"as in {benchmark.name}=FILE.")
-    if Path(data or path).is_file() and not split.startswith("train"):
-        split = "train"  # the split's name is the hub's; a file is all there is
+    is_files = Path(data or path).is_file() or any(sign in data for sign in "*?[")
+    if is_files and not split.startswith("train"):
+        split = "train"  # the split's name is the hub's; files are all there is
     return DataSource(path=data or path, split=split, name=None if data else name,
                       max_records=max_records, video=video)

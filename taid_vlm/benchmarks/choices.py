@@ -22,9 +22,10 @@ def listed(options: Sequence[str], form: str = "{}. {}") -> str:
     return "\n".join(map(form.format, LETTERS, options))
 
 
-def choice_prompt(question: str, options: Sequence[str], context: str = "") -> str:
+def choice_prompt(question: str, options: Sequence[str], context: str = "",
+                  line: str = LETTER_LINE) -> str:
     """Context, question, options and the line that asks for a letter, each where there is one."""
-    parts = (context, question, listed(options), LETTER_LINE)
+    parts = (context, question, listed(options), line)
     return "\n".join(part for part in parts if part)
 
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from taid_vlm.benchmarks.answering import Answer, Answerer, Generating
 from taid_vlm.benchmarks.asking import Asking, Task
 from taid_vlm.benchmarks.candidates import Candidate, LocalModel, ServedModel
+from taid_vlm.benchmarks.judge import Judge, judge_answers
 from taid_vlm.benchmarks.likelihood import Choosing
 from taid_vlm.benchmarks.remote import Remote
 from taid_vlm.benchmarks.scoring import (
@@ -35,6 +36,7 @@ from taid_vlm.benchmarks.scoring import (
     summary,
 )
 from taid_vlm.benchmarks.store import FOLDER, AnswerStore, flat
+from taid_vlm.benchmarks.suite import SUITES, average
 from taid_vlm.errors import TaidError
 from taid_vlm.io.endpoint import Endpoint
 from taid_vlm.io.files import write_json
@@ -102,11 +104,17 @@ def _check_folder(folder: Path) -> dict[str, Any]:
 
 def evaluate(
     candidates: Sequence[Candidate], tasks: Sequence[Task], output_dir: str | Path,
-    asking: Asking | None = None,
+    asking: Asking | None = None, judge_model: Judge | None = None, suites: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Every model's answers to every task, judged.
 
     Touches no random state. What was answered before under the same settings is not asked again.
+
+    Args:
+        judge_model: asked by those rules that need a language model; without it their answers have
+            no score.
+        suites: names of `suite.SUITES` whose average stands in the results, of the tasks here and
+            those that the folders hold.
 
     Returns:
         By model what was written to `output_dir/results.json`, with several models to
@@ -117,11 +125,13 @@ def evaluate(
         TaidError: anything a user can mend, before weights are loaded where it can show there.
     """
     asking, output = asking or Asking(), Path(output_dir).expanduser()
+    if judge_model is not None:
+        judge_model.check(tasks)
     folders = {candidate.name: output / candidate.name if len(candidates) > 1 else output
                for candidate in candidates}
     earlier = {name: _check_folder(folder) for name, folder in folders.items()}
     models = {candidate.name: prepare(candidate, tasks, asking) for candidate in candidates}
-    each = [_Evaluation(name, model, folders[name], asking, earlier[name])
+    each = [_Evaluation(name, model, folders[name], asking, earlier[name], judge_model, suites)
             for name, model in models.items()]
     processes().wait_for_everyone()  # every process has read what the main one will replace
     return {one.name: one.run(tasks) for one in each}
@@ -136,8 +146,11 @@ class _Evaluation:
     """One model's evaluation; its weights are loaded when a question needs them."""
 
     def __init__(self, name: str, model: LocalModel | ServedModel, folder: Path, asking: Asking,
-                 earlier: Mapping[str, Any]) -> None:
+                 earlier: Mapping[str, Any], judge_model: Judge | None = None,
+                 suites: Sequence[str] = ()) -> None:
         self.name, self.model, self.folder, self.asking = name, model, folder, asking
+        self.judge = judge_model
+        self.suites = dict.fromkeys([*earlier.get("suites", {}), *suites])
         self.state, self.described = processes(), model.describe()
         self.loaded: Any = None
         self.earlier = dict(earlier.get("tasks", {}))
@@ -151,8 +164,10 @@ class _Evaluation:
         started, entries = time.perf_counter(), dict(self.earlier)
         for task in tasks:
             entries[task.benchmark.name] = self._carry_out(task)
+            of_suites = {suite: average(suite, entries) for suite in self.suites if suite in SUITES}
             results = summary(self.name, self.described, entries, self.asking.seeds[0], started,
-                              self.state.num_processes)
+                              self.state.num_processes,
+                              **({"suites": of_suites} if of_suites else {}))
             if self.state.is_main_process:
                 write_json(results, self.folder / "results.json")
         self.loaded = None
@@ -224,14 +239,18 @@ class _Evaluation:
         settings: Mapping[str, Any], seconds: float,
     ) -> dict[str, Any]:
         rule, benchmark, source = task.rule, task.benchmark, task.source
-        judged = {seed: judge(rule, task.questions, each) for seed, each in answers.items()}
+        before = self.earlier.get(benchmark.name) or {}
+        replies, judge_model = (None, {}) if rule.prompt is None or self.judge is None else \
+            judge_answers(self.judge, task, answers, self.folder, before.get("judge"), self.state)
+        judged = {seed: judge(rule, task.questions, each, replies, seed)
+                  for seed, each in answers.items()}
         entry = {
             "title": benchmark.title, "benchmark": benchmark.file or benchmark.name,
             "rule": rule.name, "rule_version": rule.version, "rule_source": rule.source,
             "source": {"path": source.path, "name": source.name, "split": source.split,
                        "max_records": source.max_records, "sha256": task.sha256},
             **task.video_frames, "prompt_hash": task.prompt_hash, "left_out": dict(task.left_out),
-            **counts(answers, judged),
+            **({"judge": judge_model} if judge_model else {}), **counts(answers, judged),
             "answering": {**settings, "seeds": list(self.asking.seeds)},
             "figures": figures(rule, judged), "by_tag": by_tag(rule, judged),
             "decimals": benchmark.decimals, "answers": f"{FOLDER}/{benchmark.name}.jsonl",

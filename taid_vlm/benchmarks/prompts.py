@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,14 @@ from taid_vlm.benchmarks.rows import Row
 
 SHORT_LINE = "Answer the question using a single word or phrase."
 LETTER_LINE = "Answer with the option's letter from the given choices directly."
+PLACES = ("{question}", "{answer}", "{prediction}")  # of what a judge is asked
+_PLACE = re.compile("|".join(map(re.escape, PLACES)))
+
+
+def filled(template: str, question: str, answer: str, prediction: str) -> str:
+    """What a judge is asked; braces in the texts themselves stay as they are."""
+    texts = dict(zip(PLACES, (question, answer, prediction), strict=True))
+    return _PLACE.sub(lambda place: texts[place[0]], template)
 
 
 def about_image(

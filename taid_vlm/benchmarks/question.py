@@ -53,10 +53,13 @@ class Verdict:
 
     score: in [0, 1] (CIDEr: its own scale); an answer that cannot be read has 0.
     read: what the rule took for the answer; None where it could not be read, which is counted.
+    unscored: why the answer has no score at all (there is no judge, a metric is missing); it is in
+        no figure, and counted by reason.
     """
 
     score: float
     read: str | None
+    unscored: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,30 @@ def groups(judged: Sequence[Judged]) -> list[str]:
     return [j.question.group or j.question.id for j in judged]
 
 
+NO_JUDGE = "no judge (--judge-url, --judge-model)"
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """How a rule asks a language model about an answer.
+
+    Args:
+        name, version: stand in the results, beside a hash of what is asked.
+        write: template, question and answer -> what the judge is asked.
+        read: question and the judge's reply -> a verdict; None where the reply says none.
+        max_new_tokens: what a reply may take.
+        template: the words that `write` fills in, which a user may replace; "" where each question
+            brings its own.
+    """
+
+    name: str
+    version: int
+    write: Callable[[str, Question, str], str]
+    read: Callable[[Question, str], Verdict | None]
+    max_new_tokens: int = 64
+    template: str = ""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One way of judging a benchmark's answers, as one institution does it.
@@ -103,6 +130,7 @@ class Rule:
         figures: the judged questions -> the benchmark's figures, the headline first. Values are
             shares of 1, except where the benchmark has points of its own.
         source: where the rule was read, for example a repository and file.
+        prompt: what a language model is asked about the answers that `judge` leaves unscored.
     """
 
     name: str
@@ -110,6 +138,12 @@ class Rule:
     judge: Callable[[Sequence[Question], Sequence[str]], list[Verdict]]
     figures: Callable[[Sequence[Judged]], dict[str, Estimate]] = accuracy
     source: str = ""
+    prompt: JudgePrompt | None = None
+
+
+def left_to_judge(questions: Sequence[Question], answers: Sequence[str]) -> list[Verdict]:
+    """A rule's `judge` where all of it is up to a language model."""
+    return [Verdict(0.0, None, NO_JUDGE) for _ in questions]
 
 
 def one_by_one(

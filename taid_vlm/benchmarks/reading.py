@@ -27,7 +27,8 @@ def read_questions(benchmark: Benchmark, source: DataSource, base: Path | None =
         RecordError: a row that does not have the benchmark's columns.
     """
     rows = open_rows(source, base)
-    by_index = places_by_index(rows) if Path(source.paths[0]).suffix.lower() == ".tsv" else None
+    is_tsv = ".tsv" in map(str.lower, Path(source.paths[0]).suffixes)
+    by_index = places_by_index(rows) if is_tsv else None
     questions: list[Question] = []
     dropped = Counter[str]()
     for index in range(len(rows)):

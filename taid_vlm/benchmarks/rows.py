@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import itertools
 import json
@@ -15,7 +16,7 @@ from typing import Any
 
 from taid_vlm.errors import RecordError, nearest
 from taid_vlm.records import ImageRef, Records
-from taid_vlm.records.images import MAX_PIXELS, no_image, stored_image
+from taid_vlm.records.images import LONGEST_NAME, MAX_PIXELS, no_image, stored_image
 from taid_vlm.records.videos import VideoRef, stored_video
 
 logger = logging.getLogger(__name__)
@@ -128,9 +129,15 @@ class Row(Mapping[str, Any]):
         return tuple(map(self.text, itertools.takewhile(self.values_.__contains__, letters)))
 
     def image(self, column: str = "image") -> ImageRef:
-        """The image of a column: as a record may hold it, or the index of another
-        row."""
-        return self._image(self.need(column), column, None)
+        """The image of a column: as a record may hold it, alone in a list, or the index of another
+        row; `image_path` where there is no `image`."""
+        column = self._picture(column)
+        self.need(column)
+        listed = self._pictures(column)
+        if len(listed) != 1:
+            raise RecordError(f"{self.where}: {column} holds {len(listed)} images; there must be "
+                              "one.")
+        return self._image(listed[0], column, 0)
 
     def video(self, *values: Any) -> VideoRef:
         """A video as a record may hold it; of several files, the first that is there."""
@@ -141,9 +148,21 @@ class Row(Mapping[str, Any]):
 
     def images(self, *columns: str) -> tuple[ImageRef, ...]:
         """The images of those columns that are there; a column may hold a list, also as text."""
-        return tuple(self._image(value, column, place) for column in columns or ("image",)
-                     for place, value in enumerate(self._list(self.values_.get(column, [])))
-                     if not no_image(value))
+        named = map(self._picture, columns or ("image",))
+        return tuple(self._image(value, column, place) for column in named
+                     for place, value in enumerate(self._pictures(column)) if not no_image(value))
+
+    def _picture(self, column: str) -> str:
+        """VLMEvalKit's tables name files in `image_path` where they hold no images."""
+        return self.first("image", "image_path") if column == "image" else column
+
+    def _pictures(self, column: str) -> Sequence[Any]:
+        """What a column holds or the row that it names by its index, as a list."""
+        value = self.values_.get(column, [])
+        if isinstance(value, str) and self.records is not None and value in self.by_index:
+            other = self.records.columns_of(self.by_index[value])
+            value = other.get("image") or other.get(column) or value
+        return self._list(value)
 
     @staticmethod
     def _list(value: Any) -> Sequence[Any]:
@@ -151,8 +170,8 @@ class Row(Mapping[str, Any]):
         value = _literal(value) if isinstance(value, str) else value
         return value if isinstance(value, (list, tuple)) else [value]
 
-    def _image(self, value: Any, column: str, place: int | None) -> ImageRef:
-        found = self._stored(value, column)
+    def _image(self, value: Any, column: str, place: int) -> ImageRef:
+        found = self._stored(value)
         if found is None:
             raise RecordError(f"{self.where}: {column} holds no image.")
         if isinstance(found, bytes) and self.records is not None:
@@ -160,19 +179,24 @@ class Row(Mapping[str, Any]):
                             place)
         return ImageRef(found, self.where, getattr(self.records, "max_pixels", MAX_PIXELS))
 
-    def stored_image(self, column: str, place: int | None) -> Any:
-        """Bytes, PIL image or path: of a column, or what stands at a place of its list."""
-        value = self.need(column)
-        return self._stored(value if place is None else self._list(value)[place], column)
+    def stored_image(self, column: str, place: int) -> Any:
+        """Bytes, PIL image or path: what stands at a place of a column's list."""
+        self.need(column)
+        return self._stored(self._pictures(column)[place])
 
-    def _stored(self, value: Any, column: str) -> Any:
-        if isinstance(value, str) and self.records is not None and value in self.by_index:
-            value = self.records.columns_of(self.by_index[value]).get(column) or value
-        return stored_image(value, self.root)
+    def _stored(self, value: Any) -> Any:
+        """A file lies where its path says, or in `images/NAME/` beside VLMEvalKit's NAME.tsv."""
+        found = stored_image(value, self.root)
+        if isinstance(found, Path) and self.root is not None and len(str(value)) <= LONGEST_NAME:
+            table = self.where.partition("[")[0].partition(":")[0]
+            other = self.root / "images" / Path(table).stem / str(value)
+            with contextlib.suppress(OSError):
+                return found if found.is_file() or not other.is_file() else other
+        return found
 
 
 def _image_in_its_row(records: Records, number: int, by_index: Mapping[str, int], column: str,
-                      place: int | None) -> Any:
+                      place: int) -> Any:
     """Bytes of an image that stay in their file: a benchmark's images are gigabytes."""
     row = Row(records.columns_of(number), records.where(number), records.root, by_index, number,
               records)

@@ -6,13 +6,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from taid_vlm.benchmarks.answering import Answer
-from taid_vlm.benchmarks.question import Judged, Question, Rule, Verdict
+from taid_vlm.benchmarks.question import Judged, JudgePrompt, Question, Rule, Verdict
 from taid_vlm.benchmarks.store import answer_fields
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.statistics import Estimate, root_mean_square, seed_error
@@ -21,21 +22,50 @@ from taid_vlm.runs.machine import machine, peak_memory, versions
 
 SCHEMA, KIND = 1, "evaluation"  # of results.json
 BySeed = Mapping[int, Sequence[Judged]]  # the same questions in the same order under every seed
+Replies = Mapping[tuple[int, str], Answer]  # of a judge, by seed and question
+UNCLEAR, REFUSED = "the judge's reply says no score", "the judge refused"
 LINEAR = 1e-9  # a figure of mean scores that is this near the mean of figures is linear in them
 
 
-def judge(rule: Rule, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Judged]:
-    """A verdict on every answer; where there is none, it is wrong whatever the rule makes of ""."""
+def judge(rule: Rule, questions: Sequence[Question], answers: Sequence[Answer],
+          replies: Replies | None = None, seed: int = 0) -> list[Judged]:
+    """A verdict on every answer; where there is none, it is wrong whatever the rule makes of "".
+
+    Args:
+        replies: a language model's, where the rule asks one and there is one.
+    """
     verdicts = rule.judge(questions, [answer.text for answer in answers])
-    return [Judged(question, answer.text, Verdict(0.0, None) if answer.problem else verdict)
+    if rule.prompt is not None and replies is not None:
+        verdicts = [_by_reply(rule.prompt, question, replies.get((seed, question.id)))
+                    for question in questions]
+    return [Judged(question, answer.text,
+                   replace(verdict, score=0.0, read=None) if answer.problem else verdict)
             for question, answer, verdict in zip(questions, answers, verdicts, strict=True)]
+
+
+def _by_reply(prompt: JudgePrompt, question: Question, reply: Answer | None) -> Verdict:
+    """None: there was no answer to judge. A judge that fails leaves no score, not a 0."""
+    if reply is None or reply.problem:
+        return Verdict(0.0, None, REFUSED if reply else "")
+    return prompt.read(question, reply.text) or Verdict(0.0, None, UNCLEAR)
+
+
+def scored(by_seed: BySeed) -> BySeed:
+    """The questions that have a score under every seed."""
+    columns = list(zip(*by_seed.values(), strict=True))
+    kept = [number for number, draws in enumerate(columns)
+            if not any(draw.verdict.unscored for draw in draws)]
+    if len(kept) == len(columns):
+        return by_seed
+    return {seed: [judged[number] for number in kept] for seed, judged in by_seed.items()}
 
 
 def pooled(by_seed: BySeed) -> list[Judged]:
     """Every question with the mean of its scores; answer and reading are the first seed's."""
     columns = zip(*by_seed.values(), strict=True)
     return [Judged(draws[0].question, draws[0].answer, Verdict(
-        math.fsum(draw.verdict.score for draw in draws) / len(draws), draws[0].verdict.read))
+        math.fsum(draw.verdict.score for draw in draws) / len(draws), draws[0].verdict.read,
+        next((draw.verdict.unscored for draw in draws if draw.verdict.unscored), "")))
         for draws in columns]
 
 
@@ -45,8 +75,9 @@ def figures(rule: Rule, by_seed: BySeed) -> dict[str, dict[str, Any]]:
     A value is the mean over seeds. Its error is over questions, each with its mean score: more
     seeds make a question's score surer and never count as more questions. (Figures that are no
     mean of scores, such as F1, have the error of a single seed, which is larger.) `spread` is the
-    standard deviation between seeds.
+    standard deviation between seeds. Questions without a score are in none of it.
     """
+    by_seed = scored(by_seed)
     drawn = [rule.figures(judged) for judged in by_seed.values()]
     if len(drawn) == 1:
         return {name: vars(figure) for name, figure in drawn[0].items()}
@@ -65,6 +96,7 @@ def _over_seeds(each: Sequence[Estimate], of_means: Estimate) -> dict[str, Any]:
 
 def by_tag(rule: Rule, by_seed: BySeed) -> dict[str, dict[str, Any]]:
     """The same figures for the questions of every tag: {tag: {value: {figure: ...}}}."""
+    by_seed = scored(by_seed)
     first = next(iter(by_seed.values()))
     places: dict[tuple[str, str], list[int]] = {}
     for index, judged in enumerate(first):
@@ -82,7 +114,8 @@ def counts(answers: Mapping[int, Sequence[Answer]], by_seed: BySeed) -> dict[str
 
     Returns:
         `parse_failures` counts what a rule could not read, and `unanswered` (by reason) questions
-        without an answer; both have score 0 and are in `n`.
+        without an answer; both have score 0 and are in `n`. `unscored` (by reason) counts answers
+        that the rule gives no score; they are in no figure.
     """
     pairs = [(answer, j.verdict) for seed, judged in by_seed.items()
              for answer, j in zip(answers[seed], judged, strict=True)]
@@ -92,10 +125,14 @@ def counts(answers: Mapping[int, Sequence[Answer]], by_seed: BySeed) -> dict[str
         return int(mean) if mean == int(mean) else mean
 
     missing = Counter(answer.problem for answer, _ in pairs if answer.problem)
-    unread = sum(verdict.read is None and not answer.problem for answer, verdict in pairs)
+    unread = sum(verdict.read is None and not answer.problem and not verdict.unscored
+                 for answer, verdict in pairs)
+    unscored = Counter(verdict.unscored for _, verdict in pairs if verdict.unscored)
     return {"n": len(pairs) // len(by_seed), "parse_failures": per_seed(unread),
             "unanswered": {reason: per_seed(missing[reason]) for reason in sorted(missing)},
-            "cut": per_seed(sum(answer.cut for answer, _ in pairs))}
+            "cut": per_seed(sum(answer.cut for answer, _ in pairs)),
+            **({"unscored": {reason: per_seed(unscored[reason]) for reason in sorted(unscored)}}
+               if unscored else {})}
 
 
 def summary(name: str, model: Mapping[str, Any], tasks: Mapping[str, Any], seed: int,
@@ -165,7 +202,7 @@ def lines(
                  for seed, judged in by_seed.items()]
         line = {"id": question.id, "group": question.group, "asked": hashes[question.id],
                 "prompt": "".join(IMAGE_TAG if part is None else part for part in question.prompt),
-                **draws[0], "score": mean.verdict.score, "answers": list(question.answers),
+                **draws[0], "score": _score(mean.verdict), "answers": list(question.answers),
                 "tags": dict(question.tags)}
         line |= {"choices": list(question.choices)} if question.choices else {}
         rows.append(line | ({"repeats": draws} if len(draws) > 1 else {}))
@@ -173,4 +210,9 @@ def lines(
 
 
 def _draw(seed: int, answer: Answer, verdict: Verdict) -> dict[str, Any]:
-    return {"seed": seed, **answer_fields(answer), "read": verdict.read, "score": verdict.score}
+    return {"seed": seed, **answer_fields(answer), "read": verdict.read, "score": _score(verdict),
+            **({"unscored": verdict.unscored} if verdict.unscored else {})}
+
+
+def _score(verdict: Verdict) -> float | None:
+    return None if verdict.unscored else verdict.score

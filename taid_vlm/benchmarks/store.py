@@ -100,13 +100,14 @@ class AnswerStore:
         elif known is not None and "its text or image" not in self.replaced:
             self.replaced.append("its text or image")
 
-    def _line(self, key: Key) -> Line:
+    def line(self, key: Key) -> Line:
+        """An answer as it stands in a file."""
         return {"id": key[0], "seed": key[1], "asked": self.hashes[key[0]],
                 "seconds": self.answers[key].seconds, **answer_fields(self.answers[key].answer)}
 
     def open(self) -> None:
         """Begin this process's partial file with what it is to go on from, whole lines only."""
-        write_text(dump_lines([self.identity, *map(self._line, self.answers)]), self.path)
+        write_text(dump_lines([self.identity, *map(self.line, self.answers)]), self.path)
 
     def add(self, given: Given, seed: int, seconds: float) -> None:
         """Keep answers that have just been given, at once."""
@@ -115,7 +116,7 @@ class AnswerStore:
         self.answers |= new
         try:
             with self.path.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(dump_lines(map(self._line, new)))
+                file.write(dump_lines(map(self.line, new)))
         except OSError as error:
             raise TaidError(f"'{self.path}' could not be written: {error.strerror or error}"
                             ) from error

@@ -17,7 +17,8 @@ def as_text(results: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [row for name, each in results.items()
             for row in [*_rows(name, each["tasks"]), *_suites(name, each.get("suites", {}))]]
     head = [(name, "bold") for name in HEADER]
-    return "\n".join([table([head, *rows], right=(4, 5, 6, 7)), *_left_out(results)])
+    return "\n".join([table([head, *rows], right=(4, 5, 6, 7)), *_left_out(results),
+                      *_unscored(results), *_missing(results)])
 
 
 def _suites(name: str, suites: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -33,6 +34,22 @@ def _left_out(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
             for each in results.values() for task, entry in each["tasks"].items()
             if (left_out := entry.get("left_out"))}
     return [f"{task}: rows left out: {counts}" for task, counts in told.items()]
+
+
+def _unscored(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Answers that are in no figure, by model and task."""
+    return [f"{name}: {task}: {sum(reasons.values()):g} of {entry['n']} answers have no score: "
+            + "; ".join(f"{count:g}: {reason}" for reason, count in reasons.items())
+            for name, each in results.items() for task, entry in each["tasks"].items()
+            if (reasons := entry.get("unscored"))]
+
+
+def _missing(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What keeps a leaderboard's average from being printed."""
+    return [f"{name}: {suite}: no average, missing: " + ", ".join(
+                f"{task} ({why})" for task, why in missing.items())
+            for name, each in results.items() for suite, entry in each.get("suites", {}).items()
+            if (missing := entry.get("missing"))]
 
 
 def _rows(name: str, tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:

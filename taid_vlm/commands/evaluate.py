@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from taid_vlm.commands.options import Many, Object, Options, flag, option, say_and_part
 from taid_vlm.errors import TaidError
 
 if TYPE_CHECKING:
     from taid_vlm.benchmarks.candidates import Candidate
+    from taid_vlm.benchmarks.judge import Judge
 
 INTERRUPTED = "; the same command goes on with the next question"
 _ASKING = ("method", "choose_by", "normalise", "max_new_tokens", "temperature", "top_p", "seeds")
 _LOCAL = ("dtype", "chat_template", "chat_template_kwargs", "processor_kwargs")
-_SERVED = ("api_key_env", "timeout")
+_SERVED = ("api_key_env",)
+_JUDGE = ("judge_model", "judge_key_env", "judge_prompt")
 _OF_HARNESS = ("num_fewshot", "apply_chat_template")
 TIMEOUT = 120.0  # seconds
 
@@ -25,14 +29,18 @@ class EvaluateOptions(Options):
 
     groups: ClassVar = {"rule": "how questions are asked and judged",
                         "dtype": "models of this machine, or behind a URL",
+                        "judge_url": "a language model as judge",
                         "harness": "benchmarks of lm-eval, for text"}
 
     model: Many = option(
         "folder, folder of a run (its student), hub name[@revision], or with --base-url what the "
         "server calls it", "[NAME=]MODEL", ..., many=True)
-    tasks: Many = option(
+    tasks: Many | None = option(
         "benchmarks, or YAML files that describe one; without DATA (a file or folder) they are "
-        "read from the hub", "TASK[=DATA]", ..., many=True)
+        "read from the hub", "TASK[=DATA]", many=True)
+    suite: Many | None = option(
+        "a leaderboard's benchmarks, those of --tasks among them, and its average: taid-vlm; "
+        "FOLDER holds data as TASK.tsv, TASK.parquet or TASK.jsonl", "SUITE[=FOLDER]", many=True)
     output_dir: Path = option(default=...)
     batch_size: int = option("rows, or requests to a server, at once", "N", 8)
     max_records: int | None = option("the first rows only", "N")
@@ -64,9 +72,23 @@ class EvaluateOptions(Options):
     api_key_env: str | None = option("environment variable that holds the server's key", "NAME")
     timeout: float | None = option("of one request to the server (default 120)", "SECONDS")
 
+    judge_url: str | None = option(
+        "of a language model that judges what rules cannot (mmvet, charxiv): chat completions",
+        "URL")
+    judge_model: str | None = option("as its server calls it", "MODEL")
+    judge_key_env: str | None = option("environment variable that holds its server's key", "NAME")
+    judge_prompt: Path | None = option(
+        "in place of a rule's own, with {question}, {answer} and {prediction}", "FILE")
+
     harness: Literal["lm-eval"] | None = option("--tasks are those of lm-eval")
     num_fewshot: int | None = option("solved examples", "N")
     apply_chat_template: bool | None = option()
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if not self.tasks and not self.suite:
+            raise ValueError("--tasks or --suite is needed: which benchmarks?")
+        return self
 
     def given(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of `names` that are not None."""
@@ -109,12 +131,25 @@ def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
 
     from taid_vlm.benchmarks.asking import Asking, open_tasks
     from taid_vlm.benchmarks.evaluate import evaluate
+    from taid_vlm.benchmarks.suite import with_members
 
     asking = Asking(**options.given(_ASKING), batch_size=options.batch_size)
-    candidates = _candidates(options)
-    tasks = open_tasks(options.tasks, options.rule or (), options.max_records,
-                       options.video_frames)
-    return evaluate(candidates, tasks, options.output_dir, asking)
+    candidates, judge_model = _candidates(options), _judge(options)
+    suites = options.suite or ()
+    tasks = open_tasks(with_members(options.tasks or (), suites), options.rule or (),
+                       options.max_records, options.video_frames)
+    return evaluate(candidates, tasks, options.output_dir, asking, judge_model,
+                    [suite.partition("=")[0] for suite in suites])
+
+
+def _judge(options: EvaluateOptions) -> Judge | None:
+    if options.judge_url is None:
+        options.refuse(_JUDGE, "goes with --judge-url")
+        return None
+    from taid_vlm.benchmarks.judge import open_judge
+
+    return open_judge(options.judge_url, options.judge_model, options.judge_key_env,
+                      options.timeout or TIMEOUT, options.batch_size, options.judge_prompt)
 
 
 def _candidates(options: EvaluateOptions) -> list[Candidate]:
@@ -122,6 +157,8 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
         options.refuse(_LOCAL, "is up to the server that --base-url names")
     else:
         options.refuse(_SERVED, "goes with --base-url")
+        if options.judge_url is None:
+            options.refuse(("timeout",), "goes with --base-url or --judge-url")
 
     from taid_vlm.benchmarks.candidates import parse_candidates, parse_served
     from taid_vlm.config.model import ModelSpec
@@ -136,7 +173,7 @@ def _candidates(options: EvaluateOptions) -> list[Candidate]:
 
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """lm-eval's own tasks, by lm-eval."""
-    options.refuse(("rule", *_ASKING, "base_url", "video_frames"),
+    options.refuse(("rule", *_ASKING, "base_url", "video_frames", "suite", "judge_url", *_JUDGE),
                    "is for this package's own benchmarks; leave it out with --harness")
     if not options.apply_chat_template:
         options.refuse(("chat_template_kwargs",), "goes with --apply-chat-template")
@@ -144,7 +181,7 @@ def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     from taid_vlm.config.model import ModelSpec
 
     candidates, output = _candidates(options), options.output_dir.expanduser()
-    named = [text.partition("=") for text in options.tasks]
+    named = [text.partition("=") for text in options.tasks or ()]
     results = {}
     for candidate in candidates:
         assert isinstance(candidate.source, ModelSpec)

@@ -162,18 +162,23 @@ def forked(arguments: tuple[Any, ...], shown: Path, **environment: str) -> int:
     os._exit(status)
 
 
+def on_two(arguments: tuple[Any, ...], data: Path) -> None:
+    """The command in two processes that work together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [forked(arguments, data / f"{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank),
+                        **group) for rank in range(2)]
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+
+
 def test_two_processes_give_the_same(cli: Cli, checkpoints: Checkpoints, data: Path) -> None:
     def arguments(output: str) -> tuple[Any, ...]:
         return ("evaluate", "--model", checkpoints("llava"), "--tasks", f"pope={data}/pope.jsonl",
                 "--output-dir", data / output, "--batch-size", 2)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [forked(arguments("two"), data / f"{rank}.txt", RANK=str(rank),
-                        LOCAL_RANK=str(rank), **group) for rank in range(2)]
-    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+    on_two(arguments("two"), data)
     assert (data / "0.txt").read_text().startswith("model ")
     assert (data / "1.txt").read_text() == ""
     assert cli(*arguments("one")).status == 0
@@ -302,3 +307,71 @@ def test_real_pictures(cli: Cli, checkpoints: Checkpoints, tmp_path: Path) -> No
             assert done.status == 0, done.err
         assert answers(tmp_path / f"{family}1", "nlvr") == answers(tmp_path / f"{family}4", "nlvr")
         assert loaded(tmp_path / f"{family}1/results.json")["tasks"]["nlvr"]["n"] == 8
+
+
+# ----- suites -------------------------------------------------------------------------------
+
+
+def test_a_suite_over_two_calls(cli: Cli, checkpoints: Checkpoints, data: Path) -> None:
+    """What is there is evaluated; the average waits for the rest, which a later call may bring."""
+    (data / "suite").mkdir()
+    (data / "mmstar.parquet").rename(data / "suite" / "mmstar.parquet")
+    arguments = ("evaluate", "--model", checkpoints("llava"), "--output-dir", data / "eval",
+                 "--batch-size", 4)
+    done = cli(*arguments, "--suite", f"taid-vlm={data}/suite")
+    assert done.status == 0, done.err
+    assert "taid-vlm: no average, missing: mmbench (not evaluated), mmmu" in done.out
+    suites = loaded(data / "eval" / "results.json")["suites"]
+    assert suites["taid-vlm"]["figures"] == {} and "mmstar" not in suites["taid-vlm"]["missing"]
+    write_jsonl(data / "ai2d.jsonl", [{"question": "?", "options": ["a", "b"], "answer": 1,
+                                       "image": "0.png"}])
+    assert cli(*arguments, "--tasks", f"ai2d={data}/ai2d.jsonl").status == 0
+    missing = loaded(data / "eval" / "results.json")["suites"]["taid-vlm"]["missing"]
+    assert sorted(missing) == ["hallusion_bench", "math_vista", "mmbench", "mmmu", "mmvet",
+                               "ocrbench"]
+    assert "--tasks or --suite is needed" in cli(*arguments).err
+    assert "no suite 'taid'" in cli(*arguments, "--suite", "taid").err
+
+
+def test_a_judge_on_the_command_line(cli: Cli, checkpoints: Checkpoints, data: Path,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    write_jsonl(data / "mmvet.jsonl", [{"question_id": "v1", "question": "Who?", "answer": "me",
+                                        "capability": "rec", "image": "0.png"}])
+    with serving() as server:
+        server.reply = lambda body, _: completion("0.6")
+        arguments = ("evaluate", "--model", checkpoints("llava"), "--tasks",
+                     f"mmvet={data}/mmvet.jsonl", "--output-dir", data / "eval",
+                     "--max-new-tokens", 4)
+        plain = cli(*arguments)
+        assert plain.status == 0 and "1 of 1 answers have no score" in plain.out
+        assert "--judge-model goes with --judge-url" in cli(*arguments, "--judge-model", "x").err
+        done = cli(*arguments, "--judge-url", server.url, "--judge-model", "judge",
+                   "--judge-key-env", "JUDGE_KEY")
+    assert done.status == 0 and "60.0" in done.out
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}" and len(server.bodies) == 1
+    written = [path.read_text() for path in (data / "eval").rglob("*.json*")]
+    assert not any(KEY in text for text in (*written, done.out, done.err))
+
+
+def test_of_two_processes_one_asks_the_judge(
+    cli: Cli, checkpoints: Checkpoints, data: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    write_jsonl(data / "mmvet.jsonl", [
+        {"question_id": f"v{n}", "question": f"Who is {n}?", "answer": "me", "capability": "rec",
+         "image": f"{n % 4}.png"} for n in range(5)])
+    with serving() as server:
+        server.reply = lambda body, _: completion("0.5")
+        arguments = ("evaluate", "--model", checkpoints("llava"), "--tasks",
+                     f"mmvet={data}/mmvet.jsonl", "--output-dir", data / "eval", "--batch-size", 2,
+                     "--max-new-tokens", 4, "--judge-url", server.url, "--judge-model", "judge")
+        on_two(arguments, data)
+        assert len(server.bodies) == 5
+        figure = loaded(data / "eval" / "results.json")["tasks"]["mmvet"]["figures"]["score"]
+        assert (figure["value"], figure["n"]) == (0.5, 5)
+        assert cli(*arguments).status == 0  # nobody is asked again
+        assert len(server.bodies) == 5
+    assert sorted(path.name for path in (data / "eval" / "answers").iterdir()) == [
+        "mmvet.jsonl", "mmvet.judge.jsonl"]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
+from accelerate.utils import gather_object
 
 from taid_vlm.adapters.template import content_form, has_chat_template
+from taid_vlm.benchmarks.evaluate import processes
 from taid_vlm.benchmarks.harness.converted import (
     average,
     entry_of,
@@ -74,7 +76,7 @@ def run_lm_eval(
     model: ModelSpec | str | Path, tasks: Sequence[str], output_dir: str | Path, *,
     data: Mapping[str, str | Path] | None = None, name: str | None = None, **options: Any,
 ) -> dict[str, Any]:
-    """Measure a model with lm-eval.
+    """Measure a model with lm-eval; of several processes each takes its share of the tasks.
 
     Args:
         tasks: lm-eval's tasks, groups and tags, and this package's suites ("openllm").
@@ -91,26 +93,31 @@ def run_lm_eval(
         TaidError: lm-eval is not installed; a name, an option or data that does not fit, before
             any weights are loaded. Nothing is left half-written.
     """
-    chosen, output = _options(options), new_folder(output_dir)
+    chosen, output, state = _options(options), new_folder(output_dir), processes()
     spec = model if isinstance(model, ModelSpec) else ModelSpec(model_name_or_path=str(model))
     index = _packaged_tasks()
     requests = expand(tasks, data or {}, chosen.num_fewshot)
     changes = [change for request in requests for change in changes_of(request, index)]
     files = {change.task: task_yaml(change) for change in changes if change.any}
     load_config(spec, ROLE)
-    started, entries, answers = time.perf_counter(), dict[str, Any](), dict[str, list[Any]]()
+    started = time.perf_counter()
     # lm-eval warns of what is meant here: changed tasks, a model that is loaded already
     with quiet("lm_eval"), _no_extras():
         loaded = _load([request.name for request in requests], index, files, changes)
         lm = _language_model(spec, chosen)
-        for task, item in loaded.items():
-            entries[task], answers[task] = _measured(task, item, lm, changes, chosen)
+        shares = list(loaded.items())[state.process_index::state.num_processes]
+        own = [(task, *_measured(task, item, lm, changes, chosen)) for task, item in shares]
+    measured = {task: (entry, rows) for task, entry, rows in gather_object(own)}
+    entries = {task: measured[task][0] for task in loaded}
+    answers = {task: measured[task][1] for task in loaded}
     results = summary(
         name or output.name, _described(spec, lm), entries,
-        DEFAULT_SEED if chosen.seed is None else chosen.seed, started,
+        DEFAULT_SEED if chosen.seed is None else chosen.seed, started, state.num_processes,
         suites={suite: average(suite, entries) for suite in tasks if suite in SUITES})
     results["versions"]["lm-eval"] = version("lm-eval")
-    _write(results, answers, files, output)
+    if state.is_main_process:
+        _write(results, answers, files, output)
+    state.wait_for_everyone()
     return results
 
 
@@ -180,8 +187,7 @@ def _language_model(spec: ModelSpec, options: Options) -> Any:
     tokenizer = getattr(processor, "tokenizer", processor)
     if options.apply_chat_template and not has_chat_template(processor):
         raise TaidError(f"apply_chat_template: '{spec.model_name_or_path}' has no chat template.")
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = load_model(spec, ROLE).to(options.device or found)
+    model = load_model(spec, ROLE).to(options.device or processes().device)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
     probe = "a b"
     if options.apply_chat_template:
@@ -221,17 +227,20 @@ def check_ends(text: str, encoded: Sequence[Sequence[int]], tokenizer: Any) -> N
 
 @contextlib.contextmanager
 def _no_extras() -> Iterator[None]:
-    """Every file read would draw a bar, and lm-eval asks the machine's tools for half a minute what
-    they are."""
+    """Every file read would draw a bar, lm-eval asks the machine's tools for half a minute what
+    they are, and it keeps the results of a process to itself that a launcher has numbered."""
     from lm_eval import evaluator
 
     bars, tools = datasets.is_progress_bar_enabled(), evaluator.add_env_info
+    rank = os.environ.pop("LOCAL_RANK", None)
     datasets.disable_progress_bars()
     evaluator.add_env_info = lambda results: None
     try:
         yield
     finally:
         evaluator.add_env_info = tools
+        if rank is not None:
+            os.environ["LOCAL_RANK"] = rank
         if bars:
             datasets.enable_progress_bars()
 

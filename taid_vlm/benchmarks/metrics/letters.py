@@ -327,3 +327,32 @@ def lmms_scienceqa_option(answer: str, choices: Sequence[str]) -> str | None:
     text = answer.strip()
     letter = text.upper() if len(text) == 1 else text[0] if text[1:2] == "." else ""
     return letter if letter and letter in LETTERS[:len(choices)] else None
+
+
+def lmms_first_character(answer: str, choices: Sequence[str]) -> str | None:
+    """lmms-eval's rule for SEED-Bench: the answer's first character. It takes "Because" for B."""
+    letter = answer.strip()[:1].upper()
+    return letter if letter and letter in LETTERS[:len(choices)] else None
+
+
+def exact_letter(answer: str, choices: Sequence[str]) -> str | None:
+    """The answer is an option's letter and nothing else, as lmms-eval has it for MMMU-Pro vision.
+    """
+    return answer if len(answer) == 1 and answer in LETTERS[:len(choices)] else None
+
+
+def lmms_blink_option(answer: str, choices: Sequence[str]) -> str | None:
+    """lmms-eval's rule for BLINK: a first line that is all but the letter, else the last "answer
+    is B", else the last "(B)", else the first character. It takes "As ..." for option A."""
+    text, letters = answer.strip(), f"[{LETTERS[:len(choices)]}]"
+    first = text.split("\n", 1)[0].strip()
+    bare = re.match(rf"\(?({letters})\)?[.\s:,)]*$", first, re.IGNORECASE)
+    if bare and len(first) <= 4:
+        return bare[1].upper()
+    text = " ".join(text.split())  # else a long gap takes quadratic time
+    said = re.findall(rf"answers?(?:\s+is)?\s*[:\-]?\s*\(?({letters})\)?(?![A-Za-z])", text,
+                      re.IGNORECASE) or re.findall(rf"\(({letters})\)", text)
+    if said:
+        return str(said[-1]).upper()
+    start = re.match(rf"[(\s]*({letters})", text, re.IGNORECASE)
+    return start[1].upper() if start else None

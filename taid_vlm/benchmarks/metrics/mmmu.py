@@ -55,6 +55,14 @@ def read_choice(answer: str, choices: Sequence[str], lmms: bool = False) -> str 
     return None if found is None or places[found] < 0 else found
 
 
+def read_pro_choice(answer: str, choices: Sequence[str]) -> str | None:
+    """MMMU-Pro's official reading: the only option's letter that occurs behind the last "Answer:",
+    else as lmms-eval reads MMMU. A capital of any word there is a letter, too."""
+    _, said, tail = answer.rpartition("Answer:")
+    named = [letter for letter in LETTERS[:len(choices)] if letter in tail] if said else []
+    return named[0] if len(named) == 1 else read_choice(answer, choices, lmms=True)
+
+
 def read_open(answer: str) -> set[Reading]:
     """Everything an open answer may be taken to say: its key phrases, and numbers in them."""
     phrases = _key_phrases(answer.strip().strip(".").lower())

@@ -8,23 +8,40 @@ from collections.abc import Sequence
 from taid_vlm.benchmarks.metrics import yes_no
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, all_right, groups
 from taid_vlm.benchmarks.rows import Row
+from taid_vlm.errors import SampleDropped
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 
 YES_NO = "Please answer yes or no."
 
 
 def read(row: Row) -> list[Question]:
-    """One question; its set (a figure, its edits, the questions about them) is its group."""
-    category, subcategory = row.text("category"), row.text("subcategory")
-    set_id, figure, number = (str(row.integer(x)) for x in ("set_id", "figure_id", "question_id"))
+    """One question; its set (a figure, its edits, the questions about them) is its group.
+
+    VLMEvalKit's table has the three numbers at the end of its `index` ("..._VD_illusion_0_1_0"),
+    the answer in `answer`, and is of questions with an image alone.
+    """
+    category = row.text("category")
+    subcategory = row.text(row.first("subcategory", "l2-category"))
+    set_id, figure, number = _numbers(row)
+    if "visual_input" not in row and row.first("image", "image_path") not in row:
+        raise SampleDropped("no image", row.where)
     images = () if row.text("visual_input", "1") == "0" else (row.image(),)
-    group = f"{category}_{subcategory}_{set_id}"
+    group, text = f"{category}_{subcategory}_{set_id}", row.text("question")
+    asked = text if text.endswith(YES_NO) else f"{text} {YES_NO}"
     return [Question(
-        f"{group}_{figure}_{number}", (*[None] * len(images), f"{row.text('question')} {YES_NO}"),
-        images, (yes_no.right_answer(row.text("gt_answer"), row.where),),
+        f"{group}_{figure}_{number}", (*[None] * len(images), asked), images,
+        (yes_no.right_answer(row.text(row.first("gt_answer", "answer")), row.where),),
         tags={"category": category, "subcategory": subcategory},
         extra={"figure": figure, "question": number,
                "without_figure": category == "VS" and figure == "0"}, group=group)]
+
+
+def _numbers(row: Row) -> list[str]:
+    """Of set, figure and question."""
+    parts = row.text("index", "").rsplit("_", 3)[1:]
+    if "set_id" not in row and len(parts) == 3 and all(map(str.isdecimal, parts)):
+        return parts
+    return [str(row.integer(x)) for x in ("set_id", "figure_id", "question_id")]
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, Estimate]:

@@ -13,14 +13,19 @@ TASK = ('Please solve the problem step by step and put your answer in one "\\box
 
 
 def read(row: Row) -> list[Question]:
-    """One question; options that are no more than letters in the picture are not written out."""
-    choices = options_of(row, "options") if row.texts("options") else ()
+    """One question; options that are no more than letters in the picture are not written out.
+
+    VLMEvalKit's table calls options `choices` and the subject `category`.
+    """
+    held = row.first("options", "choices")
+    choices = options_of(row, held) if row.texts(held) else ()
     shown = f"{listed(choices, '({}) {}')}\n" if "".join(choices) not in ("", OPTIONS) else ""
+    tags = {"level": str(row.integer("level"))} if "level" in row else {}
     return about_image(
-        row, row.id("id"), f"{TASK}{row.text('question')}\n{shown}",
+        row, row.id("id", "index"), f"{TASK}{row.text('question')}\n{shown}",
         letter_of(row, choices) if choices else row.text("answer"), choices=choices,
         image=row.first("decoded_image", "image"),
-        tags={"level": str(row.integer("level")), "subject": row.text("subject")})
+        tags={**tags, "subject": row.text(row.first("subject", "category"))})
 
 
 BENCHMARK = Benchmark("math_vision", "MATH-Vision", read, (OFFICIAL,),

@@ -8,16 +8,21 @@ from dataclasses import replace
 
 from taid_vlm.benchmarks.choices import choice_prompt, choice_question, choice_rules, options_of
 from taid_vlm.benchmarks.metrics.letters import lmms_mmbench_option
+from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Benchmark, Judged, Question, all_right
 from taid_vlm.benchmarks.rows import LETTERS, Row
 from taid_vlm.evaluation.statistics import Estimate, mean_of
 
 ROTATION = 1_000_000  # the k-th rotation of question i has the index i + k * ROTATION
+LINE_CN = "请直接使用所提供的选项字母作为答案回答。"
 _NOTHING = "nan"  # how the hub's copy writes an empty cell
 
 
-def read(row: Row) -> list[Question]:
+def read(row: Row, line: str = LETTER_LINE) -> list[Question]:
     """One question per row; questions whose rotations the data lack get them in `with_rotations`.
+
+    Args:
+        line: asks for a letter.
     """
     row = row.without(_NOTHING)
     index, options = row.integer("index"), options_of(row)
@@ -25,8 +30,8 @@ def read(row: Row) -> list[Question]:
     tags = {tag.lower(): text for tag, text in
             row.tags("category", row.first("l2-category", "L2-category")).items()}
     return choice_question(
-        row, str(index), options, hint, tags=tags,
-        extra={"question": question, "hint": hint}, group=str(index % ROTATION))
+        row, str(index), options, text=choice_prompt(question, options, hint, line), tags=tags,
+        extra={"question": question, "hint": hint, "line": line}, group=str(index % ROTATION))
 
 
 def with_rotations(questions: list[Question]) -> list[Question]:
@@ -42,7 +47,8 @@ def _rotations(question: Question) -> list[Question]:
     found = []
     for k in range(number):
         options = question.choices[k:] + question.choices[:k]
-        text = choice_prompt(question.extra["question"], options, question.extra["hint"])
+        extra = question.extra
+        text = choice_prompt(extra["question"], options, extra["hint"], extra["line"])
         found.append(replace(
             question, id=str(int(question.id) + k * ROTATION), prompt=(None, text),
             choices=options, answers=(LETTERS[(right - k) % number],)))

@@ -16,14 +16,21 @@ _LETTER = re.compile(r"^[A-D]\.\s*")
 
 
 def read(row: Row) -> list[Question]:
-    """One question; questions about one video share a group."""
-    options = tuple(_LETTER.sub("", option) for option in row.texts("options"))
+    """One question; questions about one video share a group.
+
+    VLMEvalKit's table calls the options `candidates` and the video's name `video`; its file is in
+    `video_path`.
+    """
+    options = tuple(_LETTER.sub("", option) for option in row.texts(
+        row.first("options", "candidates")))
     text = f"{ASK}\n{row.text('question')}\n{listed(options)}\nThe best answer is:"
-    name = row.text("videoID")
-    video = row.video(row["video"]) if "video" in row else row.video(
+    name = row.text(row.first("videoID", "video"))
+    places = [row["video_path"]] if "video_path" in row else []
+    places += [row["video"]] if "video" in row and not places else []
+    video = row.video(*places) if places else row.video(
         *(f"data/{file.format(name)}" for file in FILES))
     return [Question(
-        row.id("question_id"), (None, text), (video,), (letter_of(row, options),), options,
+        row.id("question_id", "index"), (None, text), (video,), (letter_of(row, options),), options,
         row.tags("duration", "domain", "sub_category", "task_type"), group=name)]
 
 

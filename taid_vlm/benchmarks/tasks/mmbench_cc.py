@@ -1,0 +1,12 @@
+"""CCBench: MMBench's questions about Chinese culture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from taid_vlm.benchmarks.tasks import mmbench
+
+BENCHMARK = replace(mmbench.BENCHMARK, name="mmbench_cc", title="CCBench",
+                    read=partial(mmbench.read, line=mmbench.LINE_CN),
+                    hub=("lmms-lab/MMBench", "cc", "test"))
