@@ -154,7 +154,9 @@ def _data_hash(run: Distillation) -> str | None:
 
 def _teacher(run: Distillation) -> str | None:
     teacher = run.results.models.get("teacher")
-    return None if teacher is None else teacher.name
+    if teacher is None or teacher.quantization is None:
+        return None if teacher is None else teacher.name
+    return f"{teacher.name} in {teacher.quantization}"
 
 
 def _inside(tree: Any, keys: Sequence[str]) -> Any:

@@ -13,6 +13,7 @@ from taid_vlm.config.section import Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
+Quantization = Literal["4bit", "8bit", "fp8"]
 DESCRIPTION = "teacher"  # in a cache: the folder with the teacher's config and processor
 
 
@@ -27,6 +28,9 @@ class ModelSpec(Section):
         dtype: What weights are loaded as. Left out: float32 for the student (its master weights),
             the checkpoint's own for the teacher.
         attn_implementation: As in transformers, for example sdpa or flash_attention_2.
+        quantization: Round the linear layers when they are loaded, but not the output head: 4bit
+            (nf4 with scales rounded, too), 8bit (int8) or fp8. A checkpoint that is stored rounded
+            needs no key.
         trust_remote_code: Run code that came with the checkpoint.
         chat_template: A jinja file, or the template itself.
         processor_kwargs: How its processor shows pictures, under the processor's own names
@@ -44,11 +48,20 @@ class ModelSpec(Section):
     revision: str = "main"
     dtype: Dtype | None = None
     attn_implementation: str | None = None
+    quantization: Quantization | None = None
     trust_remote_code: bool = False
     chat_template: str | None = None
     processor_kwargs: dict[str, Any] = {}
     chat_template_kwargs: dict[str, Any] = {}
     init_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _rounded_once(self) -> Self:
+        for key in self.init_kwargs if self.quantization else ():
+            if "quantization" in key or key.startswith("load_in_"):
+                raise ValueError(f".quantization = '{self.quantization}' and .init_kwargs.{key} "
+                                 "both say how weights are rounded; take one of the two out.")
+        return self
 
 
 class StudentSpec(ModelSpec):
@@ -60,6 +73,13 @@ class StudentSpec(ModelSpec):
     """
 
     peft: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _trained_beside(self) -> Self:
+        if self.quantization is not None and self.peft is None:
+            raise ValueError(f".quantization = '{self.quantization}' needs .peft: rounded weights "
+                             "cannot be trained, but an adapter on top of them can.")
+        return self
 
 
 class ServerSpec(Section):
@@ -119,7 +139,7 @@ class TeacherSpec(ModelSpec):
 
     @model_validator(mode="after")
     def _nothing_to_load(self) -> Self:
-        for key in ("dtype", "attn_implementation", "init_kwargs"):
+        for key in ("dtype", "attn_implementation", "quantization", "init_kwargs"):
             if self.server is not None and getattr(self, key):
                 raise ValueError(f".{key} has no effect with a server, which has loaded its model; "
                                  "take it out.")

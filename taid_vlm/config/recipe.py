@@ -122,6 +122,14 @@ class Recipe(Section):
             raise ValueError("'teacher' is missing; only the objective 'ce' (SFT) needs none.")
         return self
 
+    @model_validator(mode="after")
+    def _stages_go_on_from_whole_weights(self) -> Self:
+        if self.stages and self.student.quantization is not None:
+            raise ValueError(f"student.quantization = '{self.student.quantization}' cannot stand "
+                             "beside stages: a stage goes on from the student before it, whose "
+                             "adapter cannot be merged into rounded weights.")
+        return self
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and dict(self) == dict(other)  # wherever it was read
 

@@ -19,8 +19,9 @@ from taid_vlm.doctor.checkup import Checked, Listener
 from taid_vlm.doctor.diagnosis import Diagnosis, accept, refuse
 from taid_vlm.doctor.facts import Facts, collect_facts
 from taid_vlm.doctor.preflight import Preflight, check_sized, preflight
+from taid_vlm.doctor.rounding import OPTION, Rounding, check_measurable, measure_rounding
 from taid_vlm.doctor.streams import Trace, trace
-from taid_vlm.errors import TaidError, with_place
+from taid_vlm.errors import TaidError, at_least, with_place
 from taid_vlm.io.quiet import quiet
 from taid_vlm.models.loading import load_skeleton, read_config, read_processor
 from taid_vlm.objectives import parse_objective
@@ -41,6 +42,7 @@ class Inspection:
     facts: by role, the teacher first.
     record: None where the pair is refused, or the record never came as far as tokens.
     preflight: of every data set; of its first records unless everything was asked for.
+    quantization: what it changes of the teacher, where that was asked for.
     """
 
     verdict: Diagnosis
@@ -48,6 +50,7 @@ class Inspection:
     facts: dict[str, Facts]
     record: Trace | None = None
     preflight: tuple[Preflight, ...] = ()
+    quantization: Rounding | None = None
 
     def to_json(self) -> str:
         """The same as strict JSON, without the pictures."""
@@ -57,6 +60,8 @@ class Inspection:
         for one, check in zip(plain["preflight"], self.preflight, strict=True):
             one |= {"sentence": check.sentence, "coverage": check.coverage,
                     "stops": str(check.stops or "")}
+        if self.quantization is None:
+            del plain["quantization"]
         return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -75,17 +80,24 @@ class _Pair:
     pairing: Pairing | None
 
 
-def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) -> Inspection:
+def inspect_recipe(
+    recipe: Recipe, record: int = 0, everything: bool = False, measured: int | None = None
+) -> Inspection:
     """Examine a recipe; of stages, the pair of the first is shown, and all are checked.
 
     Args:
         record: which training record is laid out, from 0.
         everything: pass all records through the collator, not only the first.
+        measured: on how many training records what quantization changes of the teacher is measured,
+            which loads it twice; None: no weights are loaded.
 
     Raises:
-        TaidError: `everything` of a stream without an end. What training would refuse is no error
+        TaidError: `everything` of a stream without an end, `measured` where nothing is quantized.
+            What training would refuse is no error
             here but the verdict.
     """
+    at_least(OPTION, measured, 1)
+    teacher = None if measured is None else check_measurable(recipe)
     with quiet("taid_vlm"):  # what training would log is part of the account here
         skeletons: dict[str, Any] = {}
         for role, spec in _specs(recipe).items():
@@ -107,7 +119,9 @@ def inspect_recipe(recipe: Recipe, record: int = 0, everything: bool = False) ->
         verdict = replace(verdict, warnings=(*verdict.warnings, *dict.fromkeys(unread),
                                              *_seams(pairs[0])))
         traced, problem = _trace(pairs[0], record)
-        return Inspection(verdict, str(stops or problem), facts, traced, checks)
+        rounding = None if measured is None or teacher is None or stops else measure_rounding(
+            teacher, pairs[0].ingredients, pairs[0].plain, measured)
+        return Inspection(verdict, str(stops or problem), facts, traced, checks, rounding)
 
 
 def _pair(stage: str, part: Recipe, skeletons: Mapping[str, Any]) -> _Pair:

@@ -9,6 +9,7 @@ from typing import Any
 
 from taid_vlm.doctor.doctor import Inspection
 from taid_vlm.doctor.preflight import Preflight, Spread
+from taid_vlm.doctor.rounding import rounding_rows
 from taid_vlm.doctor.streams import Piece, Trace
 from taid_vlm.doctor.table import fact_rows
 from taid_vlm.io.files import write_text
@@ -34,6 +35,8 @@ def render(inspection: Inspection) -> str:
         names=[side.name for side in inspection.facts.values()],
         sections=[(name, list(rows)) for name, rows in sections],
         record=inspection.record and _record(inspection.record),
+        rounding=inspection.quantization,
+        rounding_rows=inspection.quantization and rounding_rows(inspection.quantization),
         checks=[_check(check, inspection) for check in inspection.preflight],
         css=stylesheet() + "\n" + css, script=script, script_hash=csp_hash(script),
     )

@@ -9,6 +9,7 @@ from itertools import groupby, zip_longest
 from taid_vlm.doctor.doctor import Inspection
 from taid_vlm.doctor.facts import Facts
 from taid_vlm.doctor.preflight import Preflight, Spread
+from taid_vlm.doctor.rounding import Rounding, rounding_rows
 from taid_vlm.doctor.streams import Piece, StreamToken, Trace
 from taid_vlm.doctor.table import fact_rows
 from taid_vlm.io.terminal import Cell, printable, table
@@ -47,6 +48,8 @@ def as_text(inspection: Inspection, colour: bool = False, width: int | None = No
               [table(_facts(inspection.facts), width=width, colour=colour)]]
     blocks += [[*map(printable, _preflight(check))] for check in inspection.preflight
                if check.whole or check.dropped or check.sources]
+    if inspection.quantization is not None:
+        blocks.append(_rounding(inspection.quantization, width))
     if inspection.record is not None:
         blocks.append(_trace(inspection.record, paint))
     return "\n\n".join("\n".join(block) for block in blocks)
@@ -107,6 +110,12 @@ def _preflight(check: Preflight) -> list[str]:
 def _spread(spread: Spread) -> str:
     return (f"median {spread.median:>6,}   95 % {spread.p95:>6,}   max {spread.max:>6,}   "
             f"({spread.n:,} records)")
+
+
+def _rounding(rounding: Rounding, width: int) -> list[str]:
+    return [f"quantization {rounding.kind} of the teacher, over {rounding.records:,} records and "
+            f"{rounding.tokens:,} answer tokens", table(
+                [("  " + name, value) for name, value in rounding_rows(rounding)], width=width)]
 
 
 # ----- one record ---------------------------------------------------------------------------

@@ -19,10 +19,14 @@ ALLOWED_HALF = 2.0**-6  # two roundings of bfloat16
 
 def output_head(model: PreTrainedModel, transform: LogitTransform) -> Head | ModuleHead:
     """The model's head, and what stands behind it."""
-    module = model.get_output_embeddings()
+    return head_of(model.get_output_embeddings(), head_rows(model), transform)
+
+
+def head_of(module: nn.Module, rows: int, transform: LogitTransform) -> Head | ModuleHead:
+    """A module as a head with so many rows."""
     if type(module) is nn.Linear:
         return Head(module.weight, module.bias, transform)
-    return ModuleHead(module, head_rows(model), transform)
+    return ModuleHead(module, rows, transform)
 
 
 @torch.no_grad()

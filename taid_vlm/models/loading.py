@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,6 +38,13 @@ from taid_vlm.models.lora import (
     untie_skeleton,
 )
 from taid_vlm.models.processing import set_processor
+from taid_vlm.models.quantization import (
+    load_options,
+    refuse_stored,
+    refuse_unavailable,
+    settle,
+    tensors_in,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -87,24 +94,33 @@ def load_config(spec: ModelSpec, role: str) -> PretrainedConfig:
             "decoder never sees the prompt in its own token stream, so streams cannot be aligned; "
             "choose a decoder-only model.", code="encoder_decoder"
         )
+    refuse_stored(config, spec, role)
     _auto_class(config, spec, role)
     return config
 
 
-def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
+def load_model(
+    spec: ModelSpec, role: str, half: torch.dtype | None = None
+) -> PreTrainedModel:
     """Load weights (safetensors only) into the right Auto class; an adapter's, merged into its
     base model's.
 
+    Args:
+        half: the half precision of the run, if it has one; see `quantization.load_options`.
+
     Raises:
-        TaidError: nothing there, an architecture that is not supported, unsafe weights only.
+        TaidError: nothing there, an architecture that is not supported, unsafe weights only, or
+            what `quantization` needs is missing.
     """
     adapter = find_adapter(spec, role)
     if adapter is not None:
         _base_config(adapter, role)
         return merge_adapter(load_model(adapter.base, role), adapter, role)
     config = load_config(spec, role)
-    auto = _auto_class(config, spec, role)
-    options: dict[str, Any] = {"dtype": weights_dtype(spec, role, config), **spec.init_kwargs}
+    refuse_unavailable(spec, role)
+    auto, dtype = _auto_class(config, spec, role), weights_dtype(spec, role, config)
+    options: dict[str, Any] = {"dtype": dtype, **load_options(config, spec, dtype, half),
+                               **spec.init_kwargs}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
     model, report = guarded(
@@ -114,6 +130,7 @@ def load_model(spec: ModelSpec, role: str) -> PreTrainedModel:
     )
     _check_loaded(report, spec, role)
     _check_ends(model, spec, role)
+    settle(model, spec, role)
     _with_commit(model.config, spec)
     return model
 
@@ -181,15 +198,20 @@ def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
 def refuse_nonfinite(model: nn.Module, what: str) -> None:
     """Raise TaidError if a weight is no number: nothing of the sort is put in place of anything."""
     for name, parameter in model.named_parameters():
-        if not bool(parameter.detach().isfinite().all()):
+        if not all(_is_finite(tensor.detach()) for tensor in tensors_in(parameter)):
             raise TaidError(f"{what} is not written: '{name}' holds weights that are no numbers. "
                             "Lower train.learning_rate; the checkpoints before it are whole.")
 
 
+def _is_finite(x: Tensor) -> bool:
+    wide = x.is_floating_point() and x.dtype.itemsize == 1  # 8-bit floats cannot be asked
+    return bool((x.half() if wide else x).isfinite().all())
+
+
 def weights_hash(model: nn.Module) -> str:
-    """Of the names and bytes of all parameters."""
-    parts = (part for name, p in sorted(model.named_parameters())
-             for part in (name.encode(), p.detach().cpu().contiguous().view(-1).view(
+    """Of the names and bytes of all parameters, with what rounded ones keep beside them."""
+    parts = (part for name, p in sorted(model.named_parameters()) for tensor in tensors_in(p)
+             for part in (name.encode(), tensor.detach().cpu().contiguous().view(-1).view(
                  torch.uint8).numpy().tobytes()))
     return sha256(parts).hex()[:SHORT]
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -21,8 +23,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.models.published import save_weights
+from taid_vlm.models.quantization import is_quantized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TEACHER = "teacher"  # the name of its adapter inside of a student
 _BASE = "base_model_name_or_path"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -141,22 +145,85 @@ def attach_adapter(base: PreTrainedModel, folder: Path, role: str) -> Any:
     """The base model with the adapter's weights, as peft trains it; raises TaidError.
 
     Every weight of the adapter must come from its file, and every one in the file must be used.
+    Draws no random numbers.
     """
     try:
-        from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+        from peft import PeftModel
     except ImportError:
         raise TaidError(f"{role}: '{folder}' holds an adapter, which needs the peft library: "
                         "pip install 'taid-vlm[peft]'.") from None
-    mapping = getattr(base, "_checkpoint_conversion_mapping", None)
+    with _fitting(folder, role), torch.random.fork_rng():
+        model = PeftModel(base, _config_of(folder))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    _load_weights(model, folder, role, trained)
+    return model.eval()
+
+
+def add_teacher(model: Any, folder: Path, empty: bool = False) -> None:
+    """Put the adapter in `folder` beside a PeftModel's own, which stays the active one and the only
+    one that is saved: frozen, under the name TEACHER. Draws no random numbers; raises TaidError.
+
+    Args:
+        empty: its weights are not read, and stay on the meta device.
+    """
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    layers = model.get_base_model()
+    with _fitting(folder, "teacher"), torch.random.fork_rng():
+        model.add_adapter(TEACHER, _config_of(folder), low_cpu_mem_usage=empty)
+    for layer in layers.modules():
+        if hasattr(layer, "_active_adapter"):
+            layer._active_adapter = [model.active_adapter]
+    own = {name for name, p in model.named_parameters() if is_teachers(name)}
+    if not empty:
+        _load_weights(model, folder, "teacher", own, TEACHER)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained.get(name, False))
+    model.save_pretrained = functools.partial(
+        model.save_pretrained, selected_adapters=[model.active_adapter])
+
+
+def is_teachers(name: str) -> bool:
+    """Whether a parameter is of the adapter that `add_teacher` adds."""
+    return f".{TEACHER}." in name
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All but those of a teacher's adapter."""
+    return {name: p for name, p in model.named_parameters() if not is_teachers(name)}
+
+
+def _config_of(folder: Path) -> Any:
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False  # what belongs to the adapter is what has a gradient
+    return config
+
+
+def _load_weights(
+    model: Any, folder: Path, role: str, expected: Collection[str], name: str = "default"
+) -> None:
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    mapping = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None)
+    with _fitting(folder, role):
+        weights = load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
+        report = set_peft_model_state_dict(model, weights, adapter_name=name)
+    for what, keys in (("lacks", {*expected} & {*report.missing_keys}),
+                       ("holds, but the model has no use for,", report.unexpected_keys)):
+        if keys:
+            raise TaidError(f"{role}: the adapter '{folder}' {what} {len(keys)} weights "
+                            f"({_some(keys)}). Save it anew with save_pretrained, or name the "
+                            f"model that it was trained on as {_BASE} in its {CONFIG}.")
+
+
+@contextlib.contextmanager
+def _fitting(folder: Path, role: str) -> Iterator[None]:
+    """What peft raises of an adapter that does not fit its base model, as one message."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied weights, which `merge_adapter` sees to
-            config = PeftConfig.from_pretrained(str(folder))
-            config.inference_mode = False  # what belongs to the adapter is what has a gradient
-            model = PeftModel(base, config)
-            trained = {name for name, p in model.named_parameters() if p.requires_grad}
-            weights = load_peft_weights(str(folder), device="cpu", key_mapping=mapping)
-            report = set_peft_model_state_dict(model, weights)
+            yield
     except KeyError as error:
         raise TaidError(f"{role}: the adapter '{folder}' lacks the weight {error}, which its "
                         f"{CONFIG} promises.") from error
@@ -165,13 +232,6 @@ def attach_adapter(base: PreTrainedModel, folder: Path, role: str) -> Any:
         raise TaidError(f"{role}: the adapter '{folder}' does not fit its base model: {reason} "
                         f"Name the model that it was trained on as {_BASE} in its {CONFIG}."
                         ) from error
-    for what, keys in (("lacks", trained & set(report.missing_keys)),
-                       ("holds, but the model has no use for,", report.unexpected_keys)):
-        if keys:
-            raise TaidError(f"{role}: the adapter '{folder}' {what} {len(keys)} weights "
-                            f"({_some(keys)}). Save it anew with save_pretrained, or name the "
-                            f"model that it was trained on as {_BASE} in its {CONFIG}.")
-    return model.eval()
 
 
 def _some(keys: Collection[str]) -> str:
@@ -205,9 +265,9 @@ def merge_attached(model: Any, role: str) -> PreTrainedModel:
     """
     plain = model.get_base_model()
     head, embeddings = plain.get_output_embeddings(), plain.get_input_embeddings()
-    touched = any(_inner(module) is not module for module in (head, embeddings))
-    if touched and _tied(_inner(head), _inner(embeddings)):
-        _own_weight(_inner(head))
+    touched = any(inner_module(module) is not module for module in (head, embeddings))
+    if touched and _tied(inner_module(head), inner_module(embeddings)):
+        _own_weight(inner_module(head))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -222,10 +282,7 @@ def merge_attached(model: Any, role: str) -> PreTrainedModel:
 def untie_skeleton(model: PreTrainedModel, adapter: LoraFolder) -> None:
     """Untie a model without weights where merging the adapter will; reads names only."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    names = [name for name, module in model.named_modules() if module in (head, embeddings)]
-    with safe_open(adapter.folder / WEIGHTS, "pt") as file:
-        keys = [key.removeprefix("base_model.model.") for key in file.keys()]  # noqa: SIM118
-    changed = [key for key in keys for name in names if key.startswith(f"{name}.")]
+    names, changed = _ends(model), changed_ends(model, adapter)
     config = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
     whole = all(key in {f"{name}.weight" for name in names} for key in changed)
     if _tied(head, embeddings) and changed and not (whole and config.get("ensure_weight_tying")):
@@ -233,7 +290,19 @@ def untie_skeleton(model: PreTrainedModel, adapter: LoraFolder) -> None:
         _forget_tie(model)
 
 
-def _inner(module: Any) -> Any:
+def changed_ends(model: PreTrainedModel, adapter: LoraFolder) -> list[str]:
+    """Names of the adapter's weights that change head or input embeddings; reads names only."""
+    with safe_open(adapter.folder / WEIGHTS, "pt") as file:
+        keys = [key.removeprefix("base_model.model.") for key in file.keys()]  # noqa: SIM118
+    return [key for key in keys for name in _ends(model) if key.startswith(f"{name}.")]
+
+
+def _ends(model: PreTrainedModel) -> list[str]:
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    return [name for name, module in model.named_modules() if module in ends]
+
+
+def inner_module(module: Any) -> Any:
     """The model's own module inside what peft put around it."""
     while True:
         inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
@@ -264,16 +333,15 @@ def _forget_tie(model: PreTrainedModel) -> None:
 
 def refuse_quantized(config: PretrainedConfig, adapter: LoraFolder, role: str) -> None:
     """Raise TaidError for a base whose weights are rounded: what is merged into them is, too."""
+    if adapter.base.quantization is not None:
+        raise TaidError(f"{role}.quantization = '{adapter.base.quantization}', but "
+                        f"'{adapter.folder}' is an adapter, which cannot be merged into rounded "
+                        f"weights: taid-vlm merge '{adapter.folder}' --output-dir DIR, and use "
+                        "DIR.")
     if is_quantized(config, adapter.base):
         raise TaidError(f"{role}: the base model of '{adapter.folder}' is quantized, and an "
                         "adapter cannot be merged into rounded weights: taid-vlm merge "
                         f"'{adapter.folder}' --output-dir DIR --dequantize, and use DIR.")
-
-
-def is_quantized(config: PretrainedConfig, base: ModelSpec) -> bool:
-    """Whether the weights are stored rounded, or are to be loaded so."""
-    return (getattr(config, "quantization_config", None) is not None
-            or any("quantization" in key or key.startswith("load_in_") for key in base.init_kwargs))
 
 
 def check_names(model: nn.Module, config: Any) -> None:

@@ -23,6 +23,8 @@ from taid_vlm.config.training import PARTS
 from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.loading import sees_images
+from taid_vlm.models.lora import own_parameters
+from taid_vlm.models.quantization import numel
 
 TOWER, PROJECTOR, LANGUAGE_MODEL, HEAD = PARTS
 
@@ -79,8 +81,8 @@ def is_tied(model: nn.Module) -> bool:
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     """Number of parameters, and of those that are trained, of every part the model has."""
     parts, counts = parts_of(model), {part: Counter[str]() for part in PARTS}
-    for name, p in model.named_parameters():
-        counts[parts[name]].update(parameters=p.numel(), trained=p.numel() * p.requires_grad)
+    for name, p in own_parameters(model).items():
+        counts[parts[name]].update(parameters=numel(p), trained=numel(p) * p.requires_grad)
     return {part: dict(numbers) for part, numbers in counts.items() if numbers}
 
 

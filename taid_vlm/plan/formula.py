@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from taid_vlm.batch.collator import Batch
 from taid_vlm.models.forward import head_rows, unwrap
 from taid_vlm.models.parts import TOWER, parts_of
+from taid_vlm.models.quantization import bytes_of
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.rehearsal import Memory, parameters, teacher_tensors, trained
-from taid_vlm.plan.sizes import bytes_of, resident
-from taid_vlm.teachers import LocalTeacher
 from taid_vlm.training.loss import FusedStep
 from taid_vlm.training.trainer import DistillationTrainer
 
@@ -52,9 +51,7 @@ def evaluation(trainer: DistillationTrainer, batch: Batch) -> Memory:
 def resident_models(trainer: DistillationTrainer) -> dict[str, int]:
     """Bytes of what lies in memory all the time."""
     live = {kinds.STUDENT: bytes_of([*parameters(trainer), *trainer.model.buffers()])}
-    if isinstance(trainer.teacher, LocalTeacher):
-        live[kinds.TEACHER] = resident(trainer.teacher.model)
-    elif trainer.teacher is not None:
+    if trainer.teacher is not None:
         live[kinds.TEACHER] = bytes_of(teacher_tensors(trainer))
     return live
 

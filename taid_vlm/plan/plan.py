@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from taid_vlm.io.quiet import quiet
 from taid_vlm.models.experts import chosen_experts, parameters_per_token
 from taid_vlm.models.forward import unwrap
 from taid_vlm.models.loading import load_skeleton
+from taid_vlm.models.quantization import bytes_of, saved_bytes
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.caches import CacheSize, cache_size
@@ -31,10 +33,17 @@ from taid_vlm.plan.rehearsal import (
     trained,
 )
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
-from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes
+from taid_vlm.plan.sizes import OPTIMIZERS, optimizer_bytes
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
+from taid_vlm.runs.sharing import Sharing, sharing
 from taid_vlm.runs.stages import parts_by_name
-from taid_vlm.teachers import CachedTeacher, ServedTeacher, SparseSignal
+from taid_vlm.teachers import (
+    CachedTeacher,
+    ServedTeacher,
+    SharedTeacher,
+    SparseSignal,
+    TeacherInStudent,
+)
 from taid_vlm.teachers.protocol import Laws, Question
 from taid_vlm.training.pair import with_adapter
 from taid_vlm.training.trainer import DistillationTrainer
@@ -135,8 +144,8 @@ def fullest(plans: Sequence[Plan]) -> Plan:
 def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
         found = gather(_for_rehearsal(recipe, folder))
-        shapes = Shapes()
-        trainer = _trainer(recipe, found, shapes)
+        shapes, saved = Shapes(), Counter[str]()
+        trainer = _trainer(recipe, found, shapes, saved)
         looked = _looked(trainer, recipe, "train", found.train, seen)
         sides = [(looked, found.train)]
         batch, lengths = longest_batch(trainer, looked, found.args.per_device_train_batch_size)
@@ -150,7 +159,8 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
             held_out, _ = longest_batch(trainer, looked, found.args.per_device_eval_batch_size)
             phases[EVALUATION] = _rehearsed(
                 rehearse_evaluation, formula.evaluation, trainer, held_out, shapes)
-        plan = _account(stage, processes, recipe, trainer, phases, lengths)
+        phases = {name: _rounded(memory, saved) for name, memory in phases.items()}
+        plan = _account(stage, processes, recipe, found, trainer, phases, lengths)
         return replace(plan, cache=cache_size(recipe, trainer, sides))
 
 
@@ -182,21 +192,36 @@ def _for_rehearsal(recipe: Recipe, folder: str) -> Recipe:
     return recipe.model_copy(update={"train": {**train, **own}, "output_dir": folder})
 
 
-def _trainer(recipe: Recipe, found: Ingredients, shapes: Shapes) -> DistillationTrainer:
+def _trainer(
+    recipe: Recipe, found: Ingredients, shapes: Shapes, saved: Counter[str]
+) -> DistillationTrainer:
+    """The run's trainer on models of shapes; `saved` gets what `quantization` takes off them."""
     student: Any = model_of_shapes(recipe.student, "student", shapes)
+    saved[kinds.STUDENT] = saved_bytes(student, recipe.student)
+    shared, base = _sharing(recipe, found), student
     if recipe.student.peft is not None:
         student = with_adapter(student, lora_config(recipe.student.peft), on_meta=True)
         shapes.hollow(student)
     teacher: Any = found.cache
     if recipe.teacher is not None and recipe.teacher.server is not None:
         teacher = _Served(recipe.teacher.server, load_skeleton(recipe.teacher, "teacher"))
+    elif shared is not None and not shared.reason:
+        teacher = TeacherInStudent(base, shared.adapter, empty=True)
     elif recipe.teacher is not None and teacher is None:
         teacher = model_of_shapes(_stored(recipe.teacher, recipe), "teacher", shapes)
+        saved[kinds.TEACHER] = saved_bytes(teacher, recipe.teacher)
     trainer = DistillationTrainer(student, teacher, found.args, found.train, None,
                                   found.student_processor, found.teacher_processor)
+    if isinstance(trainer.teacher, SharedTeacher):
+        shapes.hollow(trainer.model)  # the teacher's adapter
     if trainer.visual.map is not None:
         shapes.hollow(trainer.visual.map)
     return trainer
+
+
+def _sharing(recipe: Recipe, found: Ingredients) -> Sharing | None:
+    teacher = recipe.teacher and _stored(recipe.teacher, recipe)
+    return sharing(recipe.model_copy(update={"teacher": teacher}), found)
 
 
 class _Served(ServedTeacher):
@@ -244,6 +269,13 @@ def _rehearsed(rehearse: Callable[..., Memory], by_formula: Callable[..., Memory
         return replace(by_formula(trainer, batch), problem=reason)
 
 
+def _rounded(memory: Memory, saved: Mapping[str, int]) -> Memory:
+    """With weights as they lie there: a rehearsal multiplies by whole ones."""
+    at_peak, most = ({kind: size - saved.get(kind, 0) for kind, size in part.items()}
+                     for part in (memory.at_peak, memory.most))
+    return replace(memory, at_peak=at_peak, most=most)
+
+
 def _update(trainer: DistillationTrainer, recipe: Recipe) -> Memory:
     """The optimizer's step: all gradients, and nothing left of the activations but, on a CPU, the
     loss's room for logits."""
@@ -272,7 +304,7 @@ def optim_of(recipe: Recipe) -> str:
 
 
 def _account(
-    stage: str, processes: int, recipe: Recipe, trainer: DistillationTrainer,
+    stage: str, processes: int, recipe: Recipe, found: Ingredients, trainer: DistillationTrainer,
     phases: Mapping[str, Memory], lengths: Longest,
 ) -> Plan:
     state, _ = _optimizer(trainer, recipe)
@@ -288,7 +320,7 @@ def _account(
         {phase: memory.peak for phase, memory in whole.items()},
         tuple(Component(kind, most[kind], worst.at_peak.get(kind, 0), _how(kind, phases, recipe))
               for kind in kinds.KINDS if most[kind]),
-        lengths, tuple(_notes(recipe, phases, trainer)), _experts(trainer))
+        lengths, tuple(_notes(recipe, found, phases, trainer)), _experts(trainer))
 
 
 def _experts(trainer: DistillationTrainer) -> dict[str, Experts]:
@@ -319,13 +351,17 @@ def _how(kind: str, phases: Mapping[str, Memory], recipe: Recipe) -> str:
 
 
 def _notes(
-    recipe: Recipe, phases: Mapping[str, Memory], trainer: DistillationTrainer
+    recipe: Recipe, found: Ingredients, phases: Mapping[str, Memory], trainer: DistillationTrainer
 ) -> Iterator[str]:
     """What the plan could not know, and what is not in memory."""
     if isinstance(trainer.teacher, CachedTeacher):
         cache = trainer.teacher.cache
         yield (f"of the teacher its head alone is in memory; '{cache.folder}' has "
                f"{cache.bytes:,} bytes on disk, {cache.bytes_per_token:,.0f} an answer token.")
+    if isinstance(trainer.teacher, SharedTeacher):
+        yield "teacher and student share one base model, which is counted as the student."
+    elif (shared := _sharing(recipe, found)) is not None:
+        yield f"teacher and student have one base model, loaded for each: {shared.reason}."
     if optim_of(recipe) not in OPTIMIZERS:
         yield f"train.optim = '{optim_of(recipe)}' is not known here; counted like adamw_torch."
     for key in _SHARDING:
@@ -344,7 +380,8 @@ def _notes(
     for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
         if spec is not None and spec.init_kwargs:
             named = ", ".join(spec.init_kwargs)
-            yield f"{role}.init_kwargs ({named}) are not followed: a quantised model takes less."
+            yield (f"{role}.init_kwargs ({named}) are not followed: a quantised model takes less; "
+                   f"{role}.quantization is.")
     for name, memory in phases.items():
         if memory.problem:
             yield (f"the {name} could not be rehearsed ({memory.problem:.200}); its activations "

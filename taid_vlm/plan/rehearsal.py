@@ -28,7 +28,7 @@ from taid_vlm.models.parts import TOWER, frozen_modules
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.ledger import Ledger
 from taid_vlm.plan.shapes import Shapes
-from taid_vlm.teachers import CachedTeacher, LocalTeacher
+from taid_vlm.teachers import CachedTeacher, LocalTeacher, SharedTeacher
 from taid_vlm.training.loss import (
     FusedStep,
     ReferenceStep,
@@ -163,7 +163,9 @@ def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:
 
 
 def teacher_tensors(trainer: DistillationTrainer) -> list[Tensor]:
-    """The teacher in memory: of a cached one the head."""
+    """The teacher in memory: of a cached one the head, of one inside of the student nothing."""
+    if isinstance(trainer.teacher, SharedTeacher):
+        return []
     if isinstance(trainer.teacher, CachedTeacher):
         return trainer.teacher.head.parameters()
     model = trainer.teacher_model
@@ -194,6 +196,8 @@ def parameters(trainer: DistillationTrainer) -> list[nn.Parameter]:
 def _watched(ledger: Ledger, trainer: DistillationTrainer) -> Iterator[None]:
     """Tell the ledger which model is at work, and on what."""
     models = {"student": trainer.model, "teacher": trainer.teacher_model}
+    if isinstance(trainer.teacher, SharedTeacher):
+        del models["teacher"]  # what it makes is told as the student's, in whose modules it is made
     handles = [handle for role, model in models.items() if model is not None
                for handle in _Labels(ledger, *ACTIVATIONS[role]).hook(unwrap(model))]
     try:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from taid_vlm.errors import TaidError
 
@@ -28,17 +28,6 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise TaidError(f"--memory = '{text}', but it must be a size like 24GB, 24GiB or 80e9.")
     return size
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of different storages; tied weights count once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def resident(model: nn.Module) -> int:
-    """Bytes of a model that lies in memory: parameters and buffers."""
-    return bytes_of([*model.parameters(), *model.buffers()])
 
 
 # ----- optimizers ---------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from taid_vlm.models.loading import (
     weight_bytes,
     weights_hash,
 )
+from taid_vlm.models.quantization import half_precision, numel, refuse_unavailable
 from taid_vlm.objectives import parse_objective
 from taid_vlm.records import StreamedRecords, first_rows
 from taid_vlm.runs.folders import LOCK, locked, on_main
@@ -150,14 +151,15 @@ def build_cache(
         raise TaidError("cache: the recipe names no teacher that can be loaded. Name the model "
                         "with teacher.model_name_or_path, without cache and server.")
     sides, found = _sides(recipe, signal)
+    refuse_unavailable(recipe.teacher, "teacher")
     with locked(output):
         on_main(lambda: _check_folder(output), output)
         spec = recipe.teacher
         estimate = on_main(lambda: _estimate(spec, sides, dtype, output, signal), output)
-        accelerator = _accelerator(found)
+        accelerator = accelerator_of(found)
         if accelerator.is_main_process:
             print(f"size          {estimate}", flush=True)
-        model = load_model(spec, "teacher")
+        model = load_model(spec, "teacher", half_precision(found.args))
         described = _Described(recipe, sides, dtype, found, output, signal)
         identity = on_main(lambda: described.write(model), output)
         builder = _Builder(LocalTeacher(model, accelerator), accelerator, output, described,
@@ -258,7 +260,7 @@ def _estimate(
     return Estimate(records, tokens, size, per_token)
 
 
-def _accelerator(found: Ingredients) -> Accelerator:
+def accelerator_of(found: Ingredients) -> Accelerator:
     """Of a run of this recipe: its device and its mixed precision."""
     args = found.args
     return Accelerator(cpu=args.use_cpu,
@@ -314,7 +316,7 @@ class _Described:
             "format": FORMAT,
             "model": {"name": self.spec.model_name_or_path, "revision": self.spec.revision,
                       "model_type": model.config.model_type,
-                      "parameters": sum(p.numel() for p in model.parameters())},
+                      "parameters": sum(map(numel, model.parameters()))},
             "weights": weights_hash(model),
             "processor": folder_sha256(folder, folder.rglob("*")).hex()[:SHORT],
             "chat_template_kwargs": self.spec.chat_template_kwargs,

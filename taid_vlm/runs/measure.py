@@ -18,11 +18,13 @@ from taid_vlm.evaluation.answers import to_lines
 from taid_vlm.evaluation.canary import Looks, account
 from taid_vlm.evaluation.held_out import Tally, summarise
 from taid_vlm.models.generation import Question, generate_answers
+from taid_vlm.models.lora import own_parameters
 from taid_vlm.models.parts import count_parameters
+from taid_vlm.models.quantization import numel, stored_method
 from taid_vlm.records import ImageRef, fingerprint
 from taid_vlm.runs.machine import machine, peak_memory, versions
 from taid_vlm.runs.results import Alignment, Example, HeldOutData, Results, Stage, Train
-from taid_vlm.teachers import CachedTeacher, ServedTeacher
+from taid_vlm.teachers import CachedTeacher, ServedTeacher, SharedTeacher
 from taid_vlm.training.trainer import DistillationTrainer
 
 
@@ -172,8 +174,13 @@ def _models(trainer: DistillationTrainer, recipe: Recipe) -> dict[str, dict[str,
             described[role] = {
                 "name": spec.model_name_or_path, "revision": spec.revision,
                 "model_type": trainer.accelerator.unwrap_model(model).config.model_type,
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters": sum(map(numel, own_parameters(model).values() if role == "student"
+                                      else model.parameters())),
+                "quantization": spec.quantization or stored_method(
+                    trainer.accelerator.unwrap_model(model).config),
             }
+    if isinstance(trainer.teacher, SharedTeacher):
+        described["teacher"]["shared_parameters"] = trainer.teacher.shared_parameters
     if isinstance(served := trainer.teacher, ServedTeacher):
         described["teacher"] = {
             **served.report(), "model_type": served.skeleton.config.model_type,

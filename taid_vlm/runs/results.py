@@ -150,7 +150,9 @@ class Model(Part):
 
     name, revision: as in the recipe. model_type: transformers' name of its family. parameters: how
     many. parts: of a student, {part: {"parameters": how many, "trained": of these}}. saved: as what
-    a LoRA student was written, its adapter or its base model with the adapter merged. Of a served
+    a LoRA student was written, its adapter or its base model with the adapter merged.
+    quantization: how its weights are rounded in memory; None if they are not. shared_parameters: of
+    a teacher that is the student's base model, those that lie in memory once. Of a served
     teacher, whose name is the server's: top_logprobs: how many most likely tokens it gave;
     bytes_per_token: of its answers, on the wire, per answer token. cache: of a teacher that was
     asked once, where its hidden states lie and how many bytes a token takes.
@@ -162,6 +164,8 @@ class Model(Part):
     parameters: int
     parts: dict[str, dict[Literal["parameters", "trained"], int]] = {}
     saved: Literal["adapter", "merged"] | None = None
+    quantization: str | None = None
+    shared_parameters: int | None = None
     top_logprobs: int | None = None
     bytes_per_token: float | None = None
     cache: Cache | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from taid_vlm.errors import TaidError
 from taid_vlm.io.files import write_text
 from taid_vlm.models.loading import load_model, load_skeleton
 from taid_vlm.models.lora import find_adapter
+from taid_vlm.models.quantization import half_precision, refuse_unavailable
 from taid_vlm.runs.folders import (
     ANSWERS,
     RECIPE,
@@ -34,8 +36,11 @@ from taid_vlm.runs.measure import Outcome, make_measuring, outcome_of, train_acc
 from taid_vlm.runs.publish import Push, prepare_push, push_student
 from taid_vlm.runs.results import Stage
 from taid_vlm.runs.save import save_student
-from taid_vlm.teachers import ServedTeacher
+from taid_vlm.runs.sharing import in_words, sharing
+from taid_vlm.teachers import ServedTeacher, TeacherInStudent
 from taid_vlm.training.trainer import DistillationTrainer
+
+logger = logging.getLogger(__name__)
 
 WriteReport = Callable[[Outcome, str, Path], None]  # with the recipe as YAML and the page's path
 
@@ -76,6 +81,8 @@ def distill(
     output, whole = Path(recipe.output_dir), place.whole if place and not place.later else recipe
     on_main(lambda: refuse_in_the_way(output), output)
     ingredients = gather(recipe)
+    for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
+        refuse_unavailable(spec, role)
     with locked(output):
         checkpoint = on_main(lambda: find_checkpoint(recipe, resume, overwrite), output)
         push = place.push if place else prepare_push(recipe, saves_adapter(recipe))
@@ -138,14 +145,22 @@ def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrain
     served = None if recipe.teacher is None else recipe.teacher.server
     teacher: Any = ingredients.cache if recipe.teacher is None or served is None else ServedTeacher(
         served, load_skeleton(recipe.teacher, "teacher"))  # refused before the student is loaded
-    student = load_model(recipe.student, "student")
-    if recipe.teacher is not None and teacher is None:
-        teacher = load_model(recipe.teacher, "teacher")
-    return DistillationTrainer(
+    half = half_precision(ingredients.args)
+    student = load_model(recipe.student, "student", half)
+    shared = sharing(recipe, ingredients)
+    if shared is not None and not shared.reason:
+        teacher = TeacherInStudent(student, shared.adapter)
+    elif recipe.teacher is not None and teacher is None:
+        teacher = load_model(recipe.teacher, "teacher", half)
+    sentence = "" if shared is None else in_words(shared, student)
+    trainer = DistillationTrainer(
         student, teacher, ingredients.args, ingredients.train, ingredients.eval,
         ingredients.student_processor, ingredients.teacher_processor,
         peft_config=lora_config(recipe.student.peft),
     )
+    if sentence and trainer.is_world_process_zero():
+        logger.info(sentence)
+    return trainer
 
 
 def _take_over(trainer: DistillationTrainer, whole: Recipe, stale: Sequence[Path]) -> None:

@@ -23,11 +23,11 @@ from taid_vlm.models.lora import (
     LoraFolder,
     attach_adapter,
     find_adapter,
-    is_quantized,
     merge_attached,
 )
 from taid_vlm.models.parts import is_tied
 from taid_vlm.models.published import save_weights
+from taid_vlm.models.quantization import is_quantized
 from taid_vlm.students.shrink import check_saved, probe_inputs, probe_logits
 
 ROLE = "merge"

@@ -29,7 +29,9 @@ from taid_vlm.teachers import (
     CachedTeacher,
     LocalTeacher,
     ServedTeacher,
+    SharedTeacher,
     TeacherCache,
+    TeacherInStudent,
     TeacherLost,
 )
 from taid_vlm.teachers.protocol import Laws, as_chat
@@ -72,6 +74,8 @@ def serve(
 
 def shapes_of(teacher: Any) -> Any:
     """The model, or of a served one its shapes."""
+    if isinstance(teacher, TeacherInStudent):
+        return teacher.model
     return teacher.skeleton if isinstance(teacher, ServedTeacher) else teacher
 
 
@@ -90,6 +94,8 @@ def place_teacher(
     """A model becomes a teacher in this process, a cache one with its head."""
     if teacher is None or isinstance(teacher, ServedTeacher):
         return teacher
+    if isinstance(teacher, TeacherInStudent):
+        return SharedTeacher(teacher, accelerator)
     if not isinstance(teacher, TeacherCache):
         return LocalTeacher(teacher, accelerator)
     if accelerator.is_main_process:

@@ -41,7 +41,7 @@ from taid_vlm.models.loading import refuse_nonfinite, restore_weights
 from taid_vlm.models.parts import TrainedParts
 from taid_vlm.models.published import use_published_names
 from taid_vlm.objectives import TaidSchedule, parse_objective
-from taid_vlm.teachers import ServedTeacher, TeacherCache
+from taid_vlm.teachers import ServedTeacher, TeacherCache, TeacherInStudent
 from taid_vlm.training.carried import ScheduleCallback, gone_on_from
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
@@ -80,8 +80,9 @@ class DistillationTrainer(Trainer):
 
     Args:
         model, teacher_model: transformers models, or names to load; a ServedTeacher is asked over
-            the network, a TeacherCache was asked once. The teacher may be left out for objectives
-            that need none (`ce`).
+            the network, a TeacherCache was asked once, a TeacherInStudent is the base model of a
+            student with an adapter. The teacher may be left out for objectives that need none
+            (`ce`).
         args: a DistillationConfig.
         train_dataset, eval_dataset: `Records`, or any dataset of rows in the columns that
             `taid_vlm.records` understands; evaluation needs one with a length.
@@ -99,7 +100,8 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | ServedTeacher | TeacherCache | None = None,
+        teacher_model: str | PreTrainedModel | ServedTeacher | TeacherCache | TeacherInStudent
+        | None = None,
         args: DistillationConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -125,6 +127,8 @@ class DistillationTrainer(Trainer):
         collator = serve(collator, teacher, self.objective, train_dataset)
         if peft_config is not None:
             student = with_adapter(student, peft_config)
+        if isinstance(teacher, TeacherInStudent):
+            teacher.enter(student)
         self.parts = TrainedParts(student, args)
         _use_one_gpu(args)
         batches, sampling = training_collator(

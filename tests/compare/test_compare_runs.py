@@ -154,6 +154,15 @@ def test_other_teachers(tmp_path: Path) -> None:
                for w in found.warnings)
 
 
+def test_a_teacher_in_fewer_bits_is_another_teacher(tmp_path: Path) -> None:
+    one = distillation(tmp_path / "one", 0.3)
+    two = distillation(tmp_path / "two", 0.7, models__teacher__quantization="4bit")
+    found = compared(str(one), str(two))
+    assert not figure(found, "kl").verdicts
+    assert any(w.startswith("Different teachers: big (one), big in 4bit (two).")
+               for w in found.warnings)
+
+
 def test_other_starts_have_no_base(tmp_path: Path) -> None:
     one, two = (distillation(tmp_path / name, 0.5) for name in ("one", "two"))
     results = json.loads((two / "results.json").read_text())

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from taid_vlm.errors import TaidError
-from taid_vlm.plan.sizes import OPTIMIZERS, bytes_of, optimizer_bytes, parse_bytes
+from taid_vlm.models.quantization import bytes_of
+from taid_vlm.plan.sizes import OPTIMIZERS, optimizer_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(("text", "size"), [
