@@ -80,6 +80,7 @@ TEMPLATE = (
 # by name: a shipped recipe, what is changed in it, and on how many devices it trains
 CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "8B to 0.6B": ("qwen3_8b_to_0.6b", 1, ()),
+    "8B in 4 bits to 0.6B": ("qwen3_8b_to_0.6b", 1, ("teacher.quantization=4bit",)),
     "24 GB": ("qwen3_8b_to_0.6b_24gb", 1, ()),
     "80 GB": ("qwen3_14b_to_1.7b_80gb", 1, ()),
     "8 x 80 GB": ("qwen2.5_vl_72b_to_3b_8x80gb", 4, ()),

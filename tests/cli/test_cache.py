@@ -179,11 +179,11 @@ def test_one_cache_serves_all_stages(
     assert figures(results) == figures(expected)
 
 
-def only_the_student(spec: Any, role: str) -> Any:
+def only_the_student(spec: Any, role: str, *others: Any) -> Any:
     from taid_vlm.models.loading import load_model
 
     assert role == "student", "no weights of the teacher"
-    return load_model(spec, role)
+    return load_model(spec, role, *others)
 
 
 @pytest.mark.parametrize("train", [
