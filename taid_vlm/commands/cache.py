@@ -11,7 +11,6 @@ from taid_vlm.commands.options import option, say_and_part
 from taid_vlm.commands.recipes import RecipeOptions
 from taid_vlm.errors import TaidError
 
-USUAL = {"hidden": 0, "topk": 64, "sampled": 12}  # k
 INTERRUPTED = "; the same command goes on after the shards that are whole"
 
 
@@ -34,11 +33,11 @@ def run(options: CacheOptions) -> None:
     recipe = options.load()
 
     from taid_vlm.runs.cache import build_cache
-    from taid_vlm.teachers.sparse import Signal
+    from taid_vlm.teachers.sparse import DEFAULT_K, Signal
 
     if options.k is not None and options.signal == "hidden":
         raise TaidError(f"--k = {options.k} has no effect on --signal hidden.")
-    signal = Signal(options.signal, options.k or USUAL[options.signal])
+    signal = Signal(options.signal, options.k or DEFAULT_K.get(options.signal, 0))
     built = build_cache(recipe, options.output, options.dtype, options.batch_size, signal=signal,
                         teacher=options.teacher)
     say_and_part(lambda: str(built))

@@ -335,3 +335,10 @@ def guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         reason = " ".join(lines[:2]) or type(error).__name__
         hint = "" if Path(name).exists() else _similar_folder(Path(name))
         raise TaidError(f"{role}: cannot load '{name}': {reason}{hint}") from error
+
+
+def weight_bytes(spec: ModelSpec, skeleton: PreTrainedModel) -> int:
+    """Of a number in a teacher's weights as they will be loaded, and in its hidden states."""
+    name = weights_dtype(spec, "teacher", skeleton.config)
+    kind = getattr(skeleton.config, "dtype", None) if name == "auto" else getattr(torch, name)
+    return kind.itemsize if isinstance(kind, torch.dtype) else 4

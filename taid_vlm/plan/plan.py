@@ -24,6 +24,7 @@ from taid_vlm.models.loading import load_skeleton
 from taid_vlm.models.quantization import bytes_of, saved_bytes
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
+from taid_vlm.plan.caches import CacheSize, cache_size
 from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
 from taid_vlm.plan.rehearsal import (
     Memory,
@@ -96,7 +97,7 @@ class Plan:
     """Memory of one device while a recipe (or one stage of it) is carried out.
 
     peak: bytes in its fullest moment, which is in the phase `fullest`; phases: peak of each.
-    experts: of models that have some.
+    experts: of models that have some. cache: on disk, of a teacher that is loaded.
     """
 
     stage: str
@@ -109,6 +110,7 @@ class Plan:
     batch: Longest
     notes: tuple[str, ...] = ()
     experts: Mapping[str, Experts] = field(default_factory=dict)
+    cache: CacheSize | None = None
 
 
 Seen = dict[str, Looked]
@@ -147,6 +149,7 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         shapes, saved = Shapes(), Counter[str]()
         trainer = _trainer(recipe, found, shapes, saved)
         looked = _looked(trainer, recipe, "train", found.train, seen)
+        sides = [(looked, found.train)]
         batch, lengths = longest_batch(trainer, looked, found.args.per_device_train_batch_size)
         phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes)}
         if _device(recipe) == "gpu":
@@ -154,11 +157,13 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         phases[UPDATE] = _update(trainer, recipe)
         if found.eval is not None:
             looked = _looked(trainer, recipe, "eval", found.eval, seen)
+            sides.append((looked, found.eval))
             held_out, _ = longest_batch(trainer, looked, found.args.per_device_eval_batch_size)
             phases[EVALUATION] = _rehearsed(
                 rehearse_evaluation, formula.evaluation, trainer, held_out, shapes)
         phases = {name: _rounded(memory, saved) for name, memory in phases.items()}
-        return _account(stage, processes, recipe, found, trainer, phases, lengths)
+        plan = _account(stage, processes, recipe, found, trainer, phases, lengths)
+        return replace(plan, cache=cache_size(recipe, trainer, sides))
 
 
 def _looked(

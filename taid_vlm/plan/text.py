@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from taid_vlm.io.terminal import table
 from taid_vlm.plan.advice import Advice, Change
+from taid_vlm.plan.caches import CacheSize
 from taid_vlm.plan.plan import Plan, fullest
 
 
@@ -23,7 +24,7 @@ def human(size: int) -> str:
 def as_text(plans: Sequence[Plan], advice: Advice | None = None) -> str:
     """The fullest stage's table, the other stages in a line each, and what to change."""
     worst = fullest(plans)
-    blocks = [_head(worst, advice), [_table(worst)], _notes(worst)]
+    blocks = [_head(worst, advice), [_table(worst)], _notes(worst), _cache(worst.cache)]
     if len(plans) > 1:
         blocks.append([f"stage '{plan.stage}': {human(plan.peak)} ({plan.fullest})"
                        for plan in plans])
@@ -75,6 +76,18 @@ def _notes(plan: Plan) -> list[str]:
         "estimated  a rule of thumb",
         *(f"note: {note}" for note in plan.notes),
     ]
+
+
+def _cache(size: CacheSize | None) -> list[str]:
+    """What the teacher's answers would take on disk, for those who would rather ask it once."""
+    if size is None:
+        return []
+    rows = [(f"taid-vlm cache {form.options}".rstrip(), f"{form.per_token:,}", human(form.bytes),
+             "exact" if form.exact else "") for form in size.forms]
+    return [f"the teacher asked once instead: about {size.tokens:,} answer tokens of "
+            f"{size.records:,} records, on disk (computed)",
+            table([("", "bytes a token", "in all", ""), *rows], right=(1, 2)),
+            *(f"not for this recipe: {why}" for why in size.refused)]
 
 
 def _changes(advice: Advice) -> list[str]:

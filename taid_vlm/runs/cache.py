@@ -43,7 +43,7 @@ from taid_vlm.models.loading import (
     load_model,
     load_processor,
     load_skeleton,
-    weights_dtype,
+    weight_bytes,
     weights_hash,
 )
 from taid_vlm.models.quantization import half_precision, numel, refuse_unavailable
@@ -59,6 +59,7 @@ from taid_vlm.teachers.shards import (
     Entry,
     ShardWriter,
     key_of,
+    pixels_hash,
     read_index,
     source_hash,
     whole_shards,
@@ -245,7 +246,7 @@ def _estimate(
     """From the first records of every side; raises TaidError where the disk has no room."""
     skeleton = load_skeleton(spec, "teacher")
     rows, width = (int(n) for n in skeleton.get_output_embeddings().weight.shape)
-    stored = _weight_bytes(spec, skeleton)
+    stored = weight_bytes(spec, skeleton)
     item = stored if dtype == "auto" else getattr(torch, dtype).itemsize
     tokens = records = size = 0
     for side in sides:
@@ -253,7 +254,7 @@ def _estimate(
         with quiet("taid_vlm", warn=False):
             seen = sum(len(side.collator([row])["teacher_labels"]) for row in first)
         more = round(seen * len(side.records) / max(len(first), 1))
-        size += more * (signal.bytes if signal.is_sparse and side.learned else width * item + 4)
+        size += more * signal.token_bytes(side.learned, width, item)
         tokens, records = tokens + more, records + len(side.records)
     per_token = round(size / max(tokens, 1))
     size += records * BESIDE + rows * width * stored
@@ -264,13 +265,6 @@ def _estimate(
                         f"'{output}' has {free / 1e9:,.3g} GB of room. Make room, choose another "
                         "disk, or keep hidden states in half of it with --dtype bfloat16.")
     return Estimate(records, tokens, size, per_token)
-
-
-def _weight_bytes(spec: TeacherSpec, skeleton: PreTrainedModel) -> int:
-    """Of a number in the teacher's weights as they will be loaded, and in its hidden states."""
-    name = weights_dtype(spec, "teacher", skeleton.config)
-    kind = getattr(skeleton.config, "dtype", None) if name == "auto" else getattr(torch, name)
-    return kind.itemsize if isinstance(kind, torch.dtype) else 4
 
 
 def accelerator_of(found: Ingredients) -> Accelerator:
@@ -396,8 +390,8 @@ class _Collate:
         rows: list[TeacherRow] = batch.pop("teacher_rows")
         numbers = {id(row): number for number, row in items}
         batch["kept"] = [] if not batch["counts"]["rows"] else [
-            (numbers[id(row.record)], source_hash(row.source), key_of(row.ids, row.images),
-             row.positions) for row in rows]
+            (numbers[id(row.record)], source_hash(row.source),
+             key_of(row.ids, pixels_hash(row.images)), row.positions) for row in rows]
         return batch
 
 

@@ -36,6 +36,7 @@ from taid_vlm.io.hashing import file_sha256
 from taid_vlm.io.manifest import read_manifest
 from taid_vlm.models.forward import Autocast
 from taid_vlm.models.head import LogitTransform, keeps_type
+from taid_vlm.records.videos import Picture
 from taid_vlm.teachers.shards import (
     AGAIN,
     HIDDEN,
@@ -45,6 +46,7 @@ from taid_vlm.teachers.shards import (
     checksum,
     key_of,
     opened,
+    pixels_hash,
     read_index,
     source_hash,
 )
@@ -76,6 +78,7 @@ class TeacherCache:
     def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
         self.folder, self.trust_remote_code = Path(folder).expanduser(), trust_remote_code
         self._files: dict[int, Any] = {}
+        self._hashed: dict[int, tuple[Sequence[Picture], bytes]] = {}  # of one batch's images
         try:
             self.facts = _manifest(self.folder)
             self.identity: dict[str, Any] = read_json(self.folder / IDENTITY, "a cache's identity")
@@ -101,7 +104,7 @@ class TeacherCache:
         self._by_source = _Lookup(self._index["sources"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_files": {}}
+        return {**vars(self), "_files": {}, "_hashed": {}}
 
     @property
     def records(self) -> int:
@@ -154,6 +157,8 @@ class TeacherCache:
                 raise
             # a worker's error would reach the user inside its traceback: the main process raises
             return {**changed, "teacher_problem": str(error)}
+        finally:
+            self._hashed.clear()
 
     def _signals(self, rows: Sequence[TeacherRow]) -> dict[str, Tensor]:
         """`teacher_NAME` of every kind that is kept of all rows."""
@@ -179,10 +184,22 @@ class TeacherCache:
         return {"entries": torch.zeros(0, k, dtype=torch.long), "log_probs": torch.zeros(0, k),
                 "log_rest": torch.zeros(0)}
 
+    def holds(self, ids: Sequence[int], images: Sequence[Picture]) -> bool:
+        """Whether a record of these tokens and images is kept."""
+        key = self._key(ids, images)
+        return any(self._index["images"][place].tobytes() == key.images
+                   for place in self._by_ids.places(key.ids))
+
+    def _key(self, ids: Sequence[int], images: Sequence[Picture]) -> Key:
+        """Its pixels are hashed once, when they are asked for first."""
+        if id(images) not in self._hashed:
+            self._hashed[id(images)] = images, pixels_hash(images)
+        return key_of(ids, self._hashed[id(images)][1])
+
     def places(self, row: TeacherRow) -> dict[str, tuple[int, Tensor]]:
         """By kind where a record's signal is, and which of its tokens are asked for; raises
         TaidError where there is none."""
-        key, known, found = key_of(row.ids, row.images), False, dict[str, tuple[int, Tensor]]()
+        key, known, found = self._key(row.ids, row.images), False, dict[str, tuple[int, Tensor]]()
         for place in self._by_ids.places(key.ids):
             if self._index["images"][place].tobytes() == key.images:
                 known, at = True, self._positions(place, row.positions)

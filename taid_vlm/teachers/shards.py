@@ -46,10 +46,14 @@ class Key(NamedTuple):
     images: bytes
 
 
-def key_of(ids: Sequence[int], images: Sequence[Picture]) -> Key:
-    """Of a row's token ids without padding, and its images and videos as they were decoded."""
-    pixels = (part for image in images for part in _pixels(image))
-    return Key(sha256([np.asarray(ids, np.int64).tobytes()])[:BYTES], sha256(pixels)[:BYTES])
+def key_of(ids: Sequence[int], images: bytes) -> Key:
+    """Of a row's token ids without padding, and the hash of its pixels."""
+    return Key(sha256([np.asarray(ids, np.int64).tobytes()])[:BYTES], images)
+
+
+def pixels_hash(images: Sequence[Picture]) -> bytes:
+    """Of images and videos as they were decoded."""
+    return sha256(part for image in images for part in _pixels(image))[:BYTES]
 
 
 def _pixels(picture: Picture) -> Iterator[bytes]:

@@ -24,6 +24,7 @@ from taid_vlm.teachers.shards import HIDDEN
 from taid_vlm.teachers.signal import SparseSignal, most_likely
 
 Kind = Literal["hidden", "topk", "sampled"]
+DEFAULT_K: dict[Kind, int] = {"topk": 64, "sampled": 12}
 TRAINS = {"topk": ("forward_kl", "taid", "ce"), "sampled": ("forward_kl", "ce")}
 WHY = {"topk": "needs the teacher's whole law",
        "sampled": "is not linear in the teacher's probabilities, so draws of them would be biased"}
@@ -48,10 +49,14 @@ class Signal:
     def is_sparse(self) -> bool:
         return self.kind != HIDDEN
 
-    @property
-    def bytes(self) -> int:
-        """Of a token, with its position."""
-        return 8 + 8 * self.k
+    def token_bytes(self, learned: bool, width: int, item: int) -> int:
+        """Of a token on disk, with its position.
+
+        Args:
+            learned: of a record to train on; of others hidden states are kept in any case.
+            width, item: of the teacher's hidden states, how many numbers, and bytes of each.
+        """
+        return 8 + 8 * self.k if self.is_sparse and learned else width * item + 4
 
     def of(self, log_probs: Tensor, generator: torch.Generator) -> SparseSignal:
         """Of laws [n, W] over W entries."""

@@ -292,14 +292,14 @@ def _joined(
 
 
 def placed(
-    teacher: Any, pairing: Any, accelerator: Accelerator, sharding: str
+    teacher: Any, pairing: Any, accelerator: Accelerator, args: DistillationConfig
 ) -> tuple[Any, Pairing | None]:
     """The teacher, and how it is compared, on the process's device; several bring their own."""
     device = accelerator.device
     if isinstance(pairing, Mapping):
         return place_teacher(teacher, accelerator, {
             name: one.to(device) for name, one in pairing.items()}), None
-    return (place_teacher(teacher, accelerator, sharding=sharding),
+    return (place_teacher(teacher, accelerator, sharding=args.teacher_sharding),
             pairing and pairing.to(device))
 
 

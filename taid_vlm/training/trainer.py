@@ -152,8 +152,7 @@ class DistillationTrainer(Trainer):
         self.collator: DistillationCollator = collator
         self.canary = Canary(args.canary_records)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items over all processes
-        self.teacher, self.pairing = placed(
-            teacher, pairing, self.accelerator, args.teacher_sharding)
+        self.teacher, self.pairing = placed(teacher, pairing, self.accelerator, args)
         self.visual = VisualTerms(
             self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.router = RouterTerm(self.objective.router, student, self.accelerator)
@@ -352,9 +351,9 @@ class DistillationTrainer(Trainer):
         return self.visual.add_group(optimizer, self.args.learning_rate, self.args.weight_decay)
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        own = inputs[SAMPLED]["student_inputs"] if SAMPLED in inputs else None
-        return super().floating_point_ops(inputs["student_inputs"]) + (
-            0 if own is None else super().floating_point_ops(own))
+        sampled = super().floating_point_ops(inputs[SAMPLED]["student_inputs"]) \
+            if SAMPLED in inputs else 0
+        return super().floating_point_ops(inputs["student_inputs"]) + sampled
 
     # ----- evaluation -----------------------------------------------------------------------
 
@@ -407,8 +406,7 @@ class DistillationTrainer(Trainer):
             dataset, self.model, teacher, self.collator, **self._evaluation_options())
 
     def place_student(self) -> None:
-        """Where it can be measured: FSDP and DeepSpeed bring it to its device when training begins.
-        """
+        """To its device, to which FSDP and DeepSpeed bring it only when training begins."""
         plain = getattr(self.model, "quantization_method", None) is None
         if self.optimizer is None and plain and not self.place_model_on_device:
             self.model.to(self.args.device)

@@ -28,8 +28,12 @@ from cli.recipes import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from taid_vlm.adapters import ImageTextAdapter
+from taid_vlm.config.recipe import parse_recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.runs import cache as building
+from taid_vlm.runs.ingredients import gather
+from taid_vlm.runs.run import _make_trainer
 from taid_vlm.teachers import TeacherCache
 from taid_vlm.teachers.shards import AGAIN
 
@@ -117,6 +121,29 @@ def test_single_records_train_bit_for_bit(
     assert "bytes an answer token" in page
 
 
+def test_pixels_that_the_cache_knows_are_not_shown_to_the_teacher_again(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But once for each size, in a collator's life: here before training, as it checks the data."""
+    live = tree(tmp_path, checkpoints)
+    recipe = parse_recipe(cached(live, built(cli, tmp_path, live)))
+    trainer = _make_trainer(recipe, gather(recipe))
+    records, shown, process = list(trainer.train_dataset), [], ImageTextAdapter._process
+
+    def count(adapter: Any, rendered: Any, *rest: Any) -> Any:
+        shown.append(adapter.role)
+        return process(adapter, rendered, *rest)
+
+    monkeypatch.setattr(ImageTextAdapter, "_process", count)
+    batch = trainer.collator(records)
+    assert shown == ["student"]
+    monkeypatch.setattr(TeacherCache, "holds", lambda *_: False)
+    again = trainer.collator(records)
+    assert shown[1:].count("teacher") == len(records), "what is not known is looked at"
+    assert again["teacher_hidden"].equal(batch["teacher_hidden"])
+    assert again["teacher_mask"].equal(batch["teacher_mask"])
+
+
 def test_a_template_and_its_variables_come_with_the_cache(
     cli: Cli, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -152,11 +179,11 @@ def test_one_cache_serves_all_stages(
     assert figures(results) == figures(expected)
 
 
-def only_the_student(spec: Any, role: str) -> Any:
+def only_the_student(spec: Any, role: str, *others: Any) -> Any:
     from taid_vlm.models.loading import load_model
 
     assert role == "student", "no weights of the teacher"
-    return load_model(spec, role)
+    return load_model(spec, role, *others)
 
 
 @pytest.mark.parametrize("train", [
@@ -477,6 +504,36 @@ def test_plan_and_inspect_know_a_cache(
     assert any(str(folder) in note and "bytes on disk" in note for note in stage["notes"])
     done = cli("inspect", write_recipe(tmp_path, recipe))
     assert done.status == 0, done.err
+
+
+@pytest.mark.parametrize(("case", "objective", "options", "without"), [
+    ("b", "forward_kl", "", []),
+    ("b", "taid", "--signal topk --k 64", ["sampled"]),
+    ("c", "forward_kl", "--dtype bfloat16", ["topk", "sampled"]),
+])
+def test_plan_says_what_a_cache_would_take(
+    case: str, objective: str, options: str, without: list[str], cli: Cli,
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Bytes of the cache that is then built, but for the heads of its files."""
+    live = tree(tmp_path, checkpoints, case) | {"objective": objective}
+    live["data"].pop("eval")
+    live["train"].pop("per_device_eval_batch_size")
+    done = cli("plan", write_recipe(tmp_path, live), "--json")
+    assert done.status == 0, done.err
+    (stage,) = json.loads(done.out)["stages"]
+    size = stage["cache"]
+    assert [why.partition(":")[0] for why in size["refused"]] == [
+        f"--signal {kind}" for kind in without]
+    assert [form["exact"] for form in size["forms"]] == [True] + [False] * (3 - len(without))
+    (form,) = (form for form in size["forms"] if form["options"] == options)
+    cache = TeacherCache(built(cli, tmp_path, live, *options.split()))
+    assert (size["tokens"], size["records"]) == (cache.facts["tokens"], cache.records)
+    head = (cache.folder / "head.safetensors").stat().st_size
+    assert form["bytes"] == pytest.approx(cache.bytes + head, abs=2500)
+    text = cli("plan", write_recipe(tmp_path, live)).out
+    assert f"taid-vlm cache {options}".strip() in text
+    assert text.count("not for this recipe") == len(without)
 
 
 # ----- a few entries of every law ---------------------------------------------------------------

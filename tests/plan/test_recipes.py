@@ -1,0 +1,59 @@
+"""Every shipped recipe, planned with small models of its models' families."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.recipes import Checkpoints, pairs, picture_rows, write_jsonl
+
+from taid_vlm.commands.recipes import shipped_recipes
+from taid_vlm.config.recipe import Recipe, load_recipe
+from taid_vlm.plan import ledger as kinds
+from taid_vlm.plan.plan import plan_recipe
+
+FAMILIES = {"Qwen2.5-VL": "qwen2_5_vl", "Qwen3-VL": "qwen3_vl", "InternVL3": "internvl",
+            "Qwen3-235B-A22B": "qwen3_moe", "Qwen3": "qwen3", "Qwen2.5": "qwen2"}
+DEVICES = ("_24gb", "_80gb", "_8x80gb", "_64x80gb")
+
+
+def lookalike(recipe: Recipe, path: Path, folder: Path, checkpoints: Checkpoints) -> Recipe:
+    """The recipe with models of its models' families, and records to look at."""
+    overrides, families = list[str](), set[str]()
+    for role, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
+        assert spec is not None
+        key = "processor_name_or_path" if getattr(spec, "server", None) else "model_name_or_path"
+        family = next(family for name, family in FAMILIES.items()
+                      if Path(spec.model_name_or_path).name.startswith(name))
+        families.add(family)
+        overrides.append(f"{role}.{key}={checkpoints(family, seed=int(role == 'student'))}")
+    rows: Any = picture_rows(folder) if families & {"qwen2_5_vl", "qwen3_vl", "internvl"} \
+        else pairs(16)
+    data = write_jsonl(folder / "train.jsonl", rows)
+    return load_recipe(path, [*overrides, f"data={{train: {data}, eval: {data}}}"])
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_planned(
+    name: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    path = shipped_recipes()[name]
+    recipe = lookalike(load_recipe(path), path, tmp_path, checkpoints)
+    plans = plan_recipe(recipe, 2)
+    assert len(plans) == max(len(recipe.stages or ()), 1)
+    served = recipe.teacher is not None and recipe.teacher.server is not None
+    for plan in plans:
+        parts = {part.name for part in plan.components}
+        assert (kinds.TEACHER in parts) != served and kinds.STUDENT in parts
+        assert (plan.cache is None) == served
+        assert plan.device == "gpu" and plan.peak > 0
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_recipe_for_a_card_says_what_it_needs(devices: str) -> None:
+    (path,) = (path for name, path in shipped_recipes().items() if name.endswith(devices))
+    said = re.search(r"^# Memory \(planned\): ([\d.]+) GB", path.read_text(), re.MULTILINE)
+    assert said is not None
+    assert float(said[1]) < (24 if "24gb" in devices else 80) * 2**30 / 1e9
