@@ -252,9 +252,8 @@ class DistillationTrainer(Trainer):
         return self._steps.get("")
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        """What the answer tokens of the optimizer step count, over all micro-batches and
-        processes; its images and the tokens it is fed are noted. All are on the CPU: no
-        micro-batch waits for the device to know them."""
+        """What the answer tokens of the optimizer step count, over all micro-batches and processes;
+        its images and the tokens it is fed are noted. On the CPU: nothing waits for a device."""
         if self.rollouts is not None:
             self.rollouts.fill(batch_samples, self.model, self.state.global_step + 1)
         asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
