@@ -15,6 +15,7 @@ from transformers import set_seed
 from taid_vlm.config.model import ModelSpec, TeacherSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.errors import TaidError
+from taid_vlm.evaluation.held_out import summarise
 from taid_vlm.io.files import write_text
 from taid_vlm.models.loading import load_model, load_skeleton
 from taid_vlm.models.lora import find_adapter
@@ -38,6 +39,7 @@ from taid_vlm.runs.results import Stage
 from taid_vlm.runs.save import save_student
 from taid_vlm.runs.sharing import in_words, sharing
 from taid_vlm.teachers import ServedTeacher, TeacherInStudent
+from taid_vlm.training.pair import refuse_absent
 from taid_vlm.training.several import of_teacher
 from taid_vlm.training.trainer import DistillationTrainer
 
@@ -103,6 +105,8 @@ def _carry_out(
     _take_over(trainer, whole, [*([] if checkpoint else [output]), *(place.later if place else ())])
     measure = make_measuring(trainer, recipe, ingredients.eval)
     before = measure("teacher", "student")
+    if before.tally is not None:
+        refuse_absent(trainer.args.metric_for_best_model, summarise(before.tally))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started

@@ -133,6 +133,15 @@ def _refuse_metric(metric: str | None, pairing: Pairing) -> None:
                           f"its models split texts alike, without chunks.{nearest(plain, valid)}")
 
 
+def refuse_absent(metric: str | None, figures: Mapping[str, Any]) -> None:
+    """Raise RecipeError for a figure of chunks that the held-out records do not have."""
+    name = str(metric).removeprefix("eval_")
+    if of_chunks(metric) and figures and name not in figures:
+        raise RecipeError(f"train.metric_for_best_model = '{metric}', but both models split all of "
+                          "the held-out answers alike, so there is no such figure; take "
+                          f"'{name.removeprefix(CHUNK)}'.")
+
+
 def length_limit(config: Any, max_length: int | None) -> int | None:
     """The shorter of `max_length` and the positions the model was built for."""
     own = getattr(config.get_text_config(), "max_position_embeddings", None)

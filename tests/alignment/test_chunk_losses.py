@@ -19,10 +19,12 @@ from taid_vlm.batch.collator import Batch, DistillationCollator
 from taid_vlm.batch.figures import token_figures
 from taid_vlm.batch.forward import student_forward, teacher_forward
 from taid_vlm.batch.losses import token_losses
+from taid_vlm.errors import RecipeError
 from taid_vlm.evaluation.held_out import Tally, evaluate_pair, summarise
 from taid_vlm.models.forward import forward_names
 from taid_vlm.objectives import LOSSES, chunk_logits, label_log_prob, parse_objective
 from taid_vlm.teachers import LocalTeacher
+from taid_vlm.training.pair import refuse_absent
 
 PAIRS = [
     (Name("llama"), Name("qwen2", "other")),
@@ -330,6 +332,15 @@ def test_evaluation_of_chunks() -> None:
 def test_evaluation_does_not_depend_on_batches(batch_size: int) -> None:
     found = flat(summarise(tally(batch_size)))
     assert found == pytest.approx(one_by_one(), rel=1e-6, abs=1e-7, nan_ok=True)
+
+
+def test_a_best_model_by_chunks_needs_chunks_in_the_held_out_records() -> None:
+    found = one_by_one()
+    refuse_absent("eval_chunk_kl", found)
+    refuse_absent("kl", {})
+    del found["chunk_kl"]
+    with pytest.raises(RecipeError, match=r"metric_for_best_model = 'eval_chunk_kl'.*take 'kl'"):
+        refuse_absent("eval_chunk_kl", found)
 
 
 def test_evaluation_by_two_processes() -> None:
