@@ -150,7 +150,7 @@ class Recipe(Section):
                              "adapter cannot be merged into rounded weights.")
         return self
 
-
+    @model_validator(mode="after")
     def _known_teachers(self) -> Self:
         if self.teachers and self.teacher is not None:
             raise ValueError("'teacher' and 'teachers' both say what is learned from; take one of "

@@ -8,6 +8,7 @@ import pytest
 from taid_vlm.benchmarks.metrics import letters
 from taid_vlm.benchmarks.metrics.letters import (
     LETTERS,
+    lmms_blink_option,
     lmms_full_stop_option,
     lmms_mmbench_option,
     lmms_option,
@@ -18,7 +19,7 @@ from taid_vlm.benchmarks.metrics.letters import (
 )
 
 READERS = (read_option, vlmevalkit_option, lmms_option, lmms_mmbench_option, mmstar_option,
-           lmms_full_stop_option, lmms_scienceqa_option)
+           lmms_full_stop_option, lmms_scienceqa_option, lmms_blink_option)
 PETS = ("cat", "dog", "bird", "fish")
 VITAMINS = ("vitamin C", "vitamin A", "both A and B", "none of the above")
 

@@ -55,7 +55,7 @@ def test_a_run_names_its_teachers_everywhere(
         "sees": "b", "writes": "c"}
     assert [*results["models"]] == ["student"]
     assert results["alignment"] is None
-    assert results["train"]["loss_implementation"]["name"] == "several"
+    assert results["train"]["loss_implementation"]["name"] == "fused"
     assert not results["train"]["unread_columns"]
     for moment in ("before", "after"):
         figures = results["eval"][moment]

@@ -214,7 +214,8 @@ def test_what_distill_says_is_what_the_doctor_says(
     """Distilling loads weights before it pairs, so the skeletons stand in for them here."""
     from taid_vlm.models.loading import load_skeleton
 
-    monkeypatch.setattr("taid_vlm.runs.run.load_model", load_skeleton)
+    monkeypatch.setattr("taid_vlm.runs.run.load_model",
+                        lambda spec, role, *_: load_skeleton(spec, role))
     path = spoil(patient)
     told = patient.inspect(path, "train.max_steps=1").problem
     assert patient.cli("distill", path, "train.max_steps=1").errors == [f"error: {told}"]
