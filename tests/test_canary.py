@@ -436,8 +436,9 @@ def test_results_and_report(
     """A student that is blind from the start, through the command."""
     load = run.load_model
 
-    def load_blind(spec: Any, role: str) -> Any:
-        return blinded(load(spec, role)) if role == "student" else load(spec, role)
+    def load_blind(spec: Any, role: str, *others: Any) -> Any:
+        model = load(spec, role, *others)
+        return blinded(model) if role == "student" else model
 
     monkeypatch.setattr(run, "load_model", load_blind)
     made, data = Checkpoints(tmp_path), []

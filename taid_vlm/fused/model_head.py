@@ -43,6 +43,7 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__bases__ == (FSDPModule, nn.Linear)
 
 
+@torch.compiler.disable  # the fused loss has bodies that are compiled on their own
 def at_head(
     model: PreTrainedModel, transform: LogitTransform, hidden: Tensor,
     function: Callable[[Tensor, Any], Any],

@@ -198,11 +198,11 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward of a micro-batch; of its sampled part first."""
+        references = {key: value for key, value in inputs.items() if key != SAMPLED}
         if SAMPLED not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().training_step(model, references, num_items_in_batch)
         with without_sync(self.accelerator, model):
             loss = super().training_step(model, inputs[SAMPLED], num_items_in_batch)
-        references = {key: value for key, value in inputs.items() if key != SAMPLED}
         return loss + super().training_step(model, references, num_items_in_batch)
 
     def compute_loss(
@@ -215,15 +215,15 @@ class DistillationTrainer(Trainer):
         if inputs.get(OWN):
             found = self._loss_step(inputs, SAMPLED)(model, self.teacher, inputs, t, shown)
             self._remember(inputs, found, {}, SAMPLED)
-            processes = self.accelerator.num_processes
-            return found.loss * processes / (float(num_items_in_batch or 0) or 1.0)
+            return found.loss * self.accelerator.num_processes / float(num_items_in_batch or 1)
+        step = self._loss_step(inputs)  # which may ask the models, unwatched
         with self.visual.watch(), self.router.watch():
             self.parts.keep_frozen()
-            found = self._loss_step(inputs)(model, self.teacher, inputs, t, shown)
+            found = step(model, self.teacher, inputs, t, shown)
         seen, routed = self.visual.losses(inputs), self.router.losses(inputs)
         self._remember(inputs, found, seen if routed is None else seen | {ROUTER: routed})
-        tokens, images, fed = (step_counts(inputs) if num_items_in_batch is None
-                               else (num_items_in_batch, *self._step_counts))
+        tokens, images, fed = step_counts(inputs) if num_items_in_batch is None else (
+            num_items_in_batch, *self._step_counts)
         # DDP averages gradients over processes; the sum over all tokens must not be averaged
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = found.loss * processes / (float(tokens) or 1.0)

@@ -165,7 +165,7 @@ def test_interrupted_and_gone_on_with_gives_the_same_files(
     task = quiz(data)
     run(models / "llava", task, tmp_path / "whole", batch_size=3, **sampled)
     with pytest.MonkeyPatch.context() as patch:
-        first = Counted(patch, fails=6, error=error)
+        first = Counted(patch, fails=8, error=error)
         with pytest.raises(error):
             run(models / "llava", task, tmp_path / "out", batch_size=3, **sampled)
     partial = tmp_path / "out" / "answers" / ".quiz.partial-0.jsonl"

@@ -111,8 +111,7 @@ def test_single_records_train_bit_for_bit(
     results = carried_out(cli, tmp_path, cached(live, folder))
     assert difference(expected, results) == 0.0
     assert figures(results) == figures(expected)
-    assert results["train"]["loss_implementation"]["name"] == ("reference" if case == "c"
-                                                               else "fused")
+    assert results["train"]["loss_implementation"]["name"] == "fused"
     teacher = results["models"]["teacher"]
     assert teacher["cache"]["bytes_per_token"] == TeacherCache(folder).bytes_per_token
     assert {key: teacher[key] for key in ("name", "parameters", "model_type")} == {

@@ -222,7 +222,7 @@ def test_from_python(checkpoints: Checkpoints, data: Path) -> None:
     assert results["tasks"]["sums"]["answering"]["max_new_tokens"] == 3
     with pytest.raises(TaidError, match=r"no option '--task'\. Did you mean '--tasks'\?"):
         evaluate(model="m", tasks="sums", output_dir=data, task="pope")
-    with pytest.raises(TaidError, match="--tasks is missing"):
+    with pytest.raises(TaidError, match="--tasks or --suite is needed"):
         evaluate(model="m", output_dir=data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ DEVICES = ("_24gb", "_80gb", "_8x80gb", "_64x80gb")
 def lookalike(recipe: Recipe, path: Path, folder: Path, checkpoints: Checkpoints) -> Recipe:
     """The recipe with models of its models' families, and records to look at."""
     overrides, families = list[str](), set[str]()
-    for role, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
-        assert spec is not None
+    for role, spec in (*recipe.teacher_specs.items(), ("student", recipe.student)):
         key = "processor_name_or_path" if getattr(spec, "server", None) else "model_name_or_path"
         family = next(family for name, family in FAMILIES.items()
                       if Path(spec.model_name_or_path).name.startswith(name))
@@ -32,6 +32,11 @@ def lookalike(recipe: Recipe, path: Path, folder: Path, checkpoints: Checkpoints
     rows: Any = picture_rows(folder) if families & {"qwen2_5_vl", "qwen3_vl", "internvl"} \
         else pairs(16)
     data = write_jsonl(folder / "train.jsonl", rows)
+    if recipe.teachers:  # the first sees pictures, the others read
+        first = next(iter(recipe.teachers))
+        sources = [{"teacher": name, "path": str(write_jsonl(folder / f"{name}.jsonl", picture_rows(
+            folder) if name == first else pairs(16)))} for name in recipe.teachers]
+        return load_recipe(path, [*overrides, f"data={json.dumps({'train': sources})}"])
     return load_recipe(path, [*overrides, f"data={{train: {data}, eval: {data}}}"])
 
 
@@ -47,7 +52,7 @@ def test_a_shipped_recipe_is_planned(
     for plan in plans:
         parts = {part.name for part in plan.components}
         assert (kinds.TEACHER in parts) != served and kinds.STUDENT in parts
-        assert (plan.cache is None) == served
+        assert (plan.cache is None) == (served or recipe.teachers is not None)
         assert plan.device == "gpu" and plan.peak > 0
 
 

@@ -231,8 +231,8 @@ def test_a_factor_is_above_one(factor: Any, tmp_path: Path) -> None:
 
 def test_the_report_names_them() -> None:
     train = SimpleNamespace(records_left_out={}, adaptive_share=None, skipped_steps={SPIKE: 2},
-                            without_effect={}, sources={}, unread_columns={})
-    results: Any = SimpleNamespace(train=train, canary=None, alignment=None,
+                            without_effect={}, sources={}, unread_columns={}, on_policy=None)
+    results: Any = SimpleNamespace(train=train, canary=None, alignment=None, teachers={},
                                    models={"student": SimpleNamespace(parts={})})
     assert "Steps not applied: 2 x loss spike." in _account(results)
     train.skipped_steps = {}
