@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from training.runs import make_trainer, rows, weights
+from training.runs import KINDS, make_trainer, rows
 
 from taid_vlm.models.forward import unwrap
 
@@ -42,12 +42,12 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> None:
     """Measure, train, measure again; rank 0 writes."""
     trainer = make_trainer(folder / name, per_device_eval_batch_size=1, optim="sgd",
                            learning_rate=0.1, logging_steps=1, **options)
-    held_out = rows(UNEVEN, seed=3)
+    held_out = rows(UNEVEN, seed=3, kinds=options.get("kinds", KINDS))
     trainer.place_student()
     trainer.evaluate(held_out)
     trainer.train()
     trainer.evaluate(held_out)
-    whole = {key: full(p) for key, p in weights(trainer).items()}
+    whole = {key: full(p) for key, p in unwrap(trainer.model).named_parameters()}
     if trainer.is_world_process_zero():
         save_file(whole, folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps({
@@ -58,8 +58,13 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def full(p: Tensor) -> Tensor:
-    return (p.full_tensor() if isinstance(p, DTensor) else p).contiguous()
+def full(p: Any) -> Tensor:
+    if hasattr(p, "ds_id"):  # ZeRO-3 leaves nothing in the parameter itself
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([p]):
+            return p.detach().clone()
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach().contiguous()
 
 
 def lies(wrapped: nn.Module) -> dict[str, Any]:
