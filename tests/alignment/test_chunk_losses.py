@@ -335,7 +335,7 @@ def test_evaluation_does_not_depend_on_batches(batch_size: int) -> None:
 
 
 def test_a_best_model_by_chunks_needs_chunks_in_the_held_out_records() -> None:
-    found = one_by_one()
+    found = dict(one_by_one())  # which others read, too
     refuse_absent("eval_chunk_kl", found)
     refuse_absent("kl", {})
     del found["chunk_kl"]
