@@ -6,7 +6,7 @@ from taid_vlm.adapters.adapter import (
     TextAdapter,
     check_spelled,
 )
-from taid_vlm.adapters.continued import Continuation, continued_record, unsayable
+from taid_vlm.adapters.continued import Continuation, continued_record
 from taid_vlm.adapters.encoded import AnswerSpan, AnswerToken, EncodedBatch, EncodedRow, Side
 from taid_vlm.adapters.expansions import SeenSizes
 from taid_vlm.adapters.families import check_image_token, make_adapter, probe_image
@@ -21,5 +21,5 @@ __all__ = [
     "EncodedRow", "GlobalViews", "ImageTextAdapter", "ModelAdapter", "Processor", "Rendered",
     "SeenSizes", "Side", "Supervise", "TextAdapter", "TokenTable", "View", "agree",
     "check_image_token", "check_kwargs", "check_reloaded", "check_spelled", "continued_record",
-    "make_adapter", "probe_image", "unsayable",
+    "make_adapter", "probe_image",
 ]

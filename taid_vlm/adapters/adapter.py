@@ -221,6 +221,12 @@ class ModelAdapter(Texts):
         probe = next(filter(None, map(self.probe, PROBE_WORDS)), None)
         return control_ids(self.tokenizer, self.media_tokens, self.end_of_turn_id, probe)
 
+    @cached_property
+    def unsayable(self) -> frozenset[int]:
+        """Ids that begin or end something, stand for an image, or have no token."""
+        return frozenset(index for index, text in enumerate(self.table.text) if text is None and (
+            index in self.controls or index not in self.table.special))
+
     def _end_of_turn(self, ids: list[int], index: int) -> int | None:
         """The special token that closes the answer; spaces may stand before it."""
         while index < len(ids):

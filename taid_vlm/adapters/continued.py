@@ -8,7 +8,6 @@ the text, through its own template.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from taid_vlm.adapters.adapter import ModelAdapter
@@ -63,8 +62,7 @@ def continued_record(
     spoken = [message for message in record.messages if message.role == "assistant"]
     answer = Message("assistant", (whole,), spoken[turn].weight)
     earlier = [replace(message, weight=0.0) for message in record.before(turn)]
-    shown = sum(part is None for message in earlier for part in message.parts)
-    new = replace(record, messages=(*earlier, answer), images=record.images[:shown])
+    new = replace(record, messages=(*earlier, answer), images=record.images_before(turn))
     refuse_media_tokens(new, adapter.media_tokens, adapter.role)
     start = len(prompt.text) + space
     pieces = tuple((kind, start - len(opening) + a, start - len(opening) + b)
@@ -81,7 +79,7 @@ def _text(adapter: ModelAdapter, continuation: Continuation) -> tuple[tuple[int,
     """The longest beginning of the answer that is text, and the tokens that spell it: tokens can
     be parts of characters, and a student can say what is none."""
     ids, table = continuation.ids, adapter.table
-    if any(index >= len(table) or _is_control(adapter, index) for index in ids):
+    if any(index >= len(table) or index in adapter.unsayable for index in ids):
         raise SampleDropped(CONTROL, f"{continuation.source}: sampled by the {adapter.role}")
     decoder = codecs.getincrementaldecoder("utf-8")()
     text, kept, said = "", 0, ""
@@ -93,16 +91,3 @@ def _text(adapter: ModelAdapter, continuation: Continuation) -> tuple[tuple[int,
         if not decoder.getstate()[0]:  # no begun character waits
             text, kept = said, count
     return ids[:kept], text
-
-
-def _is_control(adapter: ModelAdapter, index: int) -> bool:
-    """Whether a token begins or ends something, stands for an image, or is none."""
-    table = adapter.table
-    return table.text[index] is None and (
-        index in adapter.controls or index not in table.special)
-
-
-def unsayable(adapter: ModelAdapter, stops: Sequence[int]) -> list[int]:
-    """Ids that cannot stand in an answer, nor end it: other control tokens, ids without a token."""
-    return [index for index in range(len(adapter.table))
-            if index not in stops and _is_control(adapter, index)]

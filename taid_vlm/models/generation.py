@@ -19,10 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from taid_vlm.adapters import ModelAdapter, unsayable
+from taid_vlm.adapters import ModelAdapter
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.models.forward import evaluation_mode, forward_names, unwrap
-from taid_vlm.records import ImageRef, Record
+from taid_vlm.records import Record
 
 Question = tuple[Record, int]  # a record, and which of its answers is asked for
 
@@ -145,7 +145,8 @@ def _decoded(tokenizer: Any, rows: list[list[int]], keep: Collection[str]) -> li
 def prompt_inputs(adapter: ModelAdapter, questions: Sequence[Question]) -> dict[str, Tensor]:
     """Left-padded inputs of what stands before each answer, with its images; raises SampleDropped
     for what cannot be read or is refused."""
-    images = [[image.load() for image in _images_before(*question)] for question in questions]
+    images = [[image.load() for image in record.images_before(turn)]
+              for record, turn in questions]
     with processing():
         return adapter.encode_prompts(questions, images)
 
@@ -172,7 +173,7 @@ def continue_prompts(
             **accepted, **PLAIN, max_new_tokens=max_new_tokens, eos_token_id=stops,
             pad_token_id=adapter.tokenizer.pad_token_id, synced_gpus=synced,
             logits_processor=_drawing(questions, sampling, _Sayable(
-                len(adapter.table), unsayable(adapter, stops)) if as_text else None),
+                len(adapter.table), adapter.unsayable.difference(stops)) if as_text else None),
         )
     rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
     ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
@@ -214,7 +215,7 @@ def _drawing(
 class _Sayable(LogitsProcessor):
     """Leaves the first `rows` tokens but those of `never`."""
 
-    def __init__(self, rows: int, never: Sequence[int]) -> None:
+    def __init__(self, rows: int, never: Collection[int]) -> None:
         self.rows, self.never = rows, list(never)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -238,9 +239,3 @@ class _OwnDraws(LogitsProcessor):
         drawn = torch.tensor([[own.random()] for own in self._draws], dtype=exact)
         token = torch.searchsorted(below, drawn.to(below.device) * below[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
-
-
-def _images_before(record: Record, turn: int) -> list[ImageRef]:
-    """Images of the messages before the `turn`-th answer."""
-    count = sum(part is None for message in record.before(turn) for part in message.parts)
-    return list(record.images[:count])

@@ -103,6 +103,11 @@ class Record:
         answers = [i for i, message in enumerate(self.messages) if message.role == "assistant"]
         return list(self.messages[: answers[turn]] if turn < len(answers) else self.messages)
 
+    def images_before(self, turn: int) -> tuple[ImageRef, ...]:
+        """Images of the messages before the `turn`-th assistant answer."""
+        return self.images[: sum(part is None for message in self.before(turn)
+                                 for part in message.parts)]
+
     def question(self, turn: int) -> str:
         """The user's last words before the `turn`-th assistant answer."""
         questions = [message for message in self.before(turn) if message.role == "user"]

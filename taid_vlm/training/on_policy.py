@@ -229,8 +229,7 @@ class Rollouts:
 
     def _take(self, happened: Happened, step: int) -> None:
         """Add up what happened in all processes, and look at the last answers."""
-        several = self.accelerator.num_processes > 1
-        for each in gather_object([happened]) if several else [happened]:
+        for each in gather_object([happened]):
             self.counts.update(each.counts)
             self._since.update(each.counts)
             self.seconds += each.seconds
@@ -267,7 +266,7 @@ class Rollouts:
         if since[SAMPLED]:
             logs |= {name: since[name] / since[SAMPLED] for name in (TOKENS, CUT, REPEATING)}
         if since[ASKED]:
-            logs[UNUSED] = _unused(since) / since[ASKED]
+            logs[UNUSED] = sum(_unused(since).values()) / since[ASKED]
         return {f"on_policy/{name}": value for name, value in logs.items()}
 
     def report(self) -> dict[str, Any]:
@@ -277,8 +276,7 @@ class Rollouts:
             "share": sampled / max(counts[ROWS], 1), "asked": counts[ASKED], "sampled": sampled,
             "reused": counts[REUSED], "stale": counts[STALE], "cut": counts[CUT],
             "repeating": counts[REPEATING], "tokens": counts[TOKENS], "seconds": self.seconds,
-            "unused": {name.partition("/")[2]: n for name, n in counts.items()
-                       if name.startswith(f"{UNUSED}/")}}
+            "unused": _unused(counts)}
 
     # ----- checkpoints ----------------------------------------------------------------------
 
@@ -372,8 +370,10 @@ def repeating(ids: Sequence[int]) -> bool:
         last[cycle:] == last[:-cycle] for cycle in range(1, CYCLE + 1))
 
 
-def _unused(counts: Mapping[str, int]) -> int:
-    return sum(n for name, n in counts.items() if name.startswith(f"{UNUSED}/"))
+def _unused(counts: Mapping[str, int]) -> dict[str, int]:
+    """Answers that were not learned, by reason."""
+    return {name.removeprefix(f"{UNUSED}/"): n for name, n in counts.items()
+            if name.startswith(f"{UNUSED}/")}
 
 
 def _record(row: Any) -> Any:
