@@ -93,6 +93,11 @@ def prompt_hash(rows: Sequence[Mapping[str, Any]]) -> str:
     return text_hash("".join(row["prompt"] + "\0" for row in rows))
 
 
+def questions_hash(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of all questions' names and right answers, in order."""
+    return text_hash("".join(f"{row['id']}\0{row['answers']}\0" for row in rows))
+
+
 def too_long(samples: Sequence[Mapping[str, Any]], encode: Callable[[str], Sequence[int]],
              max_length: int, max_gen_toks: int) -> int:
     """How many questions lm-eval had to cut at the start, so that examples or worse are missing.

@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taid_vlm.benchmarks.harness.converted import chosen, figures_of, generated, prompt_hash
+from taid_vlm.benchmarks.harness.converted import (
+    chosen,
+    figures_of,
+    generated,
+    prompt_hash,
+    questions_hash,
+)
 from taid_vlm.benchmarks.scoring import KIND, SCHEMA
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.statistics import known
 from taid_vlm.io.files import read_json
-from taid_vlm.io.hashing import text_hash
 from taid_vlm.io.jsonl import need, read_lines
 
 Rows = dict[str, list[dict[str, Any]]]  # task -> a row per question, as in answers/NAME.jsonl
@@ -80,14 +85,19 @@ def read_logs(folder: Path) -> tuple[dict[str, Any], Rows] | None:
                           for row in _rows(log, leaf, raw)]
             tasks[task] = _entry(log, task, leaves, raw, rows[task])
     harness = logs[-1].harness
-    version = str(raw.get("lmms_eval_version" if harness == LMMS_EVAL else "lm_eval_version", ""))
-    known_versions = {harness: version, "transformers": raw.get("transformers_version")}
+    known_versions = {harness: _version(harness, raw),
+                      "transformers": raw.get("transformers_version")}
     results = {
         "schema": SCHEMA, "kind": KIND, "name": folder.name, "tasks": tasks,
         "model": {"name": str(raw.get("model_name") or (raw.get("config") or {}).get("model_args")
                               or folder.name)},
         "versions": {name: str(value) for name, value in known_versions.items() if value}}
     return results, rows
+
+
+def _version(harness: str, raw: Mapping[str, Any]) -> str:
+    key = "lmms_eval_version" if harness == LMMS_EVAL else "lm_eval_version"
+    return str(raw.get(key) or "")
 
 
 def _whole(raw: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -118,21 +128,19 @@ def _entry(log: Log, task: str, leaves: Sequence[str], raw: Mapping[str, Any],
     shares = all(0 <= figure["value"] <= 1 for figure in figures.values())
     number = len(rows) or max(figure["n"] for figure in figures.values())
     shots = {(raw.get("n-shot") or {}).get(leaf) for leaf in leaves}
-    version = raw.get("lmms_eval_version" if log.harness == LMMS_EVAL else "lm_eval_version")
     chat = raw.get("chat_template_sha")
     by_task = {} if list(leaves) == [task] else {"task": {
         leaf: _with_intervals(figures_of(raw["results"].get(leaf) or {}, leaf), 0, shares)
         for leaf in leaves}}
     return {
         "title": str(raw["results"][task].get("alias") or task).strip(" -"),
-        "rule": f"{log.harness} {version or ''}".strip(),
+        "rule": f"{log.harness} {_version(log.harness, raw)}".strip(),
         "rule_version": (raw.get("versions") or {}).get(task),
         "prompt_hash": prompt_hash(rows) if rows else None, "n": number, "parse_failures": sum(
             row["read"] is None for row in rows),
         "figures": _with_intervals(figures, number, shares), "decimals": 1 if shares else None,
         "answers": f"{task}.jsonl", "by_tag": by_task,
-        "questions_hash": text_hash("".join(f"{row['id']}\0{row['answers']}\0" for row in rows))
-        if rows else None,
+        "questions_hash": questions_hash(rows) if rows else None,
         "answering": {
             "method": METHODS.get(kind, kind),
             "num_fewshot": shots.pop() if len(shots) == 1 else sorted(shots, key=str),

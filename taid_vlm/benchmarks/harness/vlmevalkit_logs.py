@@ -15,17 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from taid_vlm.benchmarks.harness.converted import prompt_hash
+from taid_vlm.benchmarks.harness.converted import prompt_hash, questions_hash
 from taid_vlm.benchmarks.scoring import KIND, SCHEMA
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.statistics import mean_of
-from taid_vlm.io.hashing import text_hash
+from taid_vlm.records.files import file_rows
 
 FORMATS = (".json", ".tsv", ".xlsx")
 HARNESS = "VLMEvalKit"
 SCORES = ("hit", "score", "eval_score", "match")
 RUN = re.compile(r"T\d+_G(\w+)")  # a folder for every run: its day and the harness's commit
-LONGEST_CELL = 2**30  # a cell may hold an image in base64
 
 Row = dict[str, Any]
 
@@ -117,7 +116,7 @@ def _entry(dataset: str, rows: Sequence[Row], rule: str) -> dict[str, Any]:
         "n": len(rows), "parse_failures": 0, "figures": {"accuracy": vars(mean_of(scores))},
         "decimals": 1 if all(0 <= score <= 1 for score in scores) else None,
         "answers": f"{dataset}.jsonl", "by_tag": {}, "answering": {"method": "generate"},
-        "questions_hash": text_hash("".join(f"{row['id']}\0{row['answers']}\0" for row in rows))}
+        "questions_hash": questions_hash(rows)}
 
 
 # ----- tables -------------------------------------------------------------------------------
@@ -138,12 +137,6 @@ def _json(path: Path) -> Iterator[Row]:
         yield from (row for row in tree if isinstance(row, dict))
 
 
-def _tsv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(LONGEST_CELL)
-    with path.open(encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(file, delimiter="\t")
-
-
 def _xlsx(path: Path) -> Iterator[Row]:
     try:
         from openpyxl import load_workbook
@@ -159,4 +152,4 @@ def _xlsx(path: Path) -> Iterator[Row]:
         book.close()
 
 
-_READERS = {".json": _json, ".tsv": _tsv, ".xlsx": _xlsx}
+_READERS = {".json": _json, ".tsv": file_rows, ".xlsx": _xlsx}

@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from taid_vlm.benchmarks.question import Question, Verdict
+from taid_vlm.benchmarks.question import (
+    JudgePrompt,
+    Question,
+    Rule,
+    Verdict,
+    accuracy,
+    left_to_judge,
+)
 from taid_vlm.benchmarks.rows import Row
 from taid_vlm.errors import RecordError
 
@@ -130,3 +137,13 @@ def read_score(question: Question, reply: str) -> Verdict | None:
         return None
     said = next((str(value) for key, value in tree.items() if key.startswith("extract")), "")
     return Verdict(float(scores[0]), said)
+
+
+def rule(source: str) -> Rule:
+    """An answer is worth what the judge says; both halves ask it in one way.
+
+    Args:
+        source: a file of the authors' repository.
+    """
+    return Rule("judge", 1, left_to_judge, accuracy, f"princeton-nlp/CharXiv, {source}",
+                JudgePrompt("CharXiv", 1, ask, read_score, 256))

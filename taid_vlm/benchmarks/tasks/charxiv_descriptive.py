@@ -6,14 +6,7 @@ from collections.abc import Mapping
 
 from taid_vlm.benchmarks.metrics import charxiv
 from taid_vlm.benchmarks.prompts import about_image
-from taid_vlm.benchmarks.question import (
-    Benchmark,
-    JudgePrompt,
-    Question,
-    Rule,
-    accuracy,
-    left_to_judge,
-)
+from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.benchmarks.rows import Row
 
 
@@ -37,8 +30,7 @@ def _question(row: Row, words: Mapping[str, object], figure: str, place: str
         tags={"kind": charxiv.KIND_OF.get(number, "")}, group=figure)
 
 
-BENCHMARK = Benchmark("charxiv_descriptive", "CharXiv (descriptive)", read, (
-    Rule("judge", 1, left_to_judge, accuracy, "princeton-nlp/CharXiv, src/descriptive_utils.py, "
-         "one answer at a time",
-         JudgePrompt("CharXiv", 1, charxiv.ask, charxiv.read_score, 256)),
-), hub=("princeton-nlp/CharXiv", None, "validation"), max_new_tokens=256)
+BENCHMARK = Benchmark(
+    "charxiv_descriptive", "CharXiv (descriptive)", read,
+    (charxiv.rule("src/descriptive_utils.py, one answer at a time"),),
+    hub=("princeton-nlp/CharXiv", None, "validation"), max_new_tokens=256)

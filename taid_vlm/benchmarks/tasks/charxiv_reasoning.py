@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from taid_vlm.benchmarks.metrics import charxiv
 from taid_vlm.benchmarks.prompts import about_image
-from taid_vlm.benchmarks.question import (
-    Benchmark,
-    JudgePrompt,
-    Question,
-    Rule,
-    accuracy,
-    left_to_judge,
-)
+from taid_vlm.benchmarks.question import Benchmark, Question
 from taid_vlm.benchmarks.rows import Row
 
 
@@ -31,7 +24,6 @@ def read(row: Row) -> list[Question]:
                        tags={"kind": charxiv.REASONING_KINDS.get(kind, "")})
 
 
-BENCHMARK = Benchmark("charxiv_reasoning", "CharXiv (reasoning)", read, (
-    Rule("judge", 1, left_to_judge, accuracy, "princeton-nlp/CharXiv, src/reasoning_utils.py",
-         JudgePrompt("CharXiv", 1, charxiv.ask, charxiv.read_score, 256)),
-), hub=("princeton-nlp/CharXiv", None, "validation"), max_new_tokens=256)
+BENCHMARK = Benchmark(
+    "charxiv_reasoning", "CharXiv (reasoning)", read, (charxiv.rule("src/reasoning_utils.py"),),
+    hub=("princeton-nlp/CharXiv", None, "validation"), max_new_tokens=256)
