@@ -91,6 +91,19 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "sharing", lambda recipe, found: None)
 
 
+def assert_as_two_copies(
+    cli: Cli, folder: Path, base: dict[str, Any], trainers: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A recipe carried out with one copy (to `out`), and with two (to `two`): the same weights."""
+    assert cli("distill", write_recipe(folder, base)).status == 0
+    assert isinstance(trainers[0].teacher, SharedTeacher)
+    apart(monkeypatch)
+    assert cli("distill", write_recipe(
+        folder, {**base, "output_dir": str(folder / "two")})).status == 0
+    assert same(weights(folder / "out"), weights(folder / "two"))
+
+
 def figures(folder: Path, *without: str) -> Any:
     """All that was logged, measured and answered, but for times."""
     results = loaded(folder / "results.json")
@@ -273,12 +286,7 @@ def test_weights_in_half_precision_are_shared_in_their_own_type(
     base = tree(tmp_path, checkpoints("llama"), LORA, bf16=True)
     for side in ("teacher", "student"):
         base = changed(base, **{f"{side}__dtype": "bfloat16"})
-    assert cli("distill", write_recipe(tmp_path, base)).status == 0
-    assert isinstance(trainers[0].teacher, SharedTeacher)
-    apart(monkeypatch)
-    assert cli("distill", write_recipe(
-        tmp_path, {**base, "output_dir": str(tmp_path / "two")})).status == 0
-    assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
+    assert_as_two_copies(cli, tmp_path, base, trainers, monkeypatch)
     assert figures(tmp_path / "out")[:3] == figures(tmp_path / "two")[:3]
 
 
@@ -352,12 +360,7 @@ def test_the_students_own_answers_are_sampled_as_beside_two_copies(
     """Sampled by the student with its adapter, read by the teacher without it."""
     base = tree(tmp_path, checkpoints("llama"), LORA, max_steps=2)
     base["objective"] = {"name": "taid", "on_policy": {"lmbda": 1.0, "max_new_tokens": 4}}
-    assert cli("distill", write_recipe(tmp_path, base)).status == 0
-    assert isinstance(trainers[0].teacher, SharedTeacher)
-    apart(monkeypatch)
-    assert cli("distill", write_recipe(
-        tmp_path, {**base, "output_dir": str(tmp_path / "two")})).status == 0
-    assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
+    assert_as_two_copies(cli, tmp_path, base, trainers, monkeypatch)
     assert figures(tmp_path / "out") == figures(tmp_path / "two")
 
 
@@ -370,12 +373,7 @@ def test_a_quantized_base_is_shared(
     base = tree(tmp_path, checkpoints("llama"), LORA)
     for side in ("teacher", "student"):
         base = changed(base, **{f"{side}__quantization": "4bit"})
-    assert cli("distill", write_recipe(tmp_path, base)).status == 0
-    assert isinstance(trainers[0].teacher, SharedTeacher)
-    apart(monkeypatch)
-    assert cli("distill", write_recipe(
-        tmp_path, {**base, "output_dir": str(tmp_path / "two")})).status == 0
-    assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
+    assert_as_two_copies(cli, tmp_path, base, trainers, monkeypatch)
     assert figures(tmp_path / "out") == figures(tmp_path / "two")
 
 
