@@ -244,7 +244,9 @@ def read_processor(config: PretrainedConfig, spec: ModelSpec, role: str) -> Proc
         spec.model_name_or_path if adapter is None else adapter.processor_name(seeing))
     processor = guarded(role, name, auto.from_pretrained, name, revision=spec.revision,
                         trust_remote_code=spec.trust_remote_code, **hub_options(spec))
-    if not getattr(processor, "tokenizer", processor)("a b", add_special_tokens=False)["input_ids"]:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    # its own files may make it fail at the first text (a limit that is no number, for one)
+    if not guarded(role, name, tokenizer, "a b", add_special_tokens=False)["input_ids"]:
         raise TaidError(f"{role}: '{name}' holds no tokenizer; save it beside the model, or set "
                         f"{role}.processor_name_or_path.", code="no_tokenizer")
     if spec.chat_template is not None:

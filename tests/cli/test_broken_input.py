@@ -192,6 +192,10 @@ def no_data(kitchen: Kitchen) -> list[str]:
 
 
 GOOD = json.dumps(pairs(1)[0])
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 TEXT_CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "wrong data path": (lambda k: train(f"{k.folder}/trian.jsonl"),
                         ("trian.jsonl", "does not exist", "Did you mean 'train.jsonl'?")),
@@ -226,6 +230,9 @@ TEXT_CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "no tokenizer": (
         spoilt_student(lambda f: [p.unlink() for p in f.glob("tokenizer*")] and None),
         ("student", "qwen2-plain-1-spoilt", "holds no tokenizer")),
+    "a limit that is no number": (
+        spoilt_student(lambda f: change_json(f / "tokenizer_config.json", model_max_length={})),
+        ("student: cannot load", "qwen2-plain-1-spoilt", "'>' not supported")),
     "encoder-decoder": (encoder_decoder, ("teacher", "t5", "encoder-decoder", "decoder-only")),
     "no language model": (encoder, ("student", "vit", "neither")),
     "missing column": (lambda k: train(k.rows([{"prompt": "a", "response": "b"}])),
