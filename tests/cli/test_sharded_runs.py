@@ -24,10 +24,11 @@ PEFT = {"r": 4, "target_modules": "all-linear"}
 
 
 def run(
-    folder: Path, checkpoints: Checkpoints, processes: int, peft: Any, *words: str, **train: Any
+    folder: Path, checkpoints: Checkpoints, processes: int, peft: Any, *words: str,
+    scenario: str = "pairs", **train: Any,
 ) -> Path:
     """The output folder of a run with batches of 4."""
-    tree = minimal(folder, checkpoints, train={
+    tree = minimal(folder, checkpoints, scenario, train={
         "max_steps": 3, "seed": 1, "learning_rate": 0.1, "optim": "sgd",
         "per_device_train_batch_size": 4 // processes, **train})
     tree["evaluate"] = {"examples": 2, "max_new_tokens": 4}
@@ -53,8 +54,8 @@ def run(
 def test_the_student_is_that_of_one_process(
     peft: Any, tmp_path: Path, checkpoints: Checkpoints
 ) -> None:
-    one = run(tmp_path / "one", checkpoints, 1, peft)
-    two = run(tmp_path / "two", checkpoints, 2, peft, fsdp=True)
+    one = run(tmp_path / "one", checkpoints, 1, peft, scenario="image paths")
+    two = run(tmp_path / "two", checkpoints, 2, peft, scenario="image paths", fsdp=True)
     name = "model.safetensors" if peft is None else "adapter_model.safetensors"
     whole, sharded = load_file(one / "student" / name), load_file(two / "student" / name)
     assert whole.keys() == sharded.keys()
@@ -62,6 +63,9 @@ def test_the_student_is_that_of_one_process(
     assert difference < 1e-5
     assert any("fsdp" in path.name for path in (two / "checkpoint-3").iterdir())
     assert (two / "eval_answers.jsonl").exists()
+    said, other = (json.loads((out / "results.json").read_text())["examples"] for out in (one, two))
+    assert said
+    assert said == other
 
 
 @pytest.mark.slow
@@ -86,8 +90,8 @@ def test_a_run_under_zero_goes_on_bit_for_bit(
 def goes_on(
     tmp_path: Path, checkpoints: Checkpoints, peft: Any, sharding: dict[str, Any]
 ) -> None:
-    how = {**sharding, "max_steps": 4, "save_steps": 2, "optim": "adamw_torch",
-           "learning_rate": 1e-3, "bf16": True}
+    how = {**sharding, "scenario": "image paths", "max_steps": 4, "save_steps": 2,
+           "optim": "adamw_torch", "learning_rate": 1e-3, "bf16": True}
     out = run(tmp_path, checkpoints, 2, peft, **how)
     kept = "pytorch_model_fsdp" if "fsdp" in sharding else "global_step"
     assert any(path.name.startswith(kept) for path in (out / "checkpoint-2").iterdir())
