@@ -48,6 +48,14 @@ class Options(BaseModel):
         except ValidationError as error:
             raise TaidError(self._mistake(error.errors()[0])) from None
 
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of `names` that are not None."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        for name in self.given(names):
+            raise TaidError(f"{flag(name)} {why}.")
+
     @classmethod
     def _mistake(cls, error: Any) -> str:
         """pydantic's first complaint in this package's words."""
