@@ -22,7 +22,7 @@ from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import RecordError, SampleDropped, TaidError
 from taid_vlm.io.endpoint import SHOWN, Endpoint, Failure, GivenUp, persistently, send
 from taid_vlm.io.images import png
-from taid_vlm.records import ImageRef, Message, Record
+from taid_vlm.records import ImageRef, Message
 from taid_vlm.records.messages import read_turns
 
 CHAT = "/chat/completions"
@@ -98,16 +98,17 @@ class Remote:
     def _request(self, question: Question, seed: Seed) -> dict[str, Any]:
         how = self.settings
         sampling = {"top_p": how["top_p"], "seed": own_seed(seed, question.id)}
-        record, turn = question.asked()
-        tools = {"tools": list(record.tools)} if record.tools else {}
-        return {"model": self.endpoint.model, "messages": chat_messages(record, turn), **tools,
+        tools = question.asked()[0].tools
+        return {"model": self.endpoint.model, "messages": chat_messages(question),
+                **({"tools": list(tools)} if tools else {}),
                 "max_tokens": how["max_new_tokens"], "temperature": how["temperature"],
                 **(sampling if how["temperature"] else {})}
 
 
-def chat_messages(record: Record, turn: int) -> list[dict[str, Any]]:
+def chat_messages(question: Question) -> list[dict[str, Any]]:
     """What stands before an answer: the user's words as typed parts, images inline as PNG; raises
     SampleDropped."""
+    record, turn = question.asked()
     images = record.images_before(turn)
     if any(image.kind == "video" for image in images):
         raise SampleDropped("video for a served model", "a server is sent images only")

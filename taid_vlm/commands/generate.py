@@ -26,7 +26,9 @@ class GenerateOptions(Options):
         "prompts, as data.train of a recipe: file, folder, hub name, or its keys as JSON; answers "
         "in it are references, and may be absent", "DATA", ...)
     output_dir: Path = option("new, or of an earlier call, which goes on", default=...)
-    n: int | None = option("answers per prompt (default 1)", "N")
+    n: int | None = option(
+        "answers per prompt (default 1); also --samples, which torchrun lets through", "N",
+        also="--samples")
     turns: Literal["each", "last"] | None = option(
         "which answers of a conversation are written: each that is learned, after the data's own "
         "words (the default), or the last; one that ends with a question is answered there")

@@ -15,17 +15,17 @@ from taid_vlm.errors import TaidError, nearest
 
 def option(
     description: str | None = None, metavar: str | None = None, default: Any = None, *,
-    positional: bool = False, many: bool = False,
+    positional: bool = False, many: bool = False, also: str | None = None,
 ) -> Any:
     """A field, and how it stands on the command line.
 
     Args:
         description: the help. metavar: what stands there for its value.
         default: `...` where there is none, and a value has to be given.
-        positional: it has no --name. many: several values stand behind it.
+        positional: it has no --name. many: several values stand behind it. also: another name.
     """
     return Field(default, description=description, json_schema_extra={
-        "metavar": metavar, "positional": positional, "many": many})
+        "metavar": metavar, "positional": positional, "many": many, "also": also})
 
 
 def positional(description: str, metavar: str | None = None, **how: Any) -> Any:

@@ -15,6 +15,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from taid_vlm.adapters.continued import EMPTY
 from taid_vlm.benchmarks.answering import Answer, Answerer
 from taid_vlm.benchmarks.asking import Task
 from taid_vlm.benchmarks.candidates import Candidate, LocalModel, ServedModel
-from taid_vlm.benchmarks.evaluate import nothing_asked, processes
+from taid_vlm.benchmarks.evaluate import processes
 from taid_vlm.benchmarks.judge import Judge, judge_answers
 from taid_vlm.benchmarks.metrics.thoughts import KEEP
 from taid_vlm.benchmarks.prompts import filled
@@ -155,9 +156,10 @@ class _Generation:
         if "" not in problems:
             if self.state.is_main_process:
                 self.store.discard()
-            raise nothing_asked(self.task, problems)
-        judged = {number: judge(RULE, asked, answers[number], thoughts=self.writing.reading)
-                  for number in numbers}
+            counted = ", ".join(f"{n:,} x {why}" for why, n in sorted(problems.items()))
+            raise TaidError(f"--data: no prompt of '{self.prompts.source.shown}' has an answer: "
+                            f"{counted}.")
+        judged = {number: self._read(answers[number]) for number in numbers}
         whys = self._filtered(answers, judged)
         described = {} if self.judge is None else self._judged(self.judge, answers, whys)
         results = self._results(answers, judged, whys, described)
@@ -209,6 +211,12 @@ class _Generation:
 
     # ----- which of them are kept -----------------------------------------------------------
 
+    def _read(self, answers: list[Answer]) -> list[Judged]:
+        """Answers without their thoughts. What opened a thought is only guessed of a server's."""
+        known = isinstance(self.model, LocalModel)
+        seen = [replace(answer, cut=False) if known else answer for answer in answers]
+        return judge(RULE, self.prompts.asked, seen, thoughts=self.writing.reading)
+
     def _filtered(
         self, answers: Mapping[int, list[Answer]], judged: Mapping[int, list[Judged]]
     ) -> dict[int, list[Why]]:
@@ -220,8 +228,8 @@ class _Generation:
             record, turn = prompt.asked()
             for number, each in judged.items():
                 answer, own = answers[number][index], each[index]
-                nothing = "" if own.answer or answer.calls else EMPTY
-                missing = own.missing or nothing
+                missing = own.missing or ("" if own.answer else EMPTY)
+                missing = answer.problem if answer.calls else missing
                 whys[number].append(("unanswered", missing) if missing else ("", ""))
                 if not missing:
                     text = own.answer or as_json(list(answer.calls))

@@ -135,12 +135,12 @@ class Local(Generating):
             raise SampleDropped(error.reason, str(error)) from None
 
     def _answer(self, said: Continuation) -> Answer:
-        cut = said.end is None
         try:
-            record, _ = continued_record(self.adapter, said)
+            record, rendered = continued_record(self.adapter, said)
         except SampleDropped as problem:
-            return Answer(problem=problem.reason, cut=cut)
-        return Answer(record.messages[-1].text.strip(), cut=cut)
+            return Answer(problem=problem.reason, cut=said.end is None)
+        ended = len(rendered.own) > len(said.ids)  # not by the limit, nor by bytes that are no text
+        return Answer(record.messages[-1].text.strip(), cut=not ended)
 
 
 @dataclass
