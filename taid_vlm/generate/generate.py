@@ -251,7 +251,8 @@ class _Generation:
     def _judged(self, judge_model: Judge, answers: Mapping[int, list[Answer]],
                 whys: dict[int, list[Why]]) -> dict[str, Any]:
         """A judge looks at what other filters have kept; how it was asked."""
-        hidden = {number: [answer if why[0] == "" else Answer(problem=why[1])
+        hidden = {number: [Answer(problem=why[1]) if why[0] else answer if not answer.calls else
+                           replace(answer, text=answer.text + as_json(list(answer.calls)))
                            for answer, why in zip(each, whys[number], strict=True)]
                   for number, each in answers.items()}
         replies, described = judge_answers(judge_model, self.task, hidden, self.folder,

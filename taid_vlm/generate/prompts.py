@@ -113,6 +113,10 @@ def read_prompts(source: DataSource, turns: Turns) -> Prompts:
     if not asked:
         counted = ", ".join(f"{n} x {reason}" for reason, n in left_out.items())
         raise TaidError(f"--data: no record of '{source.shown}' asks for an answer: {counted}.")
+    for name, number in Counter(prompt.id for prompt in asked).items():
+        if number > 1:
+            raise TaidError(f"--data: two records are called '{name}'; name their files so that "
+                            "they, or the folders they lie in, tell them apart.")
     return Prompts(source, asked, len(records), left_out,
                    any(prompt.size[0] for prompt in asked))
 

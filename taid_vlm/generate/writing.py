@@ -63,11 +63,6 @@ class Writing:
     def __post_init__(self) -> None:
         at_least("--n", self.n, 1)
         check_rule(self.thoughts)
-        Asking(max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-               top_p=1.0 if self.top_p is None else self.top_p, batch_size=self.batch_size) \
-            if self.temperature else Asking(max_new_tokens=self.max_new_tokens,
-                                            temperature=self.temperature,
-                                            batch_size=self.batch_size)
         if not self.temperature:
             if self.n > 1:
                 raise TaidError(f"--n = {self.n}, but at temperature 0 all answers are the same; "
@@ -80,6 +75,8 @@ class Writing:
             raise TaidError("--reasoning goes with --thoughts: which rule takes thoughts off?")
         if self.n == 1 and "agree" in self.names:
             raise TaidError("--filters agree compares several answers to a prompt; set --n.")
+        Asking(max_new_tokens=self.max_new_tokens, temperature=self.temperature,
+               top_p=1.0 if self.top_p is None else self.top_p, batch_size=self.batch_size)
 
     @property
     def names(self) -> list[str]:
@@ -140,7 +137,10 @@ class Local(Generating):
         except SampleDropped as problem:
             return Answer(problem=problem.reason, cut=said.end is None)
         ended = len(rendered.own) > len(said.ids)  # not by the limit, nor by bytes that are no text
-        return Answer(record.messages[-1].text.strip(), cut=not ended)
+        text = record.messages[-1].text
+        if self.adapter.form is not None:  # without a template, the space is between two words
+            text = text.strip()
+        return Answer(text, cut=not ended)
 
 
 @dataclass

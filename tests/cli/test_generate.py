@@ -296,6 +296,45 @@ def test_images_inside_a_file_of_data(taught: Taught, tmp_path: Path) -> None:
         assert now.messages[0] == then.messages[0]
 
 
+def test_frames_of_a_video(taught: Taught, tmp_path: Path) -> None:
+    rows = [{"prompt": "<video>what is this", "video": [f"{i}.png" for i in (0, 1, 2, 3, 0, 1)]}]
+    picture_rows(tmp_path, 4)
+    data = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    results = generate(model=taught("qwen2_5_vl"), data=str(data), output_dir=tmp_path / "out",
+                       max_new_tokens=9, filters=["none"], video_frames=4)
+    assert results["records"] == 1 and results["data"]["video"] == {"frames": 4}
+    [record] = read_back(tmp_path / "out")
+    assert record.images[0].load().indices == (0, 2, 3, 5)  # type: ignore[attr-defined]
+
+
+def test_a_model_without_a_template_goes_on_with_the_text(
+    taught: Taught, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(taught("llama"), tmp_path / "model"))
+    (model / "chat_template.jinja").unlink()
+    Saying(monkeypatch, " named Tom.")
+    rows = [{"prompt": "a cat"}, {"system": "x", "prompt": "a dog"}]
+    results = generate(model=str(model), data=str(write_jsonl(tmp_path / "a.jsonl", rows)),
+                       output_dir=tmp_path / "out")
+    assert results["unanswered"] == {"conversation for a model of one question": 1}
+    assert [said(row) for row in written(tmp_path / "out")] == [" named Tom."]
+
+
+def test_an_adapter_answers_on_its_base(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", pairs(4))
+    recipe = write_recipe(tmp_path, {
+        "student": {"model_name_or_path": checkpoints("llama"), "peft": {
+            "r": 4, "target_modules": "all-linear"}}, "objective": "ce",
+        "data": {"train": str(data)}, "train": {**FAST, "max_steps": 2},
+        "output_dir": str(tmp_path / "run")})
+    assert cli("distill", recipe).status == 0
+    results = generate(model=str(tmp_path / "run"), data=str(data), output_dir=tmp_path / "out",
+                       **SAMPLED)
+    assert results["model"]["base_sha256"] and adds_up(results)
+
+
 TOOL = {"type": "function", "function": {
     "name": "look", "description": "see", "parameters": {
         "type": "object", "properties": {"x": {"type": "integer"}}}}}
@@ -329,7 +368,7 @@ def test_tools_thoughts_and_turns(taught: Taught, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-class Thinking:
+class Saying:
     """A stand-in for a model's tokens: its text whatever is asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -350,7 +389,7 @@ def test_thoughts_stay_or_go_by_rule(
     options: dict[str, Any], content: str, thought: str | None, checkpoints: Checkpoints,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Thinking(monkeypatch, "<think>\none\n</think>\n\ntwo")
+    Saying(monkeypatch, "<think>\none\n</think>\n\ntwo")
     data = write_jsonl(tmp_path / "a.jsonl", pairs(2))
     results = generate(model=checkpoints("qwen3"), data=str(data), output_dir=tmp_path / "out",
                        **options)
@@ -368,7 +407,7 @@ def test_a_thought_without_an_answer_is_none(
 ) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", pairs(1))
     for text, why in {"<think>\none</think>": "thought without an answer", " ": "empty"}.items():
-        Thinking(monkeypatch, text)
+        Saying(monkeypatch, text)
         if text == " ":
             with pytest.raises(TaidError, match="has an answer: 1 x empty"):
                 generate(model=checkpoints("qwen3"), data=str(data), output_dir=tmp_path / why)

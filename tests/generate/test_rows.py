@@ -158,6 +158,14 @@ def test_which_answers_are_written(tmp_path: Path) -> None:
         turns(tmp_path, rows[2:3])
 
 
+def test_records_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("a/x", "b/x"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "f.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(TaidError, match=r"two records are called 'x/f.jsonl:1/0'"):
+        read_prompts(DataSource(path=str(tmp_path / "*/x/f.jsonl")), "each")
+
+
 @pytest.mark.parametrize(("data", "words"), [
     ('{"path": "x", "colums": {}}', "Did you mean 'columns'"), ('{"path": ', "not valid JSON"),
     ('{"path": "x", "weight": 2}', "weight has no effect"),
