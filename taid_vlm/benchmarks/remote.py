@@ -21,8 +21,8 @@ from taid_vlm.benchmarks.answering import (
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import RecordError, SampleDropped, TaidError
 from taid_vlm.io.endpoint import SHOWN, Endpoint, Failure, GivenUp, persistently, send
-from taid_vlm.io.images import png
-from taid_vlm.records import ImageRef, Message
+from taid_vlm.records import Message
+from taid_vlm.records.images import ImageRef
 from taid_vlm.records.messages import read_turns
 
 CHAT = "/chat/completions"
@@ -33,8 +33,8 @@ REASONING = ("reasoning_content", "reasoning")  # where servers put a thought th
 class Remote:
     """Answers from a server, `requests` questions at once.
 
-    As many again are made ready meanwhile (an image as PNG takes a while), so that the server never
-    waits for a question.
+    As many again are made ready meanwhile (reading an image takes a while), so that the server
+    never waits for a question.
 
     Args:
         settings: of `generate_settings`. At temperature 0 an answer is greedy as far as the server
@@ -106,7 +106,7 @@ class Remote:
 
 
 def chat_messages(question: Question) -> list[dict[str, Any]]:
-    """What stands before an answer: the user's words as typed parts, images inline as PNG; raises
+    """What stands before an answer: the user's words as typed parts, images inline; raises
     SampleDropped."""
     record, turn = question.asked()
     images = record.images_before(turn)
@@ -119,7 +119,7 @@ def chat_messages(question: Question) -> list[dict[str, Any]]:
 def _chat_message(message: Message, images: Iterator[ImageRef]) -> dict[str, Any]:
     content: Any = [{"type": "text", "text": part} if part is not None else
                     {"type": "image_url", "image_url": {
-                        "url": f"data:image/png;base64,{png_base64(next(images).load())}"}}
+                        "url": "data:{};base64,{}".format(*in_base64(next(images)))}}
                     for part in message.parts if part != ""]
     calls = [{**call, "function": {**call["function"],
                                    "arguments": json.dumps(call["function"]["arguments"])}}
@@ -180,6 +180,7 @@ def own_seed(seed: Seed, name: str) -> int:
     return random.Random(f"{seed}/{name}").getrandbits(31)
 
 
-def png_base64(image: Any) -> str:
-    """A PIL image as PNG in base64."""
-    return base64.b64encode(png(image, longest=None)).decode("ascii")
+def in_base64(image: ImageRef) -> tuple[str, str]:
+    """MIME type and base64 of an image's file; raises SampleDropped."""
+    kind, data = image.as_file()
+    return kind, base64.b64encode(data).decode("ascii")
