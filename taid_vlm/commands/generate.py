@@ -47,7 +47,8 @@ class GenerateOptions(Options):
         "keep (the default) leaves answers as they are; a rule (auto, think, gpt-oss ...) takes "
         "thoughts off", "RULE")
     reasoning: bool = option(
-        "thoughts that are taken off stand beside their answers, as reasoning_content",
+        "thoughts that are taken off stand beside their answers, as reasoning_content (those of "
+        "gpt-oss and Cohere with keep, too: no answer can hold their marks)",
         default=False)
     filters: Many | None = option(
         "what is kept (default: cut repeats): cut, repeats, min_length=N, max_length=N, "

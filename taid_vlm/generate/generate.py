@@ -44,7 +44,7 @@ from taid_vlm.errors import TaidError
 from taid_vlm.generate.filters import Said, pieces
 from taid_vlm.generate.prompts import Prompt, Prompts, read_prompts
 from taid_vlm.generate.rows import Files, answered, row_of
-from taid_vlm.generate.writing import Local, Shared, Writing
+from taid_vlm.generate.writing import Local, Shared, Writing, thinks_apart
 from taid_vlm.io.endpoint import Endpoint
 from taid_vlm.io.files import read_json, whole_file, write_json
 from taid_vlm.io.folders import refuse_file_in_the_way
@@ -285,14 +285,17 @@ class _Generation:
     def _rows(self, answers: Mapping[int, list[Answer]], judged: Mapping[int, list[Judged]],
               whys: Mapping[int, list[Why]]) -> Iterator[dict[str, Any]]:
         files, writing = Files(self.folder, self.writing.copies), self.writing
+        apart = isinstance(self.model, LocalModel) and thinks_apart(self.model.adapter)
+        as_said = writing.thoughts == KEEP and not apart
+        beside = writing.thoughts == KEEP or writing.reasoning
         for index, prompt in enumerate(self.prompts.asked):
             record = prompt.records[prompt.index]
             for number, each in answers.items():
                 answer, own = each[index], judged[number][index]
                 if whys[number][index][0]:
                     continue
-                text, thought = (answer.text, answer.thought) if writing.thoughts == KEEP else (
-                    own.answer, own.thought if writing.reasoning else "")
+                text, thought = (answer.text, answer.thought) if as_said else (
+                    own.answer, own.thought if beside else "")
                 new = answered(record, prompt.turn, text, thought, answer.calls)
                 yield {"id": f"{prompt.id}#{number}", **row_of(new, files)}
 

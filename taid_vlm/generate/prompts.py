@@ -10,7 +10,7 @@ from typing import Any, Literal
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.benchmarks.store import path_hash
 from taid_vlm.config.data import DataSource
-from taid_vlm.errors import TaidError
+from taid_vlm.errors import RecordError, TaidError
 from taid_vlm.io.hashing import SHORT
 from taid_vlm.io.jsonl import parse_json
 from taid_vlm.records import Message, Record, StreamedRecords, first_rows, open_records
@@ -19,6 +19,7 @@ from taid_vlm.records.record import Malformed
 
 Turns = Literal["each", "last"]
 STAND_IN = Message("assistant", ("yes",))  # where a record has no answer yet
+_KEYS = """On the command line: --data '{"path": "FILE", "columns": {"prompt": "COLUMN"}}'."""
 _WITHOUT_EFFECT = {"weight", "teacher", "streaming"}
 NO_QUESTION, NOT_LEARNED = "nothing is asked", "no answer is learned"
 
@@ -101,7 +102,11 @@ def read_prompts(source: DataSource, turns: Turns) -> Prompts:
     Raises:
         TaidError: no records, streamed ones, or none that asks anything.
     """
-    records = open_records(source, prompts=True)
+    try:
+        records = open_records(source, prompts=True)
+    except RecordError as error:
+        raise RecordError(error.message, mend=error.mend or _KEYS * ("columns" in error.message)
+                          ) from None
     if isinstance(records, StreamedRecords):
         raise TaidError(f"--data: '{source.shown}' cannot be streamed here; leave streaming out.")
     asked, left_out = list[Prompt](), Counter[str]()

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from taid_vlm.adapters import Continuation
+from taid_vlm.adapters import Continuation, ModelAdapter
 from taid_vlm.adapters.continued import continued_record
 from taid_vlm.adapters.texts import ONE_QUESTION
 from taid_vlm.benchmarks.answering import (
@@ -20,7 +20,7 @@ from taid_vlm.benchmarks.answering import (
     generate_settings,
 )
 from taid_vlm.benchmarks.asking import Asking
-from taid_vlm.benchmarks.metrics.thoughts import AUTO, KEEP, check_rule
+from taid_vlm.benchmarks.metrics.thoughts import AUTO, KEEP, MARKS, check_rule
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError, at_least
 from taid_vlm.generate.filters import JUDGE, USUAL, Filter, parse_filters
@@ -40,7 +40,8 @@ class Writing:
             the record and its number.
         turns: as `read_prompts`.
         thoughts: "keep" leaves an answer's text as the model wrote it, a rule of
-            `metrics.thoughts` takes thoughts off; reasoning: these stand beside their answers then.
+            `metrics.thoughts` takes thoughts off; reasoning: these stand beside their answers then
+            (with "keep", too, where the model `thinks_apart`).
         filters: rules by name, in any order.
         copies: image files are copied, too.
 
@@ -104,6 +105,13 @@ class Writing:
         return {number: f"{self.seed or 0}/{number}" for number in range(self.n)}
 
 
+def thinks_apart(adapter: ModelAdapter) -> bool:
+    """Whether a model says that it thinks in tokens that no answer can hold (gpt-oss, Cohere): its
+    thoughts stand beside its answers in any case."""
+    names = adapter.tokenizer.convert_ids_to_tokens(sorted(adapter.unsayable))
+    return not MARKS.isdisjoint(names)
+
+
 class Local(Generating):
     """Answers in the model's own words, as it would learn them: with the special tokens that an
     answer can hold and no others, and with the opening of a thought where its prompt has that."""
@@ -112,6 +120,8 @@ class Local(Generating):
         how, asked = self.settings, [question.asked() for question in questions]
         for record, turn in asked:
             self._check(record, turn)
+        if thinks_apart(self.adapter):
+            return super().batch(questions, seed)
         inputs = prompt_inputs(self.adapter, asked)
         check_room(inputs, how["max_new_tokens"], self.context)
         sampling = Sampling(how["temperature"], how["top_p"], seed) if how["temperature"] else None

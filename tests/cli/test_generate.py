@@ -373,13 +373,15 @@ class Saying:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         from taid_vlm.generate import writing
+        from taid_vlm.models import generation
         from taid_vlm.models.generation import Continued
 
         def continued(model: Any, adapter: Any, inputs: Any, asked: Any, **how: Any) -> Any:
             ids = adapter.tokenizer(text, add_special_tokens=False)["input_ids"]
             return [Continued(ids, adapter.end_of_turn_id)] * len(asked)
 
-        monkeypatch.setattr(writing, "continue_prompts", continued)
+        for place in (writing, generation):
+            monkeypatch.setattr(place, "continue_prompts", continued)
 
 
 @pytest.mark.parametrize(("options", "content", "thought"), [
@@ -400,6 +402,22 @@ def test_thoughts_stay_or_go_by_rule(
 
     for record in read_back(tmp_path / "out"):
         assert is_thoughtful(record.messages[-1]) == (options != {"thoughts": "auto"})
+
+
+@pytest.mark.parametrize(("options", "thought"), [
+    ({}, "one"), ({"thoughts": "gpt-oss"}, None),
+    ({"thoughts": "auto", "reasoning": True}, "one")])
+def test_thoughts_in_marks_that_no_answer_can_hold(
+    options: dict[str, Any], thought: str | None, checkpoints: Checkpoints, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Saying(monkeypatch, "<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>final"
+                        "<|message|>two")
+    data = write_jsonl(tmp_path / "a.jsonl", pairs(1))
+    generate(model=checkpoints("gpt_oss"), data=str(data), output_dir=tmp_path / "out", **options)
+    [row] = written(tmp_path / "out")
+    assert (said(row), row["messages"][-1].get("reasoning_content")) == ("two", thought)
+    read_back(tmp_path / "out")
 
 
 def test_a_thought_without_an_answer_is_none(
@@ -561,6 +579,12 @@ def test_mistakes_are_one_message(
     assert done.status == 2 and len(done.errors) == 1, done.err
     assert message in done.errors[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_columns_of_other_names_are_said_how(text: dict[str, Any], tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "b.jsonl", [{"statement": "a", "kind": "b"}])
+    with pytest.raises(TaidError, match=r"'messages' is missing .* --data '\{\"path\": \"FILE\""):
+        generate(**{**text, "data": str(data)}, output_dir=tmp_path / "out")
 
 
 def test_a_text_model_does_not_see(
