@@ -404,6 +404,22 @@ def test_thoughts_stay_or_go_by_rule(
         assert is_thoughtful(record.messages[-1]) == (options != {"thoughts": "auto"})
 
 
+@pytest.mark.parametrize(("options", "content"), [
+    ({}, "<think>\none\n</think>\n\ntwo"), ({"thoughts": "auto"}, "two")])
+def test_a_thought_that_the_prompt_opens(
+    options: dict[str, Any], content: str, checkpoints: Checkpoints, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the prompt has of it belongs to the answer; one that is never closed is no answer."""
+    data = write_jsonl(tmp_path / "a.jsonl", pairs(1))
+    Saying(monkeypatch, "one\n</think>\n\ntwo")
+    generate(model=checkpoints("qwen3_5"), data=str(data), output_dir=tmp_path / "out", **options)
+    assert [said(row) for row in written(tmp_path / "out")] == [content]
+    Saying(monkeypatch, "one and two")
+    with pytest.raises(TaidError, match="1 x cut in its thought"):
+        generate(model=checkpoints("qwen3_5"), data=str(data), output_dir=tmp_path / "no")
+
+
 @pytest.mark.parametrize(("options", "thought"), [
     ({}, "one"), ({"thoughts": "gpt-oss"}, None),
     ({"thoughts": "auto", "reasoning": True}, "one")])
