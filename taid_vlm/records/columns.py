@@ -92,6 +92,16 @@ def _is_chat(value: Any) -> bool:
     return bool(_JSON_CHAT.match(value)) if isinstance(value, str) else value is not None
 
 
+def as_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row; one that has a question alone, with an answer that is empty."""
+    there = {name for name, value in row.items() if not _absent(value)}
+    pairs = [pair for pair in (("prompt", "completion"), *PAIRS) if pair[0] in there]
+    if {"messages", "conversations", "completion"} & there or not pairs or any(
+            {*pair} <= there for pair in pairs):
+        return row
+    return {**row, pairs[0][1]: ""}
+
+
 def _name(key: Any) -> str:
     """A column's name, which may hold half a character."""
     return str(key).encode(errors="backslashreplace").decode()
