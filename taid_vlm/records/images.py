@@ -74,6 +74,15 @@ class ImageRef:
             raise SampleDropped(TOO_LARGE if large else UNREADABLE,
                                 f"{self.source}: {message:.400}") from None
 
+    def size(self) -> tuple[int, int]:
+        """Width and height as its header says, which may lie on its side; raises anything."""
+        stored = self.stored()
+        image = _opened(stored)
+        width, height = image.size
+        if image is not stored:
+            image.close()
+        return width, height
+
     def still(self) -> Image.Image:
         """What a page shows of it; raises as `load`."""
         return self.load()
