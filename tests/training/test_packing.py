@@ -16,12 +16,14 @@ from training.test_invariance import SGD, in_processes, relative
 from zoo import TEXT_FAMILIES, VLM_FAMILIES, Built, build
 from zoo.images import image
 
-from taid_vlm import DistillationConfig
+from taid_vlm import DistillationConfig, DistillationTrainer
 from taid_vlm.adapters import make_adapter
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import answer_logits, unwrap
 from taid_vlm.models.packing import packed, why_unpackable
+from taid_vlm.runs.ingredients import lora_config
+from taid_vlm.teachers import TeacherInStudent
 
 torch.set_num_threads(1)
 
@@ -136,6 +138,25 @@ def test_several_teachers(tmp_path: Path) -> None:
     moved = []
     for packing in (False, True):
         trainer = several_trainer(tmp_path, packing=packing, **SGD)
+        before = weights(trainer)
+        trainer.train()
+        moved.append({name: before[name] - after for name, after in weights(trainer).items()})
+    assert relative(*moved) < EXACT
+
+
+def test_a_teacher_beneath_the_students_adapter(tmp_path: Path) -> None:
+    """Packed as any other, and as it was afterwards."""
+    moved = []
+    for packing in (False, True):
+        ours = build("llava")
+        adapter = lora_config({"r": 4, "lora_alpha": 8, "target_modules": "all-linear",
+                               "init_lora_weights": False})
+        torch.manual_seed(0)
+        args = DistillationConfig(str(tmp_path), packing=packing, use_cpu=True, report_to="none",
+                                  save_strategy="no", disable_tqdm=True, seed=7, **SGD)
+        trainer = DistillationTrainer(
+            ours.model, TeacherInStudent(ours.model), args, rows(8), None, ours.processor,
+            ours.processor, peft_config=adapter)
         before = weights(trainer)
         trainer.train()
         moved.append({name: before[name] - after for name, after in weights(trainer).items()})
