@@ -131,6 +131,12 @@ class DistillationConfig(TrainingArguments):
             logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
             self._n_gpu = 1
 
+    @property
+    def is_zero3(self) -> bool:
+        """The student's weights lie in shares that are brought together where they are used."""
+        zero = getattr(self.deepspeed_plugin, "hf_ds_config", None)
+        return zero is not None and bool(zero.is_zero3())
+
     def _best_is_greatest(self) -> bool | None:
         """As it was said, or else by the figure; transformers would go by its name."""
         said: bool | None = self.greater_is_better
