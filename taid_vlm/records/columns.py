@@ -96,7 +96,7 @@ def as_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row; one that has a question alone, with an answer that is empty."""
     there = {name for name, value in row.items() if not _absent(value)}
     pairs = [pair for pair in (("prompt", "completion"), *PAIRS) if pair[0] in there]
-    if {"messages", "conversations", "completion"} & there or not pairs or any(
+    if {"messages", "conversations", "conversation", "completion"} & there or not pairs or any(
             {*pair} <= there for pair in pairs):
         return row
     return {**row, pairs[0][1]: ""}

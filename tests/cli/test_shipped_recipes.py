@@ -65,6 +65,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
                  {"role": "assistant", "content": answer(rng)}]}
             for number, file in enumerate(files)],
     }
+    rows["generated/records.jsonl"] = rows["trl-lib/llava-instruct-mix"]
     return {name: str(write_jsonl(folder / f"{name.rpartition('/')[2]}.jsonl", lines))
             for name, lines in rows.items()}
 
@@ -92,7 +93,7 @@ def small(tree: Tree, folder: Path, data: Mapping[str, str], checkpoints: Checkp
             each.pop(key, None)
         return {**each, "path": data[each["path"]]}
 
-    teachers = tree.get("teachers") or {"": tree["teacher"]}
+    teachers = tree.get("teachers") or ({"": tree["teacher"]} if "teacher" in tree else {})
     for seed, spec in enumerate(teachers.values()):
         if "server" in spec:
             built = build(family(spec["processor_name_or_path"]))
@@ -137,7 +138,11 @@ def test_two_steps(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree))
     assert command("plan", recipe) == 0
-    assert command("distill", recipe) == 0
+    cached = []
+    if name.endswith("_cached"):
+        cached = [f"teacher={{cache: {tmp_path / 'cache'}}}"]
+        assert command("cache", recipe, "--output", tmp_path / "cache") == 0
+    assert command("distill", recipe, *cached) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["train"]["steps"] == STEPS
     assert results["train"]["loss_implementation"]["name"] in ("fused", "sparse")
