@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -88,6 +89,24 @@ def draw(curve: Curve, styles: Mapping[str, Style], prefix: str) -> str:
         stream = io.StringIO()
         canvas.savefig(stream, format="svg", metadata={"Date": None}, facecolor="none")
     return _inline(stream.getvalue(), prefix, curve.title, titles)
+
+
+def save_png(curves: Sequence[Curve], styles: Mapping[str, Style], path: Path) -> None:
+    """All curves side by side as a picture on white, for where no page is shown."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context(SVG_SETTINGS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        width, height = SIZE
+        canvas = Canvas(figsize=(width * len(curves), height), layout="constrained")
+        for axes, curve in zip(canvas.subplots(1, len(curves), squeeze=False)[0], curves,
+                               strict=True):
+            for name, points in curve.series.items():
+                _plot(axes, name, points, curve, styles)
+            _dress(axes, curve)
+            axes.legend(axes.lines, curve.series, title=curve.title, frameon=False, fontsize=9)
+        canvas.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
 def _plot(axes: Axes, name: str, points: Points, curve: Curve, styles: Mapping[str, Style]) -> str:
