@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -70,6 +70,21 @@ class Narrator(TrainerCallback):
     def _left(self, step: int, total: int) -> str:
         done, clock = step - self.began[0], time.perf_counter() - self.began[1]
         return str(timedelta(seconds=round(clock / max(done, 1) * (total - step))))
+
+
+class TaidCurves(TrainerCallback):
+    """Three curves side by side with every tracker, which read together: a loss that rises beside
+    a KL that falls says that t has moved the target, not that the student got worse."""
+
+    CURVES: ClassVar = {"kl": "taid/kl_to_teacher", "loss": "taid/loss_to_moving_target",
+                        "t": "taid/t_of_target"}
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        trainer.callback_handler.callbacks.insert(0, self)  # before the trackers read the line
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "t" in logs and "loss" in logs:
+            logs.update({name: logs[key] for key, name in self.CURVES.items() if key in logs})
 
 
 def log_line(logs: Mapping[str, Any]) -> str:
