@@ -11,7 +11,7 @@ from taid_vlm.evaluation.statistics import ratio_of
 from taid_vlm.io.files import write_text
 from taid_vlm.io.images import png
 from taid_vlm.report.card import model_card, public_name
-from taid_vlm.report.columns import FIGURES, LOOKS, MASSES
+from taid_vlm.report.columns import AGAINST, ALONE, FIGURES, LOOKS, MASSES
 from taid_vlm.report.data import (
     Column,
     Curve,
@@ -99,15 +99,17 @@ def _tables(results: Results) -> list[Table]:
     rows: list[Named] = [("before", "start", results.eval.before), ("after", "main", after)]
     parts: list[Named] = [(name, "", part) for name, part in after.by_category.items()]
     tables = [
-        figures_table("Student against teacher", FIGURES, rows,
+        figures_table("Student against teacher", AGAINST, rows,
                       "Means per answer token ± standard error over answers."),
+        figures_table("The student alone", ALONE, rows),
         *([figures_table("After training, against each teacher", FIGURES, [
             (name, "", of_teacher(after, name)) for name in results.teachers],
             "Over the tokens of the records that a teacher has a share in.")]
           if results.teachers else []),
         figures_table("Where the probability goes", MASSES, rows),
-        *([figures_table("After training, per category", FIGURES, parts)] if len(parts) > 1
-          else []),
+        *([figures_table(f"After training, per category: {name}", columns, parts)
+           for name, columns in (("against the teacher", AGAINST), ("alone", ALONE))]
+          if len(parts) > 1 else []),
     ]
     return [table for table in tables if table.columns]
 
