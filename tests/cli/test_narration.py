@@ -58,7 +58,8 @@ def test_a_run_opens_with_words_and_logs_in_short_lines(
     assert "{" not in done.stderr and "\x1b" not in done.stderr + done.stdout  # no dictionaries
     assert "|" not in done.stderr  # no bar where nobody looks
     assert "Warning" not in done.stderr
-    assert done.stdout.startswith("held-out KL")
+    assert done.stdout.splitlines()[0].startswith("verdict       ")
+    assert "of the gap to the teacher" in done.stdout and "\nheld-out KL   " in done.stdout
 
 
 def test_a_terminal_has_a_bar_with_the_time_left(checkpoints: Checkpoints, tmp_path: Path) -> None:
