@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taid_vlm.evaluation.statistics import ratio_of
+from taid_vlm.evaluation.pairs import Arm, Paired
 from taid_vlm.io.files import write_text
 from taid_vlm.io.images import png
 from taid_vlm.report.card import model_card, public_name
@@ -204,14 +204,17 @@ def verdict(
     (the teacher), with a 95 % interval over records; nothing where there was no gap."""
     if not (is_finite(before) and is_finite(after) and before > 0):
         return []
-    pairs = [(one.after["kl"], one.before["kl"], one.key[0]) for one in answers
-             if one.after.get("kl") is not None and one.before.get("kl") is not None]
-    ratio = ratio_of([a or 0 for a, _, _ in pairs], [b or 0 for _, b, _ in pairs],
-                     [source for _, _, source in pairs], shares=False)
+    rows = [(one.before["kl"], one.after["kl"], one.size("kl"), one.key[0]) for one in answers
+            if one.after.get("kl") is not None and one.before.get("kl") is not None]
     closed, interval, moved = 1 - after / before, "", True
-    if is_finite(ratio.low) and is_finite(ratio.high):
-        interval = f" [{100 - 100 * ratio.high:.0f}, {100 - 100 * ratio.low:.0f}]"
-        moved = ratio.high < 1 or ratio.low > 1
+    if rows:  # as `compare` has it
+        first, last, tokens, sources = (list(column) for column in zip(*rows, strict=True))
+        paired = Paired({name: Arm([scores], trained=False) for name, scores in (
+            ("teacher", [0.0] * len(rows)), ("base", first), ("student", last))}, tokens, sources)
+        share_of_gap = paired.recovered("student", "base", "teacher").share
+        moved = paired.difference("base", "student").significant
+        if share_of_gap is not None and is_finite(share_of_gap.low):
+            interval = f" [{100 * share_of_gap.low:.0f}, {100 * share_of_gap.high:.0f}]"
     share = f"{100 * closed:.0f} %{interval} of the gap to the teacher"
     said = (f"{share} closed" if moved and closed > 0 else
             f"The student moved away from its teacher: {share}" if moved else

@@ -34,6 +34,8 @@ def test_a_share_of_the_gap_with_its_interval() -> None:
     assert text.startswith("No gain that stands out from chance: 1 % [-")
     away = answers(*((1.0, 1.5 + 0.01 * (i % 2)) for i in range(30)))
     assert verdict(1.0, 1.5, away, [])[0].startswith("The student moved away from its teacher: -5")
+    few = answers((1.0, 1.0), (4.0, 4.2))  # the gap itself is not sure
+    assert verdict(2.5, 2.6, few, [])[0].startswith("No gain that stands out from chance: -4 % of")
     assert verdict(0.0, 0.0, [], []) == [] == verdict(math.nan, 1.0, [], [])
 
 
