@@ -69,6 +69,12 @@ QWEN25_VL = {
 TOWER = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "patch_size": 14,
          "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
          "fullatt_block_indexes": [7, 15, 23, 31]}
+QWEN3_VL = {  # text, and of its tower: depth, width, inner width, layers that are passed on
+    "Qwen3-VL-2B-Instruct": (sizes(2048, 6144, 28, 16, 8, True, head_dim=128),
+                             (24, 1024, 4096, [5, 11, 17])),
+    "Qwen3-VL-8B-Instruct": (sizes(4096, 12288, 36, 32, 8, head_dim=128),
+                             (27, 1152, 4304, [8, 16, 24])),
+}
 ONEVISION = {  # Qwen2 under SigLIP so400m
     "llava-onevision-qwen2-0.5b-ov-hf": sizes(896, 4864, 24, 14, 2, True, vocab_size=152_000),
     "llava-onevision-qwen2-7b-ov-hf": sizes(3584, 18944, 28, 28, 4, vocab_size=152_128),
@@ -102,6 +108,9 @@ CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
         "teacher.quantization=4bit", "train.per_device_train_batch_size=1",
         "train.per_device_eval_batch_size=1")),
     "7B to 0.5B on 8": ("llava_onevision_7b_to_0.5b", 8, ()),
+    "24 GB pictures": ("qwen3_vl_8b_to_2b_24gb", 1, ()),
+    "FSDP": ("qwen3_32b_to_4b_8x80gb_fsdp", 8, ()),
+    "on policy": ("qwen3_8b_to_0.6b_on_policy", 1, ()),
     "72B live": ("qwen2.5_vl_72b_to_3b_8x80gb", 1, (
         "teacher={model_name_or_path: Qwen/Qwen2.5-VL-72B-Instruct, dtype: bfloat16}",)),
     "235B-A22B live": ("qwen3_235b_a22b_to_4b_64x80gb", 1, (
@@ -156,7 +165,21 @@ def write_models(tokenizer: Path, folder: Path) -> None:
         processor = hf.Qwen2_5_VLProcessor(
             hf.Qwen2VLImageProcessor(), text, hf.Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
         _save(config, processor, folder / name)
-
+    for name, (values, (depth, width, inner, passed_on)) in QWEN3_VL.items():
+        rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
+        config = hf.Qwen3VLConfig(
+            text_config={**values, "rope_parameters": rope}, dtype="bfloat16",
+            vision_config={"depth": depth, "hidden_size": width, "intermediate_size": inner,
+                           "num_heads": 16, "patch_size": 16, "deepstack_visual_indexes": passed_on,
+                           "out_hidden_size": values["hidden_size"]},
+            image_token_id=token("image_pad"), video_token_id=token("video_pad"),
+            vision_start_token_id=token("vision_start"), vision_end_token_id=token("vision_end"),
+            tie_word_embeddings=values["tie_word_embeddings"],
+            architectures=["Qwen3VLForConditionalGeneration"])
+        processor = hf.Qwen3VLProcessor(
+            hf.Qwen2VLImageProcessor(patch_size=16), text, hf.Qwen3VLVideoProcessor(patch_size=16),
+            chat_template=TEMPLATE)
+        _save(config, processor, folder / name)
 
     for name, values in ONEVISION.items():
         config = hf.LlavaOnevisionConfig(
