@@ -23,16 +23,15 @@ from pydantic import (
 )
 
 from taid_vlm.config.kinds import (
-    Count,
     Finite,
     HalfOpen,
-    Positive,
     Rate,
     Share,
     Weight,
     wanted,
 )
 from taid_vlm.config.messages import TAG
+from taid_vlm.config.sampling import SamplingSpec
 from taid_vlm.config.section import Section, check
 from taid_vlm.errors import RecipeError, nearest
 
@@ -330,33 +329,16 @@ class TokenWeights(Section):
     strength: Weight = 1.0
 
 
-class OnPolicy(Section):
+class OnPolicy(SamplingSpec):
     """Learn part of the records from answers that the student gives itself, as it is at that step
     (GKD, Agarwal et al., 2024).
 
     Args:
-        lmbda: Share of the records whose answer is sampled anew, each time they come round.
-        max_new_tokens (tokens): Longest sampled answer; one that is cut there does not learn to
-            end.
-        temperature: Of sampling.
-        top_p: Share of the student's mass that is sampled from.
-        batch_size (records): Answers that are sampled at once; left out, all of an optimizer step.
-        max_age (steps): A record's sampled answer is learned from again if it comes round within
-            so many optimizer steps; 0 samples each time.
         objective: For sampled answers; left out, the terms that compare with the teacher.
-        stop_when_collapsed: End the run if most answers are empty, repeat themselves or are no
-            text, instead of warning.
     """
 
-    lmbda: Share = 0.5
-    max_new_tokens: Positive = 128
-    temperature: Rate = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1), wanted("above 0 and at most 1")] = 1.0
-    batch_size: Positive | None = None
-    max_age: Count = 0
     objective: Annotated[str | dict[str, Any] | None, AfterValidator(lambda x: _for_sampled(x))] = \
         None
-    stop_when_collapsed: bool = False
 
 
 def _for_sampled(value: Any) -> Any:

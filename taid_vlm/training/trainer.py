@@ -45,15 +45,7 @@ from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.intake import Intake, prepared, windowed
 from taid_vlm.training.loss import Step, StepLoss
-from taid_vlm.training.on_policy import (
-    NOT_LEARNED,
-    OWN,
-    SAMPLED,
-    Rollouts,
-    Rows,
-    on_policy_figures,
-    without_sync,
-)
+from taid_vlm.training.on_policy import NOT_LEARNED, OWN, SAMPLED, Rollouts, Rows, without_sync
 from taid_vlm.training.pair import resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
 from taid_vlm.training.served import (
@@ -71,7 +63,7 @@ from taid_vlm.training.several import (
     the_only_one,
     with_all_names,
 )
-from taid_vlm.training.sums import figure_sums, step_counts, token_sums
+from taid_vlm.training.sums import figure_sums, on_policy_figures, step_counts, token_sums
 from taid_vlm.training.visual import VisualTerms
 from taid_vlm.training.window import Window
 
@@ -157,7 +149,7 @@ class DistillationTrainer(Trainer):
             self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.router = RouterTerm(self.objective.router, student, self.accelerator)
         self.rollouts = None if sampling is None else Rollouts(
-            sampling, collator.student, batches, samples, self.accelerator, args.seed)
+            sampling, collator.student, batches, samples, self.accelerator, args)
         self._begin(train_dataset)
         self._steps: dict[str, Step | SeveralStep] = {}
         self.add_callback(ScheduleCallback(self))
@@ -254,10 +246,10 @@ class DistillationTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """What the answer tokens of the optimizer step count, over all micro-batches and processes;
         its images and the tokens it is fed are noted. On the CPU: nothing waits for a device."""
-        if self.rollouts is not None:
-            self.rollouts.fill(batch_samples, self.model, self.state.global_step + 1)
-        asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
         with kept_if_lost(self):
+            if self.rollouts is not None:
+                self.rollouts.fill(batch_samples, self.model, self.state.global_step + 1)
+            asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
             await_signals(self.teacher, asked, self.accelerator)
         counts = torch.stack([step_counts(batch) for batch in batch_samples]).sum(0)
         if self.accelerator.num_processes > 1:
@@ -437,11 +429,11 @@ class DistillationTrainer(Trainer):
             self._load_weights(resume_from_checkpoint, model)
 
     def _load_weights(self, resume_from_checkpoint: str, model: Any) -> None:
-        TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.visual.load(Path(resume_from_checkpoint))
         self.router.restore(Path(resume_from_checkpoint))
         if self.rollouts is not None:
-            self.rollouts.load(Path(resume_from_checkpoint))
+            self.rollouts.load(Path(resume_from_checkpoint), state.global_step)
         target = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded or not isinstance(target, PreTrainedModel):
@@ -474,8 +466,8 @@ class DistillationTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)  # what an interruption left of one
                 self.visual.save(folder)
                 self.router.save(folder)
-                if self.rollouts is not None:
-                    self.rollouts.save(folder)
+            if self.rollouts is not None:
+                self.rollouts.save(folder)
             self.accelerator.wait_for_everyone()
             self.args.save_total_limit = None  # older ones go when this one is whole
             super()._save_checkpoint(model, trial)
