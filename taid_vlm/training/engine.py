@@ -75,7 +75,7 @@ class Engine:
         self.root = replace(self.end, url=self.end.url.rstrip("/").removesuffix("/v1"))
         self._closing = threading.Event()
         self.longest = longest_row(self.end, CALLED, EngineLost, self._closing)
-        self._forget_prompts()  # so that a server without this is refused before anything is loaded
+        self._forget()  # so that a server without this is refused before anything is loaded
         self.synced: int | None = None  # the step before which the server got its weights
         self.mark = ""  # of these weights
         self.syncs, self.sync_seconds, self.redone = 0, 0.0, 0
@@ -119,15 +119,18 @@ class Engine:
         else:
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             self._post(self.root, "/collective_rpc", body, DEV_MODE)
-        self._forget_prompts()
+        self._forget()
         for old in self.folder.glob("step-*"):
             if old != folder or not is_adapter(model):  # which the server may read once more
                 shutil.rmtree(old, ignore_errors=True)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         return fingerprint({name: x for name, x in weights.items() if name in trained})
 
-    def _forget_prompts(self) -> None:
-        """Keys and values that the server keeps of prompts are those of the weights it had."""
+    def _forget(self) -> None:
+        """What the server keeps of prompts and of images is of the weights it had. (A worker of
+        vLLM 0.32 drops images with its weights, and dies of the first one that its scheduler takes
+        for kept.)"""
+        self._post(self.root, "/reset_encoder_cache", {}, DEV_MODE)
         said = self._post(self.root, "/reset_prefix_cache", {}, DEV_MODE)
         if b'"success":false' in said.replace(b" ", b""):
             raise EngineLost(f"{CALLED}: the server could not forget the prompts it knows: "

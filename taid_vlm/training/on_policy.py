@@ -28,13 +28,11 @@ from taid_vlm.batch.collator import Batch
 from taid_vlm.config.objective import OnPolicy
 from taid_vlm.errors import RecordError, SampleDropped, TaidError
 from taid_vlm.io.files import read_json, write_json
-from taid_vlm.models.forward import head_rows
 from taid_vlm.models.generation import (
     Continued,
     Sampling,
     continue_prompts,
     prompt_inputs,
-    stop_tokens,
 )
 from taid_vlm.records import Message, Record, parse_record
 from taid_vlm.training.config import DistillationConfig
@@ -46,7 +44,7 @@ from taid_vlm.training.engine import (
     EngineLost,
     differences,
 )
-from taid_vlm.training.sampled import Drawing, Prompt, Sample, prompts
+from taid_vlm.training.sampled import Prompt, Sample, drawing_of, prompts
 
 logger = logging.getLogger(__name__)
 
@@ -279,12 +277,9 @@ class Rollouts:
         inputs, problems = _inputs(adapter, pairs, longest - spec.max_new_tokens)
         kept = [pair for index, pair in enumerate(pairs) if index not in problems]
         asked = [] if inputs is None else list(prompts(adapter, kept, inputs))
-        stops = stop_tokens(model, adapter)
-        never = {*range(len(adapter.table), head_rows(model)), *adapter.unsayable}
-        drawing = Drawing(spec.max_new_tokens, spec.temperature, spec.top_p, tuple(stops),
-                          tuple(sorted(never.difference(stops))))
-        said = iter(engine.sample([each for each in asked if isinstance(each, Prompt)], drawing,
-                                  f"{self.seed}/{step}", step))
+        said = iter(engine.sample(
+            [each for each in asked if isinstance(each, Prompt)],
+            drawing_of(spec, model, adapter), f"{self.seed}/{step}", step))
         rest = iter([each if isinstance(each, str) else next(said) for each in asked])
         return [problems[i] if i in problems else next(rest) for i in range(len(pairs))]
 

@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from taid_vlm.adapters import ModelAdapter
+from taid_vlm.config.sampling import SamplingSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.io.endpoint import WrongAnswer
+from taid_vlm.models.forward import head_rows
+from taid_vlm.models.generation import stop_tokens
 from taid_vlm.records import Record
 from taid_vlm.teachers.protocol import CHAT, COMPLETIONS, Message, as_chat
 
@@ -41,6 +44,14 @@ class Drawing:
     top_p: float
     stops: tuple[int, ...]
     never: tuple[int, ...]
+
+
+def drawing_of(spec: SamplingSpec, model: Any, adapter: ModelAdapter) -> Drawing:
+    """As the student itself would be drawn from in this process."""
+    stops = stop_tokens(model, adapter)
+    never = {*range(len(adapter.table), head_rows(model)), *adapter.unsayable}.difference(stops)
+    return Drawing(spec.max_new_tokens, spec.temperature, spec.top_p, tuple(stops),
+                   tuple(sorted(never)))
 
 
 class Sample(NamedTuple):

@@ -164,6 +164,7 @@ class DistillationTrainer(Trainer):
         self.intake = Intake(train_dataset, args.max_left_out)
         self.cut = 0  # plain texts shortened to max_length
         self._step_sums: dict[str, Tensor] = {}
+        self._ready: dict[str, list[bool]] = {}  # whether all processes have tokens, by micro-batch
         self._step_counts: list[Tensor] = []  # of the optimizer step: images, tokens it is fed
         self._empty_steps = 0
         self._said = False
@@ -226,14 +227,16 @@ class DistillationTrainer(Trainer):
 
     def _loss_step(self, batch: Batch, part: str = "") -> Step | SeveralStep | NoTokens:
         """The implementation of the loss, chosen when every process has tokens to check it: a
-        sharded model is asked by all at once.
+        sharded model is asked by all at once. The count of the step's tokens says when.
 
         Args:
             part: "" for references, SAMPLED.
         """
         objective = self.objective.sampled if part else self.objective
         assert objective is not None
-        if self._steps.get(part) is None and all(gather_object([len(batch["labels"])])):
+        ready = self._ready[part].pop(0) if self._ready.get(part) else (
+            len(batch["labels"]) > 0 and self.accelerator.num_processes == 1)
+        if self._steps.get(part) is None and ready:
             self._steps[part] = step_of(objective, self.pairing, self.model, self.teacher, batch,
                                         self.args, self.accelerator)
         return self._steps.get(part) or plain_step_of(objective, self.pairing, self.teacher)
@@ -252,9 +255,14 @@ class DistillationTrainer(Trainer):
             asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
             await_signals(self.teacher, asked, self.accelerator)
         counts = torch.stack([step_counts(batch) for batch in batch_samples]).sum(0)
+        parts = {"": batch_samples, SAMPLED: [b[SAMPLED] for b in batch_samples if SAMPLED in b]}
+        full = [len(batch["labels"]) > 0 for part in parts.values() for batch in part]
+        counts = torch.cat([counts, counts.new_tensor(full)])
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
-        tokens, *self._step_counts = counts
+        tokens, *self._step_counts = counts[: len(counts) - len(full)]
+        ready = (counts[len(counts) - len(full):] == self.accelerator.num_processes).tolist()
+        self._ready = {part: [ready.pop(0) for _ in batches] for part, batches in parts.items()}
         return tokens
 
     @torch.no_grad()

@@ -51,6 +51,7 @@ class StandIn:
     ) -> None:
         self.dev_mode, self.model, self.reloads = dev_mode, built.model, list[str]()
         self.adapter: tuple[str, Any] | None = None
+        self.stale = set[str]()  # what is kept of the weights before
         self.built, self.name, self.length = built, name, 512
         self.processor = copy.deepcopy(built.processor)  # the trainer uses the other one meanwhile
         self.twist: Callable[[Tree, Tree, int], Any] = lambda body, answer, number: answer
@@ -134,8 +135,10 @@ class StandIn:
         """What sets the weights and forgets prompts, of a server in its development mode."""
         if not self.dev_mode:
             return 404, {"detail": "Not Found"}
-        if path == "/reset_prefix_cache":
-            return 200, {"success": True}
+        if path in ("/reset_prefix_cache", "/reset_encoder_cache"):
+            self.stale.discard(path)
+            return 200, {"success": True} if "prefix" in path else b""
+        self.stale = {"/reset_prefix_cache", "/reset_encoder_cache"}
         if path == "/v1/load_lora_adapter":
             self.adapter = body["lora_name"], PeftModel.from_pretrained(
                 copy.deepcopy(self.built.model), body["lora_path"]).eval()
@@ -153,6 +156,7 @@ class StandIn:
     @torch.no_grad()
     def sample(self, path: str, body: Tree) -> Tree:
         """One token after the other, each of its own random number."""
+        assert not self.stale, "Encoder cache miss"  # as vLLM's worker dies of it
         inputs = dict(self.inputs(body))
         model = self.adapter[1] if self.adapter and body["model"] == self.adapter[0] else self.model
         draws, prompt = torch.Generator().manual_seed(body["seed"] % 2**63), inputs["input_ids"]
