@@ -289,6 +289,8 @@ class Router(Term):
     compares = False
 
 
+SAMPLED_RKL = "sampled_rkl"  # of sampled answers alone (`objectives/estimates.py`)
+ESTIMATES = (SAMPLED_RKL, "sampled_reverse_kl", "k1")
 MOVING = ("taid", "amid")  # losses whose target moves with t
 VISUAL = (VisualFeatures, VisualRelation)
 TERMS: dict[str, type[Term]] = {kind.names()[0]: kind for kind in (
@@ -335,15 +337,28 @@ class OnPolicy(SamplingSpec):
 
     Args:
         objective: For sampled answers; left out, the terms that compare with the teacher.
+            sampled_rkl (k1) is the reverse KL's estimate from the sampled tokens alone.
     """
 
     objective: Annotated[str | dict[str, Any] | None, AfterValidator(lambda x: _for_sampled(x))] = \
         None
 
+    @model_validator(mode="after")
+    def _drawn_from_the_student(self) -> Self:
+        drawn = {"temperature": 1.0, "top_p": 1.0, "max_age": 0}
+        for key, value in drawn.items() if self.objective == SAMPLED_RKL else ():
+            if getattr(self, key) != value:
+                raise ValueError(f".objective = '{SAMPLED_RKL}' is the reverse KL on average only "
+                                 "if answers are drawn as likely as the student finds them, and "
+                                 f"{key} = {getattr(self, key):g}; set it to {value:g}.")
+        return self
+
 
 def _for_sampled(value: Any) -> Any:
     if value is None:
         return None
+    if isinstance(value, str) and value.lower().replace("-", "_") in ESTIMATES:
+        return SAMPLED_RKL
     spec = read_objective(value)
     if spec.on_policy is not None:
         raise ValueError(".on_policy inside on_policy.objective has no meaning; take it out.")

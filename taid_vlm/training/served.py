@@ -67,6 +67,11 @@ def serve(
     assert collator.pairing is not None
     assert collator.teacher is not None
     check_one_by_one(collator.pairing, CALLED)
+    if objective.sampled is not None and objective.sampled.estimates and not all(
+            vocabulary.identity for vocabulary in collator.pairing.maps):
+        raise TaidError(f"objective.on_policy.objective = 'sampled_rkl': {CALLED} says how likely "
+                        "its own tokens are, and the student has others beside them; take "
+                        "forward_kl or taid, or a teacher in this process.")
     limits = [n for n in (collator.teacher.max_length, teacher.longest) if n]
     collator.teacher.max_length = min(limits, default=None)
     collator = replace(collator, chat=as_chat)
