@@ -107,7 +107,24 @@ class Engine:
         self.sync_seconds += time.perf_counter() - started
         return True
 
+    def _refuse_kept_head(self, model: Any) -> None:
+        """vLLM (0.32) on a CPU packs the head's weights for its kernels when it starts. Weights that
+        it is given later are packed anew, but not those of a head that is the embedding's."""
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if is_adapter(model) or head is None or head.weight is not embedding.weight:
+            return
+        info = b""
+        with contextlib.suppress(Failure, TaidError):  # other versions may not say
+            info = send(self.root, "/server_info", None, bytes)
+        if b"device_config=cpu" in info:
+            raise TaidError(f"{CALLED}: the student's head is its embedding, and vLLM on a CPU "
+                            "keeps the head that it started with.", mend="Serve on a GPU, train an "
+                            "adapter, or take a student whose head is apart (tie_word_embeddings: "
+                            "false, with lm_head.weight in its checkpoint).")
+
     def _give(self, model: Any, weights: Mapping[str, Tensor], step: int) -> str:
+        if not self.syncs:
+            self._refuse_kept_head(model)
         folder = self.folder / f"step-{step}"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was broken off
         use_published_names(model)

@@ -197,6 +197,18 @@ def test_weights_that_the_server_does_not_take_are_told(server: StandIn, tmp_pat
         trainer.train()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_head_that_a_server_keeps_is_refused(device: str, server: StandIn, tmp_path: Path
+                                               ) -> None:
+    """vLLM on a CPU does not take the head of a model whose head is its embedding."""
+    trainer = make_trainer(tmp_path, objective=objective(server), **TEXTS)
+    server.device = device
+    trainer.model.lm_head.weight = trainer.model.get_input_embeddings().weight
+    refused = pytest.raises(TaidError, match=r"head is its embedding.*tie_word_embeddings: false")
+    with refused if device == "cpu" else contextlib.nullcontext():
+        trainer.rollouts.engine._refuse_kept_head(trainer.model)
+
+
 def test_the_mark_of_weights_is_of_every_bit() -> None:
     first = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16()}
     other = {**first, "a": first["a"].clone()}

@@ -51,6 +51,7 @@ class StandIn:
     ) -> None:
         self.dev_mode, self.model, self.reloads = dev_mode, built.model, list[str]()
         self.adapter: tuple[str, Any] | None = None
+        self.device = "cpu"
         self.stale = set[str]()  # what is kept of the weights before
         self.built, self.name, self.length = built, name, 512
         self.processor = copy.deepcopy(built.processor)  # the trainer uses the other one meanwhile
@@ -65,6 +66,9 @@ class StandIn:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path == "/server_info":
+                    self._reply(200, {"vllm_config": f"seed=0, device_config={server.device}, "})
+                    return
                 card = {"id": server.name, "object": "model", "created": 0, "owned_by": "vllm",
                         "root": server.name, "parent": None, "max_model_len": server.length,
                         "permission": []}
