@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.recipes import Checkpoints, write_recipe
 from cli.test_distill import minimal
 from safetensors.torch import load_file
+from training.test_placement import LEAN, ZERO
 
 from taid_vlm.config.recipe import parse_recipe
 from taid_vlm.training.config import training_arguments
@@ -20,9 +23,12 @@ from taid_vlm.training.config import training_arguments
 PEFT = {"r": 4, "target_modules": "all-linear"}
 
 
-def run(folder: Path, checkpoints: Checkpoints, processes: int, peft: Any, **train: Any) -> Path:
+def run(
+    folder: Path, checkpoints: Checkpoints, processes: int, peft: Any, *words: str,
+    scenario: str = "pairs", **train: Any,
+) -> Path:
     """The output folder of a run with batches of 4."""
-    tree = minimal(folder, checkpoints, train={
+    tree = minimal(folder, checkpoints, scenario, train={
         "max_steps": 3, "seed": 1, "learning_rate": 0.1, "optim": "sgd",
         "per_device_train_batch_size": 4 // processes, **train})
     tree["evaluate"] = {"examples": 2, "max_new_tokens": 4}
@@ -34,8 +40,8 @@ def run(folder: Path, checkpoints: Checkpoints, processes: int, peft: Any, **tra
         "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
         str(Path(__file__).parents[1] / "fsdp_on_cpu.py")]
     done = subprocess.run(
-        [sys.executable, *launcher, "distill", str(write_recipe(folder, tree))],
-        capture_output=True, text=True, timeout=400, check=False,
+        [sys.executable, *launcher, "distill", str(write_recipe(folder, tree)),
+         *words], capture_output=True, text=True, timeout=400, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((folder / "out/results.json").read_text())
@@ -48,8 +54,8 @@ def run(folder: Path, checkpoints: Checkpoints, processes: int, peft: Any, **tra
 def test_the_student_is_that_of_one_process(
     peft: Any, tmp_path: Path, checkpoints: Checkpoints
 ) -> None:
-    one = run(tmp_path / "one", checkpoints, 1, peft)
-    two = run(tmp_path / "two", checkpoints, 2, peft, fsdp=True)
+    one = run(tmp_path / "one", checkpoints, 1, peft, scenario="image paths")
+    two = run(tmp_path / "two", checkpoints, 2, peft, scenario="image paths", fsdp=True)
     name = "model.safetensors" if peft is None else "adapter_model.safetensors"
     whole, sharded = load_file(one / "student" / name), load_file(two / "student" / name)
     assert whole.keys() == sharded.keys()
@@ -57,6 +63,48 @@ def test_the_student_is_that_of_one_process(
     assert difference < 1e-5
     assert any("fsdp" in path.name for path in (two / "checkpoint-3").iterdir())
     assert (two / "eval_answers.jsonl").exists()
+    said, other = (json.loads((out / "results.json").read_text())["examples"] for out in (one, two))
+    assert said
+    assert said == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [None, PEFT], ids=["full", "lora"])
+def test_a_run_that_broke_off_goes_on_bit_for_bit(
+    peft: Any, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    """With AdamW, whose state is in the shards, too; in bf16 as most recipes train."""
+    goes_on(tmp_path, checkpoints, peft, {"fsdp": True})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_under_zero_goes_on_bit_for_bit(
+    stage: int, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    pytest.importorskip("deepspeed")
+    zero = ZERO | {"zero_optimization": {"stage": stage} if stage == 2 else LEAN}
+    goes_on(tmp_path, checkpoints, None, {"deepspeed": zero | {"bf16": {"enabled": "auto"}}})
+
+
+def goes_on(
+    tmp_path: Path, checkpoints: Checkpoints, peft: Any, sharding: dict[str, Any]
+) -> None:
+    how = {**sharding, "scenario": "image paths", "max_steps": 4, "save_steps": 2,
+           "optim": "adamw_torch", "learning_rate": 1e-3, "bf16": True}
+    out = run(tmp_path, checkpoints, 2, peft, **how)
+    kept = "pytorch_model_fsdp" if "fsdp" in sharding else "global_step"
+    assert any(path.name.startswith(kept) for path in (out / "checkpoint-2").iterdir())
+    (out / "student").rename(tmp_path / "whole")
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "results.json").unlink()
+    run(tmp_path, checkpoints, 2, peft, "--resume", **how)
+    results = json.loads((out / "results.json").read_text())
+    assert results["train"]["resumed_from"] == "checkpoint-2"
+    name = "model.safetensors" if peft is None else "adapter_model.safetensors"
+    one, two = load_file(tmp_path / "whole" / name), load_file(out / "student" / name)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_student_without_weights_is_not_saved(
