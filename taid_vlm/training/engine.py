@@ -108,8 +108,8 @@ class Engine:
         return True
 
     def _refuse_kept_head(self, model: Any) -> None:
-        """vLLM (0.32) on a CPU packs weights for its kernels when it loads them, and those of a head
-        that is the embedding only when it starts."""
+        """vLLM (0.32) on a CPU packs weights for its kernels when it loads them, but a head that is
+        the embedding only when it starts."""
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if is_adapter(model) or head is None or head.weight is not embedding.weight:
             return
