@@ -182,7 +182,7 @@ def test_vllm_samples_for_the_student(tmp_path: Path) -> None:
         server.stop()
     report = trainer.rollouts.report()
     print(f"sampled by vLLM: {report}")
-    assert report["sampled"] > 8 and report["engine"]["syncs"] == STEPS
+    assert report["sampled"] > 4 and report["engine"]["syncs"] == STEPS
     assert report["engine"]["gap"] < 1e-3
     assert len({line["weights"] for line in lines}) == STEPS
     assert [each.ids for each in first] == [each.ids for each in again]
