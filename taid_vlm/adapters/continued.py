@@ -8,6 +8,7 @@ the text, through its own template.
 from __future__ import annotations
 
 import codecs
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from taid_vlm.adapters.adapter import ModelAdapter
@@ -18,6 +19,8 @@ from taid_vlm.errors import SampleDropped
 from taid_vlm.records import Message, Record
 
 EMPTY, OPEN_THOUGHT = "empty", "cut in its thought"
+CYCLE, REPEATED = 8, 24  # an answer repeats itself if the last so many (second) tokens are copies
+# of at most so many (first)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,13 @@ class Continuation:
     @property
     def source(self) -> str:
         return self.record.source
+
+
+def repeating(ids: Sequence[Hashable]) -> bool:
+    """Whether an answer ends in copies of a few tokens."""
+    last = list(ids[-REPEATED:])
+    return len(last) == REPEATED and any(
+        last[cycle:] == last[:-cycle] for cycle in range(1, CYCLE + 1))
 
 
 def continued_record(

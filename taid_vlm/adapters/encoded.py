@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Side = Literal["left", "right"]
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class AnswerToken(NamedTuple):  # a batch has thousands
@@ -114,7 +114,7 @@ def with_continuations(
     mask = inputs["attention_mask"].bool()
     fills = {"attention_mask": (1, 0), "token_type_ids": (kind, 0), "mm_token_type_ids": (0, 0)}
     joined = dict(inputs)
-    for name in _PER_TOKEN:
+    for name in PER_TOKEN:
         if name not in inputs:
             continue
         rows = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from taid_vlm.models.generation import PROCESSOR_FAILED, Sampling, generate_batc
 REFUSALS = 8  # so many without one answer: the way of asking is wrong, not the questions
 
 Settings = dict[str, Any]
+Seed = int | str
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Answer:
         thought: what a server gave apart from the answer; other thoughts stand in `text`.
         thought_tokens: as a server counts them; 0 where it does not.
         opened: whether the prompt ends inside a thought.
+        calls: of tools, where a server gave them apart from the answer; as `Message.calls`.
     """
 
     text: str = ""
@@ -40,6 +42,7 @@ class Answer:
     thought: str = ""
     thought_tokens: int = 0
     opened: bool = False
+    calls: tuple[Mapping[str, Any], ...] = ()
 
 
 Given = list[tuple[Question, Answer]]
@@ -54,7 +57,7 @@ class Answerer(Protocol):
     settings: Settings
 
     def answers(
-        self, questions: Sequence[Question], done: Collection[str], seed: int
+        self, questions: Sequence[Question], done: Collection[str], seed: Seed
     ) -> Iterator[Given]:
         """Answers as they come, to all questions but those whose ids are `done`."""
 
@@ -101,7 +104,7 @@ def plan_batches(questions: Sequence[Question], size: int) -> list[list[Question
     interruption meets the same batches again.
     """
     ordered = sorted(questions, key=lambda question: (
-        -len(question.images), -sum(len(part or "") for part in question.prompt), question.id))
+        *(-size for size in question.length), question.id))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
@@ -125,18 +128,18 @@ class LocalAnswerer:
         self.context: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None)
 
-    def batch(self, questions: Sequence[Question], seed: int) -> list[Answer]:
+    def batch(self, questions: Sequence[Question], seed: Seed) -> list[Answer]:
         """Answers to questions that are asked at once; SampleDropped if one cannot be asked."""
         raise NotImplementedError
 
     def answers(
-        self, questions: Sequence[Question], done: Collection[str], seed: int
+        self, questions: Sequence[Question], done: Collection[str], seed: Seed
     ) -> Iterator[Given]:
         return hold_back(self._batches(questions, done, seed), bool(done),
                          "the model's processor takes no question: {}")
 
     def _batches(
-        self, questions: Sequence[Question], done: Collection[str], seed: int
+        self, questions: Sequence[Question], done: Collection[str], seed: Seed
     ) -> Iterator[tuple[Given, Sequence[str]]]:
         rank, world = self.process
         for batch in plan_batches(questions, self.batch_size)[rank::world]:
@@ -144,7 +147,7 @@ class LocalAnswerer:
                 self._failures = list[str]()
                 yield list(zip(batch, self._attempt(batch, seed), strict=True)), self._failures
 
-    def _attempt(self, batch: Sequence[Question], seed: int) -> list[Answer]:
+    def _attempt(self, batch: Sequence[Question], seed: Seed) -> list[Answer]:
         """One question that cannot be asked must not take the others of its batch with it."""
         try:
             return self.batch(batch, seed)
@@ -165,7 +168,7 @@ class Generating(LocalAnswerer):
 
     settle = staticmethod(generate_settings)
 
-    def batch(self, questions: Sequence[Question], seed: int) -> list[Answer]:
+    def batch(self, questions: Sequence[Question], seed: Seed) -> list[Answer]:
         temperature, top_p = self.settings["temperature"], self.settings["top_p"]
         answers = generate_batch(
             self.model, self.adapter, [question.asked() for question in questions],

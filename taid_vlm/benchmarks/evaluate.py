@@ -13,15 +13,14 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
-from taid_vlm.benchmarks.answering import Answer, Answerer, Generating, Given
+from taid_vlm.benchmarks.answering import Answer, Answerer, Generating
 from taid_vlm.benchmarks.asking import Asking, Task
 from taid_vlm.benchmarks.candidates import Candidate, LocalModel, ServedModel
 from taid_vlm.benchmarks.judge import Judge, judge_answers
@@ -39,7 +38,7 @@ from taid_vlm.benchmarks.scoring import (
     summary,
     thoughts_of,
 )
-from taid_vlm.benchmarks.store import FOLDER, AnswerStore, flat
+from taid_vlm.benchmarks.store import FOLDER, AnswerStore, flat, keep_answers
 from taid_vlm.benchmarks.suite import SUITES, average
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.io.endpoint import Endpoint
@@ -228,7 +227,9 @@ class _Evaluation:
                            "; ".join(store.replaced))
         seconds = before.get("seconds", 0.0) if before and store.reused else 0.0
         self.state.wait_for_everyone()
-        self._answer(task, store)
+        keep_answers(store, task.questions, {seed: seed for seed in self.asking.seeds},
+                     lambda: self._answerer(task), f"{self.name}: {name}",
+                     self.state.is_main_process)
         self.state.wait_for_everyone()
         store.gather()
         self.state.wait_for_everyone()
@@ -244,38 +245,6 @@ class _Evaluation:
 
     def _identity(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"model": self.model.identity, "answering": settings}
-
-    def _answer(self, task: Task, store: AnswerStore) -> None:
-        """Ask what has no answer yet; nothing is loaded where that is nothing."""
-        seeds, questions = self.asking.seeds, task.questions
-        done = {seed: {question.id for question in questions
-                       if (question.id, seed) in store.answers} for seed in seeds}
-        known = sum(map(len, done.values()))
-        if known == len(questions) * len(seeds):
-            return
-        answerer = self._answerer(task)
-        store.open()
-        shown = None if self.state.is_main_process else True  # None: where a terminal is
-        with tqdm(total=len(questions) * len(seeds), initial=known, unit="question", disable=shown,
-                  desc=f"{self.name}: {task.benchmark.name}") as bar:
-            try:
-                for seed in seeds:
-                    self._keep(answerer.answers(questions, done[seed], seed), seed, store, bar,
-                               done[seed])
-            except TaidError:
-                if not store.answers:
-                    store.discard(own=True)
-                raise
-
-    def _keep(self, stream: Iterator[Given], seed: int, store: AnswerStore, bar: Any,
-              done: Collection[str]) -> None:
-        """Answers on disk as they come."""
-        since = time.perf_counter()
-        for given in stream:
-            now = time.perf_counter()
-            store.add(given, seed, now - since)
-            bar.update(sum(question.id not in done for question, _ in given))
-            since = now
 
     def _answerer(self, task: Task) -> Answerer:
         asking, settings = self.asking, self.asking.settings(task.benchmark)

@@ -64,7 +64,7 @@ class Choosing(LocalAnswerer):
         """Whether prompts are worth keeping: not where the model mostly gives something else."""
         return self.missed <= self.shared
 
-    def batch(self, questions: Sequence[Question], seed: int) -> list[Answer]:
+    def batch(self, questions: Sequence[Question], seed: int | str) -> list[Answer]:
         texts = [self._candidates(question) for question in questions]
         if not all(text for each in texts for text in each):
             raise SampleDropped("empty choice")

@@ -46,6 +46,11 @@ class Question:
         """What a model is given: a conversation, and which of its answers it is to give."""
         return self.record(), 0
 
+    @property
+    def length(self) -> tuple[int, int]:
+        """How long it is to a model: images, and characters."""
+        return len(self.images), sum(len(part or "") for part in self.prompt)
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -10,13 +10,23 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from taid_vlm.benchmarks.answering import Answer, Given, Settings, generate_settings, hold_back
+from taid_vlm.benchmarks.answering import (
+    Answer,
+    Given,
+    Seed,
+    Settings,
+    generate_settings,
+    hold_back,
+)
 from taid_vlm.benchmarks.question import Question
-from taid_vlm.errors import SampleDropped, TaidError
+from taid_vlm.errors import RecordError, SampleDropped, TaidError
 from taid_vlm.io.endpoint import SHOWN, Endpoint, Failure, GivenUp, persistently, send
+from taid_vlm.records import Message
 from taid_vlm.records.images import ImageRef
+from taid_vlm.records.messages import read_turns
 
 CHAT = "/chat/completions"
+NO_CALL = "tool call that is no JSON"
 REASONING = ("reasoning_content", "reasoning")  # where servers put a thought that they take off
 
 
@@ -38,14 +48,14 @@ class Remote:
         self._slots = threading.Semaphore(requests)
 
     def answers(
-        self, questions: Sequence[Question], done: Collection[str], seed: int
+        self, questions: Sequence[Question], done: Collection[str], seed: Seed
     ) -> Iterator[Given]:
         pending = [question for question in questions if question.id not in done]
         return hold_back(self._ask_all(pending, seed), bool(done),
                          f"'{self.endpoint.address(CHAT)}' refuses every question: {{}}")
 
     def _ask_all(
-        self, questions: Sequence[Question], seed: int
+        self, questions: Sequence[Question], seed: Seed
     ) -> Iterator[tuple[Given, list[str]]]:
         """Questions with their answers, and the server's words where it refused."""
         self._closing.clear()
@@ -66,7 +76,7 @@ class Remote:
             finally:
                 self._closing.set()  # wakes up those who wait for another attempt
 
-    def _ask(self, question: Question, seed: int) -> tuple[Answer, str]:
+    def _ask(self, question: Question, seed: Seed) -> tuple[Answer, str]:
         try:
             body = json.dumps(self._request(question, seed)).encode()
         except SampleDropped as problem:
@@ -85,24 +95,40 @@ class Remote:
                             f"attempts; the last one: {last}. The answers so far are kept; run "
                             "again to go on.") from last
 
-    def _request(self, question: Question, seed: int) -> dict[str, Any]:
+    def _request(self, question: Question, seed: Seed) -> dict[str, Any]:
         how = self.settings
         sampling = {"top_p": how["top_p"], "seed": own_seed(seed, question.id)}
+        tools = question.asked()[0].tools
         return {"model": self.endpoint.model, "messages": chat_messages(question),
+                **({"tools": list(tools)} if tools else {}),
                 "max_tokens": how["max_new_tokens"], "temperature": how["temperature"],
                 **(sampling if how["temperature"] else {})}
 
 
 def chat_messages(question: Question) -> list[dict[str, Any]]:
-    """The question as typed parts, its images inline; raises SampleDropped."""
-    if any(image.kind == "video" for image in question.images):
+    """What stands before an answer: the user's words as typed parts, images inline; raises
+    SampleDropped."""
+    record, turn = question.asked()
+    images = record.images_before(turn)
+    if any(image.kind == "video" for image in images):
         raise SampleDropped("video for a served model", "a server is sent images only")
-    images = iter(question.images)
-    content = [{"type": "text", "text": part} if part is not None else
-               {"type": "image_url", "image_url": {
-                   "url": "data:{};base64,{}".format(*in_base64(next(images)))}}
-               for part in question.prompt if part != ""]
-    return [{"role": "user", "content": content}]
+    shown = iter(images)
+    return [_chat_message(message, shown) for message in record.before(turn)]
+
+
+def _chat_message(message: Message, images: Iterator[ImageRef]) -> dict[str, Any]:
+    content: Any = [{"type": "text", "text": part} if part is not None else
+                    {"type": "image_url", "image_url": {
+                        "url": "data:{};base64,{}".format(*in_base64(next(images)))}}
+                    for part in message.parts if part != ""]
+    calls = [{**call, "function": {**call["function"],
+                                   "arguments": json.dumps(call["function"]["arguments"])}}
+             for call in message.calls]
+    more = {"tool_calls": calls, "reasoning_content": message.thought, "name": message.name,
+            "tool_call_id": message.tool_call_id}
+    typed = message.role == "user" or None in message.parts
+    return {"role": message.role, "content": content if typed else message.text,
+            **{key: value for key, value in more.items() if value}}
 
 
 def read_completion(data: bytes) -> Answer:
@@ -112,14 +138,20 @@ def read_completion(data: bytes) -> Answer:
         choice = tree["choices"][0]
         message = choice["message"]
         content, reasoning = message.get("content"), [message.get(key) for key in REASONING]
-        if "content" not in message and not any(reasoning):
+        called = message.get("tool_calls")
+        if "content" not in message and not any(reasoning) and not called:
             raise LookupError
     except (LookupError, TypeError, AttributeError):
         raise ValueError(f"no chat completion: {data[:SHOWN].decode(errors='replace')}") from None
+    try:
+        calls = read_turns([{"role": "assistant", "content": None, "tool_calls": called}],
+                           "message", "a chat completion")[0].calls
+    except RecordError:
+        return Answer(problem=NO_CALL)
     text, cut = _text(content, "text"), choice.get("finish_reason") == "length"
     thought = next(filter(None, (_text(each, "text") for each in reasoning)), "") or (
         _text(content, "thinking") if isinstance(content, list) else "")
-    return Answer(text, cut=cut, thought=thought,
+    return Answer(text, cut=cut, thought=thought, calls=calls,
                   thought_tokens=_thought_tokens(tree.get("usage"), bool(thought) and not text))
 
 
@@ -143,7 +175,7 @@ def _thought_tokens(usage: Any, all_thought: bool) -> int:
     return tokens if isinstance(tokens, int) and tokens > 0 else 0
 
 
-def own_seed(seed: int, name: str) -> int:
+def own_seed(seed: Seed, name: str) -> int:
     """A question's own seed, in what servers take: 31 bits."""
     return random.Random(f"{seed}/{name}").getrandbits(31)
 

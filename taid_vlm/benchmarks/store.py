@@ -8,13 +8,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from taid_vlm.benchmarks.answering import Answer, Given
+from tqdm.auto import tqdm
+
+from taid_vlm.benchmarks.answering import Answer, Answerer, Given, Seed
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import RecordError, TaidError, is_number
 from taid_vlm.io.files import write_text
@@ -87,12 +90,12 @@ class AnswerStore:
     def _take(self, stored: Line) -> None:
         line: dict[str, Any] = {
             "problem": "", "cut": False, "likelihoods": [], "seconds": 0.0, "thought": "",
-            "thought_tokens": 0, "opened": False, **stored}
+            "thought_tokens": 0, "opened": False, "calls": [], **stored}
         place = f"answers to {self.task} in '{self.folder}'"
         need(line, place, {"id": str, "asked": str, "answer": str, "seed": int, "problem": str,
                            "cut": bool, "likelihoods": list, "seconds": (int, float),
                            "thought": str, "thought_tokens": int, "opened": bool,
-                           **({"raw": str} if "raw" in line else {})})
+                           "calls": list, **({"raw": str} if "raw" in line else {})})
         for pair in line["likelihoods"]:
             if not (isinstance(pair, list) and [*map(is_number, pair)] == [True, True]):
                 raise TaidError(f"{place}: likelihoods must be pairs of numbers, got {pair!r:.60}.")
@@ -100,7 +103,8 @@ class AnswerStore:
         if known == line["asked"]:
             likelihoods = tuple((total, tokens) for total, tokens in line["likelihoods"])
             answer = Answer(line.get("raw", line["answer"]), line["problem"], line["cut"],
-                            likelihoods, line["thought"], line["thought_tokens"], line["opened"])
+                            likelihoods, line["thought"], line["thought_tokens"], line["opened"],
+                            tuple(line["calls"]))
             self.answers[line["id"], line["seed"]] = Stored(answer, line["seconds"])
         elif known is not None and "its text or image" not in self.replaced:
             self.replaced.append("its text or image")
@@ -141,6 +145,40 @@ class AnswerStore:
             self.folder.rmdir()  # if it is empty
 
 
+def keep_answers(
+    store: AnswerStore, questions: Sequence[Question], seeds: Mapping[int, Seed],
+    open_answerer: Callable[[], Answerer], label: str, shown: bool = True,
+) -> None:
+    """Ask what has no answer yet, and keep answers as they come.
+
+    Args:
+        seeds: what answers are drawn with, by the number that they are kept under.
+        open_answerer: called where there is anything to ask.
+        shown: whether this process shows its progress.
+    """
+    done = {number: {question.id for question in questions
+                     if (question.id, number) in store.answers} for number in seeds}
+    known = sum(map(len, done.values()))
+    if known == len(questions) * len(seeds):
+        return
+    answerer = open_answerer()
+    store.open()
+    with tqdm(total=len(questions) * len(seeds), initial=known, unit="question", desc=label,
+              disable=None if shown else True) as bar:  # None: where a terminal is
+        try:
+            for number, seed in seeds.items():
+                since = time.perf_counter()
+                for given in answerer.answers(questions, done[number], seed):
+                    now = time.perf_counter()
+                    store.add(given, number, now - since)
+                    bar.update(sum(question.id not in done[number] for question, _ in given))
+                    since = now
+        except TaidError:
+            if not store.answers:
+                store.discard(own=True)
+            raise
+
+
 def answer_fields(answer: Answer) -> dict[str, Any]:
     """An answer as it stands in a line; what says nothing is left out."""
     rest = {key: value for key, value in asdict(answer).items() if key != "text" and value}
@@ -171,12 +209,12 @@ def question_hash(question: Question) -> str:
     """Of everything a model is shown: the texts and the images' bytes, in their order."""
     images = iter(question.images)
     prompt = (b"text\0" + part.encode() + b"\0" if part is not None else
-              b"image\0" + image_hash(next(images), _path_hash) for part in question.prompt)
+              b"image\0" + image_hash(next(images), path_hash) for part in question.prompt)
     choices = (b"choice\0" + choice.encode() + b"\0" for choice in question.choices)
     return sha256([*prompt, *choices]).hex()[:SHORT]
 
 
-def _path_hash(path: Path) -> bytes:
+def path_hash(path: Path) -> bytes:
     try:
         status = path.stat()
     except OSError:

@@ -16,6 +16,7 @@ COMMANDS = {  # and what each is for
     "compose": "make a student of a vision tower and a language model",
     "merge": "write a LoRA student as a model of its own",
     "evaluate": "let models answer benchmarks, and judge the answers",
+    "generate": "write a model's answers as records to train on",
     "export": "write benchmarks as tables for VLMEvalKit",
     "compare": "say which of several runs is best, by how much, and how sure that is",
     "demo": "distil a VLM and a text LLM offline, in minutes",

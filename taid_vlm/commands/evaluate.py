@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from taid_vlm.commands.options import Many, Object, Options, flag, option, say_and_part
-from taid_vlm.errors import TaidError
-
-if TYPE_CHECKING:
-    from taid_vlm.benchmarks.candidates import Candidate
-    from taid_vlm.benchmarks.judge import Judge
+from taid_vlm.commands.models import JUDGE, open_candidates, open_judge
+from taid_vlm.commands.options import Many, Object, Options, option, say_and_part
 
 INTERRUPTED = "; the same command goes on with the next question"
 _ASKING = ("method", "choose_by", "normalise", "max_new_tokens", "temperature", "top_p", "seeds")
-_LOCAL = ("dtype", "chat_template", "chat_template_kwargs", "processor_kwargs")
-_SERVED = ("api_key_env",)
-_JUDGE = ("judge_model", "judge_key_env", "judge_prompt")
 _OF_HARNESS = ("num_fewshot", "apply_chat_template")
-TIMEOUT = 120.0  # seconds
 
 
 class EvaluateOptions(Options):
@@ -93,14 +84,6 @@ class EvaluateOptions(Options):
             raise ValueError("--tasks or --suite is needed: which benchmarks?")
         return self
 
-    def given(self, names: Iterable[str]) -> dict[str, Any]:
-        """Those of `names` that are not None."""
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-    def refuse(self, names: Iterable[str], why: str) -> None:
-        for name in self.given(names):
-            raise TaidError(f"{flag(name)} {why}.")
-
 
 def evaluate(**options: Any) -> dict[str, dict[str, Any]]:
     """Let models answer benchmarks, and judge the answers.
@@ -139,7 +122,7 @@ def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     asking = Asking(**options.given(_ASKING), batch_size=options.batch_size)
     if asking.method == "likelihood":
         options.refuse(("thoughts",), "is for generated answers; likelihood chooses without any")
-    candidates, judge_model = _candidates(options), _judge(options)
+    candidates, judge_model = open_candidates(options, options.model), open_judge(options)
     suites = options.suite or ()
     tasks = open_tasks(with_members(options.tasks or (), suites), options.rule or (),
                        options.max_records, options.video_frames, options.thoughts or "auto")
@@ -147,39 +130,10 @@ def _evaluate(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
                     [suite.partition("=")[0] for suite in suites])
 
 
-def _judge(options: EvaluateOptions) -> Judge | None:
-    if options.judge_url is None:
-        options.refuse(_JUDGE, "goes with --judge-url")
-        return None
-    from taid_vlm.benchmarks.judge import open_judge
-
-    return open_judge(options.judge_url, options.judge_model, options.judge_key_env,
-                      options.timeout or TIMEOUT, options.batch_size, options.judge_prompt)
-
-
-def _candidates(options: EvaluateOptions) -> list[Candidate]:
-    if options.base_url is not None:
-        options.refuse(_LOCAL, "is up to the server that --base-url names")
-    else:
-        options.refuse(_SERVED, "goes with --base-url")
-        if options.judge_url is None:
-            options.refuse(("timeout",), "goes with --base-url or --judge-url")
-
-    from taid_vlm.benchmarks.candidates import parse_candidates, parse_served
-    from taid_vlm.config.model import ModelSpec
-
-    if options.base_url is not None:
-        timeout = TIMEOUT if options.timeout is None else options.timeout
-        return parse_served(options.model, options.base_url, options.api_key_env, timeout)
-    return parse_candidates(options.model, ModelSpec(
-        model_name_or_path="", dtype=options.dtype, chat_template=options.chat_template,
-        processor_kwargs=options.processor_kwargs or {}), options.chat_template_kwargs)
-
-
 def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """lm-eval's own tasks, by lm-eval."""
     options.refuse(("rule", "thoughts", *_ASKING, "base_url", "video_frames", "suite", "judge_url",
-                    *_JUDGE),
+                    *JUDGE),
                    "is for this package's own benchmarks; leave it out with --harness")
     if not options.apply_chat_template:
         options.refuse(("chat_template_kwargs",), "goes with --apply-chat-template")
@@ -187,7 +141,7 @@ def _with_harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     from taid_vlm.config.model import ModelSpec
     from taid_vlm.runs.folders import locked
 
-    candidates, output = _candidates(options), options.output_dir.expanduser()
+    candidates, output = open_candidates(options, options.model), options.output_dir.expanduser()
     named = [text.partition("=") for text in options.tasks or ()]
     results = {}
     for candidate in candidates:

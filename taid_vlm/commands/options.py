@@ -15,17 +15,17 @@ from taid_vlm.errors import TaidError, nearest
 
 def option(
     description: str | None = None, metavar: str | None = None, default: Any = None, *,
-    positional: bool = False, many: bool = False,
+    positional: bool = False, many: bool = False, also: str | None = None,
 ) -> Any:
     """A field, and how it stands on the command line.
 
     Args:
         description: the help. metavar: what stands there for its value.
         default: `...` where there is none, and a value has to be given.
-        positional: it has no --name. many: several values stand behind it.
+        positional: it has no --name. many: several values stand behind it. also: another name.
     """
     return Field(default, description=description, json_schema_extra={
-        "metavar": metavar, "positional": positional, "many": many})
+        "metavar": metavar, "positional": positional, "many": many, "also": also})
 
 
 def positional(description: str, metavar: str | None = None, **how: Any) -> Any:
@@ -47,6 +47,14 @@ class Options(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise TaidError(self._mistake(error.errors()[0])) from None
+
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of `names` that are not None."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        for name in self.given(names):
+            raise TaidError(f"{flag(name)} {why}.")
 
     @classmethod
     def _mistake(cls, error: Any) -> str:

@@ -78,5 +78,6 @@ def add_options(parser: Parser, model: Any) -> Parser:
         if how["many"]:
             keywords["nargs"] = "*" if how["positional"] and not required else "+"
             keywords["action"] = "extend"
-        group.add_argument(name if how["positional"] else flag(name), **keywords)
+        names = [name] if how["positional"] else [*filter(None, (flag(name), how["also"]))]
+        group.add_argument(*names, **keywords)
     return parser

@@ -77,6 +77,15 @@ class OwnArguments(Section):
         max_length (tokens): Longest row after image expansion; left out, each model's own limit.
             Longer conversations are left out, longer texts cut.
         padding_side: Of both models' inputs in training.
+        tokens_per_batch (tokens): The size of a micro-batch on each device, in place of
+            per_device_train_batch_size: records of like lengths, drawn from shuffled windows, as
+            many as fit. For the model that is shown more, after image expansion, it bounds rows
+            times the longest row, and the sum of all rows with packing. A longer record is a batch
+            of its own. An optimizer step is gradient_accumulation_steps of them on each device.
+        packing: The records of a micro-batch in one row for each model, without padding; refused
+            for models in which they would mix (a convolution, linear attention). For flash
+            attention: any other computes all pairs of a row's tokens, which takes longer than the
+            padding that tokens_per_batch leaves.
         loss_implementation: fused never has all logits in memory; auto takes it where it gives the
             same as reference, which is checked at the first batch.
         loss_memory_budget (bytes): What the fused loss may take for logits and their gradient.
@@ -101,6 +110,8 @@ class OwnArguments(Section):
     supervise: Literal["answers", "all"] = "answers"
     max_length: AtLeastTwo | None = None
     padding_side: Literal["left", "right"] = "right"
+    tokens_per_batch: AtLeast16 | None = None
+    packing: bool = False
     loss_implementation: Literal["auto", "fused", "reference"] = "auto"
     loss_memory_budget: Positive = MEMORY_BUDGET
     max_nonfinite_steps: Positive = 10
@@ -200,6 +211,14 @@ class TrainSpec(OwnArguments):
             if key in WITHOUT_EFFECT:
                 raise ValueError(f".{key} has no effect on a distillation; take it out.")
         return value
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        key = "per_device_train_batch_size"
+        if self.tokens_per_batch and key in self.model_fields_set:
+            raise ValueError(f".{key} = {self.per_device_train_batch_size} has no effect beside "
+                             f"tokens_per_batch = {self.tokens_per_batch}: take out one of them.")
+        return self
 
     @model_validator(mode="after")
     def _some_steps(self) -> Self:

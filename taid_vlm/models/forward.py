@@ -50,10 +50,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _accepted(kind: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `kind`'s forward names of a processor's inputs, and no cache."""
+    """What `kind`'s forward names of a processor's inputs, and no cache: with one, records in one
+    row are not told apart, and so it is said to forwards that only pass it on, too."""
     names = forward_names(kind)
     accepted: dict[str, Any] = {key: value for key, value in inputs.items() if key in names}
-    return {**accepted, "use_cache": False} if "use_cache" in names else accepted
+    packed = "position_ids" in inputs and inputs.get("attention_mask") is None
+    return {**accepted, "use_cache": False} if packed or "use_cache" in names else accepted
 
 
 class Answered(NamedTuple):

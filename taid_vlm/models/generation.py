@@ -120,9 +120,7 @@ def generate_batch(
             refuses or that leaves no room in the context.
     """
     inputs = prompt_inputs(adapter, questions)
-    longest = int(inputs["attention_mask"].sum(-1).max()) + max_new_tokens
-    if context is not None and longest > context:
-        raise SampleDropped("longer than the model's context", f"{longest} tokens of {context}")
+    check_room(inputs, max_new_tokens, context)
     continued = continue_prompts(model, adapter, inputs, questions,
                                  max_new_tokens=max_new_tokens, sampling=sampling)
     decoded = _decoded(adapter.tokenizer, [each.ids for each in continued], keep)
@@ -141,6 +139,13 @@ def _decoded(tokenizer: Any, rows: list[list[int]], keep: Collection[str]) -> li
         return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
     special -= kept
     return list(tokenizer.batch_decode([[i for i in row if i not in special] for row in rows]))
+
+
+def check_room(inputs: Mapping[str, Tensor], max_new_tokens: int, context: int | None) -> None:
+    """Raise SampleDropped where questions leave no room for their answers in the context."""
+    longest = int(inputs["attention_mask"].sum(-1).max()) + max_new_tokens
+    if context is not None and longest > context:
+        raise SampleDropped("longer than the model's context", f"{longest} tokens of {context}")
 
 
 def prompt_inputs(adapter: ModelAdapter, questions: Sequence[Question]) -> dict[str, Tensor]:

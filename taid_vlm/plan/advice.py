@@ -166,6 +166,11 @@ def _smaller_losses(recipe: Recipe) -> Iterator[Change]:
 
 def _smaller_batches(recipe: Recipe) -> Iterator[Change]:
     """Every smaller batch that leaves the records per optimizer step as they are."""
+    if budget := recipe.train.get("tokens_per_batch"):
+        for half in (int(budget) // 2, int(budget) // 4):
+            yield Change(f"micro-batches of {half} tokens", (f"train.tokens_per_batch={half}",),
+                         "smaller steps")
+        return
     size = int(recipe.train.get("per_device_train_batch_size", 8))
     steps = int(recipe.train.get("gradient_accumulation_steps", 1))
     for smaller in (n for n in range(size - 1, 0, -1) if size % n == 0):

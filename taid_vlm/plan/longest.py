@@ -65,7 +65,8 @@ def longest_batch(trainer: DistillationTrainer, looked: Looked, size: int) -> tu
     many, the longest come more than once."""
     usable = looked.usable
     chosen = list(islice(cycle(usable) if looked.more else usable, size))
-    batch = trainer.data_collator([row for row, _ in chosen])
+    collate = trainer.data_collator if trainer.rollouts is None else trainer.rollouts.references
+    batch = collate([row for row, _ in chosen])
     roles = dict.fromkeys(role for _, one in usable for role in one.rows)
     return batch, Longest(
         len(chosen), looked.records, len(batch["labels"]),

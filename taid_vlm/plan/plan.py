@@ -47,6 +47,7 @@ from taid_vlm.teachers import (
 )
 from taid_vlm.teachers.protocol import Laws, Question
 from taid_vlm.teachers.several import each
+from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.pair import with_adapter
 from taid_vlm.training.trainer import DistillationTrainer
 
@@ -150,7 +151,7 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         trainer = _trainer(recipe, found, shapes, saved)
         looked = _looked(trainer, recipe, "train", found.train, seen)
         sides = [(looked, found.train)]
-        batch, lengths = longest_batch(trainer, looked, found.args.per_device_train_batch_size)
+        batch, lengths = longest_batch(trainer, looked, _rows(recipe, found.args, looked))
         phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes)}
         if _device(recipe) == "gpu":
             trainer._steps.clear()  # CUDA's allocator gives what the loss had to anything else
@@ -164,6 +165,14 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         phases = {name: _rounded(memory, saved) for name, memory in phases.items()}
         plan = _account(stage, processes, recipe, found, trainer, phases, lengths)
         return replace(plan, cache=cache_size(recipe, trainer, sides))
+
+
+def _rows(recipe: Recipe, args: DistillationConfig, looked: Looked) -> int:
+    """Records of a micro-batch: of one by tokens as many of the longest as it holds."""
+    if (budget := recipe.train.get("tokens_per_batch")) is None:
+        return args.per_device_train_batch_size
+    longest = max(len(row.ids) for _, one in looked.usable for row in one.rows.values())
+    return max(1, int(budget) // longest)
 
 
 def _looked(

@@ -85,12 +85,12 @@ def rehearse_training(trainer: DistillationTrainer, batch: Batch, shapes: Shapes
     handles = [p.register_post_accumulate_grad_hook(
         lambda p: ledger.relabel(p.grad, kinds.GRADIENTS)) for p in trained(trainer)]
     trainer.data_collator = lambda rows: batch
-    trainer.rollouts = None  # samples take a reference's place
+    rollouts, trainer.rollouts = trainer.rollouts, None  # samples take a reference's place
     try:
         with _watched(ledger, trainer), shapes, ledger, contextlib.suppress(_Finished):
             trainer.train()
     finally:
-        trainer.data_collator = collate
+        trainer.data_collator, trainer.rollouts = collate, rollouts
         for handle in handles:
             handle.remove()
     return Memory(ledger.at_peak, ledger.most)

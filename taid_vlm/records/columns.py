@@ -1,6 +1,7 @@
 """Rows as users have them, brought to the columns that a record is read from.
 
 Read besides those columns, where none of them is there:
+- `conversation`, as `messages` or `conversations` (Mantis, LMSYS);
 - `query` and `response`, with `history` ([[question, answer], ...]) before them;
 - `instruction`, with `input` or `context` in a line below it, and `output` or `response`;
 - `question` and `answer`, where nothing stands beside them that belongs to the question.
@@ -70,6 +71,8 @@ def read_columns(row: Mapping[Any, Any], source: str) -> Row:
                for key, value in row.items() if not _absent(value)}
     if "__key__" in columns:
         columns = _sample(columns)
+    if _is_chat(columns.get("conversation")) and not any(name in columns for name in CHAT_COLUMNS):
+        columns["messages"] = columns.pop("conversation")
     for name in ("messages", "conversations", "image", "images", "video", "videos", "categories"):
         if name in columns:
             columns[name] = _listed(columns[name], name, source)
@@ -83,6 +86,20 @@ def read_columns(row: Mapping[Any, Any], source: str) -> Row:
     if not any(name in columns for name in CHAT_COLUMNS):
         columns = _conversation(columns, source)
     return Row(columns)
+
+
+def _is_chat(value: Any) -> bool:
+    return bool(_JSON_CHAT.match(value)) if isinstance(value, str) else value is not None
+
+
+def as_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row; one that has a question alone, with an answer that is empty."""
+    there = {name for name, value in row.items() if not _absent(value)}
+    pairs = [pair for pair in (("prompt", "completion"), *PAIRS) if pair[0] in there]
+    if {"messages", "conversations", "conversation", "completion"} & there or not pairs or any(
+            {*pair} <= there for pair in pairs):
+        return row
+    return {**row, pairs[0][1]: ""}
 
 
 def _name(key: Any) -> str:

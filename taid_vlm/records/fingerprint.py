@@ -15,10 +15,14 @@ from taid_vlm.records.videos import VideoRef
 
 def fingerprint(records: Sequence[Any]) -> str:
     """First 16 hex digits of the SHA-256 of all texts, roles, categories and images, in order."""
-    return sha256(map(_of_record, first_rows(records))).hex()[:SHORT]
+    return sha256(map(record_hash, first_rows(records))).hex()[:SHORT]
 
 
-def _of_record(record: Record | Malformed) -> bytes:
+def record_hash(
+    record: Record | Malformed, of_file: Callable[[Path], bytes] | None = None
+) -> bytes:
+    """Of one record; `of_file` says it of an image's path."""
+    of_file = of_file or _of_file
     if isinstance(record, Malformed):
         return b"malformed"
     messages = [(message.role, message.parts) for message in record.messages]
@@ -26,7 +30,7 @@ def _of_record(record: Record | Malformed) -> bytes:
     plain = all(each == (1.0, None, (), None, None) for each in more) and not record.tools
     texts = repr((messages, record.text, record.categories,
                   *(() if plain else (more, record.tools)))).encode()
-    return sha256([texts, *(image_hash(image, _of_file) for image in record.images)])
+    return sha256([texts, *(image_hash(image, of_file) for image in record.images)])
 
 
 def image_hash(image: ImageRef, of_file: Callable[[Path], bytes]) -> bytes:

@@ -76,6 +76,15 @@ class ImageRef:
             raise SampleDropped(TOO_LARGE if large else UNREADABLE,
                                 f"{self.source}: {message:.400}") from None
 
+    def size(self) -> tuple[int, int]:
+        """Width and height as its header says, which may lie on its side; raises anything."""
+        stored = self.stored()
+        image = _opened(stored)
+        width, height = image.size
+        if image is not stored:
+            image.close()
+        return width, height
+
     def as_file(self) -> tuple[str, bytes]:
         """MIME type and bytes of a file in which a decoder finds what `load` gives: its own file
         where that is so, otherwise (transparency, 16 bits, EXIF's directions ...) a PNG; raises as

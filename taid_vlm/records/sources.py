@@ -18,7 +18,7 @@ import torch.utils.data
 from taid_vlm.config.data import COMPRESSED, FILE_TYPES, DataSource, exists, matches
 from taid_vlm.errors import RecordError, SampleDropped, TaidError, nearest, nearest_sibling
 from taid_vlm.io.jsonl import JsonLines
-from taid_vlm.records.columns import absent_column
+from taid_vlm.records.columns import absent_column, as_prompt
 from taid_vlm.records.files import Joined, Located, Part, Stream, file_rows, kind_of
 from taid_vlm.records.images import MAX_PIXELS, ImageRef
 from taid_vlm.records.record import Malformed, Record, attempt, first_rows, parse_record
@@ -34,8 +34,11 @@ class _Source:
     """How the rows of one source become records.
 
     has_images: known once the first rows have been checked. unread: how many of the `probed` first
-    rows have a column that nothing reads. origin: its name among several sources.
+    rows have a column that nothing reads. origin: its name among several sources. prompts: whether
+    rows may lack their answers.
     """
+
+    prompts = False
 
     def __init__(self, rows: Any, source: DataSource, label: str, root: Path | None) -> None:
         self.rows, self.label, self.root = rows, label, root
@@ -52,8 +55,9 @@ class _Source:
         if self._absent:
             self._absent -= row.keys()
         try:
-            record = parse_record(
-                _with_columns(row, self.columns), where, root, self.max_pixels, self.video)
+            columns = _with_columns(row, self.columns)
+            record = parse_record(as_prompt(columns) if self.prompts else columns, where, root,
+                                  self.max_pixels, self.video)
         except RecordError:
             absent = absent_column(row, self._named, where)
             if absent:
@@ -155,12 +159,14 @@ def _of(origin: str, row: Record | Malformed) -> Record | Malformed:
     return replace(row, origin=origin) if origin and row.origin != origin else row
 
 
-def open_records(source: DataSource | str, base: Path | None = None) -> Records | StreamedRecords:
+def open_records(source: DataSource | str, base: Path | None = None, prompts: bool = False
+                 ) -> Records | StreamedRecords:
     """Open a source and check it.
 
     Args:
         source: a DataSource, or just its path.
         base: folder that a relative path starts from (default: the working directory).
+        prompts: rows may lack their answers, which are to be written.
 
     Raises:
         TaidError: nothing there, or nothing that could be read.
@@ -168,6 +174,7 @@ def open_records(source: DataSource | str, base: Path | None = None) -> Records 
     """
     source = DataSource(path=source) if isinstance(source, str) else source
     records = _open(source, base)
+    records.prompts = prompts
     _check(records, source)
     return records
 

@@ -26,6 +26,7 @@ from taid_vlm.objectives import parse_objective
 from taid_vlm.records import AnyRecords, Record, StreamedRecords, open_sources, parts_of
 from taid_vlm.records.record import TEACHER
 from taid_vlm.teachers import TeacherCache
+from taid_vlm.training.budget import check_budget
 from taid_vlm.training.config import DistillationConfig, training_arguments
 from taid_vlm.training.early import check_files, refuse_early
 from taid_vlm.training.intake import named_unread
@@ -81,6 +82,8 @@ def gather(recipe: Recipe) -> Ingredients:
         recipe.data.sources("eval"), recipe.start_of, "data.eval", weighted=False)
     if isinstance(train, StreamedRecords) and args.max_steps <= 0:
         raise TaidError("data.train is streamed, so its length is not known: set train.max_steps.")
+    if args.tokens_per_batch is not None:
+        check_budget(train)
     if args.window is not None and args.max_steps <= 0:
         raise TaidError("train.window makes a stream of the data, so the length of an epoch is not "
                         "known: set train.max_steps.")

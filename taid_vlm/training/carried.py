@@ -48,13 +48,28 @@ class ScheduleCallback(TrainerCallback, ExportableState):
             trainer.answer_tokens = saved["attributes"].get("answer_tokens", 0)
             trainer.guard.load_state_dict(saved["attributes"].get("guard", {}))
             trainer.intake.rows = Counter(saved["attributes"].get("rows", {}))
+            if trainer.budget is not None and not args.ignore_data_skip:
+                trainer.budget.go_on(saved["attributes"].get("batches"),
+                                     state.global_step * args.gradient_accumulation_steps)
             if trainer.schedule is not None:
                 trainer.schedule.load_state_dict(saved["attributes"]["schedule"])
+        if trainer.schedule is not None and state.is_world_process_zero:
+            # a loss that rises beside a KL that falls is no mistake
+            logger.info("TAID's loss is against a target that moves with t, so it may rise while "
+                        "the student learns; what is comparable between log lines is kl.")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.finish_step()
+        if (budget := self.trainer.budget) is not None:
+            before = budget.passed((state.global_step - 1) * args.gradient_accumulation_steps)
+            state.epoch = budget.passed(state.global_step * args.gradient_accumulation_steps)
+            if int(state.epoch) > int(before) and state.global_step < state.max_steps:
+                # Trainer knows of one endless pass alone, and of its end
+                control.should_evaluate |= args.eval_strategy == "epoch"
+                control.should_save |= args.save_strategy == "epoch"
+                control.should_log |= args.logging_strategy == "epoch"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,9 +90,10 @@ class ScheduleCallback(TrainerCallback, ExportableState):
                            "loss.", schedule.state.skipped)
 
     def state(self) -> dict[str, Any]:
-        schedule = self.trainer.schedule
+        schedule, budget = self.trainer.schedule, self.trainer.budget
         saved = None if schedule is None else schedule.state_dict()
         return {"args": {}, "attributes": {"answer_tokens": self.trainer.answer_tokens,
                                            "guard": self.trainer.guard.state_dict(),
                                            "rows": dict(self.trainer.intake.rows),
+                                           **({"batches": budget.state_dict()} if budget else {}),
                                            **({"schedule": saved} if saved else {})}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,12 @@ from taid_vlm.evaluation.held_out import DIRECTIONS
 from taid_vlm.objectives import parse_objective
 from taid_vlm.teachers.cache import template_kwargs
 
+logger = logging.getLogger(__name__)
+
+# what says how records are put into batches where tokens_per_batch does not
+INSTEAD = ("per_device_train_batch_size", "train_sampling_strategy", "dataloader_drop_last",
+           "window")
+
 
 @dataclass
 class DistillationConfig(TrainingArguments):
@@ -29,6 +36,10 @@ class DistillationConfig(TrainingArguments):
         supervise: "answers" (the assistant's texts) or "all".
         max_length: tokens per row after image expansion; None takes each model's own limit.
         padding_side: of both models' inputs in training.
+        tokens_per_batch: the size of a micro-batch in tokens, in place of
+            `per_device_train_batch_size` (`taid_vlm.training.budget`).
+        packing: the records of a micro-batch in one row for each model, without padding
+            (`taid_vlm.training.packing`).
         canary_records: records with images at which every evaluation asks whether the models look
             (`taid_vlm.evaluation.canary`); 0 asks nothing.
         loss_implementation: "fused" (never all logits in memory), "reference", or "auto": fused
@@ -57,6 +68,8 @@ class DistillationConfig(TrainingArguments):
     supervise: str = field(default="answers")
     max_length: int | None = field(default=None)
     padding_side: str = field(default="right")
+    tokens_per_batch: int | None = field(default=None)
+    packing: bool = field(default=False)
     canary_records: int = field(default=64)
     loss_implementation: str = field(default="auto")
     loss_memory_budget: int = field(default=MEMORY_BUDGET)
@@ -85,7 +98,21 @@ class DistillationConfig(TrainingArguments):
         own = {key: getattr(self, key) for key in _OwnArguments.model_fields}
         for key, value in check(_OwnArguments, own):
             setattr(self, key, value)
-        parse_objective(self.objective)
+        self._check_batches()
+
+    def _check_batches(self) -> None:
+        """Raise TaidError for what has no effect, or cannot work, beside a batch's tokens."""
+        if parse_objective(self.objective).on_policy:
+            for key in ("tokens_per_batch", "packing"):
+                if value := getattr(self, key):
+                    raise TaidError(f"train.{key} = {value} cannot work with objective.on_policy: "
+                                    "the lengths of sampled answers are not known ahead.")
+        kinds = DistillationConfig.__dataclass_fields__
+        for key in INSTEAD if self.tokens_per_batch else ():
+            if getattr(self, key) != kinds[key].default:
+                raise TaidError(f"train.{key} = {getattr(self, key)!r} has no effect beside "
+                                f"train.tokens_per_batch = {self.tokens_per_batch}, which says "
+                                "which records a batch has: take out one of them.")
 
     def without_secrets(self) -> DistillationConfig:
         """For when the models are loaded: checkpoints and trackers write the arguments down."""
@@ -97,6 +124,12 @@ class DistillationConfig(TrainingArguments):
         for key in keys:
             setattr(other, key, shown[key])
         return other
+
+    def use_one_gpu(self) -> None:
+        """Transformers would copy the model onto all GPUs that one process sees."""
+        if self.n_gpu > 1:
+            logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
+            self._n_gpu = 1
 
     @property
     def is_zero3(self) -> bool:

@@ -24,6 +24,7 @@ from taid_vlm.objectives import parse_objective
 from taid_vlm.teachers.placement import check_sharding
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.on_policy import check_on_policy
+from taid_vlm.training.packing import check_packable
 from taid_vlm.training.pair import with_adapter
 
 SAMPLING = ("random", "sequential")
@@ -58,6 +59,7 @@ def refuse_early(args: DistillationConfig, recipe: Recipe, adapter: Any = None) 
     _check_zero(args)
     if parse_objective(args.objective).on_policy is not None:
         check_on_policy(args)
+    _check_packing(args, recipe)
     if recipe.teacher is not None:
         _check_teacher(args, recipe.teacher)
 
@@ -238,6 +240,19 @@ def _check_student(args: DistillationConfig, recipe: Recipe, adapter: Any) -> No
                        f"is nothing that {type(skeleton).__name__} can do.")
     if adapter is not None:
         with_adapter(skeleton, adapter, on_meta=True)
+
+
+def _check_packing(args: DistillationConfig, recipe: Recipe) -> None:
+    """Refuse models of which it is known that they would mix the records of a row."""
+    computing = {key: spec for key, spec in recipe.teacher_specs.items()
+                 if spec.cache is None and spec.server is None}
+    models: dict[str, Any] = {"student": recipe.student, **computing} if args.packing else {}
+    for role, spec in models.items():
+        try:
+            skeleton = load_skeleton(spec, role)
+        except TaidError:  # its first batch will tell
+            continue
+        check_packable(skeleton, role)
 
 
 def _check_zero(args: DistillationConfig) -> None:

@@ -24,6 +24,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from taid_vlm.adapters import Continuation, ModelAdapter
+from taid_vlm.adapters.continued import repeating
 from taid_vlm.batch.collator import Batch
 from taid_vlm.config.objective import OnPolicy
 from taid_vlm.errors import RecordError, SampleDropped, TaidError
@@ -57,8 +58,6 @@ ASKED, SAMPLED, REUSED, STALE = "asked", "sampled", "reused", "stale"
 CUT, REPEATING, UNUSED, TOKENS, ROWS = "cut", "repeating", "unused", "tokens", "rows"
 NO_ROOM = "no room for an answer"
 WATCHED, COLLAPSED = 64, 0.75  # of so many answers in a row, the share that makes a collapse
-CYCLE, REPEATED = 8, 24  # an answer repeats itself if the last so many (second) tokens are copies
-# of at most so many (first)
 
 
 class Rows:
@@ -448,11 +447,6 @@ def without_sync(accelerator: Accelerator, model: Any) -> Iterator[None]:
         accelerator.gradient_state._set_sync_gradients(last)
 
 
-def repeating(ids: Sequence[int]) -> bool:
-    """Whether an answer ends in copies of a few tokens."""
-    last = list(ids[-REPEATED:])
-    return len(last) == REPEATED and any(
-        last[cycle:] == last[:-cycle] for cycle in range(1, CYCLE + 1))
 
 
 def _unused(counts: Mapping[str, int]) -> dict[str, int]:

@@ -27,6 +27,7 @@ from taid_vlm.batch.collator import Batch
 from taid_vlm.errors import TaidError
 from taid_vlm.models.experts import balance_weight, chosen_experts, routers_of
 from taid_vlm.models.forward import unwrap
+from taid_vlm.models.packing import fed_tokens
 
 ROUTER, LOAD_FILE = "router", "router_load.safetensors"
 
@@ -98,7 +99,7 @@ class RouterTerm:
         """The term per token of the batch last watched, [tokens without padding], unweighted."""
         if not self.weight:
             return None
-        mask = batch["student_inputs"]["attention_mask"].reshape(-1).bool()
+        mask = fed_tokens(batch["student_inputs"]).reshape(-1).bool()
         layers = [self._seen[layer].reshape(len(mask), -1) for layer in range(len(self.routers))]
         self._seen.clear()
         if torch.is_grad_enabled() and not layers[0].requires_grad:

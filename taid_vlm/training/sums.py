@@ -11,6 +11,7 @@ from torch import Tensor
 from taid_vlm.batch.collator import Batch
 from taid_vlm.batch.figures import Measured
 from taid_vlm.batch.losses import by_weight, compared_tokens, weight_sum
+from taid_vlm.models.packing import fed_tokens
 from taid_vlm.training.loss import StepLoss
 
 
@@ -55,7 +56,7 @@ def step_counts(batch: Batch) -> Tensor:
     """What the answer tokens count; images and tokens fed to the student, without padding, of the
     references."""
     images, fed = torch.stack(
-        [batch["images"].sum(), batch["student_inputs"]["attention_mask"].sum()]).tolist()
+        [batch["images"].sum(), fed_tokens(batch["student_inputs"]).sum()]).tolist()
     own = weight_sum(batch["sampled"]) if "sampled" in batch else 0.0
     return torch.tensor([weight_sum(batch) + own, images, fed], dtype=torch.float64)
 

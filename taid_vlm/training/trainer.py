@@ -8,7 +8,6 @@ the mean over those same tokens; evaluation moves nothing; a resumed run goes on
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -40,12 +39,14 @@ from taid_vlm.models.parts import TrainedParts
 from taid_vlm.models.published import use_published_names
 from taid_vlm.objectives import TaidSchedule, parse_objective
 from taid_vlm.teachers import ServedTeacher, TeacherCache, TeacherInStudent, Teachers
+from taid_vlm.training.budget import BudgetBatches
 from taid_vlm.training.carried import ScheduleCallback, gone_on_from
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.intake import Intake, prepared, windowed
 from taid_vlm.training.loss import Step, StepLoss
 from taid_vlm.training.on_policy import NOT_LEARNED, OWN, SAMPLED, Rollouts, Rows, without_sync
+from taid_vlm.training.packing import Packing
 from taid_vlm.training.pair import resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
 from taid_vlm.training.served import (
@@ -66,8 +67,6 @@ from taid_vlm.training.several import (
 from taid_vlm.training.sums import figure_sums, on_policy_figures, step_counts, token_sums
 from taid_vlm.training.visual import VisualTerms
 from taid_vlm.training.window import Window
-
-logger = logging.getLogger(__name__)
 
 EMPTY_STEPS = 20  # optimizer steps without one usable record, after which a run gives up
 
@@ -128,7 +127,7 @@ class DistillationTrainer(Trainer):
         if isinstance(teacher, TeacherInStudent):
             teacher.enter(student)
         self.parts = TrainedParts(student, args)
-        _use_one_gpu(args)
+        args.use_one_gpu()
         batches, sampling = training_collator(
             collator, self.objective, student, teacher), self.objective.on_policy
         samples: Any = sampling and training_collator(
@@ -158,6 +157,8 @@ class DistillationTrainer(Trainer):
     def _begin(self, train_dataset: Any) -> None:
         """What is counted and carried from step to step."""
         args = self.args
+        self.budget = BudgetBatches.of(self.train_dataset, self.collator, args, self.accelerator)
+        self.packing = Packing(args.packing, self.accelerator)
         self.schedule: TaidSchedule | None = None
         self.dropped: Counter[str] = Counter()  # records left out, by reason
         self.notes: Counter[str] = Counter()  # what of the records has no effect
@@ -167,7 +168,6 @@ class DistillationTrainer(Trainer):
         self._ready: dict[str, list[bool]] = {}  # whether all processes have tokens, by micro-batch
         self._step_counts: list[Tensor] = []  # of the optimizer step: images, tokens it is fed
         self._empty_steps = 0
-        self._said = False
         self.answer_tokens = 0  # trained on so far, over all processes
         self._window = Window()
         self.recipe: Mapping[str, Any] | None = None  # what checkpoints say they were written with
@@ -187,6 +187,9 @@ class DistillationTrainer(Trainer):
 
     # ----- the step -------------------------------------------------------------------------
 
+    def get_train_dataloader(self) -> Any:
+        return super().get_train_dataloader() if self.budget is None else self.budget.loader(self)
+
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -205,6 +208,7 @@ class DistillationTrainer(Trainer):
         """This micro-batch's share of the mean over all answer tokens of the optimizer step, of
         the visual terms' mean over all of its images, and of the router's over all it is fed."""
         t, shown = self.schedule.t if self.schedule else None, self._logs_this_step()
+        inputs = self.packing(inputs, model, self.teacher)
         if inputs.get(OWN):
             found = self._loss_step(inputs, SAMPLED)(model, self.teacher, inputs, t, shown)
             self._remember(inputs, found, {}, SAMPLED)
@@ -324,7 +328,6 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self._say_what_falls()
             self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)  # Trainer subtracts, which keeps a NaN
             figures = self._window.take()
             lead = {key: figures[key] for key in ("kl",) if key in figures}
@@ -337,13 +340,6 @@ class DistillationTrainer(Trainer):
             if self.guard.skipped:
                 logs["skipped_steps"] = self.guard.skipped.total()
         super().log(logs, start_time)
-
-    def _say_what_falls(self) -> None:
-        """Once in a run with TAID: a loss that rises beside a KL that falls is no mistake."""
-        if self.schedule is not None and not self._said and self.is_world_process_zero():
-            logger.info("TAID's loss is against a target that moves with t, so it may rise while "
-                        "the student learns; what is comparable between log lines is kl.")
-        self._said = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         optimizer = self.parts.split_groups(super().create_optimizer(model), model or self.model)
@@ -492,9 +488,3 @@ class DistillationTrainer(Trainer):
                             f"kept: {error}") from error
         finally:
             self.args.save_total_limit = kept
-
-
-def _use_one_gpu(args: DistillationConfig) -> None:
-    if args.n_gpu > 1:
-        logger.warning("Using one GPU; start with `accelerate launch` to use all of them.")
-        args._n_gpu = 1

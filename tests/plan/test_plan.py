@@ -337,3 +337,16 @@ def test_no_usable_record(tmp_path: Path, checkpoints: Checkpoints) -> None:
     tree = small(tmp_path, checkpoints, max_length=4)
     with pytest.raises(TaidError, match="can be used"):
         plan_recipe(parse_recipe(tree))
+
+
+def test_a_batch_by_tokens_is_as_many_of_the_longest_as_it_holds(
+    tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    by_rows = small(tmp_path, checkpoints, per_device_train_batch_size=3)
+    rows = plan_recipe(parse_recipe(by_rows))[0]
+    longest = max(rows.batch.tokens.values())
+    by_tokens = small(tmp_path, checkpoints, tokens_per_batch=3 * longest + 1, packing=True)
+    del by_tokens["train"]["per_device_train_batch_size"]
+    found = plan_recipe(parse_recipe(by_tokens))[0]
+    assert found.batch.rows == 3
+    assert sizes(found) == sizes(rows)

@@ -51,8 +51,9 @@ def test_a_shipped_recipe_is_planned(
     served = recipe.teacher is not None and recipe.teacher.server is not None
     for plan in plans:
         parts = {part.name for part in plan.components}
-        assert (kinds.TEACHER in parts) != served and kinds.STUDENT in parts
-        assert (plan.cache is None) == (served or recipe.teachers is not None)
+        alone = not recipe.teacher_specs  # sequence-level: its teacher has written the data
+        assert (kinds.TEACHER in parts) != (served or alone) and kinds.STUDENT in parts
+        assert (plan.cache is None) == (served or alone or recipe.teachers is not None)
         assert plan.device == "gpu" and plan.peak > 0
 
 

@@ -146,3 +146,14 @@ def test_a_row_of_a_table_with_too_many_cells(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion\na,b\nc,d,e\n")
     with pytest.raises(RecordError, match=r"^a\.csv\[1\]: more cells than the header has names"):
         open_records(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_conversation_is_read_as_messages(keys: tuple[str, str], as_text: bool) -> None:
+    """As Mantis calls it; a text beside a prompt is none."""
+    said = [dict(zip(keys, turn, strict=True)) for turn in (("user", "a"), ("assistant", "b"))]
+    row = {"conversation": json.dumps(said) if as_text else said, "options": []}
+    assert parse_record(row, "row 0") == parse_record({"messages": said}, "row 0")
+    other = {"prompt": "a", "completion": "b", "conversation": said}
+    assert parse_record(other, "row 0").unread == ("conversation",)

@@ -1,0 +1,1 @@
+"""Answers of a model, written as records to train on."""
