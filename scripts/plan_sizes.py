@@ -69,6 +69,13 @@ QWEN25_VL = {
 TOWER = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "patch_size": 14,
          "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
          "fullatt_block_indexes": [7, 15, 23, 31]}
+ONEVISION = {  # Qwen2 under SigLIP so400m
+    "llava-onevision-qwen2-0.5b-ov-hf": sizes(896, 4864, 24, 14, 2, True, vocab_size=152_000),
+    "llava-onevision-qwen2-7b-ov-hf": sizes(3584, 18944, 28, 28, 4, vocab_size=152_128),
+}
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26,
+          "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+          "vision_use_head": False}
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -86,6 +93,15 @@ CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "8 x 80 GB": ("qwen2.5_vl_72b_to_3b_8x80gb", 4, ()),
     "64 x 80 GB": ("qwen3_235b_a22b_to_4b_64x80gb", 32, ()),
     "7B to 3B pictures": ("qwen2.5_vl_7b_to_3b", 1, ()),
+    "7B to 0.5B": ("llava_onevision_7b_to_0.5b", 1, ()),
+    "7B to 0.5B by LoRA": ("llava_onevision_7b_to_0.5b", 1, (
+        "student.peft={r: 64, lora_alpha: 64, target_modules: all-linear}",
+        "student.dtype=bfloat16", "train.per_device_train_batch_size=1",
+        "train.per_device_eval_batch_size=1")),
+    "7B in 4 bits to 0.5B": ("llava_onevision_7b_to_0.5b", 1, (
+        "teacher.quantization=4bit", "train.per_device_train_batch_size=1",
+        "train.per_device_eval_batch_size=1")),
+    "7B to 0.5B on 8": ("llava_onevision_7b_to_0.5b", 8, ()),
     "72B live": ("qwen2.5_vl_72b_to_3b_8x80gb", 1, (
         "teacher={model_name_or_path: Qwen/Qwen2.5-VL-72B-Instruct, dtype: bfloat16}",)),
     "235B-A22B live": ("qwen3_235b_a22b_to_4b_64x80gb", 1, (
@@ -142,6 +158,21 @@ def write_models(tokenizer: Path, folder: Path) -> None:
         _save(config, processor, folder / name)
 
 
+    for name, values in ONEVISION.items():
+        config = hf.LlavaOnevisionConfig(
+            text_config={**values, "model_type": "qwen2"}, dtype="bfloat16",
+            vision_config={**SIGLIP, "model_type": "siglip_vision_model"},
+            image_token_id=token("image_pad"), video_token_id=token("video_pad"),
+            tie_word_embeddings=values["tie_word_embeddings"],
+            architectures=["LlavaOnevisionForConditionalGeneration"])
+        processor = hf.LlavaOnevisionProcessor(
+            hf.LlavaOnevisionImageProcessor(), text, hf.LlavaOnevisionVideoProcessor(),
+            num_image_tokens=729, vision_feature_select_strategy="full",
+            chat_template=TEMPLATE.replace("<|vision_start|>", "").replace("<|vision_end|>", ""),
+            image_token="<|image_pad|>", video_token="<|video_pad|>")
+        _save(config, processor, folder / name)
+
+
 def _save(config: Any, processor: Any, folder: Path) -> None:
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -178,7 +209,7 @@ def plan(name: str, folder: Path) -> dict[str, Any]:
     for place in models.values():
         if not place.is_dir():
             raise TaidError(f"{shipped}: the sizes of {place.name} are not known here.")
-    kind = "pictures" if "VL" in models["student"].name else "text"
+    kind = "text" if models["student"].name.startswith("Qwen3-") else "pictures"
     recipe = load_recipe(path, [
         *overrides, *(f"{role}.{keys[role]}={place}" for role, place in models.items()),
         f"data={{train: {folder / kind}.jsonl}}"])

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,29 @@ def _unexpected(error: Exception, options: Any) -> int:
     return 1
 
 
+class _Handler(logging.StreamHandler[Any]):
+    """Lines that do not run into a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        module = sys.modules.get("tqdm")  # without it there is no bar
+        with contextlib.nullcontext() if module is None else module.tqdm.external_write_mode(
+                file=self.stream):
+            super().emit(record)
+
+
 def _prepare() -> None:
-    handler = logging.StreamHandler()
+    """The main process says what it does; others, and libraries, say errors only."""
+    handler = _Handler()
     handler.setFormatter(_Formatter("%(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.getLogger("taid_vlm").setLevel(logging.INFO)
+    logging.basicConfig(handlers=[handler], level=logging.ERROR)
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("taid_vlm").setLevel(logging.INFO if main_process else logging.ERROR)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="(?!taid_vlm)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data-loader workers fork
+    if not (main_process and sys.stderr.isatty()):  # bars are for who looks at them
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 if __name__ == "__main__":

@@ -417,3 +417,46 @@ def test_json_is_strict() -> None:
     data = json.loads(as_json(report(section)))
     assert data["sections"][0]["tables"][0]["rows"][0]["values"]["acc"]["value"] is None
     assert data["sections"][0]["examples"][0]["image"].startswith("iVBOR")
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2."""
+    parts = (int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_every_colour_of_text_can_be_read(scheme: int) -> None:
+    """WCAG AA: 4.5 for text, 3 for what is drawn, on every ground that a page has."""
+    css = page.stylesheet()
+    colours = [re.findall(rf"--{name}: *(#[0-9a-f]{{6}})", css)[scheme] for name in (
+        "ink", "soft", "muted", "good", "bad", "s-taid")]
+    grounds = [re.findall(rf"--{name}: *(#[0-9a-f]{{6}})", css)[scheme] for name in (
+        "paper", "panel", "tint")]
+    worst = min((contrast(text, ground), text, ground) for text in colours for ground in grounds)
+    assert worst[0] >= 4.5, worst
+    for slot, pair in palette.SLOTS.items():
+        assert contrast(pair[scheme], grounds[0]) >= 2.9, slot
+    assert "opacity: 0.75" not in css  # of a small text, which the colours do not know of
+
+
+def test_no_head_of_a_table_is_empty() -> None:
+    html = render(report(Section("Figures", tables=[Table("t", [Column("kl", "KL")], [
+        Row("a", "main", {"kl": Figure(1.0)})])])))
+    heads = re.findall(r"<th[^>]*>(.*?)</th>", html, re.DOTALL)
+    assert heads and all(re.sub(r"<[^>]*>", "", head).strip() for head in heads)
+
+
+def test_a_pointer_reads_the_values_of_a_curve() -> None:
+    points = [(float(x), 1.0 / (x + 1)) for x in range(5)]
+    html = render(report(Section("Curves", curves=[
+        Curve("KL", "step", "nats", {"student": points, "held-out": points[-1:]})])))
+    for text in ("student: 1 at 0", "student: 0.3333 at 2", "held-out: 0.2 at 4",
+                 "student: last 0.2 at 4"):
+        assert html.count(f"<title>{text}</title>") == 1, text

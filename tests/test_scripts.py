@@ -160,3 +160,31 @@ def test_text_benchmarks_of_lm_eval_on_two_processes(tmp_path: Path) -> None:
         assert two["tasks"][task]["figures"] == entry["figures"]
     assert two["machine"]["processes"] == 2
     assert answers_of(tmp_path, "evaluate_llm.py", 1) == answers_of(tmp_path, "evaluate_llm.py", 2)
+
+
+def test_a_served_student_is_asked_with_a_picture(tmp_path: Path) -> None:
+    from benchmarks.serving import Body, completion, failure, serving
+
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"\x89PNG of a kind")
+    script = [sys.executable, str(ROOT / "scripts/ask_served.py"), "What is shown?"]
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*script, *words], capture_output=True, text=True, check=False)
+
+    with serving() as server:
+        url = server.url
+        server.reply = lambda body, _: completion("a red bar")
+        done = ask("--image", str(picture), "--url", url, "--model", "student")
+        assert (done.returncode, done.stdout) == (0, "a red bar\n"), done.stderr
+        body: Body = server.bodies[0]
+        assert body["model"] == "student" and body["temperature"] == 0
+        image, text = body["messages"][0]["content"]
+        assert image["image_url"]["url"].startswith("data:image/png;base64,iVBORyBvZiBh")
+        assert text == {"type": "text", "text": "What is shown?"}
+        server.reply = lambda body, _: failure(400, "too long")
+        done = ask("--url", url, "--model", "student")
+        assert done.returncode == 1 and "400" in done.stderr and "too long" in done.stderr
+    done = ask("--url", url, "--model", "student")
+    assert done.returncode == 1 and "cannot be asked" in done.stderr
+    assert ask("--image", str(tmp_path / "none.png")).returncode == 2

@@ -19,6 +19,7 @@ COMMANDS = {  # and what each is for
     "generate": "write a model's answers as records to train on",
     "export": "write benchmarks as tables for VLMEvalKit",
     "compare": "say which of several runs is best, by how much, and how sure that is",
+    "publish": "put a run's student, its card and figures into a folder or on the hub",
     "demo": "distil a VLM and a text LLM offline, in minutes",
     "schema": "print the JSON Schema of a recipe or a benchmark, for editors",
     "completion": "print what makes a shell complete commands and options",

@@ -64,10 +64,16 @@ def run(options: DistillOptions) -> None:
 
 
 def _closing(results: Results, output_dir: str) -> str:
+    from taid_vlm.evaluation.answers import FILE, read_answers
+    from taid_vlm.report.run import verdict
+
     before, after = results.eval.before, results.eval.after
     lines = []
     if before and after and "kl" in after.figures:
         first, last = before.figures, after.figures
+        answers = read_answers(Path(output_dir).expanduser() / FILE)
+        lines += [f"verdict       {text}" for text in verdict(
+            first["kl"], last["kl"], answers, results.history)]
         lines.append(f"held-out KL   {first['kl']:.4f} -> {last['kl']:.4f} nats per answer token "
                      f"(n = {after.n_tokens:,})")
         lines.append(f"agreement     {first['agreement']:.4f} -> {last['agreement']:.4f}")

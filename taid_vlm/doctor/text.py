@@ -18,6 +18,8 @@ SHOWN_ROWS = 24  # of the table of what is compared
 _PLAIN, _RED, _GREEN, _BLUE, _GREY = (f"\033[{code}m" for code in (0, 31, 32, 34, 90))
 _OUTCOMES = {"exact": "green", "shared": "green", "chunks": "yellow", "alone": "green",
              "refused": "red"}
+_LEGEND = {"aligned": "⟦compared token by token⟧", "chunk": "⟪compared|as one piece of text⟫",
+           "unaligned": "⟨of an answer, not compared⟩"}
 _MARKS = {"aligned": ("⟦", "⟧", _GREEN), "chunk": ("⟪", "⟫", _BLUE), "unaligned": ("⟨", "⟩", _RED)}
 
 
@@ -127,7 +129,11 @@ def _trace(record: Trace, paint: Paint) -> list[str]:
     for role, stream in record.sides.items():
         shown = "".join(_shown(piece, paint) for piece in stream.pieces)
         lines += [f"--- {role}: {stream.length} tokens", shown, ""]
-    return lines + _table(record) if len(record.sides) > 1 else lines[:-1]
+    kinds = {piece.kind for stream in record.sides.values() for piece in stream.pieces}
+    legend = [paint(text, _MARKS[kind][2]) for kind, text in _LEGEND.items() if kind in kinds]
+    if len(record.sides) == 1:
+        return [*lines, "⟦ ⟧ is learned"]
+    return [*lines, f"marks: {', '.join(legend)}", "", *_table(record)]
 
 
 def _shown(piece: Piece, paint: Paint) -> str:

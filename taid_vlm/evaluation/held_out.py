@@ -213,8 +213,8 @@ def evaluate_pair(
                              generator=torch.Generator())
     tally = Tally(keep_answers=keep_answers)
     with evaluation_mode(student):
-        for share, batch in zip(shares, tqdm(
-                loader, desc="evaluate", disable=not progress, leave=False), strict=True):
+        bar = tqdm(loader, desc="evaluate", disable=None if progress else True, leave=False)
+        for share, batch in zip(shares, bar, strict=True):
             batch = send_to_device(batch, device)
             with autocast():
                 s = student_forward(student, batch)

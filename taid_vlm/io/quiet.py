@@ -36,5 +36,6 @@ def quiet_worker() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("taid_vlm").setLevel(logging.ERROR)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

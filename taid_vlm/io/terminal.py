@@ -20,6 +20,14 @@ def printable(text: str) -> str:
     return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def human(size: int) -> str:
+    """31.2 GB (10^9 bytes), 12.3 MB."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size} B"
+
+
 def table(
     rows: Sequence[Sequence[Cell]], right: Collection[int] = (), width: int | None = None,
     colour: bool | None = None,

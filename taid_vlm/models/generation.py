@@ -83,7 +83,7 @@ def generate_answers(
     """
     answers: list[str] = []
     starts = range(0, len(questions), batch_size)
-    for start in tqdm(starts, desc="answer", disable=not progress, leave=False):
+    for start in tqdm(starts, desc="answer", disable=None if progress else True, leave=False):
         part = questions[start : start + batch_size]
         generated = generate_batch(model, adapter, part, max_new_tokens=max_new_tokens,
                               sampling=sampling)

@@ -213,12 +213,13 @@ def restore_weights(model: PreTrainedModel, folder: str | Path) -> None:
 def refuse_nonfinite(model: nn.Module, what: str) -> None:
     """Raise TaidError if a weight is no number: nothing of the sort is put in place of anything."""
     for name, parameter in model.named_parameters():
-        if not all(_is_finite(tensor.detach()) for tensor in tensors_in(parameter)):
+        if not all(is_finite(tensor.detach()) for tensor in tensors_in(parameter)):
             raise TaidError(f"{what} is not written: '{name}' holds weights that are no numbers. "
                             "Lower train.learning_rate; the checkpoints before it are whole.")
 
 
-def _is_finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
+    """Whether all of it are numbers."""
     wide = x.is_floating_point() and x.dtype.itemsize == 1  # 8-bit floats cannot be asked
     return bool((x.half() if wide else x).isfinite().all())
 

@@ -7,18 +7,10 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from taid_vlm.io.terminal import table
+from taid_vlm.io.terminal import human, table
 from taid_vlm.plan.advice import Advice, Change
 from taid_vlm.plan.caches import CacheSize
 from taid_vlm.plan.plan import Plan, fullest
-
-
-def human(size: int) -> str:
-    """31.2 GB (10^9 bytes), 12.3 MB."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size} B"
 
 
 def as_text(plans: Sequence[Plan], advice: Advice | None = None) -> str:

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -21,6 +22,7 @@ Points = list[tuple[float, float]]
 
 SIZE = (4.9, 3.0)  # inches, i.e. 353 x 216 SVG units: near its size on a phone, so text is too
 MAX_POINTS = 600  # per series; more than the chart is wide
+HOVERED = 100  # points of a series whose value a pointer can read
 MARKER_LIMIT = 16  # series of so few points show them, which also makes a lone point visible
 NOISY = 250  # longer series are most likely noisy ones, which thick lines turn into bands
 LARGEST = 1e30  # beyond this the axis arithmetic overflows; drawn as a gap like inf
@@ -83,11 +85,33 @@ def draw(curve: Curve, styles: Mapping[str, Style], prefix: str) -> str:
         warnings.simplefilter("ignore")  # glyphs that the layout font lacks; the browser has them
         canvas = Canvas(figsize=SIZE, layout="constrained", facecolor="none")
         axes = canvas.add_subplot(facecolor="none")
-        titles = [_plot(axes, n, p, curve, styles) for n, p in curve.series.items()]
+        titles = {f"series-{number}": [_plot(axes, name, points, curve, styles)]
+                  for number, (name, points) in enumerate(curve.series.items(), start=1)}
+        titles |= {f"values-{number}": _hover(axes, number, name, points, curve)
+                   for number, (name, points) in enumerate(curve.series.items(), start=1)}
         _dress(axes, curve)
         stream = io.StringIO()
         canvas.savefig(stream, format="svg", metadata={"Date": None}, facecolor="none")
     return _inline(stream.getvalue(), prefix, curve.title, titles)
+
+
+def save_png(curves: Sequence[Curve], styles: Mapping[str, Style], path: Path) -> None:
+    """All curves side by side as a picture on white, for where no page is shown."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context(SVG_SETTINGS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        columns = min(len(curves), 3)
+        rows = math.ceil(len(curves) / columns)
+        canvas = Canvas(figsize=(SIZE[0] * columns, SIZE[1] * rows), layout="constrained")
+        for number, curve in enumerate(curves, start=1):
+            axes = canvas.add_subplot(rows, columns, number)
+            for name, points in curve.series.items():
+                _plot(axes, name, points, curve, styles)
+            _dress(axes, curve)
+            axes.legend(axes.lines, curve.series, title=curve.title, frameon=False, fontsize=9)
+        canvas.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
 def _plot(axes: Axes, name: str, points: Points, curve: Curve, styles: Mapping[str, Style]) -> str:
@@ -105,6 +129,16 @@ def _plot(axes: Axes, name: str, points: Points, curve: Curve, styles: Mapping[s
     if len(finite) <= MARKER_LIMIT:
         line.set(marker="o", markersize=4, markeredgewidth=0)
     return f"{name}: last {finite[-1][1]:.4g} at {finite[-1][0]:g}" if finite else name
+
+
+def _hover(axes: Axes, number: int, name: str, points: Points, curve: Curve) -> list[str]:
+    """Put something invisible over the points for the pointer to find; returns their tooltips."""
+    shown = thin([p for p in points if drawable(p, curve.log_y)], HOVERED)
+    if not shown:
+        return []
+    axes.plot(*_columns(shown), linestyle="", marker="o", markersize=10, markeredgewidth=0,
+              alpha=0, color=INK, gid=f"values-{number}")
+    return [f"{name}: {y:.4g} at {x:g}" for x, y in shown]
 
 
 def _columns(points: Points) -> tuple[Sequence[float], Sequence[float]]:
@@ -151,7 +185,7 @@ def clean(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "", text)
 
 
-def _inline(svg: str, prefix: str, title: str, titles: Sequence[str]) -> str:
+def _inline(svg: str, prefix: str, title: str, titles: Mapping[str, Sequence[str]]) -> str:
     """Fit matplotlib's SVG document into an HTML page.
 
     Namespaces, metadata and the global style sheet go (HTML needs none of them), ids become
@@ -184,9 +218,14 @@ def _value(key: str, value: str, prefix: str) -> str:
     return re.sub(r"#[0-9a-f]{6}\b", lambda m: CSS_COLOURS.get(m[0], m[0]), value)
 
 
-def _add_tooltip(element: ElementTree.Element, prefix: str, titles: Sequence[str]) -> None:
-    series = re.fullmatch(rf"{re.escape(prefix)}-series-(\d+)", element.get("id", ""))
-    if series:
+def _add_tooltip(
+    element: ElementTree.Element, prefix: str, titles: Mapping[str, Sequence[str]]
+) -> None:
+    """To a series its last value; to what lies over its points, each one's."""
+    name = element.get("id", "").removeprefix(f"{prefix}-")
+    owners = [element] if name.startswith("series-") else \
+        [inner for inner in element.iter() if _local(inner.tag) == "use"]
+    for owner, text in zip(owners, titles.get(name, ()), strict=False):
         tooltip = ElementTree.Element("title")
-        tooltip.text = clean(titles[int(series[1]) - 1])
-        element.insert(0, tooltip)
+        tooltip.text = clean(text)
+        owner.insert(0, tooltip)

@@ -20,6 +20,9 @@ FIGURES = (
            "distance over 15 bins of confidence, weighted by their tokens (ECE)."),
     Column("student_entropy", "entropy", "", ".3f", "nats"),
 )
+# so many as fit beside each other on a screen
+AGAINST = tuple(c for c in FIGURES if c.key in ("kl", "reverse_kl", "jsd", "agreement"))
+ALONE = tuple(c for c in FIGURES if c not in AGAINST)
 MASSES = (
     Column("head_mass", "head", "", ".4f", "",
            "The student's probability on the teacher's 10 most likely tokens."),

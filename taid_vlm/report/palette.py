@@ -11,7 +11,7 @@ from taid_vlm.report.data import Report, Row
 # slot -> (on light, on dark). Hues follow the colour-blind-safe set of Okabe and Ito, darkened
 # (or lightened) until each reaches a contrast of about 3:1 against its background.
 SLOTS: dict[str, tuple[str, str]] = {
-    "taid": ("#cf4a0a", "#ff8d52"),
+    "taid": ("#b53f06", "#ff8d52"),
     "teacher": ("#343a42", "#dfe3e8"),
     "start": ("#8b919a", "#8d95a1"),
     "kl": ("#0a63ab", "#62a6f3"),

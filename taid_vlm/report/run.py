@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taid_vlm.evaluation.pairs import Arm, Paired
 from taid_vlm.io.files import write_text
 from taid_vlm.io.images import png
-from taid_vlm.report.card import model_card
-from taid_vlm.report.columns import FIGURES, LOOKS, MASSES
+from taid_vlm.report.card import model_card, public_name
+from taid_vlm.report.columns import AGAINST, ALONE, FIGURES, LOOKS, MASSES
 from taid_vlm.report.data import (
     Column,
     Curve,
@@ -27,9 +29,13 @@ from taid_vlm.runs import results as of_run
 from taid_vlm.runs.results import Canary, HeldOut, Means, Model, Results, of_teacher
 
 if TYPE_CHECKING:  # a page needs no torch
+    from taid_vlm.evaluation.answers import AnswerPair
     from taid_vlm.records import ImageRef
     from taid_vlm.runs.measure import Outcome
 
+MOVES = ("TAID's loss is against a target that moves with t, so it may rise while the student "
+         "learns; what is comparable between steps is the KL.")
+SPEED = "answer_tokens_per_second"
 RATE = "learning_rate/"  # before a part's name, where parts have learning rates of their own
 Named = tuple[str, Role, Means | None]  # a row: its name, its role, and where its figures are
 
@@ -40,16 +46,21 @@ def write_run_report(outcome: Outcome, recipe_yaml: str, path: Path) -> None:
     if student.is_dir():
         card = model_card(outcome.results.model_dump(by_alias=True), recipe_yaml)
         write_text(card, student / "README.md")
-    write_report(run_report(outcome.results, outcome.images, recipe_yaml), path)
+    from taid_vlm.evaluation.answers import FILE, read_answers
+
+    answers = read_answers(path.parent / FILE) if outcome.answers else []
+    write_report(run_report(outcome.results, outcome.images, recipe_yaml, answers), path)
 
 
 def run_report(
-    results: Results, images: Sequence[ImageRef | None], recipe_yaml: str
+    results: Results, images: Sequence[ImageRef | None], recipe_yaml: str,
+    answers: Sequence[AnswerPair] = (),
 ) -> Report:
     """Tables of the held-out figures before and after, curves of the training, a gallery.
 
     Args:
         images: of `results.examples`, None for text.
+        answers: to the held-out records before and after, for the interval of the verdict.
     """
     section = Section(
         title="Held-out evaluation",
@@ -59,7 +70,7 @@ def run_report(
         examples=[_card(*pair) for pair in zip(results.examples, images, strict=True)],
     )
     return Report(
-        title="Distillation report", summary=_summary(results), sections=[section],
+        title=_title(results), summary=_summary(results, answers), sections=[section],
         provenance=provenance(results), recipe=recipe_yaml,
     )
 
@@ -88,15 +99,17 @@ def _tables(results: Results) -> list[Table]:
     rows: list[Named] = [("before", "start", results.eval.before), ("after", "main", after)]
     parts: list[Named] = [(name, "", part) for name, part in after.by_category.items()]
     tables = [
-        figures_table("Student against teacher", FIGURES, rows,
+        figures_table("Student against teacher", AGAINST, rows,
                       "Means per answer token ± standard error over answers."),
+        figures_table("The student alone", ALONE, rows),
         *([figures_table("After training, against each teacher", FIGURES, [
             (name, "", of_teacher(after, name)) for name in results.teachers],
             "Over the tokens of the records that a teacher has a share in.")]
           if results.teachers else []),
         figures_table("Where the probability goes", MASSES, rows),
-        *([figures_table("After training, per category", FIGURES, parts)] if len(parts) > 1
-          else []),
+        *([figures_table(f"After training, per category: {name}", columns, parts)
+           for name, columns in (("against the teacher", AGAINST), ("alone", ALONE))]
+          if len(parts) > 1 else []),
     ]
     return [table for table in tables if table.columns]
 
@@ -142,8 +155,10 @@ def curves(history: Sequence[dict[str, Any]]) -> list[Curve]:
               {"student": points("kl"), "held-out": points("eval_kl")}),
         Curve("Agreement with the teacher", "step", "share of tokens",
               {"student": points("agreement"), "held-out": points("eval_agreement")}),
-        Curve("Training loss", "step", "nats/token", {"student": points("loss")}),
+        Curve("Training loss", "step", "nats/token", {"student": points("loss")}, caption=MOVES
+              if points("t") else ""),
         Curve("Interpolation t", "step", "t", {"student": points("t")}),
+        Curve("Throughput", "step", "answer tokens/s", {"student": points(SPEED)}),
         Curve("Learning rates", "step", "", {part: points(RATE + part) for part in parts}),
     ]
     kept = (Curve(c.title, c.x_label, c.y_label, {k: v for k, v in c.series.items() if v})
@@ -156,18 +171,66 @@ def _card(example: of_run.Example, image: ImageRef | None) -> Example:
                    example.category, example.answers)
 
 
-def _summary(results: Results) -> list[str]:
+def _title(results: Results) -> str:
+    """Whom the student learned from, and how."""
+    models = results.models | {name: one.model for name, one in results.teachers.items()}
+    teachers = [public_name(model.name) for role, model in models.items() if role != "student"]
+    objective = results.objective
+    terms = objective.get("terms") or [objective] if isinstance(objective, dict) else [objective]
+    names = [str(term.get("name") if isinstance(term, dict) else term) for term in terms]
+    source = f" distilled from {' and '.join(teachers)}" if teachers else " fine-tuned"
+    return f"{public_name(models['student'].name)}{source} by {' + '.join(names)}"
+
+
+def _summary(results: Results, answers: Sequence[AnswerPair]) -> list[str]:
     before, after = results.eval.before, results.eval.after
     if not before or not after or "kl" not in after.figures:
         return [f"Trained for {results.train.steps} steps."]
     first, last = before.figures, after.figures
     error = f" (± {last['kl_stderr']:.4f})" if is_finite(last["kl_stderr"]) else ""
     return [
+        *verdict(first["kl"], last["kl"], answers, results.history),
         f"Held-out KL(teacher ‖ student) went from {first['kl']:.4f} to {last['kl']:.4f} nats "
         f"per answer token{error}, top-1 agreement from "
         f"{first['agreement']:.1%} to {last['agreement']:.1%}, "
         f"on {after.n_tokens:,} tokens of {after.n_answers:,} answers.",
     ]
+
+
+def verdict(
+    before: float, after: float, answers: Sequence[AnswerPair], history: Sequence[dict[str, Any]]
+) -> list[str]:
+    """How much of the gap to the teacher was closed, from 0 % (the student at the start) to 100 %
+    (the teacher), with a 95 % interval over records; nothing where there was no gap."""
+    if not (is_finite(before) and is_finite(after) and before > 0):
+        return []
+    rows = [(one.before["kl"], one.after["kl"], one.size("kl"), one.key[0]) for one in answers
+            if one.after.get("kl") is not None and one.before.get("kl") is not None]
+    closed, interval, moved = 1 - after / before, "", True
+    if rows:  # as `compare` has it
+        first, last, tokens, sources = (list(column) for column in zip(*rows, strict=True))
+        paired = Paired({name: Arm([scores], trained=False) for name, scores in (
+            ("teacher", [0.0] * len(rows)), ("base", first), ("student", last))}, tokens, sources)
+        share_of_gap = paired.recovered("student", "base", "teacher").share
+        moved = paired.difference("base", "student").significant
+        if share_of_gap is not None and is_finite(share_of_gap.low):
+            interval = f" [{100 * share_of_gap.low:.0f}, {100 * share_of_gap.high:.0f}]"
+    share = f"{100 * closed:.0f} %{interval} of the gap to the teacher"
+    said = (f"{share} closed" if moved and closed > 0 else
+            f"The student moved away from its teacher: {share}" if moved else
+            f"No gain that stands out from chance: {share} closed")
+    return [f"{said}{_trend(history)}. (0 %: the student before, 100 %: its teacher.)"]
+
+
+def _trend(history: Sequence[dict[str, Any]]) -> str:
+    """Where the held-out KL was going at the end; "" for fewer than three evaluations."""
+    points = [(row["eval_kl"], row["step"]) for row in history if is_finite(row.get("eval_kl"))]
+    if len(points) < 3:
+        return ""
+    (last, _), (best, step) = points[-1], min(points)
+    if last > best * 1.01:
+        return f"; best at step {step}, worse since"
+    return "; still improving" if last < 0.99 * points[-2][0] else "; levelled off"
 
 
 def _account(results: Results) -> list[str]:
@@ -218,8 +281,7 @@ def _account(results: Results) -> list[str]:
         acted = f"acted in {train.adaptive_share:.0%} of the steps" \
             if train.adaptive_share else "never acted: t followed its linear floor"
         text.append(f"TAID's adaptive term {acted} (alpha = {train.alpha:.3g}).")
-        text.append("TAID's loss is against a target that moves with t, so it may rise while the "
-                    "student learns; what is comparable between steps is the KL.")
+        text.append(MOVES)
     return text
 
 
@@ -238,12 +300,19 @@ def provenance(results: Results) -> dict[str, str]:
         **models,
         "Seed": str(results.seed),
         "Recipe hash": results.recipe_hash,
-        "Training": f"{train.steps} steps, {train.seconds:.0f} s",
+        "Training": f"{train.steps} steps, {train.seconds:.0f} s{_speed(results)}",
         **({} if loss is None else {"Loss": ", ".join(filter(None, (
             loss.name, *loss.bodies, loss.reason)))}),
-        "Peak memory": f"{results.memory['peak_rss_bytes'] / 2**30:.2f} GiB",
+        "Peak memory": ", ".join(
+            f"{size / 2**30:.2f} GiB{' on the device' if 'device' in kind else ''}"
+            for kind, size in results.memory.items()),
         "Machine": listed(results.machine), "Versions": listed(results.versions),
     }
+
+
+def _speed(results: Results) -> str:
+    speeds = [row[SPEED] for row in results.history if is_finite(row.get(SPEED))]
+    return f", {statistics.median(speeds):,.0f} answer tokens/s (median)" if speeds else ""
 
 
 def _served(model: Model) -> str:

@@ -1,10 +1,12 @@
-"""The student on the hub: checked before any weights are loaded, pushed once, when all is done."""
+"""The student on the hub: checked before any weights are loaded, pushed once, when all is done; and
+what of a finished run may be published."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +22,14 @@ from huggingface_hub.utils import (
     enable_progress_bars,
     validate_repo_id,
 )
+from safetensors import SafetensorError, safe_open
 
 from taid_vlm import __version__
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.config.secrets import HIDDEN, redact_text
 from taid_vlm.errors import RecipeError, TaidError
+from taid_vlm.models.loading import is_finite
+from taid_vlm.runs.folders import RESULTS, STUDENT
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +82,12 @@ def prepare_push(recipe: Recipe, saves_adapter: bool = False) -> Push | None:
             "Name the base model as it is on the hub, or take push_to_hub out, and push what "
             "`taid-vlm merge` makes of the student.")
     push, failure = None, [""]
+    train = recipe.train
     if PartialState().is_main_process:
         try:
-            push = _open_repository(recipe)
+            push = open_repository(
+                train.get("hub_model_id") or Path(recipe.output_dir).expanduser().resolve().name,
+                train.get("hub_private_repo"), train.get("hub_token"))
         except TaidError as error:
             failure = [str(error)]
     broadcast_object_list(failure)
@@ -88,49 +96,105 @@ def prepare_push(recipe: Recipe, saves_adapter: bool = False) -> Push | None:
     return push
 
 
-def _open_repository(recipe: Recipe) -> Push:
-    name = recipe.train.get("hub_model_id") or Path(recipe.output_dir).expanduser().resolve().name
-    private, token = recipe.train.get("hub_private_repo"), recipe.train.get("hub_token")
+@dataclass(frozen=True)
+class Keys:
+    """How messages call what asks for a push, and what names its repository."""
+
+    push: str = "train.push_to_hub"
+    name: str = "train.hub_model_id"
+    without: str = "take push_to_hub out and push the student later with `hf upload`"
+    log_in: str = LOG_IN
+
+
+OF_RECIPE = Keys()
+OF_COMMAND = Keys("--repo", "--repo", "write to a folder with --output",
+                  "Log in with `hf auth login`, or set HF_TOKEN.")
+
+
+def open_repository(
+    name: str, private: bool | None, token: str | None = None, keys: Keys = OF_RECIPE
+) -> Push:
+    """Make sure of a repository on the hub that can be written to, and make it if it is not there.
+
+    Raises:
+        RecipeError: whatever the hub would refuse at the end.
+    """
     token = token or get_token()
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise RecipeError(f"train.hub_model_id = {name!r} is no name of a repository: {error} "
+        raise RecipeError(f"{keys.name} = {name!r} is no name of a repository: {error} "
                           "Write OWNER/NAME.") from None
     if constants.HF_HUB_OFFLINE:
-        raise RecipeError("train.push_to_hub: the hub is switched off (HF_HUB_OFFLINE or "
-                          "TRANSFORMERS_OFFLINE is set). Unset it, or take push_to_hub out and "
-                          "push the student later with `hf upload`.")
+        raise RecipeError(f"{keys.push}: the hub is switched off (HF_HUB_OFFLINE or "
+                          f"TRANSFORMERS_OFFLINE is set). Unset it, or {keys.without}.")
     if not token:
-        raise RecipeError(f"train.push_to_hub: there is no token for the hub. {LOG_IN}")
+        raise RecipeError(f"{keys.push}: there is no token for the hub. {keys.log_in}")
     api = HfApi(token=token)
-    user: Any = _ask(token, "the token is not accepted", LOG_IN, api.whoami)
+
+    def ask(refused: str, mend: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:  # which ones, depends on the library under huggingface_hub
+            if getattr(error, "response", None) is None:
+                refused = f"the hub '{constants.ENDPOINT}' cannot be asked"
+                mend = f"Connect this machine, or {keys.without}."
+            raise RecipeError(f"{keys.push}: {refused}: {_reason(error, token)} {mend}") from None
+
+    user: Any = ask("the token is not accepted", keys.log_in, api.whoami)
     if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise RecipeError("train.push_to_hub: the token can only read. Make one that can write at "
-                          f"{api.endpoint}/settings/tokens, and use that. {LOG_IN}")
+        raise RecipeError(f"{keys.push}: the token can only read. Make one that can write at "
+                          f"{api.endpoint}/settings/tokens, and use that. {keys.log_in}")
     push = Push(name if "/" in name else f"{user['name']}/{name}", private, token)
     refused = f"'{push.repository}' cannot be written to"
-    mend = "Use a token that can write there, or another train.hub_model_id."
-    _ask(token, refused, mend, api.create_repo, push.repository, private=private, exist_ok=True)
+    mend = f"Use a token that can write there, or another {keys.name}."
+    ask(refused, mend, api.create_repo, push.repository, private=private, exist_ok=True)
     # `create_repo` is content with one that is there; this asks what a commit would, and writes
     # nothing
-    _ask(token, refused, mend, api.preupload_lfs_files, push.repository,
-         [CommitOperationAdd("README.md", b"-\n")])
+    ask(refused, mend, api.preupload_lfs_files, push.repository,
+        [CommitOperationAdd("README.md", b"-\n")])
     return push
 
 
-def _ask(token: str, refused: str, mend: str, call: Any, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return call(*args, **kwargs)
-    except Exception as error:  # which ones, depends on the library under huggingface_hub
-        if getattr(error, "response", None) is None:
-            refused = f"the hub '{constants.ENDPOINT}' cannot be asked"
-            mend = "Connect this machine, or take push_to_hub out and push the student later."
-        raise RecipeError(f"train.push_to_hub: {refused}: {_reason(error, token)} {mend}") from None
+def finished_student(run: Path) -> Path:
+    """The student's folder of a run that may be published.
+
+    Raises:
+        TaidError: the run is not finished, its student is not whole, or holds weights that are no
+            numbers.
+    """
+    student = run / STUDENT
+    if not (run / RESULTS).is_file():
+        raise TaidError(f"'{run}' holds no finished run: there is no {RESULTS} in it. Name a run's "
+                        "output_dir, or finish it with taid-vlm distill ... --resume.")
+    if not (files := sorted(student.glob("*.safetensors"))):
+        raise TaidError(f"'{student}' holds no weights, so there is nothing to publish.")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                bad = next((name for name in weights.keys()  # noqa: SIM118
+                            if not is_finite(weights.get_tensor(name))), None)
+        except SafetensorError as error:
+            raise TaidError(f"'{file}' cannot be read ({error}): the student is not whole, and is "
+                            "not published.") from None
+        if bad is not None:
+            raise TaidError(f"'{file}': '{bad}' holds weights that are no numbers, so the student "
+                            "is not published. Train again with a lower train.learning_rate.")
+    return student
 
 
-def push_student(push: Push, folder: Path) -> None:
+def copy_student(student: Path, folder: Path) -> None:
+    """All of a student's folder that may be published; no pickles, nothing hidden."""
+    for file in sorted(student.iterdir()):
+        if file.is_file() and not any(map(file.match, (*PICKLES, ".*"))):
+            shutil.copyfile(file, folder / file.name)
+
+
+def push_student(push: Push, folder: Path, again: str = "") -> None:
     """Push the folder of a finished run's student, and nothing else, in one commit.
+
+    Args:
+        again: how to push it once more, if not with `hf upload`.
 
     Raises:
         TaidError: it was refused; the folder is as it was, and the message says how to push it.
@@ -146,7 +210,7 @@ def push_student(push: Push, folder: Path) -> None:
         raise TaidError(
             f"the run is done and its student whole in '{folder}', but it could not be pushed to "
             f"'{push.repository}': {_reason(error, push.token)}",
-            mend=f"Push it with: {push.command(folder, message)}") from None
+            mend=again or f"Push it with: {push.command(folder, message)}") from None
     logger.info("The student is at %s", commit.repo_url)
 
 

@@ -35,6 +35,7 @@ from taid_vlm.runs.folders import (
 )
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.measure import Outcome, make_measuring, outcome_of, train_account
+from taid_vlm.runs.narration import Narrator, TaidCurves, opening
 from taid_vlm.runs.publish import Push, prepare_push, push_student
 from taid_vlm.runs.results import Stage
 from taid_vlm.runs.save import save_student
@@ -170,8 +171,11 @@ def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrain
         ingredients.eval, ingredients.student_processor, ingredients.teacher_processor,
         peft_config=lora_config(recipe.student.peft),
     )
-    if sentence and trainer.is_world_process_zero():
-        logger.info(sentence)
+    trainer.add_callback(Narrator(trainer))
+    TaidCurves(trainer)
+    if trainer.is_world_process_zero():
+        for line in filter(None, (*opening(trainer, recipe), sentence)):
+            logger.info(line)
     return trainer
 
 

@@ -16,6 +16,7 @@ from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.plan import plan_recipe
 
 FAMILIES = {"Qwen2.5-VL": "qwen2_5_vl", "Qwen3-VL": "qwen3_vl", "InternVL3": "internvl",
+            "llava-onevision": "llava_onevision",
             "Qwen3-235B-A22B": "qwen3_moe", "Qwen3": "qwen3", "Qwen2.5": "qwen2"}
 DEVICES = ("_24gb", "_80gb", "_8x80gb", "_64x80gb")
 
@@ -29,8 +30,8 @@ def lookalike(recipe: Recipe, path: Path, folder: Path, checkpoints: Checkpoints
                       if Path(spec.model_name_or_path).name.startswith(name))
         families.add(family)
         overrides.append(f"{role}.{key}={checkpoints(family, seed=int(role == 'student'))}")
-    rows: Any = picture_rows(folder) if families & {"qwen2_5_vl", "qwen3_vl", "internvl"} \
-        else pairs(16)
+    seeing = {"qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"}
+    rows: Any = picture_rows(folder) if families & seeing else pairs(16)
     data = write_jsonl(folder / "train.jsonl", rows)
     if recipe.teachers:  # the first sees pictures, the others read
         first = next(iter(recipe.teachers))
