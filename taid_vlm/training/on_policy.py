@@ -278,6 +278,19 @@ class Rollouts:
             "repeating": counts[REPEATING], "tokens": counts[TOKENS], "seconds": self.seconds,
             "unused": _unused(counts)}
 
+    def say(
+        self, pairs: Sequence[tuple[Record, int]], model: Any, size: int
+    ) -> list[Continuation]:
+        """What the student says to questions (record, turn) now, `size` at once; the same in all
+        processes. Of those it cannot be asked there is nothing."""
+        said = list[Continuation]()
+        for start in range(0, len(pairs), size):
+            part = [Question("", *pair) for pair in pairs[start : start + size]]
+            said += [Continuation(question.record, question.turn, tuple(answer.ids), answer.end)
+                     for question, answer in zip(part, self._ask(part, model, 0), strict=True)
+                     if not isinstance(answer, str)]
+        return said
+
     # ----- checkpoints ----------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:

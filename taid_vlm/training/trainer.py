@@ -391,7 +391,7 @@ class DistillationTrainer(Trainer):
                 self.model, self.teacher, dataset, self.collator, self.pairing,
                 keep_answers=keep_answers,
                 progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-                **self._evaluation_options(),
+                **self.evaluation_options(),
             )
         merged = Tally()
         for part in gather_object([tally]):
@@ -402,7 +402,7 @@ class DistillationTrainer(Trainer):
         """`evaluation.canary.canary` of teacher and student, by role; {} without images."""
         teacher = self.teacher.models if isinstance(self.teacher, Teachers) else self.teacher_model
         return self.canary.measure(
-            dataset, self.model, teacher, self.collator, **self._evaluation_options())
+            dataset, self.model, teacher, self.collator, **self.evaluation_options())
 
     def place_student(self) -> None:
         """To its device, to which FSDP and DeepSpeed bring it only when training begins."""
@@ -410,7 +410,7 @@ class DistillationTrainer(Trainer):
         if self.optimizer is None and plain and not self.place_model_on_device:
             self.model.to(self.args.device)
 
-    def _evaluation_options(self) -> dict[str, Any]:
+    def evaluation_options(self) -> dict[str, Any]:
         return {
             "batch_size": self.args.per_device_eval_batch_size, "device": self.args.device,
             "process": (self.accelerator.process_index, self.accelerator.num_processes),
