@@ -134,6 +134,11 @@ class Rollouts:
         happened.seconds = time.perf_counter() - started
         self._take(happened, step)
 
+    def probe(self, batch: Batch) -> Batch:
+        """A batch of rows with every answer its reference, so that each process has tokens: a
+        loss that is chosen by it is the same in a run that goes on, whoever samples then."""
+        return self.references([_record(row) for row in batch["rows"]])
+
     def _question(self, row: Any, step: int) -> Question | None:
         """What is sampled of a row at a step; None of one that is learned from its reference."""
         if not isinstance(row, Record) or not row.learned:

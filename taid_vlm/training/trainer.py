@@ -56,11 +56,7 @@ from taid_vlm.training.on_policy import (
 )
 from taid_vlm.training.pair import resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
-from taid_vlm.training.served import (
-    await_signals,
-    kept_if_lost,
-    training_collator,
-)
+from taid_vlm.training.served import await_signals, kept_if_lost, training_collator
 from taid_vlm.training.several import (
     NoTokens,
     SeveralStep,
@@ -255,6 +251,10 @@ class DistillationTrainer(Trainer):
         """What the answer tokens of the optimizer step count, over all micro-batches and processes;
         its images and the tokens it is fed are noted. On the CPU: nothing waits for a device."""
         if self.rollouts is not None:
+            if not self._steps:  # chosen now, whoever will have tokens
+                probe = self._prepare_inputs(self.rollouts.probe(batch_samples[0]))
+                for part in ("", SAMPLED):
+                    self._loss_step(probe, part)
             self.rollouts.fill(batch_samples, self.model, self.state.global_step + 1)
         asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
         with kept_if_lost(self):

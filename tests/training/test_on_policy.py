@@ -147,6 +147,16 @@ def test_ending_is_learned_where_the_student_ended(tmp_path: Path) -> None:
         assert not len(batch["labels"])
 
 
+def test_the_loss_is_chosen_before_anyone_samples(tmp_path: Path) -> None:
+    """By references: which process has samples first would differ in a run that goes on."""
+    trainer = make_trainer(tmp_path, max_steps=1, objective={
+        "name": "rkl", "on_policy": {**HALF, "lmbda": 1.0}})
+    trainer.rollouts._ask = lambda questions, *_: [Continued([], 0) for _ in questions]
+    trainer.train()
+    assert {part: type(step).__name__ for part, step in trainer._steps.items()} == {
+        "": "FusedStep", "sampled": "FusedStep"}
+
+
 # ----- who samples, and what becomes of it ------------------------------------------------------
 
 
