@@ -171,7 +171,7 @@ def _write_records(options: argparse.Namespace) -> None:
                    options.folder / f"{name}.jsonl")
 
 
-def recipe(options: argparse.Namespace, objective: str, name: str, held_out: bool = False,
+def recipe(options: argparse.Namespace, objective: str, name: str, /, held_out: bool = False,
            **sections: Any) -> Tree:
     """One arm's recipe as a tree; held-out records are measured afterwards, of all arms alike."""
     folder = options.folder

@@ -246,6 +246,19 @@ def test_batch_of_bad_rows_has_no_loss_but_a_gradient(
     model.zero_grad(set_to_none=True)
 
 
+def test_a_picture_beside_texts_changes_nothing_that_is_learned() -> None:
+    """It is there for a tower that all processes have to use; a batch with pictures is as ever."""
+    beside = parse_record(picture_row(), "beside")
+    for rows, alone in (([DOCUMENT], False), ([picture_row()], True), ([], False)):
+        plain, other = collator()(rows), collator(beside=beside)(rows)
+        for role in ("student", "teacher"):
+            assert "pixel_values" in other[f"{role}_inputs"]
+        same = ("labels", "teacher_labels", "map_index", "row", "turn", "categories", "counts",
+                "notes", "intake")
+        assert not differences({key: plain[key] for key in same}, {key: other[key] for key in same})
+        assert not alone or not differences(plain, other)
+
+
 def test_empty_list_is_a_placeholder_too() -> None:
     assert collator()([])["counts"] == {
         "dropped": {}, "cut": 0, "supervised_tokens": 0, "aligned_tokens": 0,

@@ -95,6 +95,8 @@ class DistillationCollator:
         stored: what has the teacher's hidden states, or takes note of where they are asked for:
             given the batch's rows and the batch, it says what of the batch is another. Where it
             says which rows it `holds`, the teacher's processor is not shown their pixels again.
+        beside: a record whose images are shown, and of which nothing is learned, with every batch
+            that has none: where weights lie in shares, all processes use a tower or none does.
         left_out: what a message says of a record that cannot be used.
         reported: the first message of every reason for which a record was left out.
 
@@ -129,6 +131,7 @@ class DistillationCollator:
     chat: Callable[..., Mapping[str, Any] | None] | None = None
     views: Mapping[str, GlobalViews] | None = None
     stored: Callable[[Sequence[TeacherRow], Batch], Batch] | None = None
+    beside: Record | None = None
     left_out: str = "A record is left out"
     reported: dict[str, str] = field(default_factory=dict)
     seen: SeenSizes = field(default_factory=SeenSizes, repr=False)
@@ -147,6 +150,9 @@ class DistillationCollator:
         if not samples:  # every process must still take part in the step
             samples = [self._prepare(self.placeholder())]
             encoded, aligned = {a.role: self._run(a, samples) for a in self.adapters}, [[]]
+        if self.beside is not None and not any(sample.images for sample in samples):
+            samples, aligned = [*samples, self._prepare(self.beside)], [*aligned, []]
+            encoded = {a.role: self._run(a, samples) for a in self.adapters}
         batch = self._assemble(samples, encoded, aligned, counts)
         batch["intake"] = {"sources": {name: (n, used[name]) for name, n in read.items() if name},
                            "unread": dict(unread)}
@@ -349,17 +355,18 @@ class DistillationCollator:
                                  batch)
         for role, views in (self.views or {}).items():
             batch[f"{role}_views"] = views(encoded[role])
-        encoded_rows = encoded["student"].rows if flat else []
+        learned = [number for number, pairs in enumerate(aligned) if pairs]
         batch["counts"] = {
             "dropped": {key: n for key, n in counts.items() if key != CUT},
             "cut": counts[CUT],
-            "supervised_tokens": sum(len(supervised_positions(row)) for row in encoded_rows),
+            "supervised_tokens": sum(len(supervised_positions(encoded["student"].rows[number]))
+                                     for number in learned),
             "aligned_tokens": len(rows),
             "chunk_tokens": sum(len(pair.student) for _, pair in flat
                                 if isinstance(pair, AlignedChunk)),
-            "rows": len(samples) if flat else 0,
+            "rows": len(learned),
         }
-        batch["notes"] = dict(self._notes(samples))
+        batch["notes"] = dict(self._notes([samples[number] for number in learned]))
         return batch | token_weights(encoded["student"].rows, tokens["student"])
 
     def _degraded(

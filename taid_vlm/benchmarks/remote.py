@@ -14,7 +14,7 @@ from taid_vlm.benchmarks.answering import Answer, Given, Settings, generate_sett
 from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.io.endpoint import SHOWN, Endpoint, Failure, GivenUp, persistently, send
-from taid_vlm.io.images import png
+from taid_vlm.records.images import ImageRef
 
 CHAT = "/chat/completions"
 REASONING = ("reasoning_content", "reasoning")  # where servers put a thought that they take off
@@ -23,8 +23,8 @@ REASONING = ("reasoning_content", "reasoning")  # where servers put a thought th
 class Remote:
     """Answers from a server, `requests` questions at once.
 
-    As many again are made ready meanwhile (an image as PNG takes a while), so that the server never
-    waits for a question.
+    As many again are made ready meanwhile (reading an image takes a while), so that the server
+    never waits for a question.
 
     Args:
         settings: of `generate_settings`. At temperature 0 an answer is greedy as far as the server
@@ -94,13 +94,13 @@ class Remote:
 
 
 def chat_messages(question: Question) -> list[dict[str, Any]]:
-    """The question as typed parts, its images inline as PNG; raises SampleDropped."""
+    """The question as typed parts, its images inline; raises SampleDropped."""
     if any(image.kind == "video" for image in question.images):
         raise SampleDropped("video for a served model", "a server is sent images only")
     images = iter(question.images)
     content = [{"type": "text", "text": part} if part is not None else
                {"type": "image_url", "image_url": {
-                   "url": f"data:image/png;base64,{png_base64(next(images).load())}"}}
+                   "url": "data:{};base64,{}".format(*in_base64(next(images)))}}
                for part in question.prompt if part != ""]
     return [{"role": "user", "content": content}]
 
@@ -148,6 +148,7 @@ def own_seed(seed: int, name: str) -> int:
     return random.Random(f"{seed}/{name}").getrandbits(31)
 
 
-def png_base64(image: Any) -> str:
-    """A PIL image as PNG in base64."""
-    return base64.b64encode(png(image, longest=None)).decode("ascii")
+def in_base64(image: ImageRef) -> tuple[str, str]:
+    """MIME type and base64 of an image's file; raises SampleDropped."""
+    kind, data = image.as_file()
+    return kind, base64.b64encode(data).decode("ascii")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import (
     LogitsProcessor,
@@ -168,7 +169,7 @@ def continue_prompts(
     """
     names, stops = forward_names(type(unwrap(model))), _stops(model, adapter)
     accepted = {key: x.to(model.device) for key, x in inputs.items() if key in names}
-    with evaluation_mode(model):
+    with evaluation_mode(model), _images_in_forward(unwrap(model)):
         ids = model.generate(
             **accepted, **PLAIN, max_new_tokens=max_new_tokens, eos_token_id=stops,
             pad_token_id=adapter.tokenizer.pad_token_id, synced_gpus=synced,
@@ -179,6 +180,20 @@ def continue_prompts(
     ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
     return [Continued(row[:end], row[end] if end < len(row) else None)
             for row, end in zip(rows, ends, strict=True)]
+
+
+@contextlib.contextmanager
+def _images_in_forward(model: PreTrainedModel) -> Iterator[None]:
+    """transformers encodes images before the first forward pass, which is what brings the weights
+    of a model that FSDP2 shards together: there, images are encoded in that pass."""
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        yield
+        return
+    model._supports_mm_encoder_outputs = lambda: False
+    try:
+        yield
+    finally:
+        del model._supports_mm_encoder_outputs
 
 
 @contextlib.contextmanager

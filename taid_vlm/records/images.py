@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from taid_vlm.errors import SampleDropped
+from taid_vlm.io.images import png
 
 MAX_PIXELS = 2**26  # Pillow itself stops at 179 million
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+SENT = ("JPEG", "PNG", "WEBP")  # as they are to servers and tables
 UNREADABLE, TOO_LARGE = "unreadable image", "image larger than max_pixels"
 LONGEST_NAME = 1024  # characters of a path
 SHORTEST_BASE64 = 64  # characters; a shorter text is a path, or names another row
@@ -73,6 +75,15 @@ class ImageRef:
                 message = "its bytes are no image"
             raise SampleDropped(TOO_LARGE if large else UNREADABLE,
                                 f"{self.source}: {message:.400}") from None
+
+    def as_file(self) -> tuple[str, bytes]:
+        """MIME type and bytes of a file in which a decoder finds what `load` gives: its own file
+        where that is so, otherwise (transparency, 16 bits, EXIF's directions ...) a PNG; raises as
+        `load`."""
+        shown, stored = self.load(), self.stored()
+        data = Path(stored).read_bytes() if isinstance(stored, (str, Path)) else stored
+        kind = _read_alike(data) if isinstance(data, bytes) else None
+        return (kind, data) if kind else ("image/png", png(shown, longest=None))
 
     def still(self) -> Image.Image:
         """What a page shows of it; raises as `load`."""
@@ -140,6 +151,15 @@ def _opened(value: Any) -> Image.Image:
     if not Path(value).is_file():
         raise FileNotFoundError("there is no such file")
     return Image.open(value, formats=_formats())
+
+
+def _read_alike(data: bytes) -> str | None:
+    """The MIME type of a file that every decoder reads as this package does."""
+    image = Image.open(io.BytesIO(data), formats=_formats())
+    alike = (image.format in SENT and image.mode in ("RGB", "L")
+             and not image.has_transparency_data and getattr(image, "n_frames", 1) == 1
+             and image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+    return Image.MIME[str(image.format)] if alike else None
 
 
 def is_url(value: Any) -> bool:

@@ -98,6 +98,12 @@ class DistillationConfig(TrainingArguments):
             setattr(other, key, shown[key])
         return other
 
+    @property
+    def is_zero3(self) -> bool:
+        """The student's weights lie in shares that are brought together where they are used."""
+        zero = getattr(self.deepspeed_plugin, "hf_ds_config", None)
+        return zero is not None and bool(zero.is_zero3())
+
     def _best_is_greatest(self) -> bool | None:
         """As it was said, or else by the figure; transformers would go by its name."""
         said: bool | None = self.greater_is_better

@@ -238,11 +238,10 @@ def _check_student(args: DistillationConfig, recipe: Recipe, adapter: Any) -> No
 
 
 def _check_zero(args: DistillationConfig) -> None:
-    zero = getattr(args.deepspeed_plugin, "hf_ds_config", None)
-    key = "stage3_gather_16bit_weights_on_model_save"
-    if zero is not None and zero.is_zero3() and not zero.is_true(f"zero_optimization.{key}"):
+    key = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if args.is_zero3 and not args.deepspeed_plugin.hf_ds_config.is_true(key):
         raise _refusal("deepspeed", "stage 3", "would leave the student's weights in shares, and "
-                       f"no whole student to save: set zero_optimization.{key} to true.")
+                       f"no whole student to save: set {key} to true.")
 
 
 def _check_teacher(args: DistillationConfig, teacher: TeacherSpec) -> None:

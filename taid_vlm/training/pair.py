@@ -78,6 +78,9 @@ def pair_for_training(
         stored=_stored(teacher, objective))
     for number, part in enumerate(parts):
         check_usable(collator, part, 1.0 if number else args.max_left_out)
+    if args.is_zero3:
+        collator.beside = next((row for row in probed if row.images
+                                and collator([row])["counts"]["rows"]), None)
     return pairing, collator
 
 

@@ -192,6 +192,35 @@ def test_the_batch_changes_nothing(folder: Path, run: Path, tmp_path: Path) -> N
                 else five["answer"])
 
 
+def test_an_interrupted_evaluation_goes_on(
+    folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks that were finished are not asked again, unless what they depend on is another."""
+    output, measured, left = tmp_path / "out", ours._measured, list[str]()
+
+    def watched(name: str, *rest: Any) -> Any:
+        if len(left) == 2:
+            raise KeyboardInterrupt
+        left.append(name)
+        return measured(name, *rest)
+
+    monkeypatch.setattr(ours, "_measured", watched)
+    with pytest.raises(KeyboardInterrupt):
+        measure(folder, output, batch_size=5)
+    assert not output.exists()
+    assert left == list(TASKS[:2])
+    left.clear()
+    with pytest.raises(KeyboardInterrupt):
+        measure(folder, output, batch_size=5, seed=7)
+    assert left == list(TASKS[:2])  # other examples: asked anew
+    left.clear()
+    measure(folder, output, batch_size=5)
+    assert left == list(TASKS[2:])
+    for task in TASKS:
+        assert answers(output, task) == answers(run, task)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 def test_open_llm_is_the_papers_six(folder: Path, tmp_path: Path) -> None:
     results = run_lm_eval(str(folder / "llama"), ["openllm"], tmp_path / "out", device="cpu",
                           data={"openllm": folder / "data"}, batch_size=16)

@@ -25,10 +25,10 @@ PEFT = {"r": 4, "target_modules": "all-linear"}
 
 def run(
     folder: Path, checkpoints: Checkpoints, processes: int, peft: Any, *words: str,
-    objective: Any = "taid", **train: Any,
+    scenario: str = "pairs", objective: Any = "taid", **train: Any,
 ) -> Path:
     """The output folder of a run with batches of 4."""
-    tree = minimal(folder, checkpoints, objective=objective, train={
+    tree = minimal(folder, checkpoints, scenario, objective=objective, train={
         "max_steps": 3, "seed": 1, "learning_rate": 0.1, "optim": "sgd",
         "per_device_train_batch_size": 4 // processes, **train})
     tree["evaluate"] = {"examples": 2, "max_new_tokens": 4}
@@ -54,8 +54,8 @@ def run(
 def test_the_student_is_that_of_one_process(
     peft: Any, tmp_path: Path, checkpoints: Checkpoints
 ) -> None:
-    one = run(tmp_path / "one", checkpoints, 1, peft)
-    two = run(tmp_path / "two", checkpoints, 2, peft, fsdp=True)
+    one = run(tmp_path / "one", checkpoints, 1, peft, scenario="image paths")
+    two = run(tmp_path / "two", checkpoints, 2, peft, scenario="image paths", fsdp=True)
     name = "model.safetensors" if peft is None else "adapter_model.safetensors"
     whole, sharded = load_file(one / "student" / name), load_file(two / "student" / name)
     assert whole.keys() == sharded.keys()
@@ -63,6 +63,9 @@ def test_the_student_is_that_of_one_process(
     assert difference < 1e-5
     assert any("fsdp" in path.name for path in (two / "checkpoint-3").iterdir())
     assert (two / "eval_answers.jsonl").exists()
+    said, other = (json.loads((out / "results.json").read_text())["examples"] for out in (one, two))
+    assert said
+    assert said == other
 
 
 @pytest.mark.slow
@@ -91,21 +94,24 @@ def test_sharded_students_sample_what_one_process_does(
     """Micro-batches of two often have no sample or no reference, in one process or in both: each
     still finds its partner in every pass."""
     objective = {"name": "taid", "on_policy": {"lmbda": 0.8, "max_new_tokens": 8}}
-    one = run(tmp_path / "one", checkpoints, 1, None, objective=objective, max_steps=6)
-    two = run(tmp_path / "two", checkpoints, 2, None, objective=objective, max_steps=6, fsdp=True)
+    how = {"scenario": "image paths", "objective": objective, "max_steps": 6}
+    one = run(tmp_path / "one", checkpoints, 1, None, **how)
+    two = run(tmp_path / "two", checkpoints, 2, None, **how, fsdp=True)
     whole, sharded = (load_file(out / "student/model.safetensors") for out in (one, two))
     assert max(float((whole[key] - sharded[key]).abs().max()) for key in whole) < 1e-5
     own, of_two = (json.loads((out / "results.json").read_text())["train"]["on_policy"]
                    for out in (one, two))
-    assert own["sampled"] >= 3
-    assert {**own, "seconds": 0} == {**of_two, "seconds": 0}
+    assert own["sampled"] >= 3 and own["look"]["kl_blank"] > 0
+    same, of_one = ({**each, "seconds": 0, "look": None} for each in (of_two, own))
+    assert same == of_one
+    assert of_two["look"] == pytest.approx(own["look"], abs=1e-4)
 
 
 def goes_on(
     tmp_path: Path, checkpoints: Checkpoints, peft: Any, sharding: dict[str, Any]
 ) -> None:
-    how = {**sharding, "max_steps": 4, "save_steps": 2, "optim": "adamw_torch",
-           "learning_rate": 1e-3, "bf16": True}
+    how = {**sharding, "scenario": "image paths", "max_steps": 4, "save_steps": 2,
+           "optim": "adamw_torch", "learning_rate": 1e-3, "bf16": True}
     out = run(tmp_path, checkpoints, 2, peft, **how)
     kept = "pytorch_model_fsdp" if "fsdp" in sharding else "global_step"
     assert any(path.name.startswith(kept) for path in (out / "checkpoint-2").iterdir())

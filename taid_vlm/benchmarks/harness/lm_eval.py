@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,25 @@ from taid_vlm.benchmarks.harness.converted import (
     rows_of,
     too_long,
 )
-from taid_vlm.benchmarks.harness.local_data import TaskChange, source_of, task_yaml
+from taid_vlm.benchmarks.harness.local_data import TaskChange, source_of, split_files, task_yaml
 from taid_vlm.benchmarks.harness.suites import SUITES, changes_of, expand
+from taid_vlm.benchmarks.harness.unfinished import Unfinished
 from taid_vlm.benchmarks.scoring import summary
 from taid_vlm.benchmarks.store import FOLDER
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, at_least, one_of
 from taid_vlm.io.files import write_json, write_text
 from taid_vlm.io.folders import new_folder, whole_or_absent
+from taid_vlm.io.hashing import file_sha256
 from taid_vlm.io.jsonl import dump_lines
 from taid_vlm.io.quiet import quiet
-from taid_vlm.models.loading import load_config, load_model, load_processor, sees_images
+from taid_vlm.models.loading import (
+    load_config,
+    load_model,
+    load_processor,
+    sees_images,
+    weights_hash,
+)
 
 logger = logging.getLogger(__name__)
 ROLE = "model"
@@ -76,7 +85,8 @@ def run_lm_eval(
     model: ModelSpec | str | Path, tasks: Sequence[str], output_dir: str | Path, *,
     data: Mapping[str, str | Path] | None = None, name: str | None = None, **options: Any,
 ) -> dict[str, Any]:
-    """Measure a model with lm-eval; of several processes each takes its share of the tasks.
+    """Measure a model with lm-eval; of several processes each takes its share of the tasks. The
+    same call goes on after an interruption: tasks that were finished are not asked again.
 
     Args:
         tasks: lm-eval's tasks, groups and tags, and this package's suites ("openllm").
@@ -106,7 +116,10 @@ def run_lm_eval(
         loaded = _load([request.name for request in requests], index, files, changes)
         lm = _language_model(spec, chosen)
         shares = list(loaded.items())[state.process_index::state.num_processes]
-        own = [(task, *_measured(task, item, lm, changes, chosen)) for task, item in shares]
+        kept = Unfinished(output, _identity(lm, chosen))
+        own = [(task, *kept.once(task, _data_of(item, files, changes),
+                                 partial(_measured, task, item, lm, changes, chosen)))
+               for task, item in shares]
     measured = {task: (entry, rows) for task, entry, rows in gather_object(own)}
     entries = {task: measured[task][0] for task in loaded}
     answers = {task: measured[task][1] for task in loaded}
@@ -117,6 +130,7 @@ def run_lm_eval(
     results["versions"]["lm-eval"] = version("lm-eval")
     if state.is_main_process:
         _write(results, answers, files, output)
+        kept.discard()
     state.wait_for_everyone()
     return results
 
@@ -248,6 +262,26 @@ def _no_extras() -> Iterator[None]:
 # ----- results ------------------------------------------------------------------------------
 
 
+def _identity(lm: Any, options: Options) -> dict[str, Any]:
+    """What the figures of every task depend on."""
+    return {"lm-eval": version("lm-eval"), "weights": weights_hash(lm.model),
+            "dtype": str(lm.model.dtype), "tokenizer": lm.tokenizer.backend_tokenizer.to_str(),
+            "chat_template": lm.tokenizer.chat_template, **dataclasses.asdict(options)}
+
+
+def _data_of(item: Any, files: Mapping[str, str], changes: Sequence[TaskChange]
+             ) -> dict[str, Any]:
+    """The task files that were written for a task or group, and the local data that they name."""
+    return {task.task_name: [files.get(task.task_name), [
+        file_sha256(*paths).hex() for change in changes
+        if change.task == task.task_name and change.path is not None
+        for paths in split_files(change).values()]] for task in _inside(item)}
+
+
+def _inside(item: Any) -> list[Any]:
+    return list(item.get_all_tasks()) if hasattr(item, "get_all_tasks") else [item]
+
+
 def _measured(name: str, item: Any, lm: Any, changes: Sequence[TaskChange], options: Options
               ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What results.json says of a task or group, and its rows of answers."""
@@ -259,7 +293,7 @@ def _measured(name: str, item: Any, lm: Any, changes: Sequence[TaskChange], opti
     raw = simple_evaluate(lm, tasks=[item], task_manager=TaskManager(include_defaults=False),
                           limit=options.limit, apply_chat_template=chat,
                           fewshot_as_multiturn=chat, **seeds)
-    inside = item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
+    inside = _inside(item)
     names = [task.task_name for task in inside]
     headline = next(iter(figures_of(raw["results"][name], name)), "")
     rows = [row for task in inside for row in rows_of(

@@ -6,23 +6,21 @@ ours. It skips nothing of such a table and downloads nothing.
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import itertools
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
 from taid_vlm.benchmarks.choices import listed
 from taid_vlm.benchmarks.prompts import LETTER_LINE
 from taid_vlm.benchmarks.question import Question
-from taid_vlm.benchmarks.remote import png_base64
+from taid_vlm.benchmarks.remote import in_base64
 from taid_vlm.benchmarks.rows import LETTERS
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.io.folders import refuse_file_in_the_way
@@ -151,21 +149,12 @@ def _base64(image: ImageRef, name: str) -> str:
     if image.kind == "video":
         raise TaidError(f"question '{name}' holds a video, which VLMEvalKit's tables do not.")
     try:
-        stored, shown = image.stored(), image.load()
+        text = in_base64(image)[1]
+        # a shorter text is taken for the index of another row
+        return text if len(text) > SHORTEST_BASE64 else in_base64(replace(
+            image, value=image.load()))[1]
     except SampleDropped as problem:
         raise TaidError(f"question '{name}': {problem}") from None
-    if isinstance(stored, (str, Path)):
-        stored = Path(stored).read_bytes()
-    if not isinstance(stored, bytes) or not _plain(stored, shown):
-        stored = b""
-    text = base64.b64encode(stored).decode()
-    # a shorter text is taken for the index of another row
-    return text if len(text) > SHORTEST_BASE64 else png_base64(shown)
-
-
-def _plain(stored: bytes, shown: Image.Image) -> bool:
-    image = Image.open(io.BytesIO(stored)).convert("RGB")
-    return (image.size, image.tobytes()) == (shown.size, shown.tobytes())
 
 
 def _read_back(path: Path, rows: Sequence[Cells], columns: Sequence[str], name: str) -> None:
