@@ -22,11 +22,8 @@ import multiprocessing
 import os
 import shlex
 import shutil
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -35,8 +32,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import psutil
 from bench.common import conditions, described, names, number, parsed
+from bench.server import Server
 from safetensors.torch import load_file
 
 from taid_vlm.config.model import ModelSpec
@@ -52,7 +49,6 @@ from taid_vlm.students.shrink import shrink
 from taid_vlm.teachers import ServedTeacher, TeacherCache
 from taid_vlm.teachers.sparse import Signal
 
-READY_WITHIN = 600  # seconds, for a server
 BATCH, K, DRAWS = 2, 64, 12
 Tree = dict[str, Any]
 
@@ -268,60 +264,6 @@ def measured(tree: Tree) -> Tree:
 
 
 # ----- a server -----------------------------------------------------------------------------
-
-
-class Server:
-    """vLLM on the CPU in an environment of its own, and what it has used."""
-
-    def __init__(self, python: Path, model: Path, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        home = python.absolute().parent
-        self.url, self.log = f"http://127.0.0.1:{port}/v1", log
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment |= {
-            "PATH": f"{home}:{environment['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        self.version = subprocess.run([home / "vllm", "--version"], env=environment, text=True,
-                                      capture_output=True).stdout.strip().splitlines()[-1]
-        command = [str(home / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port",
-                   str(port), "--served-model-name", "teacher", "--max-model-len", "512",
-                   "--max-num-seqs", "8", "--max-logprobs", "-1", "--enforce-eager", "--dtype",
-                   "float32"]
-        with log.open("w") as file:
-            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-
-    def wait(self) -> None:
-        end = time.monotonic() + READY_WITHIN
-        while time.monotonic() < end and self.process.poll() is None:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{self.url}/models", timeout=5).close()
-                return
-            time.sleep(1)
-        raise SystemExit(f"vLLM does not serve: {self.log.read_text()[-2000:]}")
-
-    def _processes(self) -> list[psutil.Process]:
-        own = psutil.Process(self.process.pid)
-        return [own, *own.children(recursive=True)]
-
-    def cpu_seconds(self) -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in self._processes())
-
-    def peak_rss(self) -> int:
-        """Of all its processes, each at its own fullest moment (Linux)."""
-        status = [Path(f"/proc/{process.pid}/status").read_text() for process in self._processes()]
-        return sum(int(text.split("VmHWM:")[1].split()[0]) * 1024 for text in status)
-
-    def stop(self) -> None:
-        processes = self._processes() if self.process.poll() is None else []
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(30)
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 @contextlib.contextmanager

@@ -86,6 +86,16 @@ class VocabularyMap:
         teacher_entries, student_entries = map(_entries, (self.teacher, self.student))
         return teacher_entries, student_entries
 
+    def student_entries(self, ids: Tensor) -> Tensor:
+        """The entry of each of the student's tokens, -1 of one that has none (padding, or the
+        student's alone where there is no rest)."""
+        if self.identity:
+            return ids
+        entries = torch.from_numpy(self._entries[1]).to(ids.device).long()
+        found = entries[ids.clamp(max=len(entries) - 1)].where(ids < len(entries), -1)
+        return found.where(~torch.isin(ids, self.student.rest), self.width - 1) \
+            if self.has_rest else found
+
     @property
     def width(self) -> int:
         """Entries after mapping: V, or K + cells (+ 1 with a rest)."""

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from taid_vlm.alignment import Pairing, VocabularyMap
 from taid_vlm.batch.forward import Batch
-from taid_vlm.objectives import Objective, advantage_weight, chunk_logits, label_log_prob
+from taid_vlm.config.objective import SAMPLED_RKL
+from taid_vlm.objectives import (
+    Objective,
+    advantage_weight,
+    chunk_logits,
+    label_log_prob,
+    sampled_reverse_kl,
+)
 
 
 def token_losses(
@@ -26,10 +33,30 @@ def token_losses(
     `teacher_logits` and `pairing` may be None if no term needs a teacher. A token inside a chunk
     has no loss of its own against the teacher (0); the chunk's last one holds it.
     """
+    if objective.estimates and teacher_logits is not None and pairing is not None:
+        return estimated(batch, student_logits, teacher_logits, pairing)
     losses = objective.on_data(student_logits, batch["labels"])
     if teacher_logits is not None and pairing is not None and objective.needs_teacher:
         losses |= _against_teacher(objective, batch, student_logits, teacher_logits, pairing, t)
     return losses
+
+
+def estimated(
+    batch: Batch, student_logits: Tensor, teacher_logits: Tensor, pairing: Pairing
+) -> dict[str, Tensor]:
+    """`sampled_reverse_kl` of the entries that the student's tokens are; 0 of a token that has
+    none."""
+    def compare(vocabulary: VocabularyMap, s: Tensor, u: Tensor) -> dict[str, Tensor]:
+        entry = vocabulary.student_entries(labels[id(vocabulary)])
+        known = entry >= 0
+        s, u = vocabulary.map_student(s), vocabulary.map_teacher(u)
+        own, other = (label_log_prob(x, entry.clamp(min=0)) for x in (s, u.detach()))
+        return {SAMPLED_RKL: sampled_reverse_kl(own, other).where(known, 0.0)}
+
+    several = len(pairing.maps) > 1
+    labels = {id(vocabulary): batch["labels"][batch["map_index"] == index] if several
+              else batch["labels"] for index, vocabulary in enumerate(pairing.maps)}
+    return by_map(pairing, batch, student_logits, teacher_logits, compare)
 
 
 def advantage_weights(

@@ -20,11 +20,20 @@ from taid_vlm.alignment import Pairing, VocabularyMap
 from taid_vlm.batch.figures import Measured
 from taid_vlm.batch.forward import Batch
 from taid_vlm.batch.losses import by_map
+from taid_vlm.config.objective import SAMPLED_RKL
 from taid_vlm.errors import TaidError
-from taid_vlm.objectives import Objective, best_guess, diagnose, divergence
+from taid_vlm.objectives import (
+    Objective,
+    best_guess,
+    diagnose,
+    divergence,
+    label_log_prob,
+    sampled_reverse_kl,
+)
 from taid_vlm.objectives.divergences import LOG_SMALLEST, row_chunks, upcast
 
-SPARSE = ("taid", "forward_kl", "ce")  # losses that mean over k + 1 entries what they mean over all
+# losses that mean over k + 1 entries what they mean over all, or need the own token's alone
+SPARSE = ("taid", "forward_kl", "ce", SAMPLED_RKL)
 ONE_SIDED, UNNAMED = -1, -2  # entries of teacher's tokens that the student lacks, and of padding
 
 
@@ -90,6 +99,10 @@ def sparse_losses(
     pairing: Pairing, t: float | None = None,
 ) -> dict[str, Tensor]:
     """As `losses.token_losses`: every term of the objective per token, {name: [N] nats}."""
+    if objective.estimates:
+        assert signal.own is not None  # a server says it of every token
+        own = label_log_prob(student_logits, batch["labels"])
+        return {SAMPLED_RKL: sampled_reverse_kl(own, signal.own.to(own))}
     return objective.on_data(student_logits, batch["labels"]) | _by_map(
         pairing, batch, student_logits, signal,
         lambda *law: objective.between(*sparse_pair(*law), t))

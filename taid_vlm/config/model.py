@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from taid_vlm.config.kinds import Count, Positive, Rate, wanted
+from taid_vlm.config.kinds import Count, Positive
 from taid_vlm.config.section import Section
+from taid_vlm.config.server import Server
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -82,31 +83,17 @@ class StudentSpec(ModelSpec):
         return self
 
 
-class ServerSpec(Section):
+class ServerSpec(Server):
     """A teacher behind a URL: an OpenAI-compatible vLLM server.
 
     Args:
-        url: Up to and with the version: http://localhost:8000/v1.
-        model: The name under which the server knows the model.
         top_logprobs: How many of the most likely tokens are compared one by one, the others
             together; the server has to be started with --max-logprobs of at least as many.
-        timeout (seconds): Until a request that says nothing is given up.
-        retries: How often a request is sent again, with longer and longer pauses, before the run
-            ends.
-        concurrency: Requests at once, from each process.
-        api_key_env: The environment variable with the server's key.
         check: The served model's weights, if they are at hand: before training, what the server
             says is compared with what they say.
     """
 
-    url: Annotated[str, Field(pattern=r"^https?://."), wanted(
-        "a URL up to and with the version, as http://localhost:8000/v1")]
-    model: str
     top_logprobs: Positive = 64
-    timeout: Rate = 120.0
-    retries: Count = 5
-    concurrency: Positive = 8
-    api_key_env: str | None = None
     check: str | None = None
 
 

@@ -23,16 +23,15 @@ from pydantic import (
 )
 
 from taid_vlm.config.kinds import (
-    Count,
     Finite,
     HalfOpen,
-    Positive,
     Rate,
     Share,
     Weight,
     wanted,
 )
 from taid_vlm.config.messages import TAG
+from taid_vlm.config.sampling import SamplingSpec
 from taid_vlm.config.section import Section, check
 from taid_vlm.errors import RecipeError, nearest
 
@@ -290,6 +289,8 @@ class Router(Term):
     compares = False
 
 
+SAMPLED_RKL = "sampled_rkl"  # of sampled answers alone (`objectives/estimates.py`)
+ESTIMATES = (SAMPLED_RKL, "sampled_reverse_kl", "k1")
 MOVING = ("taid", "amid")  # losses whose target moves with t
 VISUAL = (VisualFeatures, VisualRelation)
 TERMS: dict[str, type[Term]] = {kind.names()[0]: kind for kind in (
@@ -330,38 +331,34 @@ class TokenWeights(Section):
     strength: Weight = 1.0
 
 
-class OnPolicy(Section):
+class OnPolicy(SamplingSpec):
     """Learn part of the records from answers that the student gives itself, as it is at that step
     (GKD, Agarwal et al., 2024).
 
     Args:
-        lmbda: Share of the records whose answer is sampled anew, each time they come round.
-        max_new_tokens (tokens): Longest sampled answer; one that is cut there does not learn to
-            end.
-        temperature: Of sampling.
-        top_p: Share of the student's mass that is sampled from.
-        batch_size (records): Answers that are sampled at once; left out, all of an optimizer step.
-        max_age (steps): A record's sampled answer is learned from again if it comes round within
-            so many optimizer steps; 0 samples each time.
         objective: For sampled answers; left out, the terms that compare with the teacher.
-        stop_when_collapsed: End the run if most answers are empty, repeat themselves or are no
-            text, instead of warning.
+            sampled_rkl (k1) is the reverse KL's estimate from the sampled tokens alone.
     """
 
-    lmbda: Share = 0.5
-    max_new_tokens: Positive = 128
-    temperature: Rate = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1), wanted("above 0 and at most 1")] = 1.0
-    batch_size: Positive | None = None
-    max_age: Count = 0
     objective: Annotated[str | dict[str, Any] | None, AfterValidator(lambda x: _for_sampled(x))] = \
         None
-    stop_when_collapsed: bool = False
+
+    @model_validator(mode="after")
+    def _drawn_from_the_student(self) -> Self:
+        drawn = {"temperature": 1.0, "top_p": 1.0, "max_age": 0}
+        for key, value in drawn.items() if self.objective == SAMPLED_RKL else ():
+            if getattr(self, key) != value:
+                raise ValueError(f".objective = '{SAMPLED_RKL}' is the reverse KL on average only "
+                                 "if answers are drawn as likely as the student finds them, and "
+                                 f"{key} = {getattr(self, key):g}; set it to {value:g}.")
+        return self
 
 
 def _for_sampled(value: Any) -> Any:
     if value is None:
         return None
+    if isinstance(value, str) and value.lower().replace("-", "_") in ESTIMATES:
+        return SAMPLED_RKL
     spec = read_objective(value)
     if spec.on_policy is not None:
         raise ValueError(".on_policy inside on_policy.objective has no meaning; take it out.")

@@ -14,6 +14,7 @@ from taid_vlm.config.evaluation import EvaluateSpec
 from taid_vlm.config.model import ServerSpec, StudentSpec, TeacherSpec
 from taid_vlm.config.objective import TERMS, Common, OnPolicy, Term, TokenWeights
 from taid_vlm.config.recipe import Recipe, StageSpec
+from taid_vlm.config.sampling import EngineSpec
 from taid_vlm.config.training import ELSEWHERE, WITHOUT_EFFECT, TrainSpec
 
 HEAD = """\
@@ -36,6 +37,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
      "their weights. A text alone is `name`. Beside either:", Common),
     ("`objective.token_weights`", "A text alone is `name`.", TokenWeights),
     ("`objective.on_policy`", "", OnPolicy),
+    ("`objective.on_policy.engine`", "", EngineSpec),
     ("Every loss", "", Term),
 )
 _KINDS = {"string": "text", "boolean": "true or false", "integer": "whole number",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
+import os
 import threading
 import urllib.error
 import urllib.request
@@ -11,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from taid_vlm.errors import TaidError
+from taid_vlm.config.server import Server
+from taid_vlm.errors import TaidError, nearest
 
 PASSING = frozenset({408, 409, 425, 429, *range(500, 600)})  # worth another attempt
 REFUSING = frozenset({400, 413, 422})  # of one request: too long, filtered, ...
@@ -73,6 +76,15 @@ class GivenUp(Exception):
         self.attempts = attempts
 
 
+class ServerLost(TaidError):
+    """A server that a run needs does not answer any more, or with something else than it was asked
+    for."""
+
+
+class WrongAnswer(TaidError):
+    """What a server says cannot be what it was asked for; asking again would not help."""
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the key to another machine."""
 
@@ -128,6 +140,58 @@ def send(end: Endpoint, path: str, body: bytes | None, read: Callable[[bytes], A
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise Failure(end.hide(f"{type(error).__name__}: {reason}")) from None
+
+
+def endpoint_of(server: Server, called: str) -> Endpoint:
+    """The server of a recipe's section `called`; raises TaidError without the key it names."""
+    key = None if server.api_key_env is None else os.environ.get(server.api_key_env)
+    if server.api_key_env is not None and not key:
+        raise TaidError(f"{called}.api_key_env = '{server.api_key_env}', but there is no such "
+                        "environment variable.")
+    return Endpoint(server.url, server.model, key, server.timeout, server.retries + 1, 0.5,
+                    (f"{called}.url", f"{called}.timeout", f"{called}.api_key_env"))
+
+
+def longest_row(
+    end: Endpoint, called: str, lost: type[ServerLost], closing: threading.Event
+) -> int | None:
+    """How many tokens a server takes, if it says so; raises TaidError where its model is not
+    served, `lost` without an answer."""
+    try:
+        tree = persistently(end, lambda: send(end, "/models", None, json.loads), closing)
+        models = {card["id"]: card for card in tree["data"]}
+    except GivenUp as last:
+        raise lost(f"{called}.url = '{end.url}' gives no answer after {last.attempts} attempts; "
+                   f"the last one: {last}.") from last
+    except (Failure, LookupError, TypeError) as problem:
+        raise TaidError(f"{called}.url = '{end.url}' lists no models: {problem}.") from problem
+    if end.model not in models:
+        raise TaidError(f"{called}.model = '{end.model}' is not served at '{end.url}'."
+                        f"{nearest(end.model, models)}")
+    length = models[end.model].get("max_model_len")
+    return length if isinstance(length, int) else None
+
+
+def insist(
+    end: Endpoint, path: str, attempt: Callable[[], Answer], closing: threading.Event, *,
+    called: str, about: str, lost: type[ServerLost], mend: Callable[[str], str] = lambda words: "",
+) -> Answer:
+    """As `persistently`; raises `lost` with one message for whatever else comes.
+
+    Args:
+        called: the recipe's section. about: what is asked for. mend: of a refusal's words.
+    """
+    address = end.address(path)
+    try:
+        return persistently(end, attempt, closing)
+    except Failure as failure:
+        raise lost(f"{called}: '{address}' refuses {about}: {failure}.{mend(str(failure))}"
+                   ) from failure
+    except GivenUp as last:
+        raise lost(f"{called}: '{address}' gives no answer after {last.attempts} attempts; the "
+                   f"last one: {last}.") from last
+    except WrongAnswer as wrong:
+        raise lost(f"{called}: '{address}' answers wrongly: {wrong}.") from wrong
 
 
 def _refused(end: Endpoint, path: str, error: urllib.error.HTTPError) -> Exception:

@@ -167,7 +167,7 @@ def continue_prompts(
         as_text: nothing is said that no answer can hold: tokens that begin turns or stand for
             images, rows of the head without a token.
     """
-    names, stops = forward_names(type(unwrap(model))), _stops(model, adapter)
+    names, stops = forward_names(type(unwrap(model))), stop_tokens(model, adapter)
     accepted = {key: x.to(model.device) for key, x in inputs.items() if key in names}
     with evaluation_mode(model), _images_in_forward(unwrap(model)):
         ids = model.generate(
@@ -207,7 +207,7 @@ def processing() -> Iterator[None]:
         raise SampleDropped(PROCESSOR_FAILED, f"{type(error).__name__}: {error}") from error
 
 
-def _stops(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
+def stop_tokens(model: PreTrainedModel, adapter: ModelAdapter) -> list[int]:
     """Every token that ends an answer: by template, tokenizer and the checkpoint's own list."""
     listed = unwrap(model).generation_config.eos_token_id
     stops = {adapter.end_of_turn_id, adapter.tokenizer.eos_token_id,

@@ -7,6 +7,7 @@ from taid_vlm.objectives.diagnostics import (
     diagnose,
 )
 from taid_vlm.objectives.divergences import LOSSES, divergence
+from taid_vlm.objectives.estimates import sampled_reverse_kl
 from taid_vlm.objectives.likelihood import chunk_logits, label_log_prob
 from taid_vlm.objectives.objective import Objective, Term, VisualTerm, parse_objective
 from taid_vlm.objectives.schedule import TaidSchedule
@@ -30,4 +31,5 @@ __all__ = [
     "parse_objective",
     "pool",
     "relation_loss",
+    "sampled_reverse_kl",
 ]

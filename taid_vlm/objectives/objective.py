@@ -10,6 +10,7 @@ from torch import Tensor
 
 from taid_vlm.config.objective import (
     MOVING,
+    SAMPLED_RKL,
     VISUAL,
     Amid,
     OnPolicy,
@@ -23,6 +24,11 @@ from taid_vlm.objectives.divergences import (
     divergence,
 )
 from taid_vlm.objectives.schedule import TaidSchedule
+
+
+def compares(name: str) -> bool:
+    """Whether a term needs a teacher."""
+    return name == SAMPLED_RKL or LOSSES[name].needs_teacher
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,12 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        return bool(self.visual) or any(LOSSES[term.name].needs_teacher for term in self.terms)
+        return bool(self.visual) or any(compares(term.name) for term in self.terms)
+
+    @property
+    def estimates(self) -> bool:
+        """Whether it is taken at sampled tokens alone, not over laws."""
+        return self.terms[0].name == SAMPLED_RKL
 
     @property
     def moving_term(self) -> Term | None:
@@ -111,7 +122,7 @@ class Objective:
         """The terms that compare student and teacher, {name: [N]} from logits of one width."""
         losses = {}
         for term in self.terms:
-            if LOSSES[term.name].needs_teacher:
+            if compares(term.name):
                 extra: dict[str, Any] = dict(term.parameters)
                 if term.name in MOVING and t is not None:
                     extra["t"] = float(t)
@@ -124,13 +135,13 @@ class Objective:
     def on_data(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The terms on the data alone, {name: [N]} from the student's own logits [N, V]."""
         return {term.name: divergence(term.name, logits, None, labels=labels)
-                for term in self.terms if not LOSSES[term.name].needs_teacher}
+                for term in self.terms if not compares(term.name)}
 
     def reweighted(
         self, losses: Mapping[str, Tensor], weight: Tensor | None
     ) -> dict[str, Tensor]:
         """The terms that compare student and teacher times a weight per token [N], if any."""
-        return {name: values if weight is None or not LOSSES[name].needs_teacher
+        return {name: values if weight is None or not compares(name)
                 else values * weight for name, values in losses.items()}
 
     def weighted(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -172,6 +183,8 @@ def parse_objective(config: str | Mapping[str, Any]) -> Objective:
         return plain
     sampled_spec = spec.on_policy.objective
     sampled = replace(plain, visual=(), router=0.0, terms=tuple(
-        term for term in terms if LOSSES[term.name].needs_teacher)) if sampled_spec is None \
+        term for term in terms if compares(term.name))) if sampled_spec is None \
+        else replace(plain, terms=(Term(SAMPLED_RKL),), visual=(), router=0.0, kd_temperature=1.0,
+                     visual_advantage=0.0) if sampled_spec == SAMPLED_RKL \
         else parse_objective(sampled_spec)
     return replace(plain, on_policy=spec.on_policy, sampled=sampled)

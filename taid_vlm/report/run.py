@@ -204,6 +204,11 @@ def _account(results: Results) -> list[str]:
             f"{own.cut:,} cut, {own.repeating:,} repeating). Not learned, but the record's own "
             f"instead: {unused or 'none'}. Sampling took {own.seconds / train.seconds:.0%} of the "
             "time of one process.")
+        if (engine := own.engine) is not None:
+            text.append(
+                f"'{engine.name}' on a server sampled: it was given the student's weights "
+                f"{engine.syncs:,} times in {engine.sync_seconds:,.0f} seconds, and its tokens' "
+                f"log-probabilities differ by {engine.gap:.2g} nats from the student's here.")
     if train.skipped_steps:
         reasons = ", ".join(f"{n} x {reason}" for reason, n in train.skipped_steps.items())
         text.append(f"Steps not applied: {reasons}.")

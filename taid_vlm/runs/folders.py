@@ -43,7 +43,9 @@ MAY_CHANGE = ("output_dir", "evaluate", "train.max_steps", "train.num_train_epoc
               "train.push_to_hub", "train.hub_", "train.max_left_out",
               "teacher.server.url", "teacher.server.timeout", "teacher.server.retries",
               "teacher.server.concurrency", "teacher.server.api_key_env", "teacher.server.check",
-              "teacher.sharding", "teacher.devices")
+              "teacher.sharding", "teacher.devices",
+              *(f"objective.on_policy.engine.{key}" for key in (
+                  "url", "timeout", "retries", "concurrency", "api_key_env", "weights_dir")))
 
 
 def find_checkpoint(recipe: Recipe, resume: bool, overwrite: bool = False) -> Path | None:

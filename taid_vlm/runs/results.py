@@ -205,15 +205,30 @@ class LossImplementation(Part):
     bodies: list[str] = []
 
 
+class Engine(Part):
+    """A server that sampled the student's answers.
+
+    name: its model's. syncs: how often it was given the student's weights, and the sync_seconds
+    that took. gap: mean difference of sampled tokens' log-probabilities there and here, in nats,
+    over those that were compared. redone: steps whose answers were taken from those written down.
+    """
+
+    name: str
+    syncs: int
+    sync_seconds: float
+    gap: float
+    redone: int
+
+
 class OnPolicy(Part):
     """Answers that the student gave itself, over all processes and resumptions.
 
     share: of the rows, those learned from a sampled answer. asked: how often one was to be sampled;
     sampled: how many were learned, reused among them; stale: too old to be learned again. cut: by
     max_new_tokens; repeating: ended in copies of a few tokens. tokens: sampled; seconds: of
-    sampling, in all processes together. unused: answers that were not learned, by reason.
-    look: how much the images of held-out records matter to what the trained student says itself,
-    sampled as in training.
+    sampling, in all processes together. unused: answers that were not learned, by reason. engine:
+    None where the student sampled in this process. look: how much the images of held-out records
+    matter to what the trained student says itself, sampled here as in training.
     """
 
     share: float
@@ -227,6 +242,7 @@ class OnPolicy(Part):
     seconds: float
     unused: dict[str, int]
     look: Look | None = None
+    engine: Engine | None = None
 
 
 class Train(Part):

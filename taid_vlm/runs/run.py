@@ -20,6 +20,7 @@ from taid_vlm.io.files import write_text
 from taid_vlm.models.loading import load_model, load_skeleton
 from taid_vlm.models.lora import find_adapter
 from taid_vlm.models.quantization import half_precision, refuse_unavailable
+from taid_vlm.objectives import parse_objective
 from taid_vlm.runs.folders import (
     ANSWERS,
     RECIPE,
@@ -39,6 +40,7 @@ from taid_vlm.runs.results import Stage
 from taid_vlm.runs.save import save_student
 from taid_vlm.runs.sharing import in_words, sharing
 from taid_vlm.teachers import ServedTeacher, TeacherInStudent
+from taid_vlm.training.engine import Engine
 from taid_vlm.training.pair import refuse_absent
 from taid_vlm.training.several import of_teacher
 from taid_vlm.training.trainer import DistillationTrainer
@@ -151,6 +153,9 @@ def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrain
     for key, spec in recipe.teacher_specs.items():
         if spec.server is not None:  # refused before the student is loaded
             teachers[key] = _served(key, spec)
+    on_policy = parse_objective(ingredients.args.objective).on_policy
+    if on_policy is not None and on_policy.engine is not None:  # refused before, too
+        Engine(on_policy.engine, recipe.output_dir)
     half = half_precision(ingredients.args)
     student = load_model(recipe.student, "student", half)
     shared = sharing(recipe, ingredients)

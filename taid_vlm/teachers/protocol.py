@@ -22,18 +22,15 @@ from taid_vlm.adapters import ModelAdapter, Rendered
 from taid_vlm.adapters.turns import chat_message, style_of
 from taid_vlm.batch.forward import Batch
 from taid_vlm.errors import TaidError
+from taid_vlm.io.endpoint import WrongAnswer
 from taid_vlm.io.images import png
 from taid_vlm.records import Record
 from taid_vlm.records.videos import Picture
 
-COMPLETIONS, CHAT, MODELS = "/completions", "/chat/completions", "/models"
+COMPLETIONS, CHAT = "/completions", "/chat/completions"
 MOST_MASS = 1.001  # that k probabilities, each rounded, may have together
 
 Message = Mapping[str, Any]
-
-
-class WrongAnswer(TaidError):
-    """What a server says cannot be what it was asked for; asking again would not help."""
 
 
 @dataclass(frozen=True)

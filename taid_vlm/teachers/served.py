@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,21 +16,19 @@ from transformers import PreTrainedModel
 from taid_vlm.batch.forward import Batch
 from taid_vlm.batch.sparse import SparseSignal
 from taid_vlm.config.model import ServerSpec
-from taid_vlm.errors import TaidError, nearest
-from taid_vlm.io.endpoint import Endpoint, Failure, GivenUp, persistently, send
+from taid_vlm.errors import TaidError
+from taid_vlm.io.endpoint import Failure, ServerLost, endpoint_of, insist, longest_row, send
 from taid_vlm.models.forward import head_rows
 from taid_vlm.teachers.protocol import (
-    MODELS,
     Laws,
     Question,
-    WrongAnswer,
     questions,
     read_laws,
     request,
 )
 
 SIGNAL = "teacher_signal"  # a batch's key: what was asked ahead
-SETTINGS = ("teacher.server.url", "teacher.server.timeout", "teacher.server.api_key_env")
+CALLED = "teacher.server"
 PROBE_TOKENS = 8  # of the prompt that is asked again, to see whether the model is the same
 PROBE_EVERY = 100  # batches
 # `distance` between two answers of one model. Of SmolLM2-135M in bfloat16, by vLLM on a CPU and by
@@ -39,8 +36,8 @@ PROBE_EVERY = 100  # batches
 SAME_MODEL = 0.15
 
 
-class TeacherLost(TaidError):
-    """The server does not answer any more, or with something else than it was asked for."""
+class TeacherLost(ServerLost):
+    """The teacher's server."""
 
 
 class Pending:
@@ -66,15 +63,10 @@ class ServedTeacher:
     asks = True  # a plan's does not
 
     def __init__(self, server: ServerSpec, skeleton: PreTrainedModel) -> None:
-        key = None if server.api_key_env is None else os.environ.get(server.api_key_env)
-        if server.api_key_env is not None and not key:
-            raise TaidError(f"teacher.server.api_key_env = '{server.api_key_env}', but there is no "
-                            "such environment variable.")
         self.server, self.skeleton = server, skeleton
         self.rows = head_rows(skeleton)
         self.top = min(server.top_logprobs, self.rows)
-        self.end = Endpoint(server.url, server.model, key, server.timeout, server.retries + 1, 0.5,
-                            SETTINGS)
+        self.end = endpoint_of(server, CALLED)
         self.received = self.tokens = 0  # bytes of answers, and tokens that they are about
         self.retried = False
         self._waited = 0
@@ -181,35 +173,13 @@ class ServedTeacher:
                 self.retried |= failure.passing
                 raise
 
-        address = self.end.address(path)
-        try:
-            return persistently(self.end, attempt, self._closing)
-        except Failure as failure:
-            raise TeacherLost(f"teacher.server: '{address}' refuses {question.source}: {failure}."
-                              f"{_mend(str(failure), self.top)}") from failure
-        except GivenUp as last:
-            raise TeacherLost(f"teacher.server: '{address}' gives no answer after {last.attempts} "
-                              f"attempts; the last one: {last}.") from last
-        except WrongAnswer as wrong:
-            raise TeacherLost(f"teacher.server: '{address}' answers wrongly: {wrong}.") from wrong
+        return insist(self.end, path, attempt, self._closing, called=CALLED, lost=TeacherLost,
+                      about=question.source, mend=lambda words: _mend(words, self.top))
 
     def _connect(self) -> int | None:
         """The longest row that the server takes, if it says so."""
-        try:
-            tree = persistently(self.end, lambda: send(self.end, MODELS, None, json.loads),
-                                self._closing)
-            models = {card["id"]: card for card in tree["data"]}
-        except GivenUp as last:
-            raise TeacherLost(f"teacher.server.url = '{self.server.url}' gives no answer after "
-                              f"{last.attempts} attempts; the last one: {last}.") from last
-        except (Failure, LookupError, TypeError) as problem:
-            raise TaidError(f"teacher.server.url = '{self.server.url}' lists no models: {problem}."
-                            ) from problem
-        if self.server.model not in models:
-            raise TaidError(f"teacher.server.model = '{self.server.model}' is not served at "
-                            f"'{self.server.url}'.{nearest(self.server.model, models)}")
-        length = models[self.server.model].get("max_model_len")
-        return length - 1 if isinstance(length, int) else None  # a token is generated, too
+        length = longest_row(self.end, CALLED, TeacherLost, self._closing)
+        return length and length - 1  # a token is generated, too
 
     def _check_same(self) -> None:
         """After an interruption, and now and then: is it still the model of the beginning?"""

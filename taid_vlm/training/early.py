@@ -23,6 +23,7 @@ from taid_vlm.models.loading import load_skeleton
 from taid_vlm.objectives import parse_objective
 from taid_vlm.teachers.placement import check_sharding
 from taid_vlm.training.config import DistillationConfig
+from taid_vlm.training.on_policy import check_on_policy
 from taid_vlm.training.pair import with_adapter
 
 SAMPLING = ("random", "sequential")
@@ -55,6 +56,8 @@ def refuse_early(args: DistillationConfig, recipe: Recipe, adapter: Any = None) 
     _check_schedule(args, optimizer)
     _check_student(args, recipe, adapter)
     _check_zero(args)
+    if parse_objective(args.objective).on_policy is not None:
+        check_on_policy(args)
     if recipe.teacher is not None:
         _check_teacher(args, recipe.teacher)
 

@@ -277,7 +277,10 @@ def choose_step(
     Raises:
         TaidError: "fused" for something only the reference can do, with the reason.
     """
-    if not isinstance(step := plain_step(objective, pairing, teacher), ReferenceStep):
+    step = plain_step(objective, pairing, teacher)
+    if objective.estimates:
+        return step
+    if not isinstance(step, ReferenceStep):
         if implementation == "fused":
             raise TaidError(f"loss_implementation = 'fused', but {step.report()['reason']}. Use "
                             "auto.")

@@ -2,8 +2,8 @@
 
 Who samples, and with which random numbers, follows from the seed, the step and the record alone:
 it is the same for any number of processes and any split of the step, and a resumed run needs no
-state for it. A record of which no answer can be learned is learned from its reference, so that no
-record is lost.
+state for it. The student samples itself, or a server does that has its weights (`engine.py`). A
+record of which no answer can be learned is learned from its reference, so that no record is lost.
 """
 
 from __future__ import annotations
@@ -19,19 +19,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from taid_vlm.adapters import Continuation, ModelAdapter
 from taid_vlm.batch.collator import Batch
-from taid_vlm.batch.figures import Measured
 from taid_vlm.config.objective import OnPolicy
 from taid_vlm.errors import RecordError, SampleDropped, TaidError
 from taid_vlm.io.files import read_json, write_json
-from taid_vlm.models.generation import Continued, Sampling, continue_prompts, prompt_inputs
+from taid_vlm.models.generation import (
+    Continued,
+    Sampling,
+    continue_prompts,
+    prompt_inputs,
+)
 from taid_vlm.records import Message, Record, parse_record
+from taid_vlm.training.config import DistillationConfig
+from taid_vlm.training.engine import (
+    CALLED,
+    CHECKED,
+    SAME_WEIGHTS,
+    Engine,
+    EngineLost,
+    differences,
+)
+from taid_vlm.training.sampled import Prompt, Sample, drawing_of, prompts
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +88,7 @@ class Happened:
     degenerate: list[bool] = field(default_factory=list)
     known: dict[str, tuple[tuple[int, ...], int | None]] = field(default_factory=dict)
     seconds: float = 0.0
+    gap: tuple[float, int] = 0.0, 0  # of log-probabilities there and here, and tokens of it
 
 
 class Rollouts:
@@ -84,18 +98,22 @@ class Rollouts:
         spec: of the objective.
         student: its adapter.
         references, samples: make batches of records, and of `Continuation`s.
-        seed: of the run.
 
     Raises:
-        TaidError: a student whose weights no process can have whole for a forward pass.
+        TaidError: as `check_on_policy`; an engine that is not there.
     """
 
     def __init__(
         self, spec: OnPolicy, student: ModelAdapter, references: Collate, samples: Collate,
-        accelerator: Accelerator, seed: int,
+        accelerator: Accelerator, args: DistillationConfig,
     ) -> None:
-        self.spec, self.student, self.accelerator, self.seed = spec, student, accelerator, seed
-        self.references, self.samples = references, samples
+        check_on_policy(args)
+        self.spec, self.student, self.accelerator = spec, student, accelerator
+        self.references, self.samples, self.seed = references, samples, args.seed
+        self.engine = None if spec.engine is None else Engine(
+            spec.engine, str(args.output_dir))
+        self.gap = (0.0, 0)  # over the run; `Happened.gap`
+        self._since_gap = (0.0, 0)
         self.counts: Counter[str] = Counter()
         self.seconds = 0.0  # of sampling, over all processes
         self._since: Counter[str] = Counter()  # the same since the last log line
@@ -105,10 +123,6 @@ class Rollouts:
         self._clock, self._seconds_then = time.perf_counter(), 0.0
         kind = accelerator.distributed_type
         self._sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        plugin = accelerator.state.deepspeed_plugin if kind == DistributedType.DEEPSPEED else None
-        if plugin is not None and plugin.zero_stage == 3:
-            raise TaidError("objective.on_policy samples from the student, whose weights ZeRO-3 "
-                            "has in parts. Use ZeRO-2, or FSDP2.")
 
     # ----- a step ---------------------------------------------------------------------------
 
@@ -191,7 +205,8 @@ class Rollouts:
                 continue
             happened.counts[STALE] += then >= 0
             fresh[question.key] = question
-        for question, said in self._sampled(list(fresh.values()), model, step):
+        sampled = self._sampled if self.engine is None else self._from_engine
+        for question, said in sampled(list(fresh.values()), model, step, happened):
             if isinstance(said, str):
                 happened.counts[f"{UNUSED}/{said}"] += 1
                 continue
@@ -201,7 +216,7 @@ class Rollouts:
         return answers
 
     def _sampled(
-        self, questions: Sequence[Question], model: Any, step: int
+        self, questions: Sequence[Question], model: Any, step: int, happened: Happened
     ) -> Iterator[tuple[Question, Continued | str]]:
         """Each question's answer, or why it has none, a batch at a time. Where weights are spread
         over processes all of them take part in every batch."""
@@ -230,21 +245,87 @@ class Rollouts:
             synced=self._sharded, as_text=True))
         return [problems[i] if i in problems else next(answers) for i in range(len(pairs))]
 
+    def _from_engine(
+        self, questions: Sequence[Question], model: Any, step: int, happened: Happened
+    ) -> Iterator[tuple[Question, Sample | str]]:
+        """The same from the server. Where its answers come only at another attempt, it may have
+        been started anew since it got its weights: it gets them again, and is asked again."""
+        assert self.engine is not None
+        said, problem, again = list[Sample | str](), None, False
+        for _ in range(self.engine.spec.retries + 1):
+            fresh = self.engine.sync(model, step, self.accelerator)
+            try:
+                said = self._ask_engine(questions, model, step)
+            except TaidError as lost:
+                problem = str(lost)
+            states = gather_object([(problem, self.engine.interrupted)])
+            problem, again = next((p for p, _ in states if p), None), any(x for _, x in states)
+            self.engine.interrupted = again
+            if problem or not again:
+                break
+        if problem or again:
+            raise EngineLost(problem or f"{CALLED}: no step's answers come at the first attempt.")
+        if fresh:
+            answers = [(question.record, question.turn, sample) for question, sample in zip(
+                questions, said, strict=True) if isinstance(sample, Sample) and sample.log_probs]
+            happened.gap = differences(model, self.student, answers[:CHECKED],
+                                       CHECKED if self._sharded else 0)
+        yield from zip(questions, said, strict=True)
+
+    def _ask_engine(
+        self, questions: Sequence[Question], model: Any, step: int
+    ) -> list[Sample | str]:
+        adapter, spec, engine = self.student, self.spec, self.engine
+        assert engine is not None
+        longest = min(adapter.max_length or 2**62, engine.longest or 2**62)
+        pairs = [(question.record, question.turn) for question in questions]
+        inputs, problems = _inputs(adapter, pairs, longest - spec.max_new_tokens)
+        kept = [pair for index, pair in enumerate(pairs) if index not in problems]
+        asked = [] if inputs is None else list(prompts(adapter, kept, inputs))
+        said = iter(engine.sample(
+            [each for each in asked if isinstance(each, Prompt)],
+            drawing_of(spec, model, adapter), f"{self.seed}/{step}", step))
+        rest = iter([each if isinstance(each, str) else next(said) for each in asked])
+        return [problems[i] if i in problems else next(rest) for i in range(len(pairs))]
+
     # ----- what became of them --------------------------------------------------------------
 
     def _take(self, happened: Happened, step: int) -> None:
         """Add up what happened in all processes, and look at the last answers."""
-        for each in gather_object([happened]):
+        everyone = gather_object([happened])
+        known = {key: said for each in everyone for key, said in each.known.items()}
+        for each in everyone:
             self.counts.update(each.counts)
             self._since.update(each.counts)
             self.seconds += each.seconds
             self._recent.extend(each.degenerate)
-            if self.spec.max_age:
-                self._known |= {key: (step, *said) for key, said in each.known.items()}
+        drawn_from = step  # the step whose weights they are of
+        if self.engine is not None:
+            assert self.engine.synced is not None
+            drawn_from = self.engine.synced
+            self._compare([each.gap for each in everyone])
+            if self.accelerator.is_main_process:
+                self.engine.note(step, known)
+        if self.spec.max_age:
+            self._known |= {key: (drawn_from, *said) for key, said in known.items()}
         if self.spec.max_age:
             self._known = {key: kept for key, kept in self._known.items()
                            if step - kept[0] <= self.spec.max_age}
         self._judge()
+
+    def _compare(self, gaps: Sequence[tuple[float, int]]) -> None:
+        """Raise TaidError if the server's log-probabilities are not those of the student here."""
+        total, tokens = sum(gap for gap, _ in gaps), sum(n for _, n in gaps)
+        self.gap = self.gap[0] + total, self.gap[1] + tokens
+        self._since_gap = self._since_gap[0] + total, self._since_gap[1] + tokens
+        if tokens and not total / tokens <= SAME_WEIGHTS:
+            assert self.engine is not None
+            raise TaidError(
+                f"{CALLED}: what '{self.engine.spec.model}' at '{self.engine.spec.url}' samples is "
+                f"not the student's: the log-probabilities of {tokens} sampled tokens differ by "
+                f"{total / tokens:.2g} nats from those here, and rounding leaves less than "
+                f"{SAME_WEIGHTS:g}.", mend="Serve a checkpoint of the student's own architecture, "
+                "without quantization and without --logprobs-mode.")
 
     def _judge(self) -> None:
         share = sum(self._recent) / WATCHED
@@ -272,6 +353,9 @@ class Rollouts:
             logs |= {name: since[name] / since[SAMPLED] for name in (TOKENS, CUT, REPEATING)}
         if since[ASKED]:
             logs[UNUSED] = sum(_unused(since).values()) / since[ASKED]
+        if self._since_gap[1]:
+            logs["engine_gap"] = self._since_gap[0] / self._since_gap[1]
+            self._since_gap = 0.0, 0
         return {f"on_policy/{name}": value for name, value in logs.items()}
 
     def report(self) -> dict[str, Any]:
@@ -281,7 +365,8 @@ class Rollouts:
             "share": sampled / max(counts[ROWS], 1), "asked": counts[ASKED], "sampled": sampled,
             "reused": counts[REUSED], "stale": counts[STALE], "cut": counts[CUT],
             "repeating": counts[REPEATING], "tokens": counts[TOKENS], "seconds": self.seconds,
-            "unused": _unused(counts)}
+            "unused": _unused(counts), "engine": None if self.engine is None else {
+                **self.engine.report(), "gap": self.gap[0] / max(self.gap[1], 1)}}
 
     def say(
         self, pairs: Sequence[tuple[Record, int]], model: Any, size: int
@@ -299,18 +384,42 @@ class Rollouts:
     # ----- checkpoints ----------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """What a run goes on with; nothing of it decides who samples or what is drawn."""
+        """What a run goes on with, by the main process; nothing of it decides who samples or what
+        is drawn."""
+        engine = None if self.engine is None else self.engine.state()
+        if not self.accelerator.is_main_process:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         write_json({"counts": dict(self.counts), "seconds": self.seconds, "said": self._said,
-                    "recent": list(self._recent), "known": self._known}, folder / STATE)
+                    "recent": list(self._recent), "known": self._known, "gap": self.gap,
+                    "engine": engine}, folder / STATE)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, step: int) -> None:
+        """Args:
+            step: that the checkpoint was written after.
+        """
         saved = read_json(folder / STATE, "the state of sampled answers")
+        self.gap = tuple(saved.get("gap", self.gap))
+        if self.engine is not None:
+            self.engine.resume(step, saved.get("engine"))
         self.counts, self.seconds = Counter(saved["counts"]), float(saved["seconds"])
         self._recent, self._said = deque(saved["recent"], WATCHED), bool(saved["said"])
         self._known = {key: (step, tuple(ids), end)
                        for key, (step, ids, end) in saved["known"].items()}
         self._seconds_then = self.seconds
+
+
+def check_on_policy(args: DistillationConfig) -> None:
+    """Raise TaidError for a run that cannot sample: whose texts are learned in windows, or whose
+    student no process can have whole for a forward pass. Nothing has to be loaded for it."""
+    if args.window is not None:
+        raise TaidError(f"objective.on_policy samples answers to prompts, and train.window = "
+                        f"{args.window} learns plain texts, which have none: take one of the two "
+                        "out.")
+    zero = getattr(args.deepspeed_plugin, "hf_ds_config", None)
+    if zero is not None and zero.is_zero3():
+        raise TaidError("objective.on_policy samples from the student, whose weights ZeRO-3 has in "
+                        "parts. Use ZeRO-2, or FSDP2.")
 
 
 _PLACEHOLDER = (Record("placeholder", (Message("user", (".",)), Message("assistant", (".",)))), 0)
@@ -355,30 +464,6 @@ def without_sync(accelerator: Accelerator, model: Any) -> Iterator[None]:
         yield
     finally:
         accelerator.gradient_state._set_sync_gradients(last)
-
-
-def on_policy_figures(
-    batch: Batch, figures: Mapping[str, Measured]
-) -> dict[str, Measured]:
-    """Figures of sampled answers under names of their own; KL also of the first and the second
-    half of each answer: what a student that has left the references' ground does not know."""
-    named = {f"on_policy/{name}": figure for name, figure in figures.items()}
-    if "kl" in figures:
-        values, tokens = figures["kl"]
-        late = _late(batch["row"])
-        late = late if tokens is None else late[tokens]
-        for half, inside in (("early", ~late), ("late", late)):
-            at = inside.nonzero()[:, 0]
-            named[f"on_policy/kl_{half}"] = Measured(
-                values[at], at if tokens is None else tokens[at])
-    return named
-
-
-def _late(row: Tensor) -> Tensor:
-    """Whether each of the tokens, in order, stands in the second half of its row's."""
-    counts = torch.bincount(row)
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    return 2 * place >= counts[row]
 
 
 def repeating(ids: Sequence[int]) -> bool:

@@ -69,6 +69,10 @@ def pair_for_training(
         pairing = pair_models(theirs, ours, rows, head_rows(student),
                               [text[:2000] for text in answers], objective.alignment)
         _refuse_metric(args.metric_for_best_model, pairing)
+        if pairing.has_chunks and objective.sampled is not None and objective.sampled.estimates:
+            raise TaidError("objective.on_policy.objective = 'sampled_rkl' needs the teacher's "
+                            "probability of every sampled token, and these models split texts "
+                            "differently; take reverse_kl.")
     for warning in (*(pairing.warnings if pairing else ()), *seams(adapters, probed)):
         logger.warning(warning)
     if isinstance(teacher, TeacherCache) and teacher.signal.is_sparse and objective.needs_teacher:

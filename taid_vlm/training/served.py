@@ -21,6 +21,7 @@ from taid_vlm.batch.sparse import SparseSignal, check_one_by_one, check_sparse
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.evaluation.canary import BLIND_BELOW, blank
+from taid_vlm.io.endpoint import ServerLost
 from taid_vlm.io.manifest import read_manifest
 from taid_vlm.models.loading import load_model
 from taid_vlm.objectives import Objective
@@ -66,6 +67,11 @@ def serve(
     assert collator.pairing is not None
     assert collator.teacher is not None
     check_one_by_one(collator.pairing, CALLED)
+    if objective.sampled is not None and objective.sampled.estimates and not all(
+            vocabulary.identity for vocabulary in collator.pairing.maps):
+        raise TaidError(f"objective.on_policy.objective = 'sampled_rkl': {CALLED} says how likely "
+                        "its own tokens are, and the student has others beside them; take "
+                        "forward_kl or taid, or a teacher in this process.")
     limits = [n for n in (collator.teacher.max_length, teacher.longest) if n]
     collator.teacher.max_length = min(limits, default=None)
     collator = replace(collator, chat=as_chat)
@@ -139,19 +145,19 @@ def await_signals(
 
 @contextlib.contextmanager
 def kept_if_lost(trainer: Trainer) -> Iterator[None]:
-    """If the teacher is lost inside, between two steps of training, the last one is kept: a whole
-    checkpoint from which the run goes on when the teacher is back."""
+    """If a server is lost inside, between two steps of training, the last one is kept: a whole
+    checkpoint from which the run goes on when the server is back."""
     try:
         yield
-    except TeacherLost as lost:
+    except ServerLost as lost:
         step = trainer.state.global_step
         if not trainer.is_in_train or not step:
             raise
         folder = Path(str(trainer.args.output_dir)) / f"checkpoint-{step}"
         if read_manifest(folder) is None:
             trainer._save_checkpoint(trainer.model_wrapped, None)
-        raise TeacherLost(lost.message, mend=f"The run is kept in '{folder}': run again with "
-                          "--resume when the teacher is back.") from lost
+        raise type(lost)(lost.message, mend=f"The run is kept in '{folder}': run again with "
+                         "--resume when the server is back.") from lost
 
 
 # ----- before the first step ----------------------------------------------------------------

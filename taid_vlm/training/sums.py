@@ -62,3 +62,26 @@ def step_counts(batch: Batch) -> Tensor:
 
 def _count(values: Tensor, like: Tensor) -> Tensor:
     return torch.full((), len(values), dtype=torch.float64, device=like.device)
+
+
+def on_policy_figures(
+    batch: Batch, figures: Mapping[str, Measured]
+) -> dict[str, Measured]:
+    """Figures of sampled answers under names of their own; KL also of the first and the second
+    half of each answer: what a student that has left the references' ground does not know."""
+    named = {f"on_policy/{name}": figure for name, figure in figures.items()}
+    if "kl" in figures:
+        values, tokens = figures["kl"]
+        late = _late(batch["row"])
+        late = late if tokens is None else late[tokens]
+        for half, inside in (("early", ~late), ("late", late)):
+            at = inside.nonzero()[:, 0]
+            named[f"on_policy/kl_{half}"] = Measured(
+                values[at], at if tokens is None else tokens[at])
+    return named
+
+def _late(row: Tensor) -> Tensor:
+    """Whether each of the tokens, in order, stands in the second half of its row's."""
+    counts = torch.bincount(row)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    return 2 * place >= counts[row]

@@ -45,15 +45,7 @@ from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.intake import Intake, prepared, windowed
 from taid_vlm.training.loss import Step, StepLoss
-from taid_vlm.training.on_policy import (
-    NOT_LEARNED,
-    OWN,
-    SAMPLED,
-    Rollouts,
-    Rows,
-    on_policy_figures,
-    without_sync,
-)
+from taid_vlm.training.on_policy import NOT_LEARNED, OWN, SAMPLED, Rollouts, Rows, without_sync
 from taid_vlm.training.pair import resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
 from taid_vlm.training.served import await_signals, kept_if_lost, training_collator
@@ -67,7 +59,7 @@ from taid_vlm.training.several import (
     the_only_one,
     with_all_names,
 )
-from taid_vlm.training.sums import figure_sums, step_counts, token_sums
+from taid_vlm.training.sums import figure_sums, on_policy_figures, step_counts, token_sums
 from taid_vlm.training.visual import VisualTerms
 from taid_vlm.training.window import Window
 
@@ -153,7 +145,7 @@ class DistillationTrainer(Trainer):
             self.objective.visual, student, teacher, self.accelerator, args.seed)
         self.router = RouterTerm(self.objective.router, student, self.accelerator)
         self.rollouts = None if sampling is None else Rollouts(
-            sampling, collator.student, batches, samples, self.accelerator, args.seed)
+            sampling, collator.student, batches, samples, self.accelerator, args)
         self._begin(train_dataset)
         self._steps: dict[str, Step | SeveralStep] = {}
         self.add_callback(ScheduleCallback(self))
@@ -168,6 +160,7 @@ class DistillationTrainer(Trainer):
         self.intake = Intake(train_dataset, args.max_left_out)
         self.cut = 0  # plain texts shortened to max_length
         self._step_sums: dict[str, Tensor] = {}
+        self._ready: dict[str, list[bool]] = {}  # whether all processes have tokens, by micro-batch
         self._step_counts: list[Tensor] = []  # of the optimizer step: images, tokens it is fed
         self._empty_steps = 0
         self._said = False
@@ -230,14 +223,16 @@ class DistillationTrainer(Trainer):
 
     def _loss_step(self, batch: Batch, part: str = "") -> Step | SeveralStep | NoTokens:
         """The implementation of the loss, chosen when every process has tokens to check it: a
-        sharded model is asked by all at once.
+        sharded model is asked by all at once. The count of the step's tokens says when.
 
         Args:
             part: "" for references, SAMPLED.
         """
         objective = self.objective.sampled if part else self.objective
         assert objective is not None
-        if self._steps.get(part) is None and all(gather_object([len(batch["labels"])])):
+        ready = self._ready[part].pop(0) if self._ready.get(part) else (
+            len(batch["labels"]) > 0 and self.accelerator.num_processes == 1)
+        if self._steps.get(part) is None and ready:
             self._steps[part] = step_of(objective, self.pairing, self.model, self.teacher, batch,
                                         self.args, self.accelerator)
         return self._steps.get(part) or plain_step_of(objective, self.pairing, self.teacher)
@@ -250,19 +245,24 @@ class DistillationTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """What the answer tokens of the optimizer step count, over all micro-batches and processes;
         its images and the tokens it is fed are noted. On the CPU: nothing waits for a device."""
-        if self.rollouts is not None:
-            if not self._steps:  # chosen now, whoever will have tokens
-                probe = self._prepare_inputs(self.rollouts.probe(batch_samples[0]))
-                for part in ("", SAMPLED):
-                    self._loss_step(probe, part)
-            self.rollouts.fill(batch_samples, self.model, self.state.global_step + 1)
-        asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
         with kept_if_lost(self):
+            if self.rollouts is not None:
+                for part in () if self._steps else ("", SAMPLED):  # now, whoever will have tokens
+                    probe = self._prepare_inputs(self.rollouts.probe(batch_samples[0]))
+                    self._ready[part] = [all(gather_object([len(probe["labels"])]))]
+                    self._loss_step(probe, part)
+                self.rollouts.fill(batch_samples, self.model, self.state.global_step + 1)
+            asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
             await_signals(self.teacher, asked, self.accelerator)
         counts = torch.stack([step_counts(batch) for batch in batch_samples]).sum(0)
+        parts = {"": batch_samples, SAMPLED: [b[SAMPLED] for b in batch_samples if SAMPLED in b]}
+        full = [len(batch["labels"]) > 0 for part in parts.values() for batch in part]
+        counts = torch.cat([counts, counts.new_tensor(full)])
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
-        tokens, *self._step_counts = counts
+        tokens, *self._step_counts = counts[: len(counts) - len(full)]
+        ready = (counts[len(counts) - len(full):] == self.accelerator.num_processes).tolist()
+        self._ready = {part: [ready.pop(0) for _ in batches] for part, batches in parts.items()}
         return tokens
 
     @torch.no_grad()
@@ -437,11 +437,11 @@ class DistillationTrainer(Trainer):
             self._load_weights(resume_from_checkpoint, model)
 
     def _load_weights(self, resume_from_checkpoint: str, model: Any) -> None:
-        TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self.visual.load(Path(resume_from_checkpoint))
         self.router.restore(Path(resume_from_checkpoint))
         if self.rollouts is not None:
-            self.rollouts.load(Path(resume_from_checkpoint))
+            self.rollouts.load(Path(resume_from_checkpoint), state.global_step)
         target = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded or not isinstance(target, PreTrainedModel):
@@ -474,8 +474,8 @@ class DistillationTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)  # what an interruption left of one
                 self.visual.save(folder)
                 self.router.save(folder)
-                if self.rollouts is not None:
-                    self.rollouts.save(folder)
+            if self.rollouts is not None:
+                self.rollouts.save(folder)
             self.accelerator.wait_for_everyone()
             self.args.save_total_limit = None  # older ones go when this one is whole
             super()._save_checkpoint(model, trial)

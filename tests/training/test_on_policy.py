@@ -285,6 +285,31 @@ def test_samples_are_logged_beside_references(tmp_path: Path) -> None:
     assert min(early, late) <= line["on_policy/kl"] <= max(early, late)
 
 
+def test_a_part_without_tokens_asks_the_other_processes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are chosen before the first step, for which all are asked once a part; no micro-batch
+    may ask the other processes on its own."""
+    from taid_vlm.training import trainer as module
+
+    objective = {"name": "rkl", "on_policy": {**HALF, "lmbda": 1.0}}
+    trainer = make_trainer(tmp_path, objective=objective, kinds=["text"], max_steps=3,
+                           per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    calls, step = [], module.DistillationTrainer._loss_step
+    gathered: list[Any] = []
+    monkeypatch.setattr(module, "gather_object", lambda x: gathered.append(x) or [x])
+    monkeypatch.setattr(module.DistillationTrainer, "_loss_step", lambda self, batch, part="": (
+        calls.append((part, len(batch["labels"]))), step(self, batch, part))[1])
+    trainer.train()
+    assert len(calls) == 2 + 12 and len(gathered) == 2
+    assert "sampled" in trainer._steps
+
+
+def test_windows_are_refused_before_weights(tmp_path: Path) -> None:
+    with pytest.raises(TaidError, match=r"train.window = 64 learns plain texts"):
+        make_trainer(tmp_path, objective=TAID, window=64, max_steps=2)
+
+
 # ----- refused ----------------------------------------------------------------------------------
 
 

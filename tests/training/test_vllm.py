@@ -4,6 +4,7 @@ vLLM on CPU (`scripts/setup_vllm_cpu.sh` makes one); without it nothing here run
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -23,10 +24,13 @@ from zoo import Built, save
 
 from taid_vlm import DistillationTrainer
 from taid_vlm.config.model import ModelSpec, ServerSpec
+from taid_vlm.models.generation import prompt_inputs
 from taid_vlm.models.loading import load_model, load_processor, load_skeleton
 from taid_vlm.models.published import use_published_names
 from taid_vlm.students.compose import compose
 from taid_vlm.teachers import ServedTeacher, TeacherLost
+from taid_vlm.training.on_policy import _record
+from taid_vlm.training.sampled import drawing_of, prompts
 
 PYTHON = os.environ.get("TAID_VLM_VLLM")
 READY_WITHIN = 300  # seconds
@@ -50,7 +54,8 @@ class Vllm:
         environment |= {
             "PATH": f"{home}:{environment['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+            "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+            "VLLM_SERVER_DEV_MODE": "1"}
         command = [str(home / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port",
                    str(port), "--served-model-name", "teacher", "--max-model-len", "512",
                    "--max-num-seqs", "8", "--max-logprobs", "-1", "--enforce-eager", "--dtype",
@@ -149,6 +154,38 @@ def test_vllm_sees_what_the_same_model_sees_here(tmp_path: Path) -> None:
     print(f"with images: largest difference of a logged figure "
           f"{float((ours - theirs).abs().max()):.2g}")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_vllm_samples_for_the_student(tmp_path: Path) -> None:
+    """With images and without, from weights that change every step; the same weights, question and
+    seed, asked one at a time, give the same tokens again."""
+    folder = composed(tmp_path)
+    spec, server = ModelSpec(model_name_or_path=str(folder)), Vllm(folder)
+    model = load_model(spec, "student")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    processor = load_processor(spec, "student")
+    engine = {"url": server.url, "model": "teacher", "timeout": 60.0, "concurrency": 1}
+    objective = {"name": "taid", "on_policy": {"lmbda": 1.0, "max_new_tokens": 12,
+                                               "engine": engine}}
+    try:
+        trainer = train(tmp_path / "run", load_model(spec, "teacher"), processor,
+                        Built("llava", processor, model), rows(8), objective=objective)
+        lines = [json.loads(line) for line in trainer.rollouts.engine.journal.open()]
+        rollouts, adapter = trainer.rollouts, trainer.collator.student
+        pairs = [(_record(row), 0) for row in rows(8)]
+        asked = list(prompts(adapter, pairs, prompt_inputs(adapter, pairs)))
+        drawing = drawing_of(rollouts.spec, trainer.model, adapter)
+        first, again = (rollouts.engine.sample(asked, drawing, "0", step) for step in (8, 9))
+    finally:
+        server.stop()
+    report = trainer.rollouts.report()
+    print(f"sampled by vLLM: {report}")
+    assert report["sampled"] > 8 and report["engine"]["syncs"] == STEPS
+    assert report["engine"]["gap"] < 1e-3
+    assert len({line["weights"] for line in lines}) == STEPS
+    assert [each.ids for each in first] == [each.ids for each in again]
 
 
 def test_a_vllm_that_is_stopped_leaves_a_checkpoint(

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from peft import PeftModel
 from PIL import Image
 from zoo import Built, build, families
 
@@ -42,9 +43,16 @@ class StandIn:
 
     Args:
         max_logprobs: as vLLM's option; -1: the model's vocabulary.
+        dev_mode: as with VLLM_SERVER_DEV_MODE=1, so that its weights can be set.
     """
 
-    def __init__(self, built: Built, name: str = NAME, max_logprobs: int = -1) -> None:
+    def __init__(
+        self, built: Built, name: str = NAME, max_logprobs: int = -1, dev_mode: bool = True
+    ) -> None:
+        self.dev_mode, self.model, self.reloads = dev_mode, built.model, list[str]()
+        self.adapter: tuple[str, Any] | None = None
+        self.device = "cpu"
+        self.stale = set[str]()  # what is kept of the weights before
         self.built, self.name, self.length = built, name, 512
         self.processor = copy.deepcopy(built.processor)  # the trainer uses the other one meanwhile
         self.twist: Callable[[Tree, Tree, int], Any] = lambda body, answer, number: answer
@@ -58,6 +66,9 @@ class StandIn:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path == "/server_info":
+                    self._reply(200, {"vllm_config": f"seed=0, device_config={server.device}, "})
+                    return
                 card = {"id": server.name, "object": "model", "created": 0, "owned_by": "vllm",
                         "root": server.name, "parent": None, "max_model_len": server.length,
                         "permission": []}
@@ -103,8 +114,16 @@ class StandIn:
         self.http.server_close()
 
     def answer(self, path: str, body: Tree, number: int) -> tuple[int, Any]:
-        if body["model"] != self.name:
+        if not path.endswith("/completions"):
+            with self.one:
+                return self.control(path, body)
+        if body["model"] not in (self.name, self.adapter and self.adapter[0]):
             return 404, error(404, f"The model `{body['model']}` does not exist.")
+        if "seed" in body:
+            with self.one:
+                tree = self.sample(path, body)
+            plain = self.twist(body, tree, number)
+            return plain if isinstance(plain, tuple) else (200, plain)
         k = body["prompt_logprobs"]
         if k > self.max_logprobs:
             return 400, error(400, f"Requested prompt logprobs of {k}, which is greater than max "
@@ -113,6 +132,71 @@ class StandIn:
         ids, entries = self.laws(body, k)
         plain = self.twist(body, self.tree(path, ids, entries), number)
         return plain if isinstance(plain, tuple) else (200, plain)
+
+    # ----- the student's engine -------------------------------------------------------------
+
+    def control(self, path: str, body: Tree) -> tuple[int, Any]:
+        """What sets the weights and forgets prompts, of a server in its development mode."""
+        if not self.dev_mode:
+            return 404, {"detail": "Not Found"}
+        if path in ("/reset_prefix_cache", "/reset_encoder_cache"):
+            self.stale.discard(path)
+            return 200, {"success": True} if "prefix" in path else b""
+        self.stale = {"/reset_prefix_cache", "/reset_encoder_cache"}
+        if path == "/v1/load_lora_adapter":
+            self.adapter = body["lora_name"], PeftModel.from_pretrained(
+                copy.deepcopy(self.built.model), body["lora_path"]).eval()
+            return 200, b""
+        assert (path, body["method"]) == ("/collective_rpc", "reload_weights")
+        folder = body["kwargs"]["weights_path"]
+        self.reloads.append(folder)
+        try:
+            self.model = type(self.built.model).from_pretrained(folder)
+        except OSError:
+            return 500, error(500, "Call to collective_rpc method failed: Worker failed with error "
+                              f"'{folder}', please check the stack trace above for the root cause")
+        return 200, {"results": [None]}
+
+    @torch.no_grad()
+    def sample(self, path: str, body: Tree) -> Tree:
+        """One token after the other, each of its own random number."""
+        assert not self.stale, "Encoder cache miss"  # as vLLM's worker dies of it
+        inputs = dict(self.inputs(body))
+        model = self.adapter[1] if self.adapter and body["model"] == self.adapter[0] else self.model
+        draws, prompt = torch.Generator().manual_seed(body["seed"] % 2**63), inputs["input_ids"]
+        bias = torch.zeros(model.get_output_embeddings().weight.shape[0])
+        for token, value in body["logit_bias"].items():
+            bias[int(token)] = value
+        ids, values = list[int](), list[float]()
+        while len(ids) < body["max_tokens"] and (not ids or ids[-1] not in body["stop_token_ids"]):
+            logits = model(**inputs).logits[0, -1].float()
+            law = ((logits + bias) / body["temperature"]).softmax(-1)
+            token = int(torch.multinomial(law, 1, generator=draws))
+            ids.append(token)
+            values.append(float(logits.log_softmax(-1)[token]))
+            for key, x in inputs.items():
+                if x.shape == inputs["attention_mask"].shape and key != "input_ids":
+                    tail = x.new_full((1, 1), key == "attention_mask")
+                    inputs[key] = torch.cat([x, tail], 1)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
+        tree = self.tree(path, prompt[0].tolist(), []) | {"model": body["model"]}
+        choice, text = tree["choices"][0], self.built.tokenizer.decode(ids)
+        stopped = ids[-1] in body["stop_token_ids"]
+        choice |= {"token_ids": ids, "finish_reason": "stop" if stopped else "length",
+                   "stop_reason": ids[-1] if stopped else None}
+        if path.endswith("/chat/completions"):
+            choice["message"]["content"] = text
+            choice["logprobs"] = {"content": [
+                {"token": "", "logprob": value, "bytes": [], "top_logprobs": []}
+                for value in values]}
+            tree["prompt_logprobs"] = None
+        else:
+            choice |= {"text": text, "prompt_logprobs": None, "logprobs": {
+                "text_offset": [0] * len(ids), "token_logprobs": values,
+                "tokens": [""] * len(ids), "top_logprobs": [{"": value} for value in values]}}
+        return tree
+
+    # ----- a teacher ------------------------------------------------------------------------
 
     @torch.no_grad()
     def laws(self, body: Tree, k: int) -> tuple[list[int], list[Any]]:
@@ -131,7 +215,8 @@ class StandIn:
 
     def inputs(self, body: Tree) -> Mapping[str, Any]:
         if "prompt" in body:
-            return {"input_ids": torch.tensor([body["prompt"]])}
+            ids = torch.tensor([body["prompt"]])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         for message in body["messages"]:
             for part in message["content"] if isinstance(message["content"], list) else ():
                 if part["type"] == "image_url":
