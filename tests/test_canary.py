@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli.recipes import Checkpoints, command, write_parquet, write_recipe
+from cli.recipes import Checkpoints, command, png, write_parquet, write_recipe
 from torch import nn
 from training.runs import make_trainer
 from zoo import Built, build
 from zoo.images import image, images, noise
 
 from taid_vlm import DistillationConfig
-from taid_vlm.adapters import ModelAdapter, make_adapter
+from taid_vlm.adapters import Continuation, ModelAdapter, make_adapter
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.config.recipe import parse_recipe
 from taid_vlm.errors import RecipeError, TaidError
@@ -31,6 +31,7 @@ from taid_vlm.evaluation.canary import (
     blank,
     blind_warnings,
     choose,
+    in_own_words,
     is_blind,
     look,
     shuffled,
@@ -470,3 +471,69 @@ def test_results_and_report(
     whole = read_results(tmp_path / "out" / "results.json")
     without = run_report(whole.model_copy(update={"canary": None}), (), "")
     assert "Does it look?" not in render(without)
+
+
+# ----- in answers of the model's own --------------------------------------------------------
+
+
+def continued(records: list[Record], adapter: ModelAdapter, tokens: list[str]) -> Any:
+    """What a student "says": these words, and its end."""
+    def say(pairs: Any) -> list[Continuation]:
+        ids = [adapter.tokenizer(text, add_special_tokens=False)["input_ids"] for text in tokens]
+        return [Continuation(record, turn, tuple(said), adapter.end_of_turn_id)
+                for (record, turn), said in zip(pairs, ids, strict=True)]
+
+    return in_own_words(adapter, records, say)
+
+
+def test_an_own_answer_that_is_the_reference_has_the_references_figures() -> None:
+    built = shared()
+    adapter, records = adapter_of(built), [
+        record for record in with_images() if len(record.learned) == 1]
+    shown = continued(records, adapter, [r.messages[-1].text for r in records])
+    own = canary.canary(built.model, adapter, [record for record, _ in shown],
+                        rendered=[rendered for _, rendered in shown])
+    reference = canary.canary(built.model, adapter, records)
+    assert own == pytest.approx(reference, rel=1e-6)
+
+
+def test_own_answers_are_what_is_looked_at_and_empty_ones_are_not() -> None:
+    """Another answer's tokens have other figures; a conversation ends with its own answer."""
+    built = shared()
+    adapter, records = adapter_of(built), with_images()
+    said = ["two blue circles above"] * (len(records) - 1) + [""]
+    shown = continued(records, adapter, said)
+    assert len(shown) == len(records) - 1
+    assert all(record.messages[-1].text.strip() == said[0] for record, _ in shown)
+    own = canary.canary(built.model, adapter, [record for record, _ in shown],
+                        rendered=[rendered for _, rendered in shown])
+    tokens = len(adapter.tokenizer(said[0], add_special_tokens=False)["input_ids"]) + 1
+    assert own["n_tokens"] == tokens * len(shown)
+    assert own["kl_shuffled"] > 0.05
+    blinded((other := build("llava")).model)
+    blind = canary.canary(other.model, adapter, [record for record, _ in shown],
+                          rendered=[rendered for _, rendered in shown])
+    assert [blind[name] for name in FIGURES] == [0.0] * 4
+
+
+def test_a_run_on_policy_says_whether_its_student_looks_in_its_own_answers(
+    tmp_path: Path
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    data = str(write_parquet(tmp_path / "rows.parquet", [
+        {"image": png(i % 4), "prompt": "what is this", "completion": "a red square"}
+        for i in range(6)]))
+    tree = {
+        "teacher": checkpoints("internvl"), "student": checkpoints("llava", "permuted", seed=1),
+        "data": {"train": data, "eval": data},
+        "objective": {"name": "taid", "on_policy": {"lmbda": 0.5, "max_new_tokens": 6}},
+        "train": {"max_steps": 1, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
+                  "per_device_eval_batch_size": 4},
+        "evaluate": {"examples": 0, "canary": 5}, "output_dir": str(tmp_path / "out")}
+    assert command("distill", write_recipe(tmp_path, tree)) == 0
+    results = read_results(tmp_path / "out/results.json")
+    assert results.train.on_policy is not None
+    look = results.train.on_policy.look
+    assert look is not None and 0 < look.n_records <= 5
+    assert look.figures["kl_shuffled"] > 0
+    assert "in answers of its own" in (tmp_path / "out/report.html").read_text()

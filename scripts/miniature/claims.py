@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from miniature.intervals import Interval, interval, paired
+from miniature.methods import POLICIES, SINCE
 from miniature.pairs import START, Arms
 from miniature.pooling import interval_of
 
@@ -19,7 +20,8 @@ Sign = Literal["<", ">"]
 Verdict = Literal["reproduced", "tie", "not reproduced"]
 OTHERS = ("SFT", "KL", "RKL", "JSD", "Skew KL", "Skew RKL", "TVD", "Adaptive KL", "Alpha-beta")
 SAID_TO_DEGRADE = ("KL", "RKL", "Skew KL")
-LABELS = {"jeffreys": "Jeffreys", "entropy": "entropy", "head": "head mass", "junk": "junk mass"}
+LABELS = {"jeffreys": "Jeffreys", "own_jeffreys": "own-text Jeffreys", "excess": "exposure bias",
+          "entropy": "entropy", "head": "head mass", "junk": "junk mass"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,65 @@ def language_claims(results: Results, truth: Mapping[str, Sequence[float]]) -> l
             _between(results, "TAID", other, "jeffreys", "<") for other in OTHERS]),
         Claim(part, "With t to 0.7 instead of 1, TAID beats forward KL (Jeffreys).", [
             _between(results, "TAID, t to 0.7", "KL", "jeffreys", "<")], paper=False),
+    ]
+
+
+def exposure_claims(results: Results) -> list[Claim]:
+    """`results`: "KL, off policy" -> result; none of it is in the paper."""
+    part, claims = "exposure bias", list[Claim]()
+
+    def claim(text: str, *contrasts: Contrast) -> None:
+        claims.append(Claim(part, text, contrasts, paper=False))
+
+    for name in ("KL", "RKL", "TAID"):
+        off, half, on = (f"{name}, {policy}" for policy in POLICIES)
+        claim(f"{name} off policy is further from the truth in its own texts than in the "
+              "language's.", Contrast(f"exposure bias of {off}", ">",
+                       interval(_values(results, off, "excess"))))
+        claim(f"{name} on policy is nearer to the truth in its own texts than off policy.",
+              _between(results, on, off, "own_jeffreys", "<"))
+        claim(f"{name} with half of each is, too.",
+              _between(results, half, off, "own_jeffreys", "<"))
+        claim(f"{name} on policy has less exposure bias than off policy.",
+              _between(results, on, off, "excess", "<"))
+        claim(f"{name} on policy pays for it in the language's texts.",
+              _between(results, on, off, "jeffreys", ">"))
+    for other in ("KL", "RKL"):
+        claim(f"On policy, TAID beats {other} in the student's own texts.",
+              _between(results, "TAID, on policy", f"{other}, on policy", "own_jeffreys", "<"))
+    return claims
+
+
+def since_claims(results: Results) -> list[Claim]:
+    """`results`: those of the objectives since TAID, and of KL and TAID."""
+    return [Claim("objectives since TAID", f"{name} beats {other} (Jeffreys).",
+                  [_between(results, name, other, "jeffreys", "<")], paper=False)
+            for name in SINCE for other in ("KL", "TAID")]
+
+
+def cut_claims(results: Results, truth: Mapping[str, Sequence[float]]) -> list[Claim]:
+    """`results`: those of losses that see a few entries, and of KL and RKL."""
+    def claim(text: str, *contrasts: Contrast) -> Claim:
+        return Claim("a few entries of the law", text, contrasts, paper=False)
+
+    alone, rest, draws = (f"KL, {signal}" for signal in ("top 4 alone", "top 4 and rest",
+                                                         "4 draws"))
+    head = truth["head"][0]
+    return [
+        claim("The top 4 alone are biased: less entropy than KL on whole laws.",
+              _between(results, alone, "KL", "entropy", "<")),
+        claim("With the rest, the top 4 beat the top 4 alone (Jeffreys).",
+              _between(results, rest, alone, "jeffreys", "<")),
+        claim("4 draws beat the top 4 alone (Jeffreys).",
+              _between(results, draws, alone, "jeffreys", "<")),
+        claim("With the rest, the top 4 are behind KL on whole laws (Jeffreys).",
+              _between(results, rest, "KL", "jeffreys", ">")),
+        claim("4 draws are behind KL on whole laws (Jeffreys).",
+              _between(results, draws, "KL", "jeffreys", ">")),
+        claim("Reverse KL over the top 4 alone collapses: less mass on heads than the truth.",
+              _against(results, "RKL, top 4 alone", "head", head, "<")),
+        claim("With the rest it does not: more mass on heads than the truth.",
+              _against(results, "RKL, top 4 and rest", "head", head, ">")),
     ]
 
 

@@ -15,7 +15,15 @@ import torch
 
 from miniature.crew import carry_out
 from miniature.page import markdown, miniature_report
-from miniature.parts import NEEDS_RATES, PARTS, Outcome, Plan, assemble, first_round, second_round
+from miniature.parts import (
+    NEEDS_LANGUAGE,
+    PARTS,
+    Outcome,
+    Plan,
+    assemble,
+    first_round,
+    second_round,
+)
 from miniature.scale import SCALES, Scale
 from taid_vlm.demo.demo import data_folder
 from taid_vlm.errors import TaidError, nearest
@@ -88,7 +96,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if scale.exact.device == "cuda" and not torch.cuda.is_available():
         raise TaidError("--scale gpu, but this machine has no CUDA device. Take --scale cpu.")
     refuse_file_in_the_way(args.output_dir)
-    asked = set(args.parts) | ({"language"} if set(args.parts) & set(NEEDS_RATES) else set())
+    asked = set(args.parts) | ({"language"} if set(args.parts) & set(NEEDS_LANGUAGE) else set())
     return Plan(scale, tuple(part for part in PARTS if part in asked), data_folder(),
                 args.output_dir)
 

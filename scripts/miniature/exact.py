@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from miniature.exposure import POSITIONS, along, exposed
 from miniature.intervals import interval
-from miniature.language import FIGURES, Language, figures, make_language
-from miniature.methods import METHODS, Method
+from miniature.language import Language, figures, make_language
+from miniature.methods import EVERY, EXPOSED, METHODS, Method
 from miniature.scale import Exact
-from miniature.students import Course, Students, learned_by_text, train
+from miniature.students import Course, Students, Trained, learned_by_text, train
 from taid_vlm.objectives.schedule import PAPER_ALPHA_STEPS
 
 # Seeds of students and of their data; those that learning rates are chosen on are never reported.
 REPORTED, TUNING = 0, 1000
 TEXT, LESSONS, TEACHERS = 1, 2, 3  # data of the warm start, of a training, of the teachers
 CRITERION = "jeffreys"  # what learning rates are chosen by, for every objective alike
+OWN_CRITERION = "own_jeffreys"  # the same, where the students' own texts are what is asked about
 SWEEPS: dict[str, dict[str, Mapping[str, Any]]] = {
     "t_start": {f"{t:g}": {"t_start": t} for t in (0.0, 0.2, 0.4, 0.6, 0.8)},
     "t_end": {f"{t:g}": {"t_end": t} for t in (0.5, 0.7, 0.85, 1.0)},
@@ -59,11 +61,19 @@ def facts(setup: Exact) -> dict[str, Any]:
             **{name: per_seed(world, laws) for name, laws in found.items()}}
 
 
-def per_seed(world: Language, laws: Tensor) -> dict[str, list[float]]:
-    return {name: values.tolist() for name, values in figures(world, laws).items()}
+Measure = Callable[[Language, Tensor], dict[str, Tensor]]
 
 
-def tune(setup: Exact, method: Method, warm: bool = True) -> dict[str, Any]:
+def per_seed(
+    world: Language, laws: Tensor, measured: Measure = figures
+) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in measured(world, laws).items()}
+
+
+def tune(
+    setup: Exact, method: Method, warm: bool = True, measured: Measure = figures,
+    criterion: str = CRITERION,
+) -> dict[str, Any]:
     """Every learning rate of the grid on seeds of their own, and the one to take."""
     rates, count = setup.rates, setup.tuning_seeds
     students = starts(setup, TUNING, count, warm).pick(
@@ -71,7 +81,7 @@ def tune(setup: Exact, method: Method, warm: bool = True) -> dict[str, Any]:
     train(students, method, language(setup), truth(setup),
           [rate for rate in rates for _ in range(count)],
           Course(setup.steps, setup.batch, TUNING + LESSONS))
-    scores = figures(language(setup), students.laws())[CRITERION].view(len(rates), count)
+    scores = measured(language(setup), students.laws())[criterion].view(len(rates), count)
     tried = {rate: row.mean().item() for rate, row in zip(rates, scores, strict=True)}
     rate = choose(tried)
     return {"tried": [[rate, score] for rate, score in tried.items()], "rate": rate,
@@ -90,21 +100,41 @@ def choose(tried: Mapping[float, float]) -> float:
     return min(whole, key=lambda rate: (whole[rate], rate))
 
 
+def taught(
+    setup: Exact, method: Method, rate: float, teacher: Tensor, warm: bool = True
+) -> tuple[Students, Trained]:
+    """The reported seeds' students, trained."""
+    students = starts(setup, REPORTED, setup.seeds, warm).pick(range(setup.seeds))
+    return students, train(students, method, language(setup), teacher, [rate] * setup.seeds,
+                           Course(setup.steps, setup.batch, REPORTED + LESSONS))
+
+
 def measure(
     setup: Exact, method: Method, rate: float, teacher: Tensor, warm: bool = True
 ) -> dict[str, Any]:
     """A training on the reported seeds: figures per seed, curves, TAID's active share."""
-    students = starts(setup, REPORTED, setup.seeds, warm).pick(range(setup.seeds))
-    trained = train(students, method, language(setup), teacher, [rate] * setup.seeds,
-                    Course(setup.steps, setup.batch, REPORTED + LESSONS))
+    students, trained = taught(setup, method, rate, teacher, warm)
     return {"figures": per_seed(language(setup), students.laws()), "curves": trained.curves,
             "rate": rate, "active_share": trained.active_share}
 
 
 def tuned(setup: Exact, name: str, warm: bool = True) -> dict[str, Any]:
     """One objective with the truth as its teacher, at the learning rate that suits it best."""
-    found = tune(setup, METHODS[name], warm)
-    return {**measure(setup, METHODS[name], found["rate"], truth(setup), warm), "tuning": found}
+    found = tune(setup, EVERY[name], warm)
+    return {**measure(setup, EVERY[name], found["rate"], truth(setup), warm), "tuning": found}
+
+
+def exposure(setup: Exact, name: str) -> dict[str, Any]:
+    """One objective on texts of the language, of the student or of both, and how far the student
+    is from the truth in each."""
+    method, world = EXPOSED[name], language(setup)
+    found = tune(setup, method, measured=exposed, criterion=OWN_CRITERION)
+    students, trained = taught(setup, method, found["rate"], truth(setup))
+    laws = students.laws()
+    positions = {kind: [(n, each[:, n - 1].mean().item()) for n in POSITIONS] for kind, each in
+                 zip(("kl", "reverse_kl"), along(world, laws), strict=True)}
+    return {"figures": per_seed(world, laws, exposed), "positions": positions,
+            "rate": found["rate"], "active_share": trained.active_share, "tuning": found}
 
 
 # ----- capacity gap ---------------------------------------------------------------------------
@@ -152,4 +182,4 @@ def sweep_schedule(setup: Exact, kind: str, value: str) -> dict[str, Any]:
 
 def summary(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """95 % intervals of a result's figures."""
-    return {name: interval(result["figures"][name]).as_json() for name in FIGURES}
+    return {name: interval(result["figures"][name]).as_json() for name in result["figures"]}

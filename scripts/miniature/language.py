@@ -90,12 +90,18 @@ def stationary(law: Tensor, rounds: int = 10_000, tolerance: float = 1e-13) -> T
     symbols = law.shape[-1]
     weights = law.new_full((symbols * symbols,), 1 / symbols**2)
     for _ in range(rounds):
-        joint = (weights[:, None] * law).view(symbols, symbols, symbols)
-        after = joint.sum(0).flatten()  # (a, b) then x is context (b, x)
+        after = one_more(weights, law)
         if (after - weights).abs().sum() < tolerance:
             return after
         weights = after
     raise ArithmeticError(f"no stationary law within {rounds} rounds")
+
+
+def one_more(weights: Tensor, law: Tensor) -> Tensor:
+    """The weights [..., V * V] of contexts after one more symbol of a law [..., V * V, V]."""
+    symbols = law.shape[-1]
+    joint = (weights[..., None] * law).unflatten(-2, (symbols, symbols))
+    return joint.sum(-3).flatten(-2)  # (a, b) then x is context (b, x)
 
 
 def figures(language: Language, logits: Tensor) -> dict[str, Tensor]:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from miniature.cut import CUT_LOSSES
 from taid_vlm import TaidSchedule, divergence
+
+MOVING = ("taid", "amid")  # losses whose target moves with a schedule's t
 
 
 @dataclass(frozen=True)
 class Method:
-    """One objective; `schedule` holds arguments of TaidSchedule, for "taid" only."""
+    """One objective.
+
+    loss: of `divergence`, or one of CUT_LOSSES. schedule: arguments of TaidSchedule, for losses
+    that move. parameters: the loss's own. own: the share of every batch that is learned in texts
+    which the student writes itself.
+    """
 
     loss: str
     schedule: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    own: float = 0.0
 
 
 METHODS: dict[str, Method] = {
@@ -33,21 +43,43 @@ METHODS: dict[str, Method] = {
     "TAID": Method("taid"),
     "TAID, t to 0.7": Method("taid", {"t_end": 0.7}),
 }
+SINCE: dict[str, Method] = {  # published after TAID; the clips are OPSD's, and one that few reach
+    "AMiD, alpha 0": Method("amid", parameters={"alpha": 0.0}),
+    "AMiD, alpha 3": Method("amid", parameters={"alpha": 3.0}),
+    "ToDi": Method("todi"),
+    "Entropy switch": Method("entropy_switch"),
+    "KL, clip 0.05": Method("forward_kl", parameters={"clip": 0.05}),
+    "KL, clip 1": Method("forward_kl", parameters={"clip": 1.0}),
+    "KL, focus 1": Method("forward_kl", parameters={"focus": 1.0}),
+}
+CUT: dict[str, Method] = {
+    "KL, top 4 alone": Method("top_kl"), "KL, top 4 and rest": Method("top_kl_rest"),
+    "KL, 4 draws": Method("drawn_kl"), "RKL, top 4 alone": Method("top_rkl"),
+    "RKL, top 4 and rest": Method("top_rkl_rest"),
+}
+POLICIES = {"off policy": 0.0, "half": 0.5, "on policy": 1.0}  # share of the student's own text
+EXPOSED: dict[str, Method] = {f"{name}, {policy}": replace(METHODS[name], own=own)
+                              for name in ("KL", "RKL", "TAID") for policy, own in POLICIES.items()}
+EVERY = {**METHODS, **SINCE, **CUT, **EXPOSED}
 
 
 class Objective:
     """A method's loss for many runs at once; each run of TAID has a schedule of its own."""
 
     def __init__(self, method: Method, runs: int, steps: int) -> None:
-        self.loss = method.loss
+        self.loss, self.parameters = method.loss, method.parameters
         self.schedules = [TaidSchedule(steps, **method.schedule)
-                          for _ in range(runs if method.loss == "taid" else 0)]
+                          for _ in range(runs if method.loss in MOVING else 0)]
+        self.generator = torch.Generator().manual_seed(0)  # draws from the teacher's laws
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of every run [R], from logits [R, N, V] and labels [R, N]."""
+        if self.loss in CUT_LOSSES:
+            return CUT_LOSSES[self.loss](student, teacher, self.generator).mean(-1)
         if not self.schedules:
-            return divergence(self.loss, student, teacher, labels=labels).mean(-1)
-        each = [divergence("taid", s, u, t=schedule.t).mean()
+            return divergence(self.loss, student, teacher, labels=labels,
+                              **self.parameters).mean(-1)
+        each = [divergence(self.loss, s, u, t=schedule.t, **self.parameters).mean()
                 for s, u, schedule in zip(student, teacher, self.schedules, strict=True)]
         return torch.stack(each)
 

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from miniature.cut import KEPT
+from miniature.exposure import LENGTH
 from miniature.intervals import interval
 from miniature.pairs import FIGURES as PAIR_FIGURES
 from miniature.pairs import START, TEACHER
@@ -22,6 +24,17 @@ COLUMNS = (
     Column("head", "head mass", "", ".3f", "", "On the likeliest symbols of each context, up to "
            "half of its mass and with the symbol that passes it."),
     Column("junk", "junk mass", "", ".3f", "", "On symbols behind 98 % of each context's mass."),
+)
+OWN_COLUMNS = (
+    Column("jeffreys", "Jeffreys, language's texts", "lower", ".3f", "nats"),
+    Column("own_jeffreys", "Jeffreys, own texts", "lower", ".3f", "nats", "Learning rates are "
+           "chosen by it."),
+    Column("excess", "exposure bias", "lower", ".3f", "nats", "The second less the first."),
+    Column("kl", "KL(truth ‖ student), language's", "lower", ".3f", "nats"),
+    Column("own_kl", "KL(truth ‖ student), own", "lower", ".3f", "nats"),
+    Column("reverse_kl", "KL(student ‖ truth), language's", "lower", ".3f", "nats"),
+    Column("own_reverse_kl", "KL(student ‖ truth), own", "lower", ".3f", "nats", "Times the "
+           "symbols of a text it is the KL of whole texts."),
 )
 MODEL_COLUMNS = {
     "kl": Column("kl", "KL(teacher ‖ student)", "lower", ".4f", "nats/token"),
@@ -46,7 +59,8 @@ Document = Mapping[str, Any]  # results.json, or a part of it
 def miniature_report(document: Document) -> Report:
     """The whole page; sections of parts that were not asked for are not there."""
     parts, scale = document["parts"], document["scale"]
-    makers = {"language": _language, "gap": _gap, "sweeps": _sweeps, "theory": _theory}
+    makers = {"language": _language, "gap": _gap, "sweeps": _sweeps, "theory": _theory,
+              "since": _since, "cut": _cut, "exposure": _exposure}
     sections = [_claims(document["claims"])]
     sections += [make(parts[name], scale["exact"]) for name, make in makers.items()
                  if name in parts]
@@ -117,12 +131,12 @@ def _language(part: Document, setup: Document) -> Section:
         _training_curves(methods))
 
 
-def _tuning(methods: Document, setup: Document) -> str:
+def _tuning(methods: Document, setup: Document, criterion: str = "mean Jeffreys") -> str:
     edge = [name for name, one in methods.items() if one["tuning"]["at_the_edge"]]
     rates = ", ".join(f"{name} {one['rate']:g}" for name, one in methods.items())
     return (f"Learning rates: every objective tried {', '.join(map('{:g}'.format, setup['rates']))}"
-            f" on {setup['tuning_seeds']} other seeds, and took the one with the lowest mean "
-            f"Jeffreys: {rates}. At the edge of the grid: {', '.join(edge) or 'none'}.")
+            f" on {setup['tuning_seeds']} other seeds, and took the one with the lowest "
+            f"{criterion}: {rates}. At the edge of the grid: {', '.join(edge) or 'none'}.")
 
 
 def _training_curves(methods: Document) -> list[Curve]:
@@ -172,6 +186,40 @@ def _sweeps(part: Document, setup: Document) -> Section:
         ["One setting changed at a time; the others are t from 0.4 to 1, adaptive, alpha: auto. "
          "All have TAID's learning rate. With the paper's constant alpha the adaptive term does "
          f"not act in runs of {setup['steps']:,} steps: see its share."], tables, curves)
+
+
+def _since(part: Document, setup: Document) -> Section:
+    return Section(
+        "Objectives since TAID",
+        ["As in the exact language, with the same starts, texts and tuning.",
+         _tuning(part, setup)],
+        [Table("Figures of the students", list(COLUMNS), _rows(part),
+               "Mean ± standard error over seeds.")])
+
+
+def _cut(part: Document, setup: Document) -> Section:
+    return Section(
+        "A few entries of the teacher's law",
+        [f"As in the exact language, but of each law the student is shown the {KEPT} likeliest "
+         "entries (alone, or with the mass of the rest), or as many draws from it.",
+         _tuning(part, setup)],
+        [Table("Figures of the students", list(COLUMNS), _rows(part),
+               "Mean ± standard error over seeds.")])
+
+
+def _exposure(part: Document, setup: Document) -> Section:
+    curves = [Curve(f"{label} by position in the student's own texts", "symbol", "nats", {
+        name: one["positions"][kind] for name, one in part.items()})
+        for kind, label in (("kl", "KL(truth ‖ student)"), ("reverse_kl", "KL(student ‖ truth)"))]
+    return Section(
+        "Exposure bias, off and on policy",
+        [f"Off policy a student learns in texts of the language, on policy in its own (begun with "
+         f"a context of the language, gone on with by one symbol a step, {LENGTH} symbols long), "
+         "with half in both. It is measured in both kinds of texts; own texts are weighed by how "
+         "often the student's laws lead to a context, so that these are sums, too, not samples.",
+         _tuning(part, setup, "mean Jeffreys in own texts")],
+        [Table("In the language's texts and in the student's own", list(OWN_COLUMNS), _rows(part),
+               "Mean ± standard error over seeds.")], curves)
 
 
 def _theory(part: Document, setup: Document) -> Section:
@@ -301,24 +349,47 @@ def provenance(document: Document) -> dict[str, str]:
 
 
 def markdown(document: Document) -> str:
-    """The claims, and the exact language's table, with the command that made them."""
+    """The claims, and tables of the exact language, with the command that made them."""
     lines = [f"`{document['command']}`: {document['seconds']:.0f} s, "
              f"{document['cpu_seconds']:.0f} s of CPU.", "",
              "| claim | measured on | verdict |", "|---|---|---|"]
     lines += [f"| {c['claim'].rstrip('.')} | {c['part']} | {c['verdict']} |"
               for c in document["claims"] if c["in_the_paper"]]
-    if "language" in document["parts"]:
-        lines += ["", *_method_table(document["parts"]["language"])]
+    lines += ["", "Not in the paper:", "", "| claim | measured on | difference, 95 % interval | "
+              "verdict |", "|---|---|---|---|"]
+    lines += [f"| {c['claim'].rstrip('.')} | {c['part']} | {_differences(c)} | {c['verdict']} |"
+              for c in document["claims"] if not c["in_the_paper"]]
+    parts = document["parts"]
+    if "language" in parts:
+        truth = parts["language"]["facts"]["truth"]
+        lines += ["", *_method_table(parts["language"]["methods"], _CHOSEN, truth)]
+    for name, columns in (("since", _CHOSEN), ("cut", COLUMNS), ("exposure", OWN_COLUMNS)):
+        if name in parts:
+            lines += ["", *_method_table(parts[name], columns)]
     return "\n".join(lines) + "\n"
 
 
-def _method_table(part: Document) -> list[str]:
-    chosen = [c for c in COLUMNS if c.key != "head"]
-    labels = " | ".join(c.label + {"lower": " ↓", "": ""}.get(c.better, "") for c in chosen)
-    truth = " | ".join(f"{part['facts']['truth'][c.key][0]:.3f}" for c in chosen)
-    lines = [f"| | {labels} |", "|---" * (len(chosen) + 1) + "|", f"| the truth | {truth} |"]
-    for name, one in part["methods"].items():
-        cells = " | ".join(f"{one['intervals'][c.key]['value']:.3f} ± "
-                           f"{one['intervals'][c.key]['stderr']:.3f}" for c in chosen)
+_CHOSEN = tuple(column for column in COLUMNS if column.key != "head")
+
+
+def _differences(claim: Document) -> str:
+    return "; ".join(f"{_signed(c['value'])} [{_signed(c['low'])}, {_signed(c['high'])}]"
+                     for c in claim["contrasts"])
+
+
+def _method_table(
+    methods: Document, columns: Sequence[Column], truth: Mapping[str, Sequence[float]] | None = None
+) -> list[str]:
+    labels = " | ".join(c.label + {"lower": " ↓", "": ""}.get(c.better, "") for c in columns)
+    lines = [f"| | {labels} |", "|---" * (len(columns) + 1) + "|"]
+    if truth is not None:
+        lines.append(f"| the truth | {' | '.join(f'{truth[c.key][0]:.3f}' for c in columns)} |")
+    for name, one in methods.items():
+        cells = " | ".join(f"{_unsigned(one['intervals'][c.key]['value'])} ± "
+                           f"{one['intervals'][c.key]['stderr']:.3f}" for c in columns)
         lines.append(f"| {name} | {cells} |")
     return lines
+
+
+def _unsigned(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−")

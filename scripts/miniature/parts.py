@@ -11,12 +11,13 @@ from typing import Any
 from miniature import claims, exact, pairs, theory
 from miniature.claims import Claim
 from miniature.crew import Jobs
-from miniature.methods import METHODS
+from miniature.methods import CUT, EXPOSED, METHODS, SINCE
 from miniature.scale import Scale
 
-PARTS = ("language", "gap", "theory", "sweeps", "scenes", "pretrain")
+PARTS = ("language", "gap", "theory", "sweeps", "since", "cut", "exposure", "scenes", "pretrain")
 SCRATCH = ("SFT", "KL", "RKL", "JSD", "TAID")  # trained from random weights, too
-NEEDS_RATES = ("gap", "sweeps")  # they take the learning rates that the part "language" finds
+NEEDS_LANGUAGE = ("gap", "sweeps", "since", "cut")  # its learning rates, or what it has measured
+TUNED = {"language": METHODS, "since": SINCE, "cut": CUT}  # alike, with the truth as the teacher
 Found = Mapping[Any, Any]
 
 
@@ -41,8 +42,11 @@ def first_round(plan: Plan) -> Jobs:
         jobs["prepare", "text"] = partial(pairs.prepare_text, models, plan.data, plan.texts)
     if "scenes" in plan.parts:
         jobs |= pairs.scene_jobs(models, plan.data, plan.output)
+    jobs |= {(part, name): partial(exact.tuned, setup, name)
+             for part, methods in TUNED.items() if part in plan.parts for name in methods}
+    if "exposure" in plan.parts:
+        jobs |= {("exposure", name): partial(exact.exposure, setup, name) for name in EXPOSED}
     if "language" in plan.parts:
-        jobs |= {("language", name): partial(exact.tuned, setup, name) for name in METHODS}
         jobs["facts", "language"] = partial(exact.facts, setup)
     if "pretrain" in plan.parts:
         jobs |= {("scratch", name): partial(exact.tuned, setup, name, False) for name in SCRATCH}
@@ -76,7 +80,8 @@ class Outcome:
 def assemble(plan: Plan, found: Found) -> Outcome:
     """Bring together what the jobs have found, part by part."""
     makers = {"language": _language, "gap": _gap, "theory": _theories, "sweeps": _sweeps,
-              "scenes": _scenes, "pretrain": _pretrain}
+              "since": _since, "cut": _cut, "exposure": _exposure, "scenes": _scenes,
+              "pretrain": _pretrain}
     made = {name: makers[name](plan, found) for name in plan.parts}
     return Outcome({name: part for name, (part, _) in made.items()},
                    [claim for _, told in made.values() for claim in told])
@@ -107,6 +112,22 @@ def _sweeps(plan: Plan, found: Found) -> Made:
     kinds = {kind: _with_intervals({value: found["sweeps", kind, value] for value in values})
              for kind, values in exact.SWEEPS.items()}
     return kinds, claims.sweep_claims(kinds)
+
+
+def _since(plan: Plan, found: Found) -> Made:
+    results = _with_intervals(_under(found, "since"))
+    return results, claims.since_claims({**_under(found, "language"), **results})
+
+
+def _cut(plan: Plan, found: Found) -> Made:
+    results = _with_intervals(_under(found, "cut"))
+    return results, claims.cut_claims({**_under(found, "language"), **results},
+                                      found["facts", "language"]["truth"])
+
+
+def _exposure(plan: Plan, found: Found) -> Made:
+    results = _with_intervals(_under(found, "exposure"))
+    return results, claims.exposure_claims(results)
 
 
 def _scenes(plan: Plan, found: Found) -> Made:

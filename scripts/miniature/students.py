@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from miniature.exposure import OwnTexts
 from miniature.language import Language, contexts, figures
 from miniature.methods import METHODS, Method, Objective
 
@@ -100,7 +101,8 @@ def train(
     runs, weights = len(rates), students.weights
     peak = torch.tensor(rates, device=teacher.device)[:, None, None]
     objective, adam = Objective(method, runs, course.steps), Adam(weights)
-    stream = Stream(language, runs, course)
+    stream, own = Stream(language, runs, course), round(method.own * course.batch)
+    texts = OwnTexts(language, runs, own, course.seed) if own else None
     curves: dict[str, list[tuple[int, float]]] = {"jeffreys": [], "entropy": [], "t": []}
     for weight in weights:
         weight.requires_grad_()
@@ -108,7 +110,12 @@ def train(
         if step % max(1, course.steps // POINTS) == 0:
             _note(curves, step, students, objective, language)
         context, label = stream.draw()
-        losses = objective(students(context), teacher[context], label)
+        if texts is not None:
+            context[:, :own] = texts.context
+        logits = students(context)
+        if texts is not None:
+            texts.go_on(logits[:, :own].detach())
+        losses = objective(logits, teacher[context], label)
         adam.step(torch.autograd.grad(losses.sum(), weights), peak * factor(step, course.steps))
         objective.update(losses.detach(), step)
     _note(curves, course.steps, students, objective, language)

@@ -22,10 +22,11 @@ from accelerate.utils import gather_object, send_to_device
 from PIL import Image
 from torch import Tensor, nn
 
-from taid_vlm.adapters import ModelAdapter, Rendered
+from taid_vlm.adapters import Continuation, ModelAdapter, Rendered, continued_record
 from taid_vlm.alignment import supervised_positions
 from taid_vlm.batch.collator import DistillationCollator, predicting_mask, target_ids
 from taid_vlm.batch.several import SeveralCollator, role_of
+from taid_vlm.errors import SampleDropped
 from taid_vlm.evaluation.held_out import ALL, Tally, in_step
 from taid_vlm.models.forward import answer_logits, evaluation_mode
 from taid_vlm.objectives import diagnose, divergence
@@ -106,6 +107,19 @@ def _answers_after_images(record: Record) -> frozenset[int]:
         if any(None in message.parts for message in record.before(turn)))
 
 
+def in_own_words(
+    adapter: ModelAdapter, records: Sequence[Record],
+    say: Callable[[Sequence[tuple[Record, int]]], Sequence[Continuation]],
+) -> list[tuple[Record, Rendered]]:
+    """Records as `choose` finds them with what the model itself `say`s first after an image, and
+    how it sees that; without those of which it says nothing that can be learned."""
+    shown = list[tuple[Record, Rendered]]()
+    for answer in say([(record, min(_answers_after_images(record))) for record in records]):
+        with contextlib.suppress(SampleDropped):
+            shown.append(continued_record(adapter, answer))
+    return shown
+
+
 # ----- one model ----------------------------------------------------------------------------
 
 
@@ -160,6 +174,7 @@ def look(
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     process: tuple[int, int] = (0, 1),
+    rendered: Sequence[Rendered] | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Tally:
     """One process's share of `canary`, as sums per record.
@@ -168,14 +183,16 @@ def look(
 
     Args:
         process: (rank, world size); this call takes every world-size-th record.
+        rendered: what the model is shown of the records, where that is not its own rendering.
     """
     pairs = list(zip(records, shuffled(records), strict=True))
+    shown = [adapter.render(record) for record in records] if rendered is None else rendered
     versions = [BLANK, *[SHUFFLED] * any(partner is not None for _, partner in pairs),
                 *[FROZEN] * any(
                     VideoRef.kind in _kinds(record) for record in records)]
     tally = Tally()
     for share in in_step(len(records), batch_size, process):
-        samples = [_sample(adapter, *pairs[index]) for index in share or [0]]
+        samples = [_sample(shown[index], *pairs[index]) for index in share or [0]]
         with evaluation_mode(model), autocast():
             for name, values in _differences(model, adapter, samples, versions, device):
                 if share and len(values):
@@ -183,7 +200,7 @@ def look(
     return tally
 
 
-def _sample(adapter: ModelAdapter, record: Record, partner: Record | None) -> _Sample:
+def _sample(rendered: Rendered, record: Record, partner: Record | None) -> _Sample:
     real: list[Picture] = [image.load() for image in record.images]
     # without a partner its own images fill the place, so that all three batches have one shape
     others = [image.load() for image in (partner or record).images]
@@ -194,7 +211,7 @@ def _sample(adapter: ModelAdapter, record: Record, partner: Record | None) -> _S
         SHUFFLED: [shown_as(other, image) for other, image in zip(others, real, strict=True)],
     }
     turns = _answers_after_images(record)
-    return _Sample(adapter.render(record), turns, images, partner is not None)
+    return _Sample(rendered, turns, images, partner is not None)
 
 
 def _differences(

@@ -26,7 +26,7 @@ from taid_vlm.report.data import (
 from taid_vlm.report.judge import is_finite
 from taid_vlm.report.page import write_report
 from taid_vlm.runs import results as of_run
-from taid_vlm.runs.results import Canary, HeldOut, Means, Model, Results, of_teacher
+from taid_vlm.runs.results import HeldOut, Means, Model, Results, of_teacher
 
 if TYPE_CHECKING:  # a page needs no torch
     from taid_vlm.evaluation.answers import AnswerPair
@@ -65,7 +65,7 @@ def run_report(
     section = Section(
         title="Held-out evaluation",
         text=_account(results),
-        tables=[*_tables(results), *_stages(results), *_looks(results.canary)],
+        tables=[*_tables(results), *_stages(results), *_looks(results)],
         curves=curves(results.history),
         examples=[_card(*pair) for pair in zip(results.examples, images, strict=True)],
     )
@@ -114,13 +114,16 @@ def _tables(results: Results) -> list[Table]:
     return [table for table in tables if table.columns]
 
 
-def _looks(canary: Canary | None) -> list[Table]:
+def _looks(results: Results) -> list[Table]:
     """Whether the models look at their images."""
+    canary, own = results.canary, results.train.on_policy
     if canary is None:
         return []
     after = canary.student.after
     rows: list[Named] = [("student before", "start", canary.student.before),
                          ("student after", "main", after)]
+    if own is not None and own.look is not None:
+        rows.append(("student after, in answers of its own", "", own.look))
     if canary.teacher is not None:
         rows.insert(0, ("teacher", "teacher", canary.teacher))
     rows = [*((f"teacher {name}", "teacher", look) for name, look in canary.teachers.items()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from taid_vlm.config.recipe import Recipe
 from taid_vlm.config.secrets import redact
 from taid_vlm.errors import SampleDropped, TaidError
 from taid_vlm.evaluation.answers import to_lines
-from taid_vlm.evaluation.canary import Looks, account
+from taid_vlm.evaluation.canary import Figures, Looks, account, canary, choose, in_own_words
 from taid_vlm.evaluation.held_out import Tally, summarise
 from taid_vlm.models.generation import Question, generate_answers
 from taid_vlm.models.lora import own_parameters
@@ -26,6 +27,7 @@ from taid_vlm.records import ImageRef, fingerprint
 from taid_vlm.runs.machine import machine, peak_memory, versions
 from taid_vlm.runs.results import Alignment, Example, HeldOutData, Results, Stage, Train
 from taid_vlm.teachers import CachedTeacher, ServedTeacher, SharedTeacher, Teachers
+from taid_vlm.training.on_policy import Rollouts
 from taid_vlm.training.trainer import DistillationTrainer
 
 
@@ -135,9 +137,11 @@ def outcome_of(
     return Outcome(results, images, lines)
 
 
-def train_account(trainer: DistillationTrainer, seconds: float, checkpoint: Path | None) -> Train:
-    """What training did."""
-    schedule = trainer.schedule
+def train_account(
+    trainer: DistillationTrainer, seconds: float, checkpoint: Path | None, records: Any
+) -> Train:
+    """What training did; records: held out, for the look of a student at its own answers."""
+    schedule, rollouts = trainer.schedule, trainer.rollouts
     return Train.model_validate({
         "steps": trainer.state.global_step, "seconds": seconds,
         "resumed_from": None if checkpoint is None else checkpoint.name,
@@ -149,8 +153,19 @@ def train_account(trainer: DistillationTrainer, seconds: float, checkpoint: Path
         "adaptive_share": schedule and schedule.active_share,
         "skipped_updates": schedule and schedule.state.skipped,
         "loss_implementation": trainer.loss_report, "skipped_steps": dict(trainer.guard.skipped),
-        "on_policy": trainer.rollouts and trainer.rollouts.report(),
+        "on_policy": rollouts and rollouts.report() | {
+            "look": own_look(trainer, rollouts, records or ()) or None},
     })
+
+
+def own_look(trainer: DistillationTrainer, rollouts: Rollouts, dataset: Sequence[Any]) -> Figures:
+    """`evaluation.canary.canary` of the student in answers that it samples itself."""
+    adapter, options = trainer.collator.student, trainer.evaluation_options()
+    say = partial(rollouts.say, model=trainer.model, size=options["batch_size"])
+    records = choose(dataset, trainer.args.canary_records, trainer.collator)
+    shown = in_own_words(adapter, records, say)
+    return canary(trainer.model, adapter, [record for record, _ in shown],
+                  rendered=[rendered for _, rendered in shown], **options)
 
 
 def _data(recipe: Recipe, records: Any) -> HeldOutData | None:

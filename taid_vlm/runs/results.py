@@ -227,7 +227,8 @@ class OnPolicy(Part):
     sampled: how many were learned, reused among them; stale: too old to be learned again. cut: by
     max_new_tokens; repeating: ended in copies of a few tokens. tokens: sampled; seconds: of
     sampling, in all processes together. unused: answers that were not learned, by reason. engine:
-    None where the student sampled in this process.
+    None where the student sampled in this process. look: how much the images of held-out records
+    matter to what the trained student says itself, sampled here as in training.
     """
 
     share: float
@@ -240,6 +241,7 @@ class OnPolicy(Part):
     tokens: int
     seconds: float
     unused: dict[str, int]
+    look: Look | None = None
     engine: Engine | None = None
 
 

@@ -116,7 +116,7 @@ def _carry_out(
     base = _base_to_merge(recipe, place)
     save_student(trainer, output / STUDENT, base)
     with _student_is_safe(output / STUDENT):
-        train = train_account(trainer, seconds, checkpoint)
+        train = train_account(trainer, seconds, checkpoint, measure.records)
         outcome = outcome_of(measure, before, measure("student"), train, whole.digest(),
                              place.earlier if place else ())
         if recipe.student.peft is not None:

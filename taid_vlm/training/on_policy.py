@@ -147,6 +147,11 @@ class Rollouts:
         happened.seconds = time.perf_counter() - started
         self._take(happened, step)
 
+    def probe(self, batch: Batch) -> Batch:
+        """A batch of rows with every answer its reference, so that each process has tokens: a
+        loss that is chosen by it is the same in a run that goes on, whoever samples then."""
+        return self.references([_record(row) for row in batch["rows"]])
+
     def _question(self, row: Any, step: int) -> Question | None:
         """What is sampled of a row at a step; None of one that is learned from its reference."""
         if not isinstance(row, Record) or not row.learned:
@@ -361,6 +366,19 @@ class Rollouts:
             "repeating": counts[REPEATING], "tokens": counts[TOKENS], "seconds": self.seconds,
             "unused": _unused(counts), "engine": None if self.engine is None else {
                 **self.engine.report(), "gap": self.gap[0] / max(self.gap[1], 1)}}
+
+    def say(
+        self, pairs: Sequence[tuple[Record, int]], model: Any, size: int
+    ) -> list[Continuation]:
+        """What the student says to questions (record, turn) now, `size` at once; the same in all
+        processes. Of those it cannot be asked there is nothing."""
+        said = list[Continuation]()
+        for start in range(0, len(pairs), size):
+            part = [Question("", *pair) for pair in pairs[start : start + size]]
+            said += [Continuation(question.record, question.turn, tuple(answer.ids), answer.end)
+                     for question, answer in zip(part, self._ask(part, model, 0), strict=True)
+                     if not isinstance(answer, str)]
+        return said
 
     # ----- checkpoints ----------------------------------------------------------------------
 

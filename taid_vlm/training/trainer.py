@@ -49,11 +49,7 @@ from taid_vlm.training.on_policy import NOT_LEARNED, OWN, SAMPLED, Rollouts, Row
 from taid_vlm.training.packing import Packing
 from taid_vlm.training.pair import resolve, with_adapter
 from taid_vlm.training.router import ROUTER, RouterTerm
-from taid_vlm.training.served import (
-    await_signals,
-    kept_if_lost,
-    training_collator,
-)
+from taid_vlm.training.served import await_signals, kept_if_lost, training_collator
 from taid_vlm.training.several import (
     NoTokens,
     SeveralStep,
@@ -255,6 +251,10 @@ class DistillationTrainer(Trainer):
         its images and the tokens it is fed are noted. On the CPU: nothing waits for a device."""
         with kept_if_lost(self):
             if self.rollouts is not None:
+                for part in () if self._steps else ("", SAMPLED):  # now, whoever will have tokens
+                    probe = self._prepare_inputs(self.rollouts.probe(batch_samples[0]))
+                    self._ready[part] = [all(gather_object([len(probe["labels"])]))]
+                    self._loss_step(probe, part)
                 self.rollouts.fill(batch_samples, self.model, self.state.global_step + 1)
             asked = [*batch_samples, *(b[SAMPLED] for b in batch_samples if SAMPLED in b)]
             await_signals(self.teacher, asked, self.accelerator)
@@ -387,7 +387,7 @@ class DistillationTrainer(Trainer):
                 self.model, self.teacher, dataset, self.collator, self.pairing,
                 keep_answers=keep_answers,
                 progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-                **self._evaluation_options(),
+                **self.evaluation_options(),
             )
         merged = Tally()
         for part in gather_object([tally]):
@@ -398,7 +398,7 @@ class DistillationTrainer(Trainer):
         """`evaluation.canary.canary` of teacher and student, by role; {} without images."""
         teacher = self.teacher.models if isinstance(self.teacher, Teachers) else self.teacher_model
         return self.canary.measure(
-            dataset, self.model, teacher, self.collator, **self._evaluation_options())
+            dataset, self.model, teacher, self.collator, **self.evaluation_options())
 
     def place_student(self) -> None:
         """To its device, to which FSDP and DeepSpeed bring it only when training begins."""
@@ -406,7 +406,7 @@ class DistillationTrainer(Trainer):
         if self.optimizer is None and plain and not self.place_model_on_device:
             self.model.to(self.args.device)
 
-    def _evaluation_options(self) -> dict[str, Any]:
+    def evaluation_options(self) -> dict[str, Any]:
         return {
             "batch_size": self.args.per_device_eval_batch_size, "device": self.args.device,
             "process": (self.accelerator.process_index, self.accelerator.num_processes),

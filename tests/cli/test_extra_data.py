@@ -6,14 +6,19 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from cli.recipes import Checkpoints, Outcome, loaded, write_jsonl, write_recipe
+from faults.test_kills import KILLED, ends_alike
+from faults.victims import Harm, Victim
 from safetensors.torch import load_file, save_file
 from students.composing import Parts
+
+from taid_vlm.evaluation.canary import BLIND_BELOW
 
 EXTRA = Path(os.environ.get("TAID_VLM_EXTRA_DATA", "/nonexistent"))
 TRAIN = {"max_steps": 25, "learning_rate": 1e-3, "use_cpu": True, "disable_tqdm": True}
@@ -75,6 +80,20 @@ def test_real_pictures_from_a_table(
     assert results["eval"]["after"]["kl"] < results["eval"]["before"]["kl"]
 
 
+def pictures_with_sentences(folder: Path) -> dict[str, Any]:
+    """`data` of a recipe: NLVR's pictures with an answer longer than a word."""
+    columns = {"prompt": "statement", "completion": "sentence"}
+    table = pq.read_table(EXTRA / "nlvr_test.parquet").slice(0, 96)
+    answers = pa.array([f"It says: {statement}" for statement in table["statement"].to_pylist()])
+    pq.write_table(table.append_column("sentence", answers), folder / "pictures.parquet")
+    data = {side: {"path": str(folder / f"{side}.parquet"), "columns": columns}
+            for side in ("train", "eval")}
+    rows = pq.read_table(folder / "pictures.parquet")
+    pq.write_table(rows.slice(0, 64), data["train"]["path"])
+    pq.write_table(rows.slice(64, 32), data["eval"]["path"])
+    return data
+
+
 PAIRS = {
     "internvl -> composed": ("internvl", None),
     "qwen2_5_vl -> smolvlm, another tokenizer": ("qwen2_5_vl", ("smolvlm", "metaspace")),
@@ -90,19 +109,9 @@ def test_families_learn_from_each_other_on_real_pictures(
     """50 steps: the student comes nearer to its teacher, and both look at the pictures."""
     teacher, student = PAIRS[name]
     ours = Parts(tmp_path).composed("siglip") if student is None else checkpoints(*student, seed=1)
-    columns = {"prompt": "statement", "completion": "sentence"}
-    table = pq.read_table(EXTRA / "nlvr_test.parquet").slice(0, 96)
-    answers = pa.array([f"It says: {statement}" for statement in table["statement"].to_pylist()])
-    pq.write_table(table.append_column("sentence", answers), tmp_path / "pictures.parquet")
-    train, held_out = ({"path": str(tmp_path / f"{side}.parquet"), "columns": columns}
-                       for side in ("train", "eval"))
-    rows = pq.read_table(tmp_path / "pictures.parquet")
-    pq.write_table(rows.slice(0, 64), train["path"])
-    pq.write_table(rows.slice(64, 32), held_out["path"])
     done = cli("distill", write_recipe(tmp_path, {
         "teacher": checkpoints(teacher), "student": ours,
-        "data": {"train": train, "eval": held_out},
-        "train": {**TRAIN, "max_steps": 50},
+        "data": pictures_with_sentences(tmp_path), "train": {**TRAIN, "max_steps": 50},
         "evaluate": {"examples": 2, "max_new_tokens": 4, "canary": 16},
         "output_dir": str(tmp_path / "out"),
     }))
@@ -117,3 +126,48 @@ def test_families_learn_from_each_other_on_real_pictures(
     assert after.get("chunk_kl", 0.0) <= before.get("chunk_kl", 0.0)
     for look in (results["canary"]["teacher"], results["canary"]["student"]["after"]):
         assert look["kl_blank"] > 5 * look["kl_blank_stderr"]
+
+
+@needs("nlvr_test.parquet")
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_on_policy_across_families_on_real_pictures(
+    checkpoints: Checkpoints, tmp_path: Path, processes: int
+) -> None:
+    """Killed while it samples and gone on with it ends bit for bit where the whole run does, and
+    both models look at the pictures, the student in answers of its own, too."""
+    tree = {
+        "teacher": checkpoints("qwen2_5_vl"), "student": checkpoints("smolvlm", "metaspace", 1),
+        "data": pictures_with_sentences(tmp_path),
+        "objective": {"name": "taid", "on_policy": {"lmbda": 0.5, "max_new_tokens": 12,
+                                                    "max_age": 2}},
+        "train": {**TRAIN, "max_steps": 24, "per_device_train_batch_size": 8 // processes,
+                  "save_strategy": "steps", "save_steps": 8, "logging_steps": 4, "bf16": True},
+        "evaluate": {"examples": 2, "max_new_tokens": 4, "canary": 16},
+    }
+    whole, output = tmp_path / "whole", tmp_path / "out"
+
+    def victim(folder: Path, *harms: Harm, words: tuple[str, ...] = ()) -> Victim:
+        recipe = write_recipe(tmp_path, {**tree, "output_dir": str(folder)}, folder.name + ".yaml")
+        return Victim(["distill", recipe, *words], folder, harms, tmp_path / "log")
+
+    unharmed = [Harm()] * processes
+    first = victim(whole, *unharmed)
+    assert first.wait(600) == [0] * processes, first.error()
+    steps = first.counts()["step"]
+    killed = victim(output, *unharmed[1:], Harm("kill", "step", 2 * steps // 3))
+    assert KILLED in killed.wait(600)
+    assert (output / "checkpoint-8").is_dir() and not (output / "student").exists()
+    again = victim(output, *unharmed, words=("--resume",))
+    assert again.wait(600) == [0] * processes, again.error()
+    ends_alike(output, whole, processes)
+    results, of_whole = loaded(output / "results.json"), loaded(whole / "results.json")
+    assert results["alignment"]["case"] == "c" and results["machine"]["processes"] == processes
+    own, of_whole = results["train"]["on_policy"], of_whole["train"]["on_policy"]
+    print({**own, "canary": results["canary"], "kl": [
+        results["eval"][when]["kl"] for when in ("before", "after")]})
+    assert {**own, "seconds": 0} == {**of_whole, "seconds": 0}
+    assert own["sampled"] > 50 and own["reused"]
+    for look in (results["canary"]["teacher"], results["canary"]["student"]["after"], own["look"]):
+        assert look["kl_blank"] > 5 * look["kl_blank_stderr"]
+        assert look["kl_shuffled"] > max(2 * look["kl_shuffled_stderr"], BLIND_BELOW)

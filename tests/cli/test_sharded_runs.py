@@ -25,10 +25,10 @@ PEFT = {"r": 4, "target_modules": "all-linear"}
 
 def run(
     folder: Path, checkpoints: Checkpoints, processes: int, peft: Any, *words: str,
-    scenario: str = "pairs", **train: Any,
+    scenario: str = "pairs", objective: Any = "taid", **train: Any,
 ) -> Path:
     """The output folder of a run with batches of 4."""
-    tree = minimal(folder, checkpoints, scenario, train={
+    tree = minimal(folder, checkpoints, scenario, objective=objective, train={
         "max_steps": 3, "seed": 1, "learning_rate": 0.1, "optim": "sgd",
         "per_device_train_batch_size": 4 // processes, **train})
     tree["evaluate"] = {"examples": 2, "max_new_tokens": 4}
@@ -85,6 +85,26 @@ def test_a_run_under_zero_goes_on_bit_for_bit(
     pytest.importorskip("deepspeed")
     zero = ZERO | {"zero_optimization": {"stage": stage} if stage == 2 else LEAN}
     goes_on(tmp_path, checkpoints, None, {"deepspeed": zero | {"bf16": {"enabled": "auto"}}})
+
+
+@pytest.mark.slow
+def test_sharded_students_sample_what_one_process_does(
+    tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    """Micro-batches of two often have no sample or no reference, in one process or in both: each
+    still finds its partner in every pass."""
+    objective = {"name": "taid", "on_policy": {"lmbda": 0.8, "max_new_tokens": 8}}
+    how = {"scenario": "image paths", "objective": objective, "max_steps": 6}
+    one = run(tmp_path / "one", checkpoints, 1, None, **how)
+    two = run(tmp_path / "two", checkpoints, 2, None, **how, fsdp=True)
+    whole, sharded = (load_file(out / "student/model.safetensors") for out in (one, two))
+    assert max(float((whole[key] - sharded[key]).abs().max()) for key in whole) < 1e-5
+    own, of_two = (json.loads((out / "results.json").read_text())["train"]["on_policy"]
+                   for out in (one, two))
+    assert own["sampled"] >= 3 and own["look"]["kl_blank"] > 0
+    same, of_one = ({**each, "seconds": 0, "look": None} for each in (of_two, own))
+    assert same == of_one
+    assert of_two["look"] == pytest.approx(own["look"], abs=1e-4)
 
 
 def goes_on(

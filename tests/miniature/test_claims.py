@@ -9,6 +9,7 @@ import pytest
 from miniature import claims, pairs, theory
 from miniature.claims import Claim, Contrast
 from miniature.intervals import Interval, interval
+from miniature.methods import CUT
 from miniature.parts import _theory
 from miniature.pooling import interval_of, pool, pool_difference, sums
 
@@ -145,3 +146,34 @@ def test_arms_stand_against_one_start_and_the_teacher_against_nobody():
                     "reproduced"}
     kept = arms.as_json()["TAID"]
     assert len(kept["seeds"]) == 2 and kept["seeds"][0]["history"] == [{"step": 1, "kl": 2.0}]
+
+
+# ----- what the paper does not say ---------------------------------------------------------------
+
+
+def test_exposure_is_judged_in_own_texts_and_by_seed():
+    off, on = result(jeffreys=(1.0, 2.0), own_jeffreys=(1.5, 2.51), excess=(0.5, 0.51)), result(
+        jeffreys=(1.1, 2.11), own_jeffreys=(1.2, 2.2), excess=(0.1, 0.09))
+    results = {f"{name}, {policy}": on if policy == "on policy" else off
+               for name in ("KL", "RKL", "TAID") for policy in ("off policy", "half", "on policy")}
+    told = {claim.text: claim.verdict for claim in claims.exposure_claims(results)}
+    assert len(told) == 17
+    assert told["KL off policy is further from the truth in its own texts than in the language's."
+                ] == "reproduced"
+    assert told["KL on policy is nearer to the truth in its own texts than off policy."
+                ] == "reproduced"
+    assert told["KL with half of each is, too."] == "tie"
+    assert told["TAID on policy has less exposure bias than off policy."] == "reproduced"
+    assert told["RKL on policy pays for it in the language's texts."] == "reproduced"
+    assert told["On policy, TAID beats KL in the student's own texts."] == "tie"
+
+
+def test_a_collapse_is_less_mass_on_heads_than_the_truth_has():
+    figures = {"jeffreys": (0.5, 0.51), "entropy": (1.5, 1.5), "head": (0.7, 0.71)}
+    results = dict.fromkeys(("KL", *CUT), result(**figures))
+    results["RKL, top 4 alone"] = result(**figures | {"head": (0.2, 0.21)})
+    told = {claim.text: claim.verdict for claim in claims.cut_claims(results, {"head": [0.6]})}
+    assert told["Reverse KL over the top 4 alone collapses: less mass on heads than the truth."
+                ] == "reproduced"
+    assert told["With the rest it does not: more mass on heads than the truth."] == "reproduced"
+    assert told["4 draws beat the top 4 alone (Jeffreys)."] == "tie"

@@ -15,7 +15,7 @@ from miniature.parts import PARTS
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--seeds", "2", "--steps", "4", "--workers", "0"]
-EXACT = [*TINY, "--parts", "gap,theory,sweeps"]
+EXACT = [*TINY, "--parts", "gap,theory,sweeps,since,cut,exposure"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,8 @@ def test_results_page_and_table_are_there_and_say_the_same(written):
     assert {p.name for p in output.iterdir()} == {"results.json", "report.html", "table.md"}
     kept = json.loads((output / "results.json").read_text())
     assert kept["claims"] == json.loads(json.dumps(document["claims"]))
-    assert list(kept["parts"]) == ["language", "gap", "theory", "sweeps"]
+    assert list(kept["parts"]) == ["language", "gap", "theory", "sweeps", "since", "cut",
+                                   "exposure"]
     assert {"versions", "machine", "seconds", "cpu_seconds", "command", "scale"} <= set(kept)
     page = html.unescape((output / "report.html").read_text())
     table = (output / "table.md").read_text()
@@ -112,7 +113,8 @@ def test_every_part_can_be_asked_for_and_brings_what_it_needs():
     parser = command.make_parser()
     for part in PARTS:
         plan = command.make_plan(parser.parse_args(["--parts", part]))
-        assert set(plan.parts) == {part} | ({"language"} if part in ("gap", "sweeps") else set())
+        assert set(plan.parts) == {part} | (
+            {"language"} if part in ("gap", "sweeps", "since", "cut") else set())
     resized = command.make_plan(parser.parse_args(["--steps", "40", "--model-steps", "7"])).scale
     assert (resized.exact.steps, resized.exact.warm_steps, resized.exact.teacher_steps) == (
         40, 12, 60)

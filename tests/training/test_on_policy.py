@@ -147,6 +147,16 @@ def test_ending_is_learned_where_the_student_ended(tmp_path: Path) -> None:
         assert not len(batch["labels"])
 
 
+def test_the_loss_is_chosen_before_anyone_samples(tmp_path: Path) -> None:
+    """By references: which process has samples first would differ in a run that goes on."""
+    trainer = make_trainer(tmp_path, max_steps=1, objective={
+        "name": "rkl", "on_policy": {**HALF, "lmbda": 1.0}})
+    trainer.rollouts._ask = lambda questions, *_: [Continued([], 0) for _ in questions]
+    trainer.train()
+    assert {part: type(step).__name__ for part, step in trainer._steps.items()} == {
+        "": "FusedStep", "sampled": "FusedStep"}
+
+
 # ----- who samples, and what becomes of it ------------------------------------------------------
 
 
@@ -278,8 +288,8 @@ def test_samples_are_logged_beside_references(tmp_path: Path) -> None:
 def test_a_part_without_tokens_asks_the_other_processes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All rows are sampled, so that the references' loss is never chosen: no micro-batch may ask
-    the other processes about it on its own."""
+    """Losses are chosen before the first step, for which all are asked once a part; no micro-batch
+    may ask the other processes on its own."""
     from taid_vlm.training import trainer as module
 
     objective = {"name": "rkl", "on_policy": {**HALF, "lmbda": 1.0}}
@@ -291,7 +301,7 @@ def test_a_part_without_tokens_asks_the_other_processes_nothing(
     monkeypatch.setattr(module.DistillationTrainer, "_loss_step", lambda self, batch, part="": (
         calls.append((part, len(batch["labels"]))), step(self, batch, part))[1])
     trainer.train()
-    assert len(calls) == 12 and not gathered
+    assert len(calls) == 2 + 12 and len(gathered) == 2
     assert "sampled" in trainer._steps
 
 
