@@ -158,6 +158,8 @@ def training_arguments(recipe: Recipe) -> DistillationConfig:
     defaults = {key: TrainSpec.model_fields[key].default
                 for key in ("report_to", "save_total_limit", "logging_steps")}
     defaults["dataloader_pin_memory"] = torch.accelerator.is_available()
+    # otherwise accelerate takes the processes of one launch for strangers
+    defaults["use_cpu"] = not torch.accelerator.is_available()
     if steps:
         defaults["logging_steps"] = max(1, steps // 100)
     own = {"output_dir": recipe.output_dir, "objective": recipe.objective,

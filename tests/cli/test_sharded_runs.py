@@ -151,3 +151,11 @@ def test_a_mapping_of_a_recipe_stays_as_it_was_written(tmp_path: Path) -> None:
     arguments.fsdp_config["version"] = 2
     assert recipe.train["fsdp_config"] == {"min_num_params": 0}
     assert recipe.train["accelerator_config"] == written
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_processes_of_a_launch_know_each_other_without_an_accelerator(tmp_path: Path) -> None:
+    """accelerate joins them on a CPU only where that is said."""
+    recipe = parse_recipe({"student": "a", "objective": "ce", "data": {"train": "b"},
+                           "output_dir": str(tmp_path)})
+    assert training_arguments(recipe).use_cpu
