@@ -46,8 +46,10 @@ class Narrator(TrainerCallback):
         self.began = (state.global_step, time.perf_counter())
         if not state.is_world_process_zero:
             return
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        logger.info("steps     %s of %s records each%s", f"{state.max_steps:,}", f"{rows:,}",
+        batches = args.gradient_accumulation_steps * args.world_size
+        size = f"{args.train_batch_size * batches:,} records" if args.tokens_per_batch is None \
+            else f"{batches:,} x {args.tokens_per_batch:,} tokens at most"
+        logger.info("steps     %s of %s each%s", f"{state.max_steps:,}", size,
                     f", from step {state.global_step:,} on" if state.global_step else "")
         # no bar where nobody looks: `disable=None` asks whether this is a terminal
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step",

@@ -31,6 +31,14 @@ def test_a_cached_teacher_gives_what_a_live_one_does(
     assert first["weights"].keys() == second["weights"].keys()
 
 
+def test_a_step_is_said_in_tokens(
+    tmp_path: Path, cli: Cli, checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = by_tokens(tmp_path, checkpoints, max_steps=1, gradient_accumulation_steps=2)
+    assert cli("distill", write_recipe(tmp_path, recipe)).status == 0
+    assert "steps     1 of 2 x 300 tokens at most each" in caplog.messages
+
+
 @pytest.mark.parametrize(("change", "told"), [
     ({"per_device_train_batch_size": 8}, "train.per_device_train_batch_size = 8 has no effect"),
     ({"packing": "row"}, "train.packing"),
