@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def small(tree: Tree, folder: Path, data: Mapping[str, str], checkpoints: Checkp
         spec["model_name_or_path"] = name if Path(name).exists() else checkpoints(
             family(name), other(name), seed)
         spec.pop("sharding", None)  # of one process there is nothing to share
+        if find_spec("bitsandbytes") is None:
+            spec.pop("quantization", None)
 
     def source(each: Any) -> Any:
         each = {"path": each} if isinstance(each, str) else dict(each)
