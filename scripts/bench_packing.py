@@ -9,6 +9,10 @@ and has all arms take turns in it; the first step is not timed. Tokens are the s
 padding; `computed` is how many tokens the models are given for each of them. What it takes to know
 the lengths is part of the time of batches by tokens, for each of their records.
 
+With `--device cuda` seconds are the clock's, the device is waited for at the end of a step, and
+models train under bfloat16 autocast; `--attention` then decides what rows that share a sequence
+cost (sdpa computes the whole square and masks it).
+
 `gradient` is the largest difference that an arm's gradient of the same records has from that of
 padded batches, over its norm.
 """
@@ -30,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
-from bench.common import conditions, described, names, number, parsed
+from bench.common import check_device, conditions, described, names, number, parsed
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from taid_vlm import DistillationConfig, DistillationTrainer
@@ -41,6 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "padded": {}, "packed": {"packing": True}, "by tokens": {"tokens": True},
     "by tokens, packed": {"tokens": True, "packing": True},
 }
+RATES = {"cpu": "tokens_per_cpu_second", "cuda": "tokens_per_second"}  # what is measured
 CHECKED = 16  # records whose gradient is compared
 
 
@@ -56,14 +61,14 @@ class Timed(DistillationTrainer):
 
 
 class Clock(TrainerCallback):
-    """Processor time, and how many batches there were, at the end of every step."""
+    """The time, and how many batches there were, at the end of every step."""
 
-    def __init__(self) -> None:
-        self.trainer: Any = None
+    def __init__(self, device: str) -> None:
+        self.device, self.trainer = device, None
         self.ends: list[tuple[float, int]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends.append((time.process_time(), len(self.trainer.fed)))
+        self.ends.append((_now(self.device), len(self.trainer.fed)))
 
 
 class Bench:
@@ -78,10 +83,12 @@ class Bench:
                      for row in map(json.loads, lines)]
         self.teacher, self.student = (self._model(width, layers, seed) for seed, (width, layers)
                                       in enumerate((args.teacher, args.student)))
+        if args.device == "cuda":
+            self.teacher.to(torch.bfloat16)
         lengths = Lengths(self.rows, self.trainer("padded", self.rows, 0).collator)
-        start = time.process_time()
+        start = _now(args.device)
         measured = [lengths.measure(i)[-1] for i in range(len(self.rows))]
-        self.measuring = (time.process_time() - start) / len(self.rows)
+        self.measuring = (_now(args.device) - start) / len(self.rows)
         self.tokens = round(args.rows * sum(measured) / len(measured))
         self.lengths = [min(measured), median(measured), max(measured)]
 
@@ -90,16 +97,18 @@ class Bench:
         return LlamaForCausalLM(LlamaConfig(
             vocab_size=len(self.tokenizer), hidden_size=width, intermediate_size=3 * width,
             num_hidden_layers=layers, num_attention_heads=width // 32,
-            num_key_value_heads=width // 64, max_position_embeddings=4096))
+            num_key_value_heads=width // 64, max_position_embeddings=4096,
+            attn_implementation=self.args.attention)).to(self.args.device)
 
     def trainer(self, arm: str, rows: Any, seed: int, **options: Any) -> Timed:
         """A trainer of an arm, from the same weights every time."""
         kind = ARMS[arm]
         size = {"tokens_per_batch": self.tokens} if kind.get("tokens") else {
             "per_device_train_batch_size": self.args.rows}
-        clock = Clock()
+        clock = Clock(self.args.device)
         config = DistillationConfig(self.folder, **{
-            "objective": "forward_kl", "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+            "objective": "forward_kl", "use_cpu": self.args.device == "cpu",
+            "bf16": self.args.device == "cuda", "report_to": "none", "disable_tqdm": True,
             "save_strategy": "no", "logging_steps": 10**6, "dataloader_pin_memory": False,
             "seed": seed, "packing": kind.get("packing", False), **size, **options})
         trainer = Timed(copy.deepcopy(self.student), self.teacher, config, rows, None,
@@ -108,7 +117,7 @@ class Bench:
         return trainer
 
     def round(self, arm: str, seed: int) -> dict[str, float]:
-        """Tokens per second of processor time, and computed tokens for each of them."""
+        """Tokens per second, and computed tokens for each of them."""
         trainer = self.trainer(arm, self.rows, seed, max_steps=1 + self.args.steps)
         trainer.train()
         (start, first), (end, last) = trainer.clock.ends[0], trainer.clock.ends[-1]
@@ -145,24 +154,34 @@ def measured(bench: Bench, rounds: int) -> list[dict[str, Any]]:
                   for part, base in zip(parts, found["padded"], strict=True)]
         other = bench.gradient(arm)
         rows.append({
-            "arm": arm, "tokens_per_cpu_second": median(rates), "spread": [min(rates), max(rates)],
+            "arm": arm, RATES[bench.args.device]: median(rates),
+            "spread": [min(rates), max(rates)],
             "ratio": median(ratios), "ratio_spread": [min(ratios), max(ratios)],
             "computed": median(part["computed"] for part in parts),
             "gradient": max(float((plain[n] - other[n]).abs().max()) for n in plain) / norm})
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| batches | computed | tokens per CPU second | x padded | gradient |",
-             "|---|---|---|---|---|"]
-    lines += [f"| {row['arm']} | {row['computed']:.2f} | {row['tokens_per_cpu_second']:,.0f} "
+def table(rows: list[dict[str, Any]], rate: str) -> str:
+    title = rate.replace("_", " ").replace("cpu", "CPU")
+    lines = [f"| batches | computed | {title} | x padded | gradient |", "|---|---|---|---|---|"]
+    lines += [f"| {row['arm']} | {row['computed']:.2f} | {row[rate]:,.0f} "
               f"({row['spread'][0]:,.0f} to {row['spread'][1]:,.0f}) | {row['ratio']:.2f} "
               f"({row['ratio_spread'][0]:.2f} to {row['ratio_spread'][1]:.2f}) | "
               f"{row['gradient']:.1e} |" for row in rows]
     return "\n".join(lines)
 
 
+def _now(device: str) -> float:
+    """Seconds: of the processors; with a GPU, of the clock once it has done its work."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _check(args: Any) -> None:
+    check_device(args.device)
     if len(args.columns) != 2:
         raise TaidError("--columns takes two names: of the prompt and of the completion.")
     for flag in ("data", "tokenizer"):
@@ -181,6 +200,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--student", type=_shape, default=(192, 6), help="WIDTHxLAYERS")
     parser.add_argument("--rounds", type=number, default=3)
     parser.add_argument("--steps", type=number, default=4, help="that are timed, of every round")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--attention", metavar="NAME", default="sdpa",
+                        choices=("sdpa", "eager", "flex_attention", "flash_attention_2"))
     parser.add_argument("--threads", type=number, default=1)
     parser.add_argument("--json", type=Path)
     args = parsed(parser, _check, arguments)
@@ -188,10 +210,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, folder)
         rows = [{**row, "tokens": bench.tokens, "lengths": bench.lengths,
-                 "measuring_seconds": bench.measuring, "conditions": conditions()}
+                 "measuring_seconds": bench.measuring, "device": args.device,
+                 "attention": args.attention, "conditions": conditions()}
                 for row in measured(bench, args.rounds)]
     print(f"rows of {bench.lengths} tokens (least, median, most); {bench.tokens:,} a batch; "
-          f"{1000 * bench.measuring:.2f} ms to know a record's lengths\n\n{table(rows)}")
+          f"{1000 * bench.measuring:.2f} ms to know a record's lengths\n\n"
+          f"{table(rows, RATES[args.device])}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return rows

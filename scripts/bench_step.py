@@ -90,6 +90,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32",
                         help="mixed: a float32 student under autocast, a bfloat16 teacher")
+    parser.add_argument("--lora", type=number, metavar="R",
+                        help="train an adapter of this rank of all linear layers")
     parser.add_argument("--batch-size", type=number, default=4, metavar="N")
     parser.add_argument("--accumulation", type=number, default=1, metavar="N")
     parser.add_argument("--sequence-length", type=number, metavar="N",
@@ -123,7 +125,7 @@ def make_setup(args: argparse.Namespace, objective: str) -> Setup:
         layers=args.layers, objective=objective, dtype=args.dtype, device=args.device,
         batch_size=args.batch_size, accumulation=args.accumulation,
         sequence_length=args.sequence_length or SCALES[args.scale].sequence_length,
-        answer_fraction=args.answer_fraction, threads=args.threads)
+        answer_fraction=args.answer_fraction, threads=args.threads, lora=args.lora)
 
 
 def measure(

@@ -18,7 +18,8 @@ def title(row: Row) -> str:
     """What was trained, for example "forward_kl, text, small, float32"."""
     pair = row["scale"] if row["student"] is None else f"{row['teacher']} to {row['student']}"
     cut = "" if row["layers"] is None else f" cut to {row['layers']} layers"
-    return f"{row['objective']}, {row['kind']}, {pair}{cut}, {row['dtype']}"
+    trained = "" if row["lora"] is None else f", LoRA of rank {row['lora']}"
+    return f"{row['objective']}, {row['kind']}, {pair}{cut}, {row['dtype']}{trained}"
 
 
 def batch_line(row: Row) -> str:

@@ -41,7 +41,7 @@ def make_rows(
         length = tokens * (1 - (1 - SHORTEST) * index / max(1, count - 1))
         answer = max(1, round(length * answer_fraction))
         question = max(1, round(length) - answer - shown)
-        asked, told = (_words(rng, tokenizer, n) for n in (question, answer))
+        asked, told = (random_words(rng, tokenizer, n) for n in (question, answer))
         rows.append(_row(asked, told, _noise(rng, image_side) if image_side else None))
     return rows
 
@@ -117,7 +117,7 @@ def _image_tokens(processor: Any, side: int) -> int:
     return inputs["input_ids"].shape[1] - without["input_ids"].shape[1]
 
 
-def _words(rng: random.Random, tokenizer: Any, tokens: int) -> str:
+def random_words(rng: random.Random, tokenizer: Any, tokens: int) -> str:
     """Random words of about so many tokens."""
     text = " ".join("".join(rng.choices(LETTERS, k=rng.randint(1, 6))) for _ in range(tokens))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]

@@ -76,6 +76,9 @@ SCALES = {
     # the shapes of Qwen2.5 0.5B and 1.5B, towers of SigLIP base and large
     "medium": Scale(151_936, Size(896, 24, 14, 2, 4864, 768, 12),
                     Size(1536, 28, 12, 2, 8960, 1024, 24), 1024, 336, 14),
+    # the shapes of Qwen2.5 0.5B and 7B
+    "gpu": Scale(151_936, Size(896, 24, 14, 2, 4864, 768, 12),
+                 Size(3584, 28, 28, 4, 18944, 1024, 24), 1024, 336, 14),
 }
 
 
@@ -85,6 +88,7 @@ class Setup:
 
     student, teacher: folders or names to load, both or none; None is the pair of `scale`.
     layers: at most so many in a built-in decoder.
+    lora: rank of an adapter of all linear layers, which is trained in place of the student.
     dtype: of both models; "mixed" is a float32 student and a bfloat16 teacher under autocast.
     batch_size: rows of a micro-batch, `accumulation` of which make an optimizer step.
     sequence_length: tokens of the longest row, about; answer_fraction: of its tokens.
@@ -104,6 +108,7 @@ class Setup:
     answer_fraction: float = 0.25
     learning_rate: float = 1e-5
     threads: int | None = None
+    lora: int | None = None
 
     @property
     def rows(self) -> int:
@@ -155,17 +160,31 @@ def _model(setup: Setup, role: str, processor: Any) -> PreTrainedModel:
     if setup.student is not None:
         model = load_model(_spec(setup, role), role)
     else:
-        torch.manual_seed(SEEDS[role])
-        scale = SCALES[setup.scale]
-        size = getattr(scale, role)
-        text = _text_config(setup, scale, size, tokenizer_of(processor))
+        model = _built_in(setup, role, processor)
+    model = model.to(setup.weights_dtype(role))
+    return _with_lora(model, setup.lora) if setup.lora and role == "student" else model
+
+
+def _built_in(setup: Setup, role: str, processor: Any) -> PreTrainedModel:
+    """Made where it is used: a large one's random numbers take a CPU minutes."""
+    torch.manual_seed(SEEDS[role])
+    scale = SCALES[setup.scale]
+    size = getattr(scale, role)
+    text = _text_config(setup, scale, size, tokenizer_of(processor))
+    with torch.device(setup.device):
         if setup.kind == "text":
             model = Qwen2ForCausalLM(text)
         else:
             model = LlavaForConditionalGeneration(_llava_config(scale, size, text, processor))
         head = model.get_output_embeddings().weight
         nn.init.normal_(head, std=LOGIT_SPREAD / size.hidden**0.5)
-    return model.to(setup.weights_dtype(role))
+    return model
+
+
+def _with_lora(model: PreTrainedModel, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
 
 
 def _text_config(setup: Setup, scale: Scale, size: Size, tokenizer: Any) -> Qwen2Config:
