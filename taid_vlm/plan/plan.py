@@ -25,7 +25,7 @@ from taid_vlm.models.quantization import bytes_of, saved_bytes
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.caches import CacheSize, cache_size
-from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
+from taid_vlm.plan.longest import Longest, Looked, longest_batch, longest_step, look_at
 from taid_vlm.plan.rehearsal import (
     Memory,
     kept,
@@ -152,7 +152,7 @@ def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
         trainer = _trainer(recipe, found, shapes, saved)
         looked = _looked(trainer, recipe, "train", found.train, seen)
         sides = [(looked, found.train)]
-        batch, lengths = longest_batch(trainer, looked, _rows(recipe, found.args, looked))
+        batch, lengths = longest_step(trainer, looked, _rows(recipe, found.args, looked))
         phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes)}
         if _device(recipe) == "gpu":
             trainer._steps.clear()  # CUDA's allocator gives what the loss had to anything else
@@ -458,8 +458,9 @@ def _notes(
             yield (f"{who} is served ('{teacher.server.model}'): it takes no memory here, and its "
                    "server is not asked.")
     if trainer.objective.on_policy is not None:
-        yield ("sampled answers are counted like references; keys and values while they are "
-               "sampled, when there are no gradients and no logits, are not.")
+        yield ("sampled answers are counted with all of on_policy.max_new_tokens where references "
+               "are not longer; keys and values while they are sampled, when there are no "
+               "gradients and no logits, are not.")
     for role, spec in (("student", recipe.student), *recipe.teacher_specs.items()):
         if spec.init_kwargs:
             named = ", ".join(spec.init_kwargs)
