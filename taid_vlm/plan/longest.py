@@ -13,6 +13,7 @@ from taid_vlm.doctor.checkup import Checked, Listener
 from taid_vlm.doctor.facts import image_tokens
 from taid_vlm.errors import TaidError
 from taid_vlm.records import Record, first_rows
+from taid_vlm.training.on_policy import Rollouts
 from taid_vlm.training.trainer import DistillationTrainer
 
 LOOKED_AT = 64  # records whose lengths are taken
@@ -82,7 +83,7 @@ def longest_step(trainer: DistillationTrainer, looked: Looked, size: int) -> tup
     batch, longest = longest_batch(trainer, looked, size)
     if trainer.rollouts is None:
         return batch, longest
-    own = _continued(trainer, looked)
+    own = _continued(trainer.rollouts, looked)
     sampled = trainer.rollouts.samples(list(islice(cycle(own) if looked.more else own, size)))
     if not sampled["counts"]["rows"] or _tokens(sampled, "student") <= _tokens(batch, "student"):
         return batch, longest
@@ -91,9 +92,9 @@ def longest_step(trainer: DistillationTrainer, looked: Looked, size: int) -> tup
     return sampled, replace(longest, answer_tokens=len(sampled["labels"]), tokens=tokens)
 
 
-def _continued(trainer: DistillationTrainer, looked: Looked) -> list[Continuation]:
+def _continued(rollouts: Rollouts, looked: Looked) -> list[Continuation]:
     """Records with their last answer said over and over, the longest prompts first."""
-    student, number = trainer.rollouts.student, trainer.rollouts.spec.max_new_tokens
+    student, number = rollouts.student, rollouts.spec.max_new_tokens
     own = []
     for record, one in looked.usable:
         row = one.rows["student"]
