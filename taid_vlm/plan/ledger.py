@@ -17,6 +17,7 @@ from taid_vlm.plan.shapes import DEVICE, device_of
 
 STUDENT, TEACHER = "student parameters", "teacher parameters"
 GRADIENTS, OPTIMIZER, BUCKETS = "gradients", "optimizer state", "gradient buckets"
+GATHERED = "gathered weights, gradients"
 CASTS = "autocast copies of weights"
 STUDENT_TOWER, STUDENT_LANGUAGE = "student activations: vision", "student activations: language"
 TEACHER_TOWER, TEACHER_LANGUAGE = "teacher activations: vision", "teacher activations: language"
@@ -25,7 +26,7 @@ BACKWARD = "backward: recomputed, gradients"
 SCRATCH = "optimizer scratch"
 BATCH = "batch"
 OVERHEAD = "framework"
-KINDS = (STUDENT, GRADIENTS, OPTIMIZER, SCRATCH, BUCKETS, TEACHER, CASTS, STUDENT_TOWER,
+KINDS = (STUDENT, GRADIENTS, OPTIMIZER, SCRATCH, BUCKETS, GATHERED, TEACHER, CASTS, STUDENT_TOWER,
          STUDENT_LANGUAGE, TEACHER_TOWER, TEACHER_LANGUAGE, LOSS, BACKWARD, BATCH, OVERHEAD)
 
 _CAST = torch.ops.aten._to_copy.default

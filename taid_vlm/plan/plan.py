@@ -25,15 +25,17 @@ from taid_vlm.models.quantization import bytes_of, saved_bytes
 from taid_vlm.plan import formula
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.caches import CacheSize, cache_size
-from taid_vlm.plan.longest import Longest, Looked, longest_batch, look_at
+from taid_vlm.plan.longest import Longest, Looked, longest_batch, longest_step, look_at
 from taid_vlm.plan.rehearsal import (
     Memory,
     kept,
+    parameters,
     rehearse_evaluation,
     rehearse_training,
     trained,
 )
 from taid_vlm.plan.shapes import Shapes, model_of_shapes
+from taid_vlm.plan.shares import Shares, offloads, shares_of
 from taid_vlm.plan.sizes import OPTIMIZERS, optimizer_bytes, resident, sharded
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
 from taid_vlm.runs.sharing import Sharing, sharing
@@ -66,7 +68,6 @@ _MATTER = frozenset({
     "learning_rates", "loss_implementation", "loss_memory_budget", "max_grad_norm",
     "neftune_noise_alpha", "seed",
 })
-_SHARDING = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
 
 
 @dataclass(frozen=True)
@@ -146,16 +147,16 @@ def fullest(plans: Sequence[Plan]) -> Plan:
 
 def _plan(recipe: Recipe, stage: str, processes: int, seen: Seen) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
-        found = gather(_for_rehearsal(recipe, folder))
+        found = gather(_for_rehearsal(recipe, folder, processes))
         shapes, saved = Shapes(), Counter[str]()
         trainer = _trainer(recipe, found, shapes, saved)
         looked = _looked(trainer, recipe, "train", found.train, seen)
         sides = [(looked, found.train)]
-        batch, lengths = longest_batch(trainer, looked, _rows(recipe, found.args, looked))
+        batch, lengths = longest_step(trainer, looked, _rows(recipe, found.args, looked))
         phases = {STEP: _rehearsed(rehearse_training, formula.training, trainer, batch, shapes)}
         if _device(recipe) == "gpu":
             trainer._steps.clear()  # CUDA's allocator gives what the loss had to anything else
-        phases[UPDATE] = _update(trainer, recipe)
+        phases[UPDATE] = _update(trainer, recipe, processes)
         if found.eval is not None:
             looked = _looked(trainer, recipe, "eval", found.eval, seen)
             sides.append((looked, found.eval))
@@ -190,13 +191,16 @@ def _looked(
     return seen[key]
 
 
-def _for_rehearsal(recipe: Recipe, folder: str) -> Recipe:
+def _for_rehearsal(recipe: Recipe, folder: str, processes: int) -> Recipe:
     """The recipe with those arguments of training alone that change what lies in memory.
 
+    A sharded student's gradients lie there from the first micro-batch on, so that the fullest
+    moment does not hang on how many of them are here.
     Half precision is bfloat16: float16 takes as much, and no CPU can autocast to it.
     """
     train = {key: value for key, value in recipe.train.items() if key in _MATTER}
-    train["gradient_accumulation_steps"] = min(train.get("gradient_accumulation_steps", 1), 2)
+    train["gradient_accumulation_steps"] = 2 if shares_of(recipe, processes) else min(
+        train.get("gradient_accumulation_steps", 1), 2)
     own = {"bf16": bool(train.get("bf16") or recipe.train.get("fp16")), "use_cpu": True,
            "max_steps": 1, "optim": "sgd", "logging_steps": 1, "logging_nan_inf_filter": False,
            "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
@@ -292,22 +296,28 @@ def _rounded(memory: Memory, saved: Mapping[str, int]) -> Memory:
     return replace(memory, at_peak=at_peak, most=most)
 
 
-def _update(trainer: DistillationTrainer, recipe: Recipe) -> Memory:
+def _update(trainer: DistillationTrainer, recipe: Recipe, processes: int) -> Memory:
     """The optimizer's step: all gradients, and nothing left of the activations but, on a CPU, the
     loss's room for logits."""
-    _, scratch = _optimizer(trainer, recipe)
+    _, scratch = _optimizer(trainer, recipe, shares_of(recipe, processes))
     live = {**formula.resident_models(trainer), kinds.SCRATCH: scratch,
             kinds.GRADIENTS: bytes_of(trained(trainer)), kinds.LOSS: bytes_of(kept(trainer))}
     return Memory(live, live)
 
 
-def _optimizer(trainer: DistillationTrainer, recipe: Recipe) -> tuple[int, int]:
+def _optimizer(
+    trainer: DistillationTrainer, recipe: Recipe, shares: Shares | None
+) -> tuple[int, int]:
     tables = {id(module.weight) for module in trainer.model.modules()
               if isinstance(module, nn.Embedding)}
-    return optimizer_bytes(
-        optim_of(recipe), trained(trainer),
-        embeddings=[p for p in trained(trainer) if id(p) in tables],
+    own = trained(trainer)
+    updated = own if shares is None else shares.updated(own)
+    state, scratch = optimizer_bytes(
+        optim_of(recipe), updated,
+        embeddings=[here for here, p in zip(updated, own, strict=True) if id(p) in tables],
         gpu=_device(recipe) == "gpu", momentum="momentum" in str(recipe.train.get("optim_args")))
+    master = 0 if shares is None else shares.master(own)
+    return state + master, scratch + master  # of gradients there is such a copy, too
 
 
 def optim_of(recipe: Recipe) -> str:
@@ -323,11 +333,14 @@ def _account(
     stage: str, processes: int, recipe: Recipe, found: Ingredients, trainer: DistillationTrainer,
     phases: Mapping[str, Memory], lengths: Longest,
 ) -> Plan:
-    state, _ = _optimizer(trainer, recipe)
-    always = {kinds.OPTIMIZER: state,
-              kinds.BUCKETS: bytes_of(trained(trainer)) if processes > 1 else 0}
+    shares = shares_of(recipe, processes)
+    state, _ = _optimizer(trainer, recipe, shares)
+    buckets = bytes_of(trained(trainer)) if processes > 1 and shares is None else 0
+    always = {kinds.OPTIMIZER: state, kinds.BUCKETS: buckets}
     phases = {name: _placed(memory, recipe, trainer, processes)
               for name, memory in phases.items()}
+    if shares is not None:
+        phases = {name: _spread(memory, name, trainer, shares) for name, memory in phases.items()}
     whole = {name: _with_process(memory, always, _device(recipe))
              for name, memory in phases.items()}
     name, worst = max(whole.items(), key=lambda item: item[1].peak)
@@ -338,7 +351,7 @@ def _account(
         {phase: memory.peak for phase, memory in whole.items()},
         tuple(Component(kind, most[kind], worst.at_peak.get(kind, 0), _how(kind, phases, recipe))
               for kind in kinds.KINDS if most[kind]),
-        lengths, tuple(_notes(recipe, found, phases, trainer)), _experts(trainer))
+        lengths, tuple(_notes(recipe, found, phases, trainer, shares)), _experts(trainer))
 
 
 def _experts(trainer: DistillationTrainer) -> dict[str, Experts]:
@@ -369,6 +382,27 @@ def _placed(
                    most={**memory.most, kinds.TEACHER: size})
 
 
+def _spread(
+    memory: Memory, phase: str, trainer: DistillationTrainer, shares: Shares
+) -> Memory:
+    """With as much of the student as its sharding leaves to each device, and what is whole for as
+    long as it is computed with, which needs no copies of autocast's."""
+    own, buffers = parameters(trainer), bytes_of(trainer.model.buffers())
+    rounded = formula.resident_models(trainer)[kinds.STUDENT] - memory.at_peak[kinds.STUDENT]
+    here = bytes_of(shares.parameters(own)) + buffers - rounded // (
+        shares.processes if shares.stage == 3 else 1)
+    whole, left = bytes_of(trained(trainer)), bytes_of(shares.gradients(trained(trainer)))
+    passing = 0 if phase == UPDATE else shares.gathered(trainer.model)
+    passing += shares.unreduced(trainer.model) if phase == STEP else 0
+
+    def spread(part: Mapping[str, int]) -> dict[str, int]:
+        casts = 0 if shares.half else part.get(kinds.CASTS, 0)
+        return {**part, kinds.STUDENT: here, kinds.CASTS: casts, kinds.GATHERED: passing,
+                kinds.GRADIENTS: part.get(kinds.GRADIENTS, 0) * left // whole}
+
+    return replace(memory, at_peak=spread(memory.at_peak), most=spread(memory.most))
+
+
 def _is_elsewhere(devices: Any) -> bool:
     return devices == "cpu" or (isinstance(devices, list) and 0 not in devices)
 
@@ -383,16 +417,19 @@ def _with_process(memory: Memory, always: Mapping[str, int], device: str) -> Mem
 
 
 def _how(kind: str, phases: Mapping[str, Memory], recipe: Recipe) -> str:
+    if recipe.train.get("deepspeed") and kind in (kinds.GRADIENTS, kinds.OPTIMIZER):
+        return ESTIMATED  # its engine's own copies
     if kind in (kinds.STUDENT, kinds.TEACHER, kinds.GRADIENTS, kinds.BUCKETS) or (
             kind == kinds.OPTIMIZER and optim_of(recipe) in OPTIMIZERS):
         return COUNTED
     guessed = any(memory.problem for memory in phases.values()) or kind in (
-        kinds.OVERHEAD, kinds.SCRATCH, kinds.OPTIMIZER)
+        kinds.OVERHEAD, kinds.SCRATCH, kinds.OPTIMIZER, kinds.GATHERED)
     return ESTIMATED if guessed else REHEARSED
 
 
 def _notes(
-    recipe: Recipe, found: Ingredients, phases: Mapping[str, Memory], trainer: DistillationTrainer
+    recipe: Recipe, found: Ingredients, phases: Mapping[str, Memory],
+    trainer: DistillationTrainer, shares: Shares | None,
 ) -> Iterator[str]:
     """What the plan could not know, and what is not in memory."""
     for name, teacher in each(trainer.teacher).items():
@@ -406,10 +443,7 @@ def _notes(
         yield f"teacher and student have one base model, loaded for each: {shared.reason}."
     if optim_of(recipe) not in OPTIMIZERS:
         yield f"train.optim = '{optim_of(recipe)}' is not known here; counted like adamw_torch."
-    for key in _SHARDING:
-        if recipe.train.get(key):
-            yield (f"train.{key} shards the models over devices; the plan is of one device that "
-                   "holds all of them.")
+    yield from _shard_notes(recipe, shares)
     if recipe.teacher is not None and recipe.teacher.devices is not None:
         where = "its head alone is counted" if _is_elsewhere(recipe.teacher.devices) else \
             "all of it is counted"
@@ -424,8 +458,9 @@ def _notes(
             yield (f"{who} is served ('{teacher.server.model}'): it takes no memory here, and its "
                    "server is not asked.")
     if trainer.objective.on_policy is not None:
-        yield ("sampled answers are counted like references; keys and values while they are "
-               "sampled, when there are no gradients and no logits, are not.")
+        yield ("sampled answers are counted with all of on_policy.max_new_tokens where references "
+               "are not longer; keys and values while they are sampled, when there are no "
+               "gradients and no logits, are not.")
     for role, spec in (("student", recipe.student), *recipe.teacher_specs.items()):
         if spec.init_kwargs:
             named = ", ".join(spec.init_kwargs)
@@ -435,3 +470,17 @@ def _notes(
         if memory.problem:
             yield (f"the {name} could not be rehearsed ({memory.problem:.200}); its activations "
                    "are estimated by a formula.")
+
+
+def _shard_notes(recipe: Recipe, shares: Shares | None) -> Iterator[str]:
+    for key in ("fsdp", "parallelism_config"):
+        if recipe.train.get(key) and (shares is None or key != "fsdp"):
+            more = " Say how many with --processes." if key == "fsdp" else ""
+            yield (f"train.{key} shards the models over devices; the plan is of one device that "
+                   f"holds all of them.{more}")
+    if shares is not None and shares.accumulates:
+        yield ("FSDP keeps whole gradients until the last micro-batch of a step; "
+               "train.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: true}} "
+               "shards them after each.")
+    if shares is not None and offloads(recipe):
+        yield "shares in the memory of the host are counted as if they were on the device."

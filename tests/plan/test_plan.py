@@ -21,9 +21,11 @@ from taid_vlm.errors import TaidError
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.advice import EIGHT_BIT, advise
 from taid_vlm.plan.plan import (
+    COUNTED,
     ESTIMATED,
     EVALUATION,
     GPU_PROCESS,
+    STEP,
     UPDATE,
     Plan,
     plan_recipe,
@@ -95,6 +97,42 @@ def test_more_processes_keep_buckets(
     four = plan_recipe(parse_recipe(small(tmp_path, checkpoints)), processes=4)[0]
     assert sizes(four)[kinds.BUCKETS] == sizes(base)[kinds.GRADIENTS]
     assert kinds.BUCKETS not in sizes(base)
+
+
+def test_a_sharded_student_is_counted_as_it_lies(
+    base: Plan, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    whole, tree = sizes(base), small(tmp_path, checkpoints, fsdp=True)
+    four = plan_recipe(parse_recipe(tree), processes=4)[0]
+    spread = sizes(four)
+    for kind in (kinds.GRADIENTS, kinds.OPTIMIZER):
+        assert spread[kind] == pytest.approx(whole[kind] / 4, rel=0.02)
+    buffers = whole[kinds.STUDENT] - whole[kinds.GRADIENTS]
+    assert spread[kinds.STUDENT] - buffers == pytest.approx(whole[kinds.GRADIENTS] / 4, rel=0.02)
+    assert kinds.BUCKETS not in spread
+    assert spread[kinds.TEACHER] == whole[kinds.TEACHER]
+    assert 0 < spread[kinds.GATHERED] <= 2 * whole[kinds.GRADIENTS]
+    how = {part.name: part.how for part in four.components}
+    assert how[kinds.GRADIENTS] == COUNTED and how[kinds.GATHERED] == ESTIMATED
+    assert four.peak == sum(part.at_peak for part in four.components) == max(four.phases.values())
+    assert "shards" not in " ".join(four.notes)
+    alone = plan_recipe(parse_recipe(tree))[0]
+    assert sizes(alone) == whole and "--processes" in " ".join(alone.notes)
+
+
+def test_what_sharding_takes_beside_shares_is_named(
+    tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    tree = small(tmp_path, checkpoints, fsdp=True, fsdp_config={"cpu_offload": True},
+                 gradient_accumulation_steps=2, bf16=True)
+    plan = plan_recipe(parse_recipe(tree), processes=2)[0]
+    notes = " ".join(plan.notes)
+    assert "sync_each_batch" in notes and "memory of the host" in notes
+    assert kinds.CASTS not in sizes(plan)
+    zero = small(tmp_path, checkpoints, deepspeed={"zero_optimization": {"stage": 2}})
+    two = plan_recipe(parse_recipe(zero), processes=2)[0]
+    assert sizes(two)[kinds.OPTIMIZER] == pytest.approx(1.5 * sizes(two)[kinds.STUDENT], rel=0.02)
+    assert {part.how for part in two.components if part.name == kinds.OPTIMIZER} == {ESTIMATED}
 
 
 def test_a_teacher_in_half_precision(
@@ -331,6 +369,24 @@ def test_figures_of_two_chunks_stand_for_all(
     few = plan_recipe(load_recipe(path))[0]
     monkeypatch.setattr("taid_vlm.plan.rehearsal._FewFigures", FusedStep)
     assert plan_recipe(load_recipe(path))[0].peak == pytest.approx(few.peak, rel=1e-4)
+
+
+def test_sampled_answers_are_as_long_as_they_may_be(
+    tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    """After the longest prompt, where that is longer than references; too long ones are not asked.
+    """
+    def planned(**train: Any) -> dict[int, Plan]:
+        tree = small(tmp_path, checkpoints, **train)
+        return {number: plan_recipe(parse_recipe({**tree, "objective": {
+            "name": "taid", "on_policy": {"max_new_tokens": number}}}))[0] for number in (1, 200)}
+
+    few, many = planned().values()
+    prompt = few.batch.tokens["student"] - few.batch.answer_tokens // few.batch.rows
+    assert 200 < many.batch.tokens["student"] <= prompt + 200
+    assert many.batch.answer_tokens >= 4 * 100
+    assert many.phases[STEP] > few.phases[STEP]
+    assert planned(max_length=150)[200].batch == few.batch
 
 
 def test_no_usable_record(tmp_path: Path, checkpoints: Checkpoints) -> None:

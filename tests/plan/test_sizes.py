@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from zoo import build
 
+from taid_vlm.config.recipe import parse_recipe
 from taid_vlm.errors import TaidError
 from taid_vlm.models.quantization import bytes_of
+from taid_vlm.plan.shares import Shares, shares_of
 from taid_vlm.plan.sizes import OPTIMIZERS, optimizer_bytes, parse_bytes, resident, sharded
 
 
@@ -104,3 +107,75 @@ def test_a_sharded_teacher_is_its_share_its_head_and_what_is_gathered() -> None:
     assert sharded(model, "fsdp", 4) == head + buffers + base // 4 + rest + 2 * layer
     norms = bytes_of(p for name, p in model.named_parameters() if "norm" in name)
     assert sharded(model, "tensor", 2) == head + buffers + norms + (base - norms) // 2
+
+
+# ----- a sharded student --------------------------------------------------------------------
+
+
+def of_zero(stage: int, **zero: Any) -> dict[str, Any]:
+    return {"deepspeed": {"zero_optimization": {"stage": stage, **zero}}}
+
+
+FEW = {"stage3_max_live_parameters": 0, "reduce_bucket_size": 1000}
+# numbers that every parameter has on each of 4 devices, times bytes: weights, gradients, optimizer
+STAGES = [
+    ({"fsdp": True}, (1, 1, 2 * 1), 4), ({"fsdp": True, "bf16": True}, (1, 1, 2 * 1), 4),
+    (of_zero(1), (4, 4, 3 * 1), 4), (of_zero(2), (4, 1, 3 * 1), 4), (of_zero(3), (1, 1, 3 * 1), 4),
+    ({**of_zero(1), "bf16": True}, (4, 4, 6 * 1), 2),
+    ({**of_zero(2), "bf16": True}, (4, 1, 6 * 1), 2),
+    ({**of_zero(3), "bf16": True}, (1, 1, 6 * 1), 2),
+]
+
+
+def shares(processes: int = 4, **train: Any) -> Shares:
+    return shares_of(parse_recipe({
+        "student": "s", "data": {"train": "d.jsonl"}, "objective": "sft", "output_dir": "o",
+        "train": train}), processes)
+
+
+@pytest.mark.parametrize(("train", "quarters", "bytes_each"), STAGES)
+def test_what_every_stage_leaves_of_a_student(
+    train: dict[str, Any], quarters: tuple[int, ...], bytes_each: int
+) -> None:
+    own, spread = list(build("llama").model.parameters()), shares(**train)
+    quarter = sum(p.numel() for p in own) // 4 * bytes_each
+    state, _ = optimizer_bytes("adamw_torch", spread.updated(own))
+    here = (bytes_of(spread.parameters(own)), bytes_of(spread.gradients(own)),
+            state + spread.master(own))
+    assert here == pytest.approx([n * quarter for n in quarters], rel=0.02)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_is_whole_for_as_long_as_it_is_computed_with(bf16: bool) -> None:
+    model, each = build("llama").model, 2 if bf16 else 4
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    some = (whole - layer * (len(model.model.layers) - 2)) * each
+
+    def both(**train: Any) -> tuple[int, int]:
+        spread = shares(bf16=bf16, **train)
+        return spread.gathered(model), spread.unreduced(model)
+
+    assert both(fsdp=True) == (some, some)
+    assert both(fsdp=True, fsdp_config={"reshard_after_forward": False}) == (whole * each, some)
+    assert both(fsdp=True, gradient_accumulation_steps=2) == (some, whole * each)
+    synced = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    assert both(fsdp=True, gradient_accumulation_steps=2, accelerator_config=synced) == (some, some)
+    assert both(**of_zero(2, **FEW)) == (0, 1000 * each)
+    assert both(**of_zero(2, **FEW, overlap_comm=True)) == (0, 2 * 1000 * each)
+    assert both(**of_zero(3, **FEW)) == (some, 1000 * each)
+    assert both(**of_zero(3)) == (whole * each, whole * each)  # smaller than what it may keep
+
+
+def test_what_does_not_split_evenly_counts_as_where_most_is() -> None:
+    odd = [nn.Parameter(torch.empty(5, 3)), nn.Parameter(torch.empty(2))]
+    assert [tuple(p.shape) for p in shares(fsdp=True).parameters(odd)] == [(2, 3), (1,)]
+    assert [p.numel() for p in shares(**of_zero(3)).parameters(odd)] == [4, 1]
+
+
+def test_a_student_that_is_not_sharded(tmp_path: Path) -> None:
+    assert shares() is None
+    assert shares(1, fsdp=True) is None
+    assert shares(2, parallelism_config={"tp_size": 2}) is None
+    (tmp_path / "zero.json").write_text(json.dumps(of_zero(2)["deepspeed"]))
+    assert shares(2, deepspeed=str(tmp_path / "zero.json")) == shares(2, **of_zero(2))

@@ -3,7 +3,8 @@
     python -m torch.distributed.run --nproc_per_node=2 placed.py RUNS.json
 
 RUNS.json has {name: options of make_trainer}; rank 0 leaves NAME.safetensors and NAME.json beside
-it: the student's whole weights; log, held-out figures and how both models lay.
+it: the student's whole weights; log, held-out figures, how both models lay, bytes of the student
+in this process before the last update.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from training.runs import KINDS, make_trainer, rows
+from transformers import TrainerCallback
 
 from taid_vlm.models.forward import unwrap
 
@@ -40,8 +43,11 @@ def main() -> None:
 
 def run(folder: Path, name: str, options: dict[str, Any]) -> None:
     """Measure, train, measure again; rank 0 writes."""
-    trainer = make_trainer(folder / name, per_device_eval_batch_size=1, optim="sgd",
-                           learning_rate=0.1, logging_steps=1, **options)
+    trainer = make_trainer(folder / name, **{
+        "per_device_eval_batch_size": 1, "optim": "sgd", "learning_rate": 0.1, "logging_steps": 1,
+        **options})
+    weighed = Weighed(trainer)
+    trainer.add_callback(weighed)
     held_out = rows(UNEVEN, seed=3, kinds=options.get("kinds", KINDS))
     trainer.place_student()
     trainer.evaluate(held_out)
@@ -54,8 +60,27 @@ def run(folder: Path, name: str, options: dict[str, Any]) -> None:
             "log": trainer.state.log_history, "processes": trainer.accelerator.num_processes,
             "kind": trainer.accelerator.distributed_type.value,
             "loss": trainer.loss_report["name"], "teacher": lies(trainer.teacher_model),
-            "student": lies(trainer.model)}))
+            "student": lies(trainer.model), "bytes": weighed.bytes}))
     trainer.accelerator.wait_for_everyone()
+
+
+class Weighed(TrainerCallback):
+    """Bytes of what this process has of the student, when its gradients are whole."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.bytes = trainer, dict[str, int]()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        own = list(self.trainer.model.parameters())
+        kept = [x for one in getattr(self.trainer.optimizer, "state", {}).values()
+                for x in one.values() if isinstance(x, Tensor)]
+        self.bytes = {"parameters": local(own), "optimizer": local(kept),
+                      "gradients": local(p.grad for p in own if p.grad is not None)}
+
+
+def local(tensors: Iterable[Tensor]) -> int:
+    here = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    return sum(x.numel() * x.element_size() for x in here)
 
 
 def full(p: Any) -> Tensor:

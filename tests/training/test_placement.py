@@ -19,6 +19,9 @@ from zoo import build, save
 from taid_vlm.config.model import TeacherSpec
 from taid_vlm.errors import TaidError
 from taid_vlm.models.loading import load_model
+from taid_vlm.models.quantization import bytes_of
+from taid_vlm.plan.shares import Shares
+from taid_vlm.plan.sizes import optimizer_bytes
 from taid_vlm.teachers import LocalTeacher
 from taid_vlm.teachers.placement import begins_on, check_sharding
 
@@ -95,11 +98,24 @@ def test_under_ddp(one: Path, tmp_path: Path) -> None:
 
 
 def test_under_fsdp(one: Path, tmp_path: Path) -> None:
-    found = assert_same(one / "mixed", in_two(
-        tmp_path, run={"fsdp": True, "teacher_sharding": "fsdp"}) / "run")
+    half = {"fsdp": True, "bf16": True, "optim": "adamw_torch", "learning_rate": 1e-3}
+    two = in_two(tmp_path, run={"fsdp": True, "teacher_sharding": "fsdp"}, half=half)
+    found = assert_same(one / "mixed", two / "run")
     assert found["kind"] == "FSDP"
     assert_teacher_sharded(found["teacher"])
     assert_half_here(found["student"], "None")
+    assert_planned(json.loads((two / "half.json").read_text())["bytes"])
+
+
+def assert_planned(weighed: dict[str, int]) -> None:
+    """What a plan counts of the student on each of two devices, in bf16."""
+    model, shares = build("llava", seed=1).model, Shares(2, 3, half=True)
+    own = list(model.parameters())
+    state, _ = optimizer_bytes("adamw_torch", shares.updated(own))
+    planned = {"parameters": bytes_of(shares.parameters(own)), "optimizer": state,
+               "gradients": bytes_of(shares.gradients(own))}
+    assert weighed == pytest.approx(planned, rel=0.02)
+    assert planned["parameters"] == pytest.approx(bytes_of(own) / 2, rel=0.02)
 
 
 @pytest.mark.slow
