@@ -38,6 +38,7 @@ class Narrator(TrainerCallback):
     def __init__(self, trainer: DistillationTrainer) -> None:
         for callback in (PrinterCallback, ProgressCallback):
             trainer.pop_callback(callback)
+        trainer.callback_handler.callbacks.insert(0, self)  # what is begun is said first
         self.bars = not trainer.args.disable_tqdm
         self.bar: tqdm[Any] | None = None
         self.began = (0, 0.0)  # step and clock

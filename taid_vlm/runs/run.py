@@ -171,7 +171,7 @@ def _make_trainer(recipe: Recipe, ingredients: Ingredients) -> DistillationTrain
         ingredients.eval, ingredients.student_processor, ingredients.teacher_processor,
         peft_config=lora_config(recipe.student.peft),
     )
-    trainer.add_callback(Narrator(trainer))
+    Narrator(trainer)
     TaidCurves(trainer)
     if trainer.is_world_process_zero():
         for line in filter(None, (*opening(trainer, recipe), sentence)):

@@ -29,7 +29,8 @@ def recipe(folder: Path, rows: Sequence[dict[str, Any]], **models: str) -> Path:
 
 def sides(text: str) -> dict[str, str]:
     """{role: what is shown of it}, the head line first."""
-    found = re.split(r"^--- (teacher|student): ", text.split("    teacher: position")[0],
+    found = re.split(r"^--- (teacher|student): ", re.split("^marks: |    teacher: position", text,
+                                                            flags=re.MULTILINE)[0],
                      flags=re.MULTILINE)
     return dict(zip(found[1::2], found[2::2], strict=True))
 

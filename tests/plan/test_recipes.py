@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 from cli.recipes import Checkpoints, pairs, picture_rows, write_jsonl
+from cli.test_shipped_recipes import family
 
 from taid_vlm.commands.recipes import shipped_recipes
 from taid_vlm.config.recipe import Recipe, load_recipe
 from taid_vlm.plan import ledger as kinds
 from taid_vlm.plan.plan import plan_recipe
 
-FAMILIES = {"Qwen2.5-VL": "qwen2_5_vl", "Qwen3-VL": "qwen3_vl", "InternVL3": "internvl",
-            "llava-onevision": "llava_onevision",
-            "Qwen3-235B-A22B": "qwen3_moe", "Qwen3": "qwen3", "Qwen2.5": "qwen2"}
 DEVICES = ("_24gb", "_80gb", "_8x80gb", "_64x80gb")
 
 
@@ -26,11 +24,11 @@ def lookalike(recipe: Recipe, path: Path, folder: Path, checkpoints: Checkpoints
     overrides, families = list[str](), set[str]()
     for role, spec in (*recipe.teacher_specs.items(), ("student", recipe.student)):
         key = "processor_name_or_path" if getattr(spec, "server", None) else "model_name_or_path"
-        family = next(family for name, family in FAMILIES.items()
-                      if Path(spec.model_name_or_path).name.startswith(name))
-        families.add(family)
-        overrides.append(f"{role}.{key}={checkpoints(family, seed=int(role == 'student'))}")
-    seeing = {"qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"}
+        name = str(spec.model_name_or_path)
+        kind = "llava" if name.startswith("runs/") else family(name)  # what `compose` made
+        families.add(kind)
+        overrides.append(f"{role}.{key}={checkpoints(kind, seed=int(role == 'student'))}")
+    seeing = {"qwen2_5_vl", "qwen3_vl", "internvl", "llava", "llava_onevision"}
     rows: Any = picture_rows(folder) if families & seeing else pairs(16)
     data = write_jsonl(folder / "train.jsonl", rows)
     if recipe.teachers:  # the first sees pictures, the others read
