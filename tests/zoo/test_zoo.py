@@ -168,7 +168,8 @@ def test_reload_gives_the_same_ids_and_logits(family: str, tmp_path: Path) -> No
     loader = AutoProcessor if vlm else AutoTokenizer
     again = Built(family, loader.from_pretrained(folder), auto.from_pretrained(folder).eval())
     assert type(again.processor) is type(model.processor) and type(again.model) is type(model.model)
-    old, new = inputs_of(model), inputs_of(again)
+    # some processors keep the side that they were last asked for, in other tests of the process
+    old, new = (inputs_of(one, padding_side="right") for one in (model, again))
     assert old.keys() == new.keys()
     for key, value in old.items():
         assert torch.equal(value, new[key]), key
