@@ -34,6 +34,7 @@ FAMILIES = {  # what a hub name begins with -> the family of the small model in 
     "meta-llama/": "llama", "stabilityai/stablelm": "llama", "EleutherAI/pythia": "gpt2",
 }
 STEPS, ROWS = 2, 12
+BITSANDBYTES = find_spec("bitsandbytes") is not None  # an extra: 8-bit optimizers, 4-bit teachers
 Tree = dict[str, Any]
 
 
@@ -87,7 +88,7 @@ def small(tree: Tree, folder: Path, data: Mapping[str, str], checkpoints: Checkp
         spec["model_name_or_path"] = name if Path(name).exists() else checkpoints(
             family(name), other(name), seed)
         spec.pop("sharding", None)  # of one process there is nothing to share
-        if find_spec("bitsandbytes") is None:
+        if not BITSANDBYTES:
             spec.pop("quantization", None)
 
     def source(each: Any) -> Any:
@@ -113,6 +114,8 @@ def small(tree: Tree, folder: Path, data: Mapping[str, str], checkpoints: Checkp
         if train is tree["train"] or "max_steps" in train:
             train["max_steps"] = STEPS
     tree["train"].pop("fsdp", None)
+    if not BITSANDBYTES and "bnb" in tree["train"].get("optim", ""):
+        del tree["train"]["optim"]
     tree["train"] |= {"use_cpu": True, "dataloader_num_workers": 0, "save_steps": STEPS,
                       "gradient_accumulation_steps": 2}
     return {**tree, "evaluate": {"examples": 1, "max_new_tokens": 4, "canary": 2},
