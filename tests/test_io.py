@@ -90,3 +90,8 @@ def test_quiet_warnings() -> None:
     (math.inf, False), ("1", False), (None, False), ([1], False)])
 def test_numbers(value: Any, expected: bool) -> None:
     assert is_number(value) is expected
+
+
+def test_a_path_with_a_null_byte_is_no_file() -> None:
+    with pytest.raises(TaidError, match="cannot be read: embedded null byte"):
+        file_sha256(Path("a\0b.png"))

@@ -39,8 +39,9 @@ def _blocks(path: Path) -> Iterator[bytes]:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 yield block
-    except OSError as error:
-        raise TaidError(f"'{path}' cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # the latter where the path has a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise TaidError(f"'{path}' cannot be read: {reason}") from error
 
 
 def folder_sha256(root: Path, files: Iterable[Path]) -> bytes:
