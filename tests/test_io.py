@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from taid_vlm.benchmarks.store import path_hash
 from taid_vlm.errors import TaidError, is_number
 from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256, text_hash
 from taid_vlm.io.quiet import quiet
@@ -95,3 +96,4 @@ def test_numbers(value: Any, expected: bool) -> None:
 def test_a_path_with_a_null_byte_is_no_file() -> None:
     with pytest.raises(TaidError, match="cannot be read: embedded null byte"):
         file_sha256(Path("a\0b.png"))
+    assert path_hash(Path("a\0b.png")) == b"missing"

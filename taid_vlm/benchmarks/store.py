@@ -217,7 +217,7 @@ def question_hash(question: Question) -> str:
 def path_hash(path: Path) -> bytes:
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return b"missing"
     return _same_file_hash(path, status.st_mtime_ns, status.st_size)
 
