@@ -165,6 +165,7 @@ def write_models(tokenizer: Path, folder: Path) -> None:
         processor = hf.Qwen2_5_VLProcessor(
             hf.Qwen2VLImageProcessor(), text, hf.Qwen2VLVideoProcessor(), chat_template=TEMPLATE)
         _save(config, processor, folder / name)
+
     for name, (values, (depth, width, inner, passed_on)) in QWEN3_VL.items():
         rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
         config = hf.Qwen3VLConfig(

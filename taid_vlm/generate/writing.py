@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from taid_vlm.benchmarks.question import Question
 from taid_vlm.errors import AlignmentError, SampleDropped, TaidError, at_least
 from taid_vlm.generate.filters import JUDGE, USUAL, Filter, parse_filters
 from taid_vlm.generate.prompts import STAND_IN, Turns
+from taid_vlm.io.terminal import Pace
 from taid_vlm.models.generation import Sampling, check_room, continue_prompts, prompt_inputs
 from taid_vlm.records import Record
 
@@ -169,27 +169,13 @@ class Shared:
     main: bool
 
     def __post_init__(self) -> None:
-        self.settings, self.count = self.answerer.settings, 0
-        self.first: tuple[int, float] | None = None
-        self.said = not self.main
+        self.settings = self.answerer.settings
+        self.pace = Pace(self.of, self.batch_size, " (the longest prompts come first)", self.main)
 
     def answers(
         self, questions: Sequence[Question], done: Collection[str], seed: Any
     ) -> Iterator[Given]:
         rank, world = self.process
         for given in self.answerer.answers(questions[rank::world], done, seed):
-            self._count(len(given))
+            self.pace.add(len(given))
             yield given
-
-    def _count(self, number: int) -> None:
-        """From the second batch on: in the first everything runs for the first time."""
-        self.count += number
-        if self.said or self.count < self.batch_size:
-            return
-        if self.first is None:
-            self.first = self.count, time.perf_counter()
-        elif self.count >= self.first[0] + self.batch_size:
-            pace = (time.perf_counter() - self.first[1]) / (self.count - self.first[0])
-            print(f"time          about {pace * self.of:,.0f} s (the longest prompts come first)",
-                  flush=True)
-            self.said = True

@@ -6,7 +6,9 @@ import io
 import re
 import shutil
 import sys
+import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 UNLIMITED = 10_000  # columns where nobody looks at them: a pipe, a file
 # control characters but tab and line feed, marks that turn the direction of text, half surrogates
@@ -26,6 +28,35 @@ def human(size: int) -> str:
         if size >= unit:
             return f"{size / unit:,.1f} {name}"
     return f"{size} B"
+
+
+@dataclass
+class Pace:
+    """Says once how long all of something takes, from its second batch on: in the first everything
+    runs for the first time.
+
+    of: how many there are. batch: how many make a batch. remark: behind the time. speaks: whether
+    this process is the one that says it.
+    """
+
+    of: int
+    batch: int
+    remark: str
+    speaks: bool = True
+    count: int = 0
+    first: tuple[int, float] | None = None  # how many the first batch was, and when it was done
+
+    def add(self, number: int) -> None:
+        """So many more are done."""
+        self.count += number
+        if not self.speaks or self.count < self.batch:
+            return
+        if self.first is None:
+            self.first = self.count, time.perf_counter()
+        elif self.count >= self.first[0] + self.batch:
+            each = (time.perf_counter() - self.first[1]) / (self.count - self.first[0])
+            print(f"time          about {each * self.of:,.0f} s{self.remark}", flush=True)
+            self.speaks = False
 
 
 def table(

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ from taid_vlm.io.files import read_json, whole_file, write_json
 from taid_vlm.io.hashing import SHORT, file_sha256, folder_sha256, sha256
 from taid_vlm.io.manifest import read_manifest, seal
 from taid_vlm.io.quiet import quiet
+from taid_vlm.io.terminal import Pace
 from taid_vlm.models.loading import (
     load_model,
     load_processor,
@@ -405,7 +406,6 @@ class _Builder:
     described: _Described
     identity: str
     shard_bytes: int
-    times: list[float] = field(default_factory=list)  # of the start, and after every batch
 
     def run(self, sides: Sequence[Side], batch_size: int, workers: int) -> Built:
         started, dropped = time.perf_counter(), Counter[str]()
@@ -415,9 +415,10 @@ class _Builder:
                   for number, side in enumerate(sides)]
         writer = ShardWriter(self.output / SHARDS, self.identity, rank, self.shard_bytes)
         on_main(lambda: self._head(sides), self.output)
-        self.times.append(time.perf_counter())
-        with tqdm(total=sum(map(len, shares)), desc="cache", unit=" records",
-                  disable=None if self.accelerator.is_main_process else True) as bar:
+        own, speaks = sum(map(len, shares)), self.accelerator.is_main_process
+        pace = Pace(own, batch_size, ", after two batches", speaks)
+        with tqdm(total=own, desc="cache", unit=" records",
+                  disable=None if speaks else True) as bar:
             for number, (side, share) in enumerate(zip(sides, shares, strict=True)):
                 if not share:
                     continue
@@ -425,20 +426,13 @@ class _Builder:
                                         collate_fn=_Collate(side.collator), num_workers=workers):
                     for entry in self._ask(number, side, batch):
                         writer.add(entry)
-                    self._say_how_long(batch_size, sum(map(len, shares)))
+                    pace.add(batch_size)
                     dropped.update(batch["counts"]["dropped"])
                     bar.update(min(batch_size, bar.total - bar.n))
         writer.flush()
         dropped = sum(gather_object([dropped]), Counter[str]())
         self.accelerator.wait_for_everyone()
         return on_main(lambda: self._finish(dropped, time.perf_counter() - started), self.output)
-
-    def _say_how_long(self, batch_size: int, records: int) -> None:
-        """Once, from the second batch: in the first everything runs for the first time."""
-        self.times.append(time.perf_counter())
-        if self.accelerator.is_main_process and len(self.times) == 3:
-            seconds = (self.times[2] - self.times[1]) * records / batch_size
-            print(f"time          about {seconds:,.0f} s, after two batches", flush=True)
 
     def _head(self, sides: Sequence[Side]) -> None:
         """The head and what stands behind it, from the first record that can be used."""

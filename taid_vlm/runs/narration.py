@@ -20,7 +20,7 @@ from taid_vlm.config.model import ModelSpec
 from taid_vlm.config.recipe import Recipe
 from taid_vlm.io.terminal import human
 from taid_vlm.models.quantization import bytes_of, numel
-from taid_vlm.teachers import Teachers
+from taid_vlm.teachers.several import each
 from taid_vlm.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -155,9 +155,7 @@ def _memory(trainer: DistillationTrainer, recipe: Recipe, trained: list[Any]) ->
         getattr(spec, "sharding", None) for spec in recipe.teacher_specs.values())
     if spread:
         return "spread over processes: taid-vlm plan --processes N says how much each needs"
-    teachers = trainer.teacher.by_name.values() if isinstance(trainer.teacher, Teachers) else \
-        [trainer.teacher]
-    models = [trainer.model, *(model for teacher in teachers
+    models = [trainer.model, *(model for teacher in each(trainer.teacher).values()
                                if isinstance(model := getattr(teacher, "model", None), nn.Module))]
     weights = bytes_of(p for model in models for p in model.parameters() if not p.is_meta)
     gradients = bytes_of(trained)

@@ -56,6 +56,7 @@ SAME_WEIGHTS = 0.15
 DEV_MODE = " Start the server with VLLM_SERVER_DEV_MODE=1."
 LORA = " Start the server with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True."
 
+
 class EngineLost(ServerLost):
     """The server that samples."""
 

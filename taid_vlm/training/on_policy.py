@@ -29,12 +29,7 @@ from taid_vlm.batch.collator import Batch
 from taid_vlm.config.objective import OnPolicy
 from taid_vlm.errors import RecordError, SampleDropped, TaidError
 from taid_vlm.io.files import read_json, write_json
-from taid_vlm.models.generation import (
-    Continued,
-    Sampling,
-    continue_prompts,
-    prompt_inputs,
-)
+from taid_vlm.models.generation import Continued, Sampling, continue_prompts, prompt_inputs
 from taid_vlm.records import Message, Record, parse_record
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.engine import (
@@ -307,7 +302,6 @@ class Rollouts:
                 self.engine.note(step, known)
         if self.spec.max_age:
             self._known |= {key: (drawn_from, *said) for key, said in known.items()}
-        if self.spec.max_age:
             self._known = {key: kept for key, kept in self._known.items()
                            if step - kept[0] <= self.spec.max_age}
         self._judge()
@@ -415,8 +409,7 @@ def check_on_policy(args: DistillationConfig) -> None:
         raise TaidError(f"objective.on_policy samples answers to prompts, and train.window = "
                         f"{args.window} learns plain texts, which have none: take one of the two "
                         "out.")
-    zero = getattr(args.deepspeed_plugin, "hf_ds_config", None)
-    if zero is not None and zero.is_zero3():
+    if args.is_zero3:
         raise TaidError("objective.on_policy samples from the student, whose weights ZeRO-3 has in "
                         "parts. Use ZeRO-2, or FSDP2.")
 
@@ -463,8 +456,6 @@ def without_sync(accelerator: Accelerator, model: Any) -> Iterator[None]:
         yield
     finally:
         accelerator.gradient_state._set_sync_gradients(last)
-
-
 
 
 def _unused(counts: Mapping[str, int]) -> dict[str, int]:

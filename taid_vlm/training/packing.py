@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from taid_vlm.adapters.grids import View
 from taid_vlm.batch.collator import Batch
+from taid_vlm.batch.several import role_of
 from taid_vlm.config.recipe import TEACHERS
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.model_head import ALLOWED, ALLOWED_HALF
 from taid_vlm.models.forward import answer_logits, unwrap
 from taid_vlm.models.packing import packed, packing_error, why_unpackable
-from taid_vlm.teachers import Teachers
+from taid_vlm.teachers.several import each
 
 MEND = "Leave out train.packing; train.tokens_per_batch alone saves most of the padding."
 
@@ -86,11 +87,9 @@ def _refusal(model: Any, role: str, reason: str) -> TaidError:
 def _models(student: nn.Module, teacher: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """By role, the models that compute in this process, and the teachers that they are."""
     yield "student", (student, None)
-    named = {f"{TEACHERS}.{name}": one for name, one in teacher.by_name.items()} if isinstance(
-        teacher, Teachers) else {"teacher": teacher}
-    for role, one in named.items():
+    for name, one in each(teacher).items():
         if (model := getattr(one, "model", None)) is not None:
-            yield role, (model, one)
+            yield role_of(name) if name else "teacher", (model, one)
 
 
 def _part(batch: Batch, role: str) -> tuple[Any, str]:

@@ -81,6 +81,7 @@ def on_policy_figures(
                 values[at], at if tokens is None else tokens[at])
     return named
 
+
 def _late(row: Tensor) -> Tensor:
     """Whether each of the tokens, in order, stands in the second half of its row's."""
     counts = torch.bincount(row)
