@@ -67,7 +67,8 @@ PAIRS = {
     "quarter": Pair("a quarter of the teacher's layers", Fraction(1, 4)),
     "two": Pair("two of the teacher's layers", 2),
     "text": Pair("half of the teacher's layers, plain text", Fraction(1, 2), "text"),
-    "other": Pair("a teacher with another tokenizer", Fraction(1, 2), other=True),
+    "other": Pair("half of --teacher's layers; the teacher is --other, with another tokenizer",
+                  Fraction(1, 2), "text", other=True),
 }
 
 
