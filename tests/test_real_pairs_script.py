@@ -20,6 +20,7 @@ from real_pairs import command, data, page, plan, results, work  # noqa: E402
 
 from taid_vlm.config.recipe import parse_recipe  # noqa: E402
 from taid_vlm.errors import TaidError  # noqa: E402
+from taid_vlm.evaluation.statistics import Pooled  # noqa: E402
 from taid_vlm.io.files import read_json  # noqa: E402
 
 
@@ -100,7 +101,7 @@ def test_it_breaks_off_goes_on_and_makes_the_table(
     (tmp_path / "table.md").unlink()
     assert command.main("Trials.", [*run, "--table"]) == 0
     written = (tmp_path / "table.md").read_text()
-    assert written.split("```")[2] == table.split("```")[2]
+    assert written == table
     assert command.main("Trials.", [*run, "--steps", "3"]) == 2
     assert "holds arms with --steps 4, not 3" in capsys.readouterr().err
 
@@ -166,6 +167,13 @@ def test_every_arm_is_an_ordinary_recipe_and_methods_differ_in_theirs_alone(
 ])
 def test_who_wins(figure: str, low: float, high: float, word: str) -> None:
     assert page.verdict({"low": low, "high": high}, figure) == word
+
+
+def test_errors_of_seeds_and_of_records_have_their_own_students_t() -> None:
+    found = results.described(Pooled(1.0, 0.1, 0.2, 31, 3))
+    half = ((0.1 * 4.3027) ** 2 + (0.2 * 2.0423) ** 2) ** 0.5
+    assert found["high"] - 1 == pytest.approx(half, rel=1e-4)
+    assert found["low"] == pytest.approx(2 - found["high"])
 
 
 def test_only_common_records_with_a_figure_count() -> None:

@@ -33,7 +33,8 @@ SETTINGS = ("teacher", "other", "data", "steps", "batch", "bf16", *SIZES)
 def main(doc: str | None, arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     options = parsed(make_parser(doc), check, arguments)
-    options.command = shlex.join(["python", "scripts/real_pairs.py", *given])
+    options.command = shlex.join(["python", "scripts/real_pairs.py", *(
+        argument for argument in given if argument != "--table")])
     try:
         arms = list(all_arms(options.blocks, options.steps, options.seeds))
         if not options.table:

@@ -26,7 +26,7 @@ class Sizes:
     pool: int = 880
     validation: int = 24
     test: int = 64
-    elsewhere: int = 24  # of each other kind of text
+    elsewhere: int = 12  # of each other kind of text
     characters: int = 280
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from real_pairs.plan import METHODS, PAIRS
@@ -17,10 +16,11 @@ READING = """\
 Figures are of test records, per answer token (plain text: per token), against the live teacher,
 whatever a student was trained on: KL(teacher ‖ student) and KL(student ‖ teacher) in nats,
 agreement of the most likely token, and the negative log-likelihood of the references. In brackets
-are 95 % intervals over seeds: Student's t, with the seeds' and the records' errors together.
-Differences are paired by seed and by record. A method **wins** or **loses** where the whole
-interval of a difference is on one side of zero, and ties otherwise; nothing is corrected for the
-number of comparisons, and intervals of three seeds are wide: a tie is not equality."""
+are 95 % intervals of a mean over seeds: of the seeds' error and the records', with Student's t of
+as many seeds, and of as many records. Differences are paired by seed and by record. A method
+**wins** or **loses** where the whole interval of a difference is on one side of zero, and ties
+otherwise; nothing is corrected for the number of comparisons, and intervals of three seeds are
+wide: a tie is not equality."""
 Document = Mapping[str, Any]
 
 
@@ -47,7 +47,7 @@ def _conditions(document: Document) -> str:
     return (
         f"On a CPU ({found['processor']}), {found['threads']} thread(s), "
         f"{'bf16 mixed precision' if settings['bf16'] == 'True' else 'float32'}; {versions}. "
-        f"The teacher is {Path(settings['teacher']).name}, its hidden states cached in bfloat16 "
+        f"The teacher is {settings['teacher']}, its hidden states cached in bfloat16 "
         "where nothing else is said; the student is the teacher without some of its layers, "
         f"with no other training before. A seed draws {settings['batch']} records a step from "
         f"{settings['pool']} of at most {settings['characters']} characters and orders them; rates "
@@ -160,6 +160,6 @@ def _open(document: Document) -> Iterator[str]:
     left = list(open_by_block(document))
     if left:
         yield "## Not run"
-        yield ("The same command goes on with these arms; nothing above says anything of them:\n\n"
-               + "\n".join(f"- {title}: {arms} of {all_arms} arms" for title, arms, all_arms
-                           in left))
+        yield ("The same command goes on with these arms (those that choose a rate included); "
+               "nothing above says anything of them:\n\n" + "\n".join(
+                   f"- {title}: {arms} of {all_arms} arms" for title, arms, all_arms in left))

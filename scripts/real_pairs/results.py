@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.arms import Tree
-from miniature.pooling import Sums, as_json, pool, pool_difference
+from miniature.pooling import Sums, pool, pool_difference
 
 from real_pairs.plan import BLOCKS, PAIRS, Arm, Block, block_arms, tuning_arms
+from taid_vlm.evaluation.statistics import Part, Pooled, reach
 from taid_vlm.io.files import read_json, write_json
 
 COMPARED = ("kl", "reverse_kl", "agreement", "nll")
@@ -54,12 +55,13 @@ class Results:
 def document(options: Namespace, results: Results, arms: Sequence[Arm]) -> Tree:
     """All that the table says, as plain data."""
     folder = options.folder
+    settings = read_json(folder / "settings.json", "settings")
+    settings |= {key: Path(settings[key]).name for key in ("teacher", "other", "data")}
     pairs = {BLOCKS[name].pair for name in options.blocks}
     return {
         "command": options.command,
         "conditions": read_json(folder / "conditions.json", "conditions"),
-        "settings": read_json(folder / "settings.json", "settings"), "seeds": options.seeds,
-        "steps": options.steps,
+        "settings": settings, "seeds": options.seeds, "steps": options.steps,
         "before": {pair: read_json(path, "figures")["held_out"] for pair in PAIRS if pair in pairs
                    and (path := folder / "before" / f"{pair}.json").is_file()},
         "candidates": sorted({f"{arm.rate:g}" for arm in arms if arm.rate is not None}, key=float),
@@ -99,9 +101,9 @@ def block_account(block: Block, results: Results, options: Namespace) -> Tree:
             rivals = {rival: _runs(results, block.pair, rival, steps, options.seeds)
                       for rival in RIVALS if rival != method}
             methods[method] = {
-                "rate": runs[0]["rate"], "figures": _each(lambda *which, own=runs: as_json(
+                "rate": runs[0]["rate"], "figures": _each(lambda *which, own=runs: described(
                     pool([sums(run, *which) for run in own]))),
-                "against": {rival: _each(lambda *which, own=runs, other=other: as_json(
+                "against": {rival: _each(lambda *which, own=runs, other=other: described(
                     pool_difference([sums(run, *which) for run in own],
                                     [sums(run, *which) for run in other])))
                             for rival, other in rivals.items() if other}}
@@ -117,6 +119,16 @@ def _runs(results: Results, pair: str, method: str, steps: int, seeds: int) -> l
 def _each(pooled: Any) -> dict[str, dict[str, Any]]:
     return {category: {figure: pooled(category, figure) for figure in COMPARED}
             for category in CATEGORIES}
+
+
+def described(pooled: Pooled) -> Tree:
+    """Value, both standard errors, and the 95 % interval: of the seeds' and of the records' error
+    with Student's t of as many seeds, and of as many records."""
+    half = reach([Part(pooled.stderr_seeds**2, pooled.seeds - 1),
+                  Part(pooled.stderr_questions**2, pooled.n - 1)])
+    return {"value": pooled.value, "over_seeds": pooled.stderr_seeds,
+            "over_records": pooled.stderr_questions, "low": pooled.value - half,
+            "high": pooled.value + half, "seeds": pooled.seeds, "records": pooled.n}
 
 
 def sums(run: Mapping[str, Any], category: str, figure: str) -> Sums:
