@@ -84,6 +84,8 @@ METHODS = {
     "skew": Method("skew KL", "skew_kl"),
     "taid": Method("TAID", "taid"),
     "amid": Method("AMiD, alpha 0", {"name": "amid", "alpha": 0.0}),
+    "taid-at-kl": Method("TAID at KL's rate", "taid", like="kl"),
+    "kl-at-taid": Method("KL at TAID's rate", "forward_kl", like="taid"),
     "kl+sft": Method("KL + 0.2 SFT", {"terms": ["forward_kl", {"name": "ce", "weight": 0.2}]},
                      like="kl"),
     "taid+sft": Method("TAID + 0.2 SFT", {"terms": ["taid", {"name": "ce", "weight": 0.2}]},
@@ -98,10 +100,11 @@ METHODS = {
     "taid-own": Method("TAID, half on policy", _own_answers("taid"), "live", "taid"),
     "kl-own": Method("KL, half on policy", _own_answers("forward_kl"), "live", "kl"),
 }
-OFF_POLICY = ("kl", "taid", "sft", "jsd", "rkl", "skew", "amid")
+OFF_POLICY = ("kl", "taid", "sft", "rkl", "jsd", "skew", "amid")
 BLOCKS = {
     "main": Block("The objectives", "half", OFF_POLICY),
     "again": Block("One arm once more", "half", ("kl",), again=True),
+    "swapped": Block("Each at the other's rate", "half", ("taid-at-kl", "kl-at-taid")),
     "two": Block("A large gap", "two", ("kl", "taid", "sft")),
     "data": Block("With a term on the data", "half", ("taid+sft", "kl+sft")),
     "schedule": Block("Schedules of TAID", "half",
