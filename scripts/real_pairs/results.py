@@ -62,8 +62,8 @@ def document(options: Namespace, results: Results, arms: Sequence[Arm]) -> Tree:
         "command": options.command,
         "conditions": read_json(folder / "conditions.json", "conditions"),
         "settings": settings, "seeds": options.seeds, "steps": options.steps,
-        "before": {pair: read_json(path, "figures")["held_out"] for pair in PAIRS if pair in pairs
-                   and (path := folder / "before" / f"{pair}.json").is_file()},
+        "before": {pair: brief(read_json(path, "figures")["held_out"]) for pair in PAIRS
+                   if pair in pairs and (path := folder / "before" / f"{pair}.json").is_file()},
         "candidates": sorted({f"{arm.rate:g}" for arm in arms if arm.rate is not None}, key=float),
         "rates": rates(results, arms),
         "blocks": {name: block_account(BLOCKS[name], results, options)
@@ -76,8 +76,17 @@ def document(options: Namespace, results: Results, arms: Sequence[Arm]) -> Tree:
 def _account(result: Tree) -> Tree:
     train = result["train"]
     kept = ("seconds", "cpu_seconds", "answer_tokens", "left_out", "loss", "peak_rss_bytes")
-    return {"rate": result["rate"], "elapsed": result["elapsed"], "held_out": result["held_out"],
+    return {"rate": result["rate"], "elapsed": result["elapsed"],
+            "held_out": brief(result["held_out"]),
             "train": {key: train[key] for key in kept if key in train}}
+
+
+def brief(held_out: Mapping[str, Any]) -> Tree:
+    """What is compared and how sure it is, by category."""
+    kept = ("n_tokens", "n_answers", "teacher_nll", *COMPARED,
+            *(f"{figure}_stderr" for figure in COMPARED))
+    return {category: {key: figures[key] for key in kept if key in figures}
+            for category, figures in held_out["by_category"].items()}
 
 
 def rates(results: Results, arms: Sequence[Arm]) -> dict[str, dict[str, float]]:
