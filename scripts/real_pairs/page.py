@@ -53,10 +53,10 @@ def _conditions(document: Document) -> str:
         f"{settings['pool']} of at most {settings['characters']} characters and orders them; rates "
         f"were chosen among {', '.join(document['candidates'])} for every method alike, by "
         f"KL and reverse KL together on {settings['validation']} other records after a fifth of "
-        f"the steps, by one other seed: after so few a choice can be wrong for all of "
-        "them, so KL and TAID are also given each other's. Tested on "
-        f"{settings['test']} records of gsm8k's test split and {settings['elsewhere']} of each other "
-        "kind of text, which no arm but plain text's was trained on.")
+        "the steps, by one other seed: after so few a choice can be wrong for all of them, so KL "
+        f"and TAID are also given each other's. Tested on {settings['test']} records of gsm8k's "
+        f"test split and {settings['elsewhere']} of each other kind of text, which no arm but "
+        "plain text's was trained on.")
 
 
 # ----- a block ------------------------------------------------------------------------------
