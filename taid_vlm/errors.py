@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,16 @@ def with_place(error: TaidError, place: str, instead_of: str = "") -> TaidError:
 MANY = 40  # more names than this would bury the message
 
 
-def nearest(name: object, valid: Iterable[str]) -> str:
-    """Return the tail of an error message: the nearest valid name, then the others if few."""
+def nearest(name: object, valid: Iterable[str], instead: Sequence[str] = ()) -> str:
+    """Return the tail of an error message: the nearest valid name, then the others if few.
+
+    Args:
+        instead: what is more likely meant than any of the valid names, at most a few.
+    """
     names = sorted(valid)
-    match = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f" Did you mean '{match[0]}'?" if match else ""
+    match = instead or difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    meant = "' or '".join(match)
+    hint = f" Did you mean '{meant}'?" if match else ""
     return f"{hint} Valid: {', '.join(names)}." if len(names) <= MANY else hint
 
 
