@@ -251,6 +251,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: with the key, the value and what would be valid.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from taid_vlm import load_recipe
+        >>> _ = Path("mine.yaml").write_text(\"\"\"
+        ... teacher: path/to/teacher
+        ... student: path/to/student
+        ... data: {train: train.jsonl}
+        ... train: {learning_rate: 1e-4}
+        ... output_dir: runs/first
+        ... \"\"\")
+        >>> recipe = load_recipe("mine.yaml", ["train.learning_rate=2e-4", "objective=forward_kl"])
+        >>> recipe.train, recipe.objective
+        ({'learning_rate': 0.0002}, 'forward_kl')
     """
     path = Path(path)
     tree = read_yaml(path, "recipe")
