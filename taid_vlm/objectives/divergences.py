@@ -400,18 +400,10 @@ def divergence(
         >>> import torch
         >>> from taid_vlm import divergence
         >>> teacher = torch.tensor([[0.8, 0.2]]).log()  # one token, a vocabulary of two
-        >>> student = torch.zeros(1, 2, requires_grad=True)  # a half each
-        >>> loss = divergence("forward_kl", student, teacher)  # 0.8 log(0.8/0.5) + 0.2 log(0.2/0.5)
-        >>> round(loss.item(), 4)
-        0.1927
-        >>> loss.sum().backward()
-        >>> student.grad  # the student's probabilities less the teacher's
-        tensor([[-0.3000,  0.3000]])
-        >>> for t in (0.0, 0.5, 1.0):  # TAID's target goes from the student to the teacher
-        ...     print(t, round(divergence("taid", student, teacher, t=t).item(), 4))
-        0.0 0.0
-        0.5 0.0566
-        1.0 0.1927
+        >>> divergence("forward_kl", torch.zeros(1, 2), teacher)  # .8 log(.8/.5) + .2 log(.2/.5)
+        tensor([0.1927])
+        >>> divergence("taid", torch.zeros(1, 2), teacher, t=0.5)  # half the way to the teacher
+        tensor([0.0566])
     """
     name = canonical_name(name, _NAMES)
     parameters = {key: getattr(x, "item", lambda x=x: x)() for key, x in parameters.items()}

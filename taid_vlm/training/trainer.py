@@ -88,16 +88,12 @@ class DistillationTrainer(Trainer):
     Example:
         >>> from taid_vlm import DistillationConfig, DistillationTrainer
         >>> from taid_vlm.demo.demo import data_folder
-        >>> models = data_folder() / "models"  # two tiny ones, of different vocabularies
-        >>> trainer = DistillationTrainer(
-        ...     model=str(models / "words-student"), teacher_model=str(models / "words-teacher"),
-        ...     args=DistillationConfig("runs/python", max_steps=1, use_cpu=True, report_to="none"),
+        >>> tiny = str(data_folder() / "models/words-")  # two models, of different vocabularies
+        >>> trainer = DistillationTrainer(tiny + "student", tiny + "teacher", DistillationConfig(
+        ...     "runs/python", max_steps=1, use_cpu=True, report_to="none"),
         ...     train_dataset=[{"question": "a red circle. is there a square?", "answer": "no"}])
-        >>> trainer.collator([trainer.train_dataset[0]])["labels"].shape  # "no", and the turn's end
-        torch.Size([2])
-        >>> trainer.train().global_step
+        >>> _ = trainer.train()
         {'train_runtime': ...}
-        1
     """
 
     loss_is_scaled_for_ga = True
