@@ -8,6 +8,7 @@ writes the page of the public functions and classes, from their docstrings.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ def on_files(files: Any, config: Any) -> Any:
     pages = {MOVED[name]: (ROOT / name).read_text(encoding="utf-8") for name in MOVED}
     pages |= {f"benchmarks/{path.name}": path.read_text(encoding="utf-8")
               for path in sorted((ROOT / "benchmarks").iterdir())}
+    pages |= {f"notebooks/{path.stem}.md": notebook_page(json.loads(path.read_text("utf-8")))
+              for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb"))}
     for place, text in pages.items():
         files.append(File.generated(config, place, content=text))
     return files
@@ -33,9 +36,23 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if place in MOVED.values():
         markdown = re.sub(r"\]\(docs/", "](", markdown)
     markdown = markdown.replace("](../docs/", "](../").replace("](../benchmarks/", "](benchmarks/")
+    markdown = markdown.replace(".ipynb)", ".md)")
     for name, moved in MOVED.items():
         markdown = re.sub(rf"\]\((?:\.\./)?{name}", f"]({moved}", markdown)
     return markdown
+
+
+def notebook_page(notebook: dict[str, Any]) -> str:
+    """A notebook as Markdown: texts, code, and what it printed and drew."""
+    parts: list[str] = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            png = output.get("data", {}).get("image/png")
+            parts.append(f"![figure](data:image/png;base64,{png})" if png else
+                         f"```text\n{''.join(output['text']).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def public() -> dict[str, list[Any]]:
