@@ -82,4 +82,4 @@ def test_the_site_builds(tmp_path: Path) -> None:
     index = (tmp_path / "site/index.html").read_text(encoding="utf-8")
     assert "Your first distillation" in index and 'href="troubleshooting/"' in index
     api = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
-    assert "DistillationTrainer" in api and "&gt;&gt;&gt; loss = divergence(" in api
+    assert "DistillationTrainer" in api and "&gt;&gt;&gt; divergence(" in api
