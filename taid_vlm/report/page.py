@@ -6,7 +6,7 @@ import base64
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from taid_vlm.report.data import Column, Curve, Example, Figure, Report, Row, Se
 from taid_vlm.report.palette import Style
 
 TEMPLATES = Path(__file__).with_name("templates")
-SCRIPTS = ("gallery.js", "tables.js")
+SCRIPTS = ("charts.js", "gallery.js", "tables.js")
 MISSING = "\u2013"  # en dash
 ANSWER_LIMIT = 240  # characters shown of an answer; the rest is in its tooltip
 PROMPT_LIMIT = 600
@@ -68,17 +68,23 @@ class Cell:
 def render(report: Report) -> str:
     """The page as HTML text; the same report always gives the same text."""
     styles = palette.assign(report)
-    script = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    template = environment(TEMPLATES).get_template("report.html.j2")
-    html = template.render(
-        report=report,
-        styles=styles,
-        sections=[_section(s, f"s{i}", styles) for i, s in enumerate(report.sections, start=1)],
-        css=stylesheet(),
-        script=script,
-        script_hash=csp_hash(script),
-    )
-    return charts.clean(html)
+    axes = charts.axes_of(curve for section in report.sections for curve in section.curves)
+    sections = [_section(section, f"s{i}", styles, axes)
+                for i, section in enumerate(report.sections, start=1)]
+    return fill("report.html.j2", SCRIPTS, report=report, styles=styles, sections=sections)
+
+
+def fill(
+    template: str, scripts: Sequence[str], folder: Path = TEMPLATES, css: str = "", **values: Any
+) -> str:
+    """A page on the ground that all share.
+
+    Args:
+        template, scripts: files of `folder`. css: what it adds to the look of all pages.
+    """
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in scripts)
+    return charts.clean(environment(folder, TEMPLATES).get_template(template).render(
+        css=stylesheet() + css, script=script, script_hash=csp_hash(script), **values))
 
 
 def write_report(report: Report, path: Path) -> Path:
@@ -109,12 +115,14 @@ def csp_hash(script: str) -> str:
     return "sha256-" + base64.b64encode(digest).decode("ascii")
 
 
-def _section(section: Section, anchor: str, styles: Styles) -> dict[str, Any]:
+def _section(
+    section: Section, anchor: str, styles: Styles, axes: Mapping[str, charts.Axis]
+) -> dict[str, Any]:
     curves = enumerate(section.curves, start=1)
     parts = {
         "text": section.text,
         "tables": [_table(table) for table in section.tables],
-        "curves": [_curve(curve, f"{anchor}c{i}", styles) for i, curve in curves],
+        "curves": [_curve(curve, f"{anchor}c{i}", styles, axes) for i, curve in curves],
         "gallery": _gallery(section.examples),
     }
     return {"anchor": anchor, "title": section.title, "empty": not any(parts.values()), **parts}
@@ -226,12 +234,15 @@ def _sizes(table: Table) -> str:
 # Curves
 
 
-def _curve(curve: Curve, prefix: str, styles: Styles) -> dict[str, Any]:
+def _curve(
+    curve: Curve, prefix: str, styles: Styles, axes: Mapping[str, charts.Axis]
+) -> dict[str, Any]:
     return {
         "title": curve.title,
+        "x_label": curve.x_label,
         "caption": curve.caption,
         "names": list(curve.series),
-        "svg": charts.draw(curve, styles, prefix),
+        "svg": charts.draw(curve, styles, prefix, axes),
         "left_out": charts.left_out(curve),
         "log_y": curve.log_y,
     }
