@@ -24,6 +24,7 @@ Points = list[tuple[float, float]]
 SIZE = (4.9, 3.0)  # inches, i.e. 353 x 216 SVG units: near its size on a phone, so text is too
 MAX_POINTS = 600  # per series; more than the chart is wide
 HOVERED = 100  # points of a series whose value can be read
+MARGIN = 0.05  # of an axis, to both sides
 MARKER_LIMIT = 16  # series of so few points show them, which also makes a lone point visible
 NOISY = 250  # longer series are most likely noisy ones, which thick lines turn into bands
 LARGEST = 1e30  # beyond this the axis arithmetic overflows; drawn as a gap like inf
@@ -120,7 +121,7 @@ def draw(
                 for number, points in enumerate(curve.series.values(), start=1)}
         _dress(axes, curve)
         if axis.low < axis.high:
-            margin = axes.margins()[0] * (axis.high - axis.low)
+            margin = MARGIN * (axis.high - axis.low)
             axes.set_xlim(axis.low - margin, axis.high + margin)
         stream = io.StringIO()
         canvas.savefig(stream, format="svg", metadata={"Date": None}, facecolor="none")
