@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ SCRIPTS = ("charts.js", "gallery.js", "tables.js")
 MISSING = "\u2013"  # en dash
 ANSWER_LIMIT = 240  # characters shown of an answer; the rest is in its tooltip
 PROMPT_LIMIT = 600
+MOST_STEPS = 8  # answers of a student on its way that a card shows
 DENSE = 6  # columns, beyond which a table is set closer
 TINY_IMAGE = 160  # pixels; narrower images are enlarged with hard edges instead of blur
 BETTER = {"higher": ("↑", "higher is better"), "lower": ("↓", "lower is better"), "": ("", "")}
@@ -252,16 +254,20 @@ def _curve(
 
 
 def _gallery(examples: list[Example]) -> dict[str, Any] | None:
-    """Cards where the models disagree come first and free-form ones last."""
+    """Cards that show a student learn come first, then those where the models disagree, free-form
+    ones last."""
     if not examples:
         return None
-    ordered = sorted(examples, key=lambda e: (-judge.disagreement(e), _is_unmarked(e)))
+    ordered = sorted(examples, key=lambda e: (
+        not e.progress, -judge.disagreement(e), _is_unmarked(e)))
     return {
         "cards": [_card(example) for example in ordered],
         "categories": list(Counter(example.category for example in examples).items()),
         "disagreements": sum(judge.disagreement(example) > 0 for example in examples),
         "images": any(example.image for example in examples),
         "unmarked": any(map(_is_unmarked, examples)),
+        "progress": max(len(_stretches(example.progress)) for example in examples),
+        "most": MOST_STEPS,
         "by_rule": any(example.scores for example in examples),
         "by_match": any(not example.scores for example in examples),
     }
@@ -272,6 +278,10 @@ def _is_unmarked(example: Example) -> bool:
 
 
 def _card(example: Example) -> dict[str, Any]:
+    answers = [(name, True, clip(answer, ANSWER_LIMIT), judge.mark(example, name))
+               for name, answer in example.answers.items()]
+    steps = [(label, False, clip(answer, ANSWER_LIMIT), judge.match(example, answer))
+             for label, answer in _thinned(_stretches(example.progress))]
     return {
         "image": data_uri(example.image) if example.image else "",
         "tiny": _is_tiny(example.image or b""),
@@ -279,11 +289,22 @@ def _card(example: Example) -> dict[str, Any]:
         "prompt": clip(example.prompt, PROMPT_LIMIT),
         "reference": clip(example.reference, ANSWER_LIMIT),
         "disagree": judge.disagreement(example) > 0,
-        "answers": [
-            (name, clip(answer, ANSWER_LIMIT), judge.mark(example, name))
-            for name, answer in example.answers.items()
-        ],
+        "answers": [*answers[:-1], *steps, *answers[-1:]],
     }
+
+
+def _stretches(progress: Mapping[int, str]) -> list[tuple[str, str]]:
+    """Where the answer stayed the same, one label for all of these steps."""
+    runs = [(answer, [step for step, _ in steps])
+            for answer, steps in groupby(sorted(progress.items()), key=lambda item: item[1])]
+    return [(f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}", answer)
+            for answer, steps in runs]
+
+
+def _thinned(stretches: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """At most ``MOST_STEPS``, evenly spaced."""
+    shown = min(len(stretches), MOST_STEPS)
+    return [stretches[index * len(stretches) // shown] for index in range(shown)]
 
 
 def clip(text: str, limit: int) -> Clipped:

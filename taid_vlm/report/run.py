@@ -171,7 +171,7 @@ def curves(history: Sequence[dict[str, Any]]) -> list[Curve]:
 
 def _card(example: of_run.Example, image: ImageRef | None) -> Example:
     return Example(png(image.still()) if image else None, example.prompt, example.reference,
-                   example.category, example.answers)
+                   example.category, example.answers, progress=example.progress)
 
 
 def _title(results: Results) -> str:
