@@ -3,6 +3,7 @@ by pointer and keyboard; and as it is without its script."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def vlm(folder: Path) -> Report:
     """Of a run with pictures, many categories and texts that would like to be more than that."""
     examples = [{"source": f"eval.jsonl:{i}", "turn": 0, "category": HOSTILE if i == 2 else "odd",
                  "prompt": f"what? {HOSTILE if i == 1 else ''}", "reference": "red",
-                 "answers": {"teacher": "red " * 90, "before": HOSTILE, "after": "red"}}
+                 "answers": {"teacher": "red " * 90, "before": HOSTILE, "after": "red"},
+                 "progress": {100: HOSTILE, 200: "red", 300: "red"} if i == 0 else {}}
                 for i in range(3)]
     path = distillation(
         folder / "vlm", 0.6, history=history(), examples=examples, alignment=ALIGNMENT,
@@ -78,9 +80,12 @@ def text(folder: Path) -> Report:
     return run_report(Results.model_validate(tree), [None], "seed: 1\n")
 
 
-def several(folder: Path) -> Any:
+GAINS = {"SFT": 0.2, "KL": 0.4, "a long name of a method": 0.5, "TAID": 0.7}
+
+
+def several(folder: Path, *names: str) -> Any:
     arguments = []
-    for name, gain in (("SFT", 0.2), ("KL", 0.4), ("a long name of a method", 0.5), ("TAID", 0.7)):
+    for name, gain in [(name, GAINS[name]) for name in names]:
         run = distillation(folder / name, gain, alignment=ALIGNMENT, history=history())
         scores = [float((i * 7) % 10 < 10 * gain) for i in range(50)]
         arguments.append(f"{name}={run},{evaluation(folder / f'{name} e', scores, 'questions')}")
@@ -110,9 +115,9 @@ def pages(
     tmp_path_factory: pytest.TempPathFactory, checkpoints: Checkpoints  # noqa: F811
 ) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    comparison = several(folder)
     html = {"run": render(vlm(folder)), "text": render(text(folder)),
-            "compare": render(comparison_report(comparison)), "demo": render(demo(comparison)),
+            "compare": render(comparison_report(several(folder / "compare", *GAINS))),
+            "demo": render(demo(several(folder / "demo", "SFT", "TAID"))),
             "inspect": inspection(folder, checkpoints)}
     for name, page in html.items():
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
@@ -124,6 +129,27 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     opened = Browser(tmp_path_factory.mktemp("chromium"))
     yield opened
     opened.close()
+
+
+def test_every_page_says_first_whose_it_is_and_how_it_came_out(pages: dict[str, Path]) -> None:
+    html = {name: page.read_text(encoding="utf-8") for name, page in pages.items()}
+    first = {name: re.search(r"<title>(.*?)</title>.*?<(?:li|h1 class=\"headline\")>?(.*?)<", text,
+                             re.DOTALL) for name, text in html.items()}
+    said = {name: match.groups() for name, match in first.items() if match}
+    for name, (title, lead) in {
+        "run": (r".* distilled from big by taid", r"\d+ % \[\d+, \d+\] of the gap to the teacher"),
+        "text": (r"small fine-tuned by ce",
+                 r"Held-out NLL of the data went from \d\.\d+ to \d\.\d+ nats"),
+        "compare": (r"SFT, KL, a long name of a method and TAID, compared",
+                    r"This student against"),
+        "demo": (r"TAID on two small worlds", r"[^:]+: This student against"),
+        "inspect": (r"qwen3_vl-plain-0 and smolvlm-other-0: chunks",
+                    r"This pair can be distilled"),
+    }.items():
+        assert re.match(title, said[name][0]) and re.match(lead, said[name][1]), said[name]
+    assert "answer tokens/s (median)" in html["run"] and "GiB on the device" in html["run"]
+    assert "throughput" in html["compare"] and "peak memory" in html["compare"]
+    assert "Tied" not in html["run"] and "★" not in html["run"]  # categories do not compete
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -150,7 +176,7 @@ READ = """Object.fromEntries([...document.querySelectorAll('[data-axis=step]')].
 def test_values_are_read_in_all_charts_at_once(pages: dict[str, Path], browser: Browser) -> None:
     browser.open(pages["run"])
     ends = {title: said for title, (_, said) in browser.ask(READ).items()}
-    assert ends["Interpolation t"] == "student: 0.9 at 300"  # before anyone has pointed
+    assert ends["Interpolation t"] == "step 300: student: 0.9"  # before anyone has pointed
     assert len(ends) == 6
     x, y = browser.ask("(() => { const mark = document.querySelector('[data-x=\"150\"]');"
                        "mark.scrollIntoView({block: 'center', behavior: 'instant'});"
@@ -160,9 +186,9 @@ def test_values_are_read_in_all_charts_at_once(pages: dict[str, Path], browser: 
     said = browser.ask(READ)
     assert all(spoken == shown for spoken, shown in said.values())
     assert said["KL(teacher ‖ student)"][0] == \
-        "student: 0.02 at 150 · held-out: 0.04 at 100"  # the evaluation that is nearest
-    assert said["Interpolation t"][0] == "student: 0.65 at 150"
-    assert said["Throughput"][0] == "student: 904 at 160"  # not logged before
+        "step 150: student: 0.02 · held-out: 0.04 at 100"  # the evaluation that is nearest
+    assert said["Interpolation t"][0] == "step 150: student: 0.65"
+    assert said["Throughput"][0] == "step 160: student: 904"  # not logged before
     lines = browser.ask("[...document.querySelectorAll('.cursor')].map(x => x.getBBox().height)")
     assert len(lines) == 6 and min(lines) > 100
     browser.point(1, 1)

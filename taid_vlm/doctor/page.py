@@ -28,7 +28,7 @@ def render(inspection: Inspection) -> str:
     return fill(
         "doctor.html.j2", ("doctor.js",), TEMPLATES,
         (TEMPLATES / "doctor.css").read_text(encoding="utf-8"),
-        title=f"{' and '.join(map(public_name, names))}: {inspection.verdict.outcome}",
+        pair=" and ".join(map(public_name, names)),
         verdict=inspection.verdict,
         reason=_sentence(inspection.verdict.reason),
         problem="" if inspection.verdict.outcome == "refused" else inspection.problem,

@@ -89,7 +89,7 @@ def mark(example: Example, name: str) -> Mark:
     free-form categories."""
     if example.scores:
         return _by_score(example.scores.get(name))
-    return match(example, example.answers[name])
+    return match(example, example.answers.get(name, ""))
 
 
 def match(example: Example, answer: str) -> Mark:

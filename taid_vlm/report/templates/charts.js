@@ -28,11 +28,13 @@ for (const charts of sharing.values()) {
     place = at;
     for (const { plot, svg, series, frame, line, reading } of charts) {
       const points = series.map((all) => nearest(all, (p) => Math.abs(p.at - at)));
-      const { left } = nearest(points, (p) => Math.abs(p.at - at));
+      const { left, at: here } = nearest(points, (p) => Math.abs(p.at - at));
+      const said = points.map(({ text, ...p }) =>
+        p.at === here ? text.slice(0, text.lastIndexOf(" at ")) : text);
       line.setAttribute("d", pointed ? `M${left} ${frame.y}v${frame.height}` : "");
       for (const old of svg.querySelectorAll(".read")) old.classList.remove("read");
       if (pointed) for (const point of points) point.mark.classList.add("read");
-      reading.textContent = points.map((p) => p.text).join(" \u00b7 ");
+      reading.textContent = `${plot.dataset.axis} ${here}: ${said.join(" \u00b7 ")}`;
       plot.setAttribute("aria-valuenow", at);
       plot.setAttribute("aria-valuetext", reading.textContent);
     }
