@@ -34,10 +34,10 @@ def demo_report(compared: Compared, images: Mapping[str, Images], facts: dict[st
     sections = [_introduction(compared, facts["real"])]
     for world, comparison in compared:
         page = comparison_report(comparison, {QUESTIONS.name: images[world.name]})
-        summary += [f"{world.title}: {page.summary[0]}", *page.summary[1:]]
-        sections += [replace(section, title=f"{world.title}: {section.title}")
-                     for section in page.sections]
-        provenance |= {f"{world.title}: {name}": text for name, text in page.provenance.items()}
+        place = f"{world.title}: " if len(compared) > 1 else ""
+        summary += [place + page.summary[0], *page.summary[1:]]
+        sections += [replace(section, title=place + section.title) for section in page.sections]
+        provenance |= {place + name: text for name, text in page.provenance.items()}
     title = "TAID on a real language model" if facts["real"] else "TAID on two small worlds"
     return Report(title, summary, sections, provenance)
 

@@ -41,8 +41,8 @@ def real_world() -> World:
     able = torch.cpu.get_capabilities()
     return World(
         "real", "SmolLM2-135M-Instruct and half its layers", "jsonl", ("SFT", "KL", "TAID"),
-        steps=60, batch_size=8, eval_batch_size=8, learning_rate=5e-4, records=32, questions=0,
-        examples=12, max_new_tokens=96,
+        steps=40, batch_size=8, eval_batch_size=8, learning_rate=5e-4, records=32, questions=0,
+        examples=8, max_new_tokens=64,
         bf16=any(able.get(name) for name in ("avx512_bf16", "amx_bf16")))
 
 
