@@ -126,16 +126,16 @@ def _carry_out(arms: Sequence[Arm]) -> list[Method]:
     methods: dict[int, Method] = {}
     with ProcessPoolExecutor(workers, mp_context=context, initializer=quiet_worker) as pool:
         futures = {pool.submit(carry_out, arm): index for index, arm in enumerate(arms)}
-        with tqdm(total=len(arms), unit="arm") as bar:
-            for future in as_completed(futures):
-                index = futures[future]
-                try:
+        try:
+            with tqdm(total=len(arms), unit="arm") as bar:
+                for future in as_completed(futures):
+                    index = futures[future]
                     methods[index] = future.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)  # those that have not begun
-                    raise
-                bar.set_postfix_str(f"{arms[index].world.name}: {arms[index].name}")
-                bar.update()
+                    bar.set_postfix_str(f"{arms[index].world.name}: {arms[index].name}")
+                    bar.update()
+        except BaseException:  # an arm's or Ctrl-C: those that have not begun are left
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [methods[index] for index in range(len(arms))]
 
 
