@@ -20,8 +20,8 @@ from taid_vlm import DistillationConfig, DistillationTrainer
 from taid_vlm.adapters import make_adapter
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError
+from taid_vlm.models import packing as rows_of_several
 from taid_vlm.models.forward import answer_logits, unwrap
-from taid_vlm.models import packing
 from taid_vlm.models.packing import BY_RECORD, attend_by_record, packed, why_unpackable
 from taid_vlm.runs.ingredients import lora_config
 from taid_vlm.teachers import TeacherInStudent
@@ -69,14 +69,15 @@ def by_record_gap(
 ) -> float:
     """With attention record by record; a padded batch is as it was."""
     config, split = unwrap(built.model).get_decoder().config, []
-    before, cuts = config._attn_implementation, packing._cuts
+    before, cuts = config._attn_implementation, rows_of_several._cuts
     logits = built.model(**inputs).logits
     attend_by_record(built.model)
     taken = config._attn_implementation
     assert taken == (BY_RECORD if before == "sdpa" else before)
     assert "by_record" not in config.to_json_string()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_cuts", lambda *args: split.append(cuts(*args)) or split[-1])
+        patch.setattr(rows_of_several, "_cuts",
+                      lambda *args: split.append(cuts(*args)) or split[-1])
         gap = relative(alone, gradient(built, *row, labels))
     lengths = inputs["attention_mask"].sum(1).cumsum(0).tolist()
     assert (taken != BY_RECORD) or any(cut == [0, *lengths] for cut in split), built.family
