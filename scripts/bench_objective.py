@@ -14,7 +14,8 @@ logits and teacher logits of a chunk fit 384 MiB (on CUDA both in float32, and t
 chunks are about equal. A second chunk's gradient of the head is added by the GEMM itself
 (beta = 1). Logits are made in memory that stands ready; the two gradients are new tensors, as every
 implementation's are, because they are handed out.
-`ratio_to_floor` is the median over rounds of a step's time over the floor's in the same round.
+`ratio_to_floor` is the median over rounds of a step's time over the floor's in the same round; on
+a CPU it is processor time, of all threads.
 
 With `--answer-fraction 0.25`, a quarter of the `--tokens` positions are answers. The floor stays on
 the answers; an implementation that cannot leave the others out runs on all of them with a mask.
