@@ -84,8 +84,8 @@ class OwnArguments(Section):
             of its own. An optimizer step is gradient_accumulation_steps of them on each device.
         packing: The records of a micro-batch in one row for each model, without padding; refused
             for models in which they would mix (a convolution, linear attention). For flash
-            attention: any other computes all pairs of a row's tokens, which takes longer than the
-            padding that tokens_per_batch leaves.
+            attention, and sdpa on a CPU: any other computes all pairs of a row's tokens, which
+            takes longer than the padding that tokens_per_batch leaves.
         loss_implementation: fused never has all logits in memory; auto takes it where it gives the
             same as reference, which is checked at the first batch.
         loss_memory_budget (bytes): What the fused loss may take for logits and their gradient.
