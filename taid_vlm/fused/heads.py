@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +166,8 @@ def _float32_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
 def _exact_units(dtype: torch.dtype) -> Iterator[None]:
     """Let a CPU multiply float32 numbers that are bfloat16's in its bfloat16 units, where it has
     them: the products are exact, and are added up in float32."""
-    matmul = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn
+    matmul = mkldnn.matmul
     before = matmul.fp32_precision
     if dtype == torch.bfloat16:
         matmul.fp32_precision = "bf16"
