@@ -38,7 +38,7 @@ def diagnose(
     """
     rows, names = student_logits.shape[0], CLOSE_DIAGNOSTICS if closely else DIAGNOSTICS
     out = {name: student_logits.new_zeros(rows, dtype=torch.float32) for name in names}
-    for chunk in row_chunks(*student_logits.shape, student_logits.device.type):
+    for chunk in row_chunks(rows, student_logits.shape[1], student_logits.device.type):
         found = _diagnose_rows(student_logits[chunk], teacher_logits[chunk], closely)
         for name, values in found.items():
             out[name][chunk] = values.float()
@@ -96,7 +96,7 @@ def best_guess(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     confidence: its probability among all tokens [N, V]; token_accuracy: 1.0 where it is the label.
     """
     confidence = logits.new_zeros(len(logits), dtype=torch.float32)
-    for rows in row_chunks(*logits.shape, logits.device.type):
+    for rows in row_chunks(len(logits), logits.shape[1], logits.device.type):
         x = upcast(logits[rows])
         confidence[rows] = (x.amax(-1) - x.logsumexp(-1)).exp().float()
     return {"confidence": confidence, "token_accuracy": (logits.argmax(-1) == labels).float()}
