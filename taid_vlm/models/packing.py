@@ -87,7 +87,7 @@ def _by_record(
     """transformers' sdpa (heads [1, heads, n, d] in, [1, n, heads, d] out) of every record alone:
     its own part of the row's mask, whatever the model makes of that."""
     cuts = _cuts(options.get("position_ids"), query, key, attention_mask)
-    if len(cuts) < 3:
+    if len(cuts) < 3 or options.get("position_bias") is not None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return out, None
     assert attention_mask is not None
