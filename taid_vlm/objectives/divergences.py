@@ -435,13 +435,10 @@ def _check_shapes(name: str, s: Tensor, u: Tensor | None, labels: Tensor | None)
 
 
 def row_chunks(rows: int, width: int, device: str = "") -> Iterator[slice]:
-    """Slices of at most about CHUNK_ELEMENTS elements, so that temporaries stay small; with device
-    = "cpu" of so few that its caches hold them."""
-    cached = CACHED * torch.get_num_threads()
-    most = min(CHUNK_ELEMENTS, cached) if device == "cpu" else CHUNK_ELEMENTS
-    step = max(1, most // max(1, width))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    """Slices of about CHUNK_ELEMENTS at most, or as many as a "cpu"'s caches hold."""
+    cached = CACHED * torch.get_num_threads() if device == "cpu" else CHUNK_ELEMENTS
+    step = max(1, min(CHUNK_ELEMENTS, cached) // max(1, width))
+    yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def upcast(x: Tensor) -> Tensor:
