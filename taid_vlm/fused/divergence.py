@@ -72,6 +72,8 @@ class FusedDivergence(Settings):
         memory_budget: bytes that the logits and gradients of one chunk may take.
         body: "auto" (Triton on CUDA where it has the terms, else compiled where that is worth it),
             "eager", "compiled" or "triton".
+        float32_logits: on a CPU, whose products of half precision leave rounded, make those of the
+            logits in float32 (on CUDA they always are).
 
     Example:
         >>> import torch
@@ -91,11 +93,11 @@ class FusedDivergence(Settings):
 
     def __init__(
         self, objective: Objective, maps: Sequence[VocabularyMap] = (), *,
-        memory_budget: int = MEMORY_BUDGET, body: str = "auto",
+        memory_budget: int = MEMORY_BUDGET, body: str = "auto", float32_logits: bool = False,
     ) -> None:
         super().__init__(objective, tuple(
             None if vocabulary.identity else vocabulary for vocabulary in maps) or (None,),
-            memory_budget, body)
+            memory_budget, body, float32_logits)
 
     def __call__(
         self,

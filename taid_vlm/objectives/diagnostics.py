@@ -47,7 +47,7 @@ def diagnose(
     """
     rows, names = student_logits.shape[0], CLOSE_DIAGNOSTICS if closely else DIAGNOSTICS
     out = {name: student_logits.new_zeros(rows, dtype=torch.float32) for name in names}
-    for chunk in row_chunks(*student_logits.shape):
+    for chunk in row_chunks(rows, student_logits.shape[1], student_logits.device.type):
         found = _diagnose_rows(student_logits[chunk], teacher_logits[chunk], closely)
         for name, values in found.items():
             out[name][chunk] = values.float()
@@ -115,7 +115,7 @@ def best_guess(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         {'confidence': tensor([0.8000, 0.7000]), 'token_accuracy': tensor([1., 0.])}
     """
     confidence = logits.new_zeros(len(logits), dtype=torch.float32)
-    for rows in row_chunks(*logits.shape):
+    for rows in row_chunks(len(logits), logits.shape[1], logits.device.type):
         x = upcast(logits[rows])
         confidence[rows] = (x.amax(-1) - x.logsumexp(-1)).exp().float()
     return {"confidence": confidence, "token_accuracy": (logits.argmax(-1) == labels).float()}

@@ -36,6 +36,7 @@ LOG_SMALLEST = -149 * math.log(2)  # log of the smallest positive float32
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 1e-3}
 MOST_EXPONENT = 80.0  # beyond, e^r swamps everything beside it, and nears the end of float32
 LANES = 128  # entries that a compiled sum adds up before it adds up their sums
+CACHED = 2**19  # logits on which a thread of a CPU works at a time, pass after pass
 CHUNK_ELEMENTS = 2**24  # rows are worked on in chunks of about this many logits (64 MiB float32)
 
 
@@ -433,11 +434,11 @@ def _check_shapes(name: str, s: Tensor, u: Tensor | None, labels: Tensor | None)
         raise RecipeError(f"loss '{name}' needs labels of shape {tuple(s.shape[:-1])}.")
 
 
-def row_chunks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of at most about CHUNK_ELEMENTS elements, so that temporaries stay small."""
-    step = max(1, CHUNK_ELEMENTS // max(1, width))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def row_chunks(rows: int, width: int, device: str = "") -> Iterator[slice]:
+    """Slices of about CHUNK_ELEMENTS at most, or as many as a "cpu"'s caches hold."""
+    cached = CACHED * torch.get_num_threads() if device == "cpu" else CHUNK_ELEMENTS
+    step = max(1, min(CHUNK_ELEMENTS, cached) // max(1, width))
+    yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def upcast(x: Tensor) -> Tensor:
