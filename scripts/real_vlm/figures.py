@@ -43,7 +43,8 @@ def write_figures(work: Work, seeds: Sequence[int], times: Path) -> None:
     methods = [Method(name, _runs(work, name, seeds), [
         read_folder(work.answers(name, seed)) for seed in seeds]) for name in ARMS if seeds]
     document: dict[str, Any] = {
-        "schema": 1, "kind": "real_vlm", "plan": asdict(work.plan), "seeds": list(seeds),
+        "schema": 1, "kind": "real_vlm", "plan": asdict(work.plan),
+        "finished_seeds": list(seeds),
         "records": work.plan.records, "cpu_seconds": read_json(times, "times of this script"),
         "tower_accuracy": read_json(work.output / "tower" / "accuracy.json", "a tower's accuracy"),
         "by_kind": _by_kind(work, answers), "canary": _canary(teacher, methods),
@@ -179,8 +180,9 @@ def introduction(document: Mapping[str, Any]) -> str:
     plan, records, tower = document["plan"], document["records"], document["tower_accuracy"]
     steps, minutes = plan["steps"], sum(document["cpu_seconds"].values()) / 60
     right = ", ".join(f"{kind} {share:.0%}" for kind, share in tower.items())
-    return (f"{len(document['seeds'])} seeds of every method; ± is one standard error, over seeds "
-            "and questions together, and of one seed over questions alone. The tower took "
+    return (f"{len(document['finished_seeds'])} seeds of every method; ± is one standard error, "
+            "over seeds and questions together, and of one seed over questions alone. The tower "
+            "took "
             f"{steps['tower']} steps (labels of new drawings right: {right}), the teacher "
             f"{steps['align']} with tower and language model frozen and {steps['teacher']} with "
             f"everything ({records['train']} conversations, {plan['icons']} icons by name), each "

@@ -81,7 +81,7 @@ class Work:
         return folder / "questions" / name.lower().replace(", ", "_").replace(" ", "_")
 
     def held_out(self) -> DataSource:
-        return DataSource(path=self.files("eval"))
+        return DataSource(path=tuple(self.files("eval")))
 
 
 def parts_of(work: Work, seeds: int) -> list[Part]:
@@ -172,7 +172,7 @@ def _teach(work: Work) -> None:
 
 
 def _cut(work: Work, folder: Path) -> None:
-    data = DataSource(path=work.files("distill"))
+    data = DataSource(path=tuple(work.files("distill")))
     work.say(f"$ taid-vlm shrink {work.teacher} --output-dir {folder} --layers "
              f"{work.plan.layers} --choose importance --calibration {work.data}/distill-*.parquet "
              f"--calibration-records {CALIBRATION_RECORDS}")
