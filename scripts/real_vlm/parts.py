@@ -182,7 +182,7 @@ def _cut(work: Work, folder: Path) -> None:
 
 def _cache(work: Work, folder: Path) -> None:
     """The teacher is asked once, for all arms and seeds."""
-    recipe = _recipe(work, "cache", _arm_recipe(work, "KL", 0, {
+    recipe = _recipe(work, "cache", _arm_recipe(work, "TAID", 0, {
         "model_name_or_path": str(work.teacher), "dtype": "bfloat16"}))
     work.say(f"$ taid-vlm cache {recipe} --output {folder}")
     print(build_cache(load_recipe(recipe), folder))
