@@ -18,39 +18,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from bench.arms import Tree, built, fresh, measured, trained
 from bench.common import conditions, described, names, number, parsed
 from bench.server import Server
 from safetensors.torch import load_file
 
 from taid_vlm.config.model import ModelSpec
-from taid_vlm.config.recipe import Recipe, parse_recipe
 from taid_vlm.errors import TaidError, nearest
-from taid_vlm.evaluation.held_out import summarise
 from taid_vlm.io.files import read_json, write_json, write_text
-from taid_vlm.runs.cache import build_cache
-from taid_vlm.runs.ingredients import gather
-from taid_vlm.runs.machine import peak_memory
-from taid_vlm.runs.run import _make_trainer
 from taid_vlm.students.shrink import shrink
-from taid_vlm.teachers import ServedTeacher, TeacherCache
 from taid_vlm.teachers.sparse import Signal
 
 BATCH, K, DRAWS = 2, 64, 12
-Tree = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -118,12 +108,6 @@ def _check(options: argparse.Namespace) -> None:
             raise TaidError(f"--arms {name!r}.{nearest(name, ARMS)}")
     if options.steps * BATCH < 1 or not options.data.is_file():
         raise TaidError(f"--data = '{options.data}' is no file.")
-
-
-def fresh(function: Callable[..., Tree], *arguments: Any) -> Tree:
-    """What a function returns in a process of its own, with that process's largest resident set."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 # ----- what all arms share ------------------------------------------------------------------
@@ -228,39 +212,6 @@ def _apart(one: Path, other: Path) -> float:
     """Largest difference of two students' weights."""
     first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
     return max(float((first[name] - second[name]).abs().max()) for name in first)
-
-
-def built(tree: Tree, place: Path, dtype: Any, signal: Signal) -> Tree:
-    started, cpu = time.perf_counter(), time.process_time()
-    cache = build_cache(parse_recipe(tree), place, dtype, signal=signal)
-    return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu,
-            "tokens": cache.tokens, "records": cache.records, "bytes": cache.bytes,
-            "bytes_per_token": TeacherCache(place).bytes_per_token, **peak_memory()}
-
-
-def trained(tree: Tree) -> Tree:
-    """Seconds and CPU seconds are those that `train` took; the CPU's are this process's alone."""
-    wanted: Recipe = parse_recipe(tree)
-    trainer = _make_trainer(wanted, gather(wanted))
-    started, cpu = time.perf_counter(), time.process_time()
-    trainer.train()
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    memory = peak_memory()
-    trainer.save_model(str(Path(wanted.output_dir) / "student"))
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    teacher = trainer.teacher
-    received = {"received_bytes": teacher.received, "received_tokens": teacher.tokens} \
-        if isinstance(teacher, ServedTeacher) else {}
-    return {"seconds": seconds, "cpu_seconds": cpu, "steps": trainer.state.global_step,
-            "answer_tokens": trainer.answer_tokens, "left_out": trainer.all_dropped(),
-            "loss": trainer.loss_report, "losses": losses, **received, **memory}
-
-
-def measured(tree: Tree) -> Tree:
-    """Held-out figures against the teacher itself."""
-    wanted = parse_recipe(tree)
-    found = gather(wanted)
-    return summarise(_make_trainer(wanted, found).tally(found.eval))
 
 
 # ----- a server -----------------------------------------------------------------------------

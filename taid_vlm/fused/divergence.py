@@ -72,6 +72,21 @@ class FusedDivergence(Settings):
         memory_budget: bytes that the logits and gradients of one chunk may take.
         body: "auto" (Triton on CUDA where it has the terms, else compiled where that is worth it),
             "eager", "compiled" or "triton".
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm import FusedDivergence, Head, divergence, parse_objective
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> draw = lambda *shape: torch.randn(*shape, generator=generator)
+        >>> student, student_head = draw(5, 4).requires_grad_(), Head(draw(7, 4))  # N = 5, V = 7
+        >>> teacher, teacher_head = draw(5, 6), Head(draw(7, 6))
+        >>> fused = FusedDivergence(parse_objective("forward_kl"), body="eager")
+        >>> found = fused(student, student_head, teacher, teacher_head)
+        >>> found.loss.backward()  # a sum over tokens, without logits [N, V] of either model
+        >>> naive = divergence("forward_kl", student @ student_head.weight.T,
+        ...                    teacher @ teacher_head.weight.T).sum()
+        >>> torch.allclose(found.loss, naive), student.grad.shape
+        (True, torch.Size([5, 4]))
     """
 
     def __init__(

@@ -44,7 +44,21 @@ class HeadPass(Protocol):
 
 @dataclass(frozen=True)
 class Head:
-    """A plain matrix: logits = transform(x @ weight.T + bias), weight [V, H], bias [V] or None."""
+    """A plain matrix: logits = transform(x @ weight.T + bias), weight [V, H], bias [V] or None.
+
+    Args:
+        weight: [V, H]. bias: [V].
+        transform: what the model does to its logits: a scale, a softcap.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm import Head
+        >>> head = Head(torch.eye(3)[:, :2])  # 3 entries, hidden states of 2
+        >>> head.rows
+        3
+        >>> head.open().logits(torch.tensor([[1.0, 2.0]]))
+        tensor([[1., 2., 0.]])
+    """
 
     weight: Tensor
     bias: Tensor | None = None

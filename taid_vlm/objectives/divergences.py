@@ -395,6 +395,15 @@ def divergence(
 
     Raises:
         RecipeError: unknown name or parameter, value out of range, shapes that do not match.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm import divergence
+        >>> teacher = torch.tensor([[0.8, 0.2]]).log()  # one token, a vocabulary of two
+        >>> divergence("forward_kl", torch.zeros(1, 2), teacher)  # .8 log(.8/.5) + .2 log(.2/.5)
+        tensor([0.1927])
+        >>> divergence("taid", torch.zeros(1, 2), teacher, t=0.5)  # half the way to the teacher
+        tensor([0.0566])
     """
     name = canonical_name(name, _NAMES)
     parameters = {key: getattr(x, "item", lambda x=x: x)() for key, x in parameters.items()}

@@ -62,6 +62,13 @@ class DistillationConfig(TrainingArguments):
         chat_template_kwargs, teacher_chat_template_kwargs: variables of the student's and the
             teacher's chat templates; of several teachers by name.
         teacher_weights: of several teachers, the mixture for records that name none.
+
+    Example:
+        >>> from taid_vlm import DistillationConfig
+        >>> args = DistillationConfig("runs/first", objective={"name": "taid", "t_start": 0.2},
+        ...                           learning_rate=1e-4, max_steps=100, use_cpu=True)
+        >>> args.objective["name"], args.supervise, args.loss_implementation
+        ('taid', 'answers', 'auto')
     """
 
     objective: str | dict[str, Any] = field(default="taid")

@@ -143,6 +143,7 @@ def test_a_first_recipe_reads_back(train_what: Any, held_out: str | None, folder
     assert recipe.train.get("freeze") == (
         ["tower", "language_model", "head"] if train_what == "projector" else None)
     assert text.count("#") > 6
+    assert ("lost layers" in text) == (train_what == "full")
 
 
 def test_hub_names_need_not_lie_here(folder: Path) -> None:

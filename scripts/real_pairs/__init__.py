@@ -1,0 +1,1 @@
+"""TAID and its rivals on real models: pairs, methods, the order of arms, and the table."""
