@@ -14,7 +14,8 @@ logits and teacher logits of a chunk fit 384 MiB (on CUDA both in float32, and t
 chunks are about equal. A second chunk's gradient of the head is added by the GEMM itself
 (beta = 1). Logits are made in memory that stands ready; the two gradients are new tensors, as every
 implementation's are, because they are handed out.
-`ratio_to_floor` is the median over rounds of a step's time over the floor's in the same round.
+`ratio_to_floor` is the median over rounds of a step's time over the floor's in the same round; on
+a CPU it is processor time, of all threads.
 
 With `--answer-fraction 0.25`, a quarter of the `--tokens` positions are answers. The floor stays on
 the answers; an implementation that cannot leave the others out runs on all of them with a mask.
@@ -109,7 +110,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher-hidden", type=number, default=2048, metavar="H")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--objective", default=["taid", "forward_kl", "jsd"], **listed)
-    parser.add_argument("--implementations", default=list(IMPLEMENTATIONS), **listed)
+    parser.add_argument("--implementations", **listed, default=[
+        name for name in IMPLEMENTATIONS if name != "ours_float32"])  # nearly always ours
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=number, default=5, metavar="N")
     parser.add_argument("--threads", type=number, metavar="N", help="default: as torch decides")

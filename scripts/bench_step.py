@@ -24,6 +24,11 @@ norm of the gradient, as every trainer logs it before clipping. Where one is off
 rounding, `differs` says by how much. For TAID it is the loss at the schedule's start.
 
 What an implementation cannot run is a row with `error`.
+
+`--floors` measures our trainer alone: `x floor` is a whole step over what no step can do without
+(student's decoder forward and backward, teacher's forward, the four matrix products of the heads,
+the optimizer), `x parts` over the same with the fused loss in the place of the products. All are in
+one process, on the same rows and weights, in turns; `--rounds` steps are timed.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -53,6 +58,7 @@ from bench.common import (
     number,
     parsed,
 )
+from bench.step_floors import floors_of, floors_table
 from bench.step_output import conditions_line, markdown, table
 from bench.step_processes import Found, references_of, run_all
 from bench.step_reference import FORMULAS
@@ -70,6 +76,10 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2, "mixed": 5e-2}
 def main(arguments: Sequence[str] | None = None) -> Rows:
     """Measure every objective, print tables, write what was asked for; returns the rows."""
     args = parsed(make_parser(), check, arguments)
+    if args.floors:
+        rows = (floors_of(make_setup(args, objective), args.rounds) for objective in args.objective)
+        return carry_out(rows, {**conditions(), "load": os.getloadavg()[0]}, conditions_line,
+                         floors_table, partial(write, args=args, page=floors_table))
     cases = (measure(make_setup(args, objective), args.implementations, args.rounds, args.steps,
                      not args.one_by_one) for objective in args.objective)
     about = {**conditions(), "load": os.getloadavg()[0]}
@@ -102,6 +112,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--one-by-one", action="store_true",
                         help="one process after the other, where memory does not hold them all")
     parser.add_argument("--threads", type=number, metavar="N", help="default: as torch decides")
+    parser.add_argument("--floors", action="store_true",
+                        help="our trainer's whole step against the floors of its parts, on a CPU")
     for name in ("json", "markdown"):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE")
     return parser
@@ -117,6 +129,8 @@ def check(args: argparse.Namespace) -> None:
     if args.student is not None and args.layers is not None:
         raise TaidError("--layers cuts a built-in pair only; leave it out with --student.")
     check_device(args.device)
+    if args.floors and (args.device != "cpu" or args.lora or args.accumulation > 1):
+        raise TaidError("--floors is for a CPU, whole weights and one micro-batch.")
 
 
 def make_setup(args: argparse.Namespace, objective: str) -> Setup:
@@ -178,11 +192,14 @@ def _errors(found: Found, want: Found, tolerance: float) -> dict[str, Any]:
     return errors
 
 
-def write(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
+def write(
+    rows: Sequence[Mapping[str, Any]], args: argparse.Namespace,
+    page: Callable[[Sequence[Mapping[str, Any]]], str] = markdown,
+) -> None:
     if args.json:
         write_json(rows, args.json)
     if args.markdown:
-        write_text(markdown(rows), args.markdown)
+        write_text(page(rows), args.markdown)
 
 
 if __name__ == "__main__":

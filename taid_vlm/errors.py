@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,14 @@ class TaidError(ValueError):
         reasons: of an error about records, why they are left out (`SampleDropped.reason`).
 
     reason: what a record that it costs is counted under, where it costs a record.
+
+    Example:
+        >>> from taid_vlm import TaidError, load_recipe
+        >>> try:
+        ...     load_recipe("not_there.yaml")
+        ... except TaidError as error:
+        ...     print(error)
+        recipe 'not_there.yaml' does not exist.
     """
 
     reason = "refused by the processor"
@@ -33,11 +41,30 @@ class TaidError(ValueError):
 
 
 class RecipeError(TaidError):
-    """A recipe, an override or an argument is wrong."""
+    """A recipe, an override or an argument is wrong.
+
+    Example:
+        >>> from taid_vlm import RecipeError, parse_objective
+        >>> try:
+        ...     parse_objective({"name": "taid", "t_strat": 0.2})
+        ... except RecipeError as error:
+        ...     print(str(error).partition(" Valid:")[0])
+        objective 'taid' has no key 't_strat'. Did you mean 't_start'?
+    """
 
 
 class RecordError(TaidError):
-    """A record cannot be understood; the message names file and line."""
+    """A record cannot be understood; the message names file and line.
+
+    Example:
+        >>> from taid_vlm import RecordError
+        >>> from taid_vlm.records import parse_record
+        >>> try:
+        ...     parse_record({"question": "what?", "answer": 3}, "train.jsonl:12")
+        ... except RecordError as error:
+        ...     print(error)
+        train.jsonl:12: answer must be text, got 3.
+    """
 
     reason = "malformed record"
 
@@ -49,7 +76,25 @@ class HalfCharacterError(RecordError):
 
 
 class AlignmentError(TaidError):
-    """Teacher and student cannot be compared token by token."""
+    """Teacher and student cannot be compared token by token.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from taid_vlm import AlignmentError
+        >>> from taid_vlm.adapters import make_adapter
+        >>> from taid_vlm.alignment import pair_models
+        >>> from taid_vlm.demo.demo import data_folder
+        >>> models = data_folder() / "models"
+        >>> teacher, student = (
+        ...     make_adapter(AutoTokenizer.from_pretrained(models / f"words-{role}"), role)
+        ...     for role in ("teacher", "student"))
+        >>> try:
+        ...     pair_models(teacher, student, 512, 503, alignment="exact")
+        ... except AlignmentError as error:
+        ...     print(error)
+        alignment: exact, but the two vocabularies are not the same (500 shared tokens; ...). Use
+        alignment: shared (or auto).
+    """
 
     reason = "cannot be aligned"
 
@@ -89,11 +134,16 @@ def with_place(error: TaidError, place: str, instead_of: str = "") -> TaidError:
 MANY = 40  # more names than this would bury the message
 
 
-def nearest(name: object, valid: Iterable[str]) -> str:
-    """Return the tail of an error message: the nearest valid name, then the others if few."""
+def nearest(name: object, valid: Iterable[str], instead: Sequence[str] = ()) -> str:
+    """Return the tail of an error message: the nearest valid name, then the others if few.
+
+    Args:
+        instead: what is more likely meant than any of the valid names, at most a few.
+    """
     names = sorted(valid)
-    match = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f" Did you mean '{match[0]}'?" if match else ""
+    match = instead or difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    meant = "' or '".join(match)
+    hint = f" Did you mean '{meant}'?" if match else ""
     return f"{hint} Valid: {', '.join(names)}." if len(names) <= MANY else hint
 
 

@@ -47,9 +47,10 @@ def problem(
 def fuse(
     objective: Objective, p: SimpleNamespace, *, transform: LogitTransform | None = None,
     maps: tuple[VocabularyMap, ...] = (), memory_budget: int = 2**20, body: str = "eager",
-    figures: bool = False, **more,
+    figures: bool = False, float32_logits: bool = False, **more,
 ):
-    fused = FusedDivergence(objective, maps, memory_budget=memory_budget, body=body)
+    fused = FusedDivergence(objective, maps, memory_budget=memory_budget, body=body,
+                            float32_logits=float32_logits)
     if figures:
         def measure(index, rows, s, u):
             vocabulary = fused.maps[index]

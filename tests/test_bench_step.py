@@ -240,3 +240,16 @@ def test_parts_count_what_is_outermost_and_only_while_on():
         parts.timed("loss", lambda: 1 / 0)()
     inner()
     assert parts.seconds["batch"] >= 0.02
+
+
+@pytest.mark.parametrize("kind", ["text", "vlm"])
+def test_a_whole_step_against_its_floors(kind, capsys):
+    rows = bench_step.main(["--floors", "--scale", "tiny", "--kind", kind, "--rounds", "2",
+                       "--batch-size", "2", "--dtype", "bfloat16", "--threads", "1"])
+    (row,) = rows
+    floors = sum(row["parts"][name] for name in ("trunk", "teacher", "products", "optimizer"))
+    assert floors > 0
+    assert row["ratio_to_floor"] > 0.5 < row["ratio_to_parts"]
+    assert "| x floor |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench_step.main(["--floors", "--accumulation", "2"])

@@ -123,6 +123,27 @@ def test_half_precision_on_cuda_has_exact_logits(objective):
     assert max(norm_errors(got, want_gradients).values()) < torch.finfo(torch.bfloat16).eps / 2
 
 
+@every([{"name": "taid"}, SUM])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_logits_in_float32_on_a_cpu_are_exact(objective, dtype, monkeypatch):
+    """Also in blocks; what torch multiplies float32 with elsewhere stays what it was."""
+    monkeypatch.setattr("taid_vlm.fused.heads.BLOCK", 128)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    p = problem(rows=40, width=300, dtype=dtype)
+    want, want_gradients = naive(objective, p)
+    for memory_budget in (10**5, 2**24):
+        loss = fuse(objective, p, t=0.3, memory_budget=memory_budget, float32_logits=True).loss
+        assert error(loss.detach(), want) < 1e-5
+        got = gradients(p, loss)
+        assert max(norm_errors(got, want_gradients).values()) < max(
+            torch.finfo(dtype).eps / 2, 1e-5)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    if dtype == torch.bfloat16:
+        rounded = gradients(p, fuse(objective, p, t=0.3).loss)
+        assert norm_errors(rounded, want_gradients)["hidden"] > norm_errors(
+            got, want_gradients)["hidden"]
+
+
 # ----- chunks and shapes --------------------------------------------------------------------------
 
 

@@ -154,6 +154,22 @@ def test_free_form_answers_are_not_marked() -> None:
     assert [judge.disagreement(caption), judge.disagreement(no_reference)] == [0, 0]
 
 
+def test_a_student_on_its_way_stands_between_before_and_after() -> None:
+    example = Example(None, "?", "red", "colour", {"before": "x", "after": "red"},
+                      progress={10: "blue", 30: "red", 20: "blue", 40: HOSTILE})
+    other = Example(None, "first?", "red", "colour", {"before": "red", "after": "blue"})
+    html = render(report(Section("S", examples=[other, example])))
+    assert re.findall(r"<b>(.*?)</b>", html) == [
+        "before", "steps 10 to 20", "step 30", "step 40", "after", "before", "after"]
+    assert [html.count(f">{sign}</span>") for sign in "✓✗"] == [3, 4]
+    assert "<script>alert" not in html and "evaluations in training.</span>" in html
+    long = Example(None, "?", "red", "colour", {"after": "red"},
+                   progress={step: str(step) for step in range(50)})
+    html = render(report(Section("S", examples=[long])))
+    assert len(re.findall(r"<b>step", html)) == page.MOST_STEPS
+    assert f"{page.MOST_STEPS} at most; all are in results.json" in html
+
+
 def test_disagreements_come_first() -> None:
     same = Example(None, "all agree", "1", "count", {"a": "1", "b": "1"})
     wrong = Example(None, "both wrong", "1", "count", {"a": "2", "b": "3"})

@@ -496,3 +496,9 @@ def test_holm_leaves_out_what_was_not_tested() -> None:
     assert found[1] == pytest.approx(0.04)
     assert found[3] == pytest.approx(0.04)
     assert math.isnan(found[0])
+
+
+def test_equal_scores_between_nothing_and_all_have_an_interval() -> None:
+    """Their spread is the rounding of a sum alone, and must not count as certainty."""
+    estimate = mean_of([0.1] * 50)
+    assert estimate.low < 0.05 and estimate.high > 0.2

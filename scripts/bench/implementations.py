@@ -25,9 +25,10 @@ Loss = Callable[[Problem], Tensor]
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
-def ours(case: Case) -> Loss:
+def ours(case: Case, float32_logits: bool = False) -> Loss:
     """`taid_vlm.fused.divergence.FusedDivergence` on the answers alone."""
-    fused = FusedDivergence(parse_objective(case.objective), memory_budget=case.memory_budget)
+    fused = FusedDivergence(parse_objective(case.objective), memory_budget=case.memory_budget,
+                            float32_logits=float32_logits)
     t = TAID_T if case.objective == "taid" else None
 
     def loss(problem: Problem) -> Tensor:
@@ -39,6 +40,13 @@ def ours(case: Case) -> Loss:
         return total / len(problem.answers)
 
     return loss
+
+
+def ours_float32(case: Case) -> Loss:
+    """The same with the logits of half-precision heads in float32 on a CPU (`loss_logits`)."""
+    if case.dtype == torch.float32 or case.device == "cuda":
+        raise TaidError("is `ours` in float32, and on CUDA")
+    return ours(case, float32_logits=True)
 
 
 def naive(case: Case) -> Loss:
@@ -102,8 +110,8 @@ def liger_triton(case: Case) -> Loss:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Case], Loss]] = {
-    "ours": ours, "naive": naive, "trl": trl, "gkd": gkd, "liger": liger,
-    "liger_triton": liger_triton,
+    "ours": ours, "ours_float32": ours_float32, "naive": naive, "trl": trl, "gkd": gkd,
+    "liger": liger, "liger_triton": liger_triton,
 }
 
 

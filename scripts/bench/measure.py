@@ -105,12 +105,13 @@ def interleave(
 
 
 def seconds_of(run: Step, problem: Problem, device: str) -> float:
-    """Of one call: by CUDA events on the GPU, by the clock elsewhere."""
+    """Of one call: by CUDA events on the GPU, of processor time elsewhere, as others may share the
+    machine."""
     gc.collect()
     if device != "cuda":
-        start = time.perf_counter()
+        start = time.process_time()
         run(problem)
-        return time.perf_counter() - start
+        return time.process_time() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 COLOURS = {name: SLOTS[slot][0] for name, slot in {
-    "ours": "taid", "naive": "start", "trl": "kl", "gkd": "sky", "liger": "rkl",
-    "liger_triton": "amber"}.items()}
+    "ours": "taid", "ours_float32": "taid", "naive": "start", "trl": "kl", "gkd": "sky",
+    "liger": "rkl", "liger_triton": "amber"}.items()}
 INK, GRID = SLOTS["teacher"][0], "#d9dce0"
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "taid-vlm-bench", "font.family": "DejaVu Sans",
             "font.size": 9.5, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,

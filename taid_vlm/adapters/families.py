@@ -133,7 +133,32 @@ def make_adapter(
     processor: Processor, role: str, max_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ModelAdapter:
-    """TextAdapter for a tokenizer, ImageTextAdapter (or an exception) for a processor."""
+    """TextAdapter for a tokenizer, ImageTextAdapter (or an exception) for a processor.
+
+    Args:
+        processor: a tokenizer, or a processor with one.
+        role: what messages call the model.
+        max_length: tokens of the longest row; None: no bound but the model's own.
+        chat_template_kwargs: variables of the model's chat template.
+
+    Raises:
+        TaidError: neither a tokenizer nor a processor with one.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from taid_vlm.adapters import make_adapter
+        >>> from taid_vlm.demo.demo import data_folder
+        >>> from taid_vlm.records import parse_record
+        >>> folder = data_folder() / "models/words-student"
+        >>> adapter = make_adapter(AutoTokenizer.from_pretrained(folder), "student")
+        >>> record = parse_record({"question": "is it red?", "answer": "no"}, "here")
+        >>> rendered = adapter.render(record)
+        >>> rendered.text
+        '[Q]is it red?[A]no[END]'
+        >>> [row] = adapter.encode([rendered], [[]]).rows
+        >>> len(row.ids)
+        8
+    """
     kind: type[ModelAdapter]
     if isinstance(processor, PreTrainedTokenizerBase):
         kind = TextAdapter

@@ -251,6 +251,19 @@ def pair_models(
 
     Raises:
         AlignmentError: the pair does not allow the alignment asked for, with the reason.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from taid_vlm.adapters import make_adapter
+        >>> from taid_vlm.alignment import pair_models
+        >>> from taid_vlm.demo.demo import data_folder
+        >>> models = data_folder() / "models"
+        >>> teacher, student = (
+        ...     make_adapter(AutoTokenizer.from_pretrained(models / f"words-{role}"), role)
+        ...     for role in ("teacher", "student"))
+        >>> pairing = pair_models(teacher, student, teacher_rows=512, student_rows=503)
+        >>> pairing.case, pairing.reason
+        ('b', 'same splits, other rows: 500 shared tokens; rest 3 (teacher) and 3 (student); ...')
     """
     difference, warnings = _compare_splits(teacher, student, samples)
     if difference is not None and alignment in ("exact", "shared"):

@@ -230,6 +230,19 @@ def build_vocabulary_map(
 
     Raises:
         AlignmentError: a head with fewer rows than its tokenizer has tokens, or nothing shared.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from taid_vlm.adapters import make_adapter
+        >>> from taid_vlm.alignment import build_vocabulary_map
+        >>> from taid_vlm.demo.demo import data_folder
+        >>> models = data_folder() / "models"
+        >>> teacher, student = (
+        ...     make_adapter(AutoTokenizer.from_pretrained(models / f"words-{role}"), role)
+        ...     for role in ("teacher", "student"))
+        >>> pairs = build_vocabulary_map(teacher.table, student.table, 512, 503)
+        >>> len(pairs.student.shared), pairs.has_rest  # and each model's own marks
+        (499, True)
     """
     check_rows(teacher, student, teacher_rows, student_rows)
     plain = glue[0] == glue[1]

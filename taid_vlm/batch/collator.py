@@ -120,6 +120,27 @@ class DistillationCollator:
         pair_student, pair_teacher: [P] which tokens are compared entry by entry.
         chunk_student [N], chunk_teacher: the chunk of every token, -1 for none;
         chunk_last: [C] the student's last token of every chunk.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from taid_vlm.adapters import make_adapter
+        >>> from taid_vlm.alignment import pair_models
+        >>> from taid_vlm.batch.collator import DistillationCollator
+        >>> from taid_vlm.demo.demo import data_folder
+        >>> from taid_vlm.records import parse_record
+        >>> models = data_folder() / "models"
+        >>> teacher, student = (
+        ...     make_adapter(AutoTokenizer.from_pretrained(models / f"words-{role}"), role)
+        ...     for role in ("teacher", "student"))
+        >>> pairing = pair_models(teacher, student, teacher_rows=512, student_rows=503)
+        >>> collate = DistillationCollator(student, teacher, pairing)
+        >>> batch = collate([parse_record({"question": "is it red?", "answer": "no"}, "here")])
+        >>> batch["student_inputs"]["input_ids"].shape, batch["teacher_inputs"]["input_ids"].shape
+        (torch.Size([1, 8]), torch.Size([1, 8]))
+        >>> batch["labels"]  # "no", and the end of the turn
+        tensor([416, 502])
+        >>> batch["student_mask"]  # where they are predicted
+        tensor([[False, False, False, False, False, True, True, False]])
     """
 
     student: ModelAdapter

@@ -103,8 +103,9 @@ class Task:
 
     @cached_property
     def sha256(self) -> str | None:
-        """Of the data; None for those of the hub."""
-        return data_hash(Path(self.source.paths[0]).expanduser())
+        """Of a file or folder; None for several, and for those of the hub."""
+        first, *others = self.source.paths
+        return None if others else data_hash(Path(first).expanduser())
 
     @property
     def prompt_hash(self) -> str:

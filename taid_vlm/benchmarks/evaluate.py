@@ -32,6 +32,7 @@ from taid_vlm.benchmarks.scoring import (
     by_tag,
     check_results,
     counts,
+    doubt,
     figures,
     judge,
     lines,
@@ -48,6 +49,8 @@ from taid_vlm.models.loading import load_model
 from taid_vlm.runs.folders import locked
 
 logger = logging.getLogger(__name__)
+ALONE = (" A model that was trained on the questions alone has to be asked so: write prompt: "
+         '"{question}" into the benchmark\'s file.')
 
 
 # ----- before the weights -------------------------------------------------------------------
@@ -290,4 +293,7 @@ class _Evaluation:
         }
         if self.state.is_main_process:
             store.finish(lines(task.questions, task.hashes, answers, judged))
+            if why := doubt(judged[self.asking.seeds[0]]):
+                logger.warning("%s: %s: %s%s", self.name, benchmark.name, why,
+                               ALONE if benchmark.file else "")
         return entry

@@ -26,6 +26,7 @@ SCHEMA, KIND = 1, "evaluation"  # of results.json
 BySeed = Mapping[int, Sequence[Judged]]  # the same questions in the same order under every seed
 Replies = Mapping[tuple[int, str], Answer]  # of a judge, by seed and question
 UNCLEAR, REFUSED = "the judge's reply says no score", "the judge refused"
+FEW = 10  # answers that may all be wrong by chance
 LINEAR = 1e-9  # a figure of mean scores that is this near the mean of figures is linear in them
 
 
@@ -190,6 +191,25 @@ def counts(answers: Mapping[int, Sequence[Answer]], by_seed: BySeed) -> dict[str
                if unscored else {})}
 
 
+def doubt(judged: Sequence[Judged]) -> str:
+    """What makes figures doubtful, with the first question in words: of many answers none is right,
+    or all are one text where different ones are right; "" where neither is so."""
+    judged = [j for j in judged if not j.verdict.unscored]
+    alike = len({j.answer for j in judged}) == 1 < len({j.question.answers for j in judged})
+    wrong = not any(j.verdict.score for j in judged)
+    if len(judged) < FEW or not (alike or wrong):
+        return ""
+    what = f"none of {len(judged)} answers is right" if wrong else \
+        f"all {len(judged)} answers are the same"
+    first = judged[0]
+    return (f"{what}. The first: asked {_prompt(first.question)!r:.160}, answered "
+            f"{first.answer!r:.80}, right is {' or '.join(first.question.answers)!r:.80}.")
+
+
+def _prompt(question: Question) -> str:
+    return "".join(IMAGE_TAG if part is None else part for part in question.prompt)
+
+
 def summary(name: str, model: Mapping[str, Any], tasks: Mapping[str, Any], seed: int,
             started: float, processes: int = 1, **more: Any) -> dict[str, Any]:
     """What results.json says of an evaluation that began at `started` (of `perf_counter`)."""
@@ -256,9 +276,8 @@ def lines(
         draws = [_draw(seed, answers[seed][index], judged[index])
                  for seed, judged in by_seed.items()]
         line = {"id": question.id, "group": question.group, "asked": hashes[question.id],
-                "prompt": "".join(IMAGE_TAG if part is None else part for part in question.prompt),
-                **draws[0], "score": _score(mean.verdict), "answers": list(question.answers),
-                "tags": dict(question.tags)}
+                "prompt": _prompt(question), **draws[0], "score": _score(mean.verdict),
+                "answers": list(question.answers), "tags": dict(question.tags)}
         line |= {"choices": list(question.choices)} if question.choices else {}
         rows.append(line | ({"repeats": draws} if len(draws) > 1 else {}))
     return rows

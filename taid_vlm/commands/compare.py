@@ -33,6 +33,15 @@ def compare(**options: Any) -> Comparison:
 
     Raises:
         TaidError: runs that cannot be compared, with both values of what differs.
+
+    Example:
+        The run of the example of `distill`, beside its teacher and the student before:
+
+        >>> from taid_vlm import compare
+        >>> comparison = compare(runs=["TAID=runs/first"], html="page.html")
+        >>> [kl] = [j for j in comparison.held_out if j.measure.column.key == "kl"]
+        >>> {name: f"{figure.value:.2f}, n = {figure.n}" for name, figure in kl.figures.items()}
+        {'Teacher': '0.00, n = 75', 'Base': '0.40, n = 75', 'TAID': '0.40, n = 75'}
     """
     told = CompareOptions(**options)
 

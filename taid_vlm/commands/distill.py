@@ -43,6 +43,24 @@ def distill(
 
     Raises:
         TaidError: anything a user can mend, with nothing half-written left behind.
+
+    Example:
+        >>> from taid_vlm import distill
+        >>> from taid_vlm.demo.demo import data_folder
+        >>> data = data_folder()  # two tiny models and conversations, which come with the package
+        >>> results = distill({
+        ...     "teacher": str(data / "models/words-teacher"),
+        ...     "student": str(data / "models/words-student"),
+        ...     "data": {"train": str(data / "words/train.jsonl"),
+        ...              "eval": {"path": str(data / "words/eval.jsonl"), "max_records": 20}},
+        ...     "train": {"max_steps": 2, "use_cpu": True}, "output_dir": "runs/first"})
+        >>> results.alignment.case  # same way of splitting text, other ids
+        'b'
+        >>> before, after = results.eval.before, results.eval.after
+        >>> f"{before.kl:.2f} nats a token, {before.n_tokens} tokens, {before.n_answers} answers"
+        '0.40 nats a token, 497 tokens, 75 answers'
+        >>> after.kl != before.kl
+        True
     """
     from taid_vlm.config.recipe import load_recipe, parse_recipe
 

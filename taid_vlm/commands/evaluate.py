@@ -97,6 +97,20 @@ def evaluate(**options: Any) -> dict[str, dict[str, Any]]:
 
     Raises:
         TaidError: anything a user can mend, before weights are loaded where it can show there.
+
+    Example:
+        The student of the example of `distill`, asked two questions:
+
+        >>> from pathlib import Path
+        >>> from taid_vlm import evaluate
+        >>> _ = Path("held.jsonl").write_text(
+        ...     '{"question": "a red circle. is there a square?", "answer": "no"}\\n'
+        ...     '{"question": "a red circle. is there a circle?", "answer": "yes"}\\n')
+        >>> _ = Path("held.yaml").write_text(
+        ...     'type: short_answer\\ndata: held.jsonl\\nimages: false\\nprompt: "{question}"\\n')
+        >>> results = evaluate(model="runs/first", tasks=["held.yaml"], output_dir="runs/eval")
+        >>> [(model, of["tasks"]["held"]["n"]) for model, of in results.items()]
+        [('first', 2)]
     """
     return _evaluate(EvaluateOptions(**options))
 

@@ -29,7 +29,10 @@ class Parser(argparse.ArgumentParser):
         for word in takewhile(lambda word: word != "--", words):
             option = word.partition("=")[0]
             if re.match("--?[A-Za-z]", word) and " " not in option and option not in valid:
-                raise TaidError(f"no option '{option}'.{nearest(option, valid)}")
+                key = option.lstrip("-").replace("-", "_")
+                plain = f" A recipe's key has no dashes: {key}=VALUE." if any(
+                    action.dest == "overrides" for action in self._actions) else ""
+                raise TaidError(f"no option '{option}'.{nearest(option, valid)}{plain}")
         parse = self.parse_args if self._subparsers else self.parse_intermixed_args
         return vars(parse(words))
 

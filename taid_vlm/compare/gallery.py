@@ -78,9 +78,11 @@ def benchmark_images(entry: Mapping[str, Any]) -> Images:
     from taid_vlm.benchmarks.store import data_hash
 
     source = entry.get("source") or {}
-    path = Path(source.get("path") or "").expanduser()
+    if not isinstance(source.get("path"), str):  # of several files no one hash is known
+        return {}
+    path = Path(source["path"]).expanduser()
     try:
-        if not (source.get("path") and source.get("sha256")) or data_hash(path) != source["sha256"]:
+        if not source.get("sha256") or data_hash(path) != source["sha256"]:
             return {}
         data = DataSource(path=str(path), split=source.get("split") or "train",
                           max_records=source.get("max_records"))

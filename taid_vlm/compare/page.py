@@ -134,10 +134,12 @@ def how_measured(comparison: Comparison) -> list[str]:
 def _task(entry: dict[str, Any]) -> str:
     answering, source = entry.get("answering") or {}, entry.get("source") or {}
     settings = ", ".join(f"{key} {value}" for key, value in answering.items() if key != "method")
-    path = Path(source.get("path") or "")
+    paths = source.get("path") or ""
     # where a file lies is nobody's business
+    names = [Path(path).name if Path(path).is_absolute() else path
+             for path in ([paths] if isinstance(paths, str) else paths)]
     data = ", ".join(filter(None, [
-        path.name if path.is_absolute() else source.get("path"),
+        *names,
         f"sha256 {source['sha256'][:16]}" if source.get("sha256") else ""]))
     return (f"{entry['title']}: {entry['n']:,} questions{f' ({data})' if data else ''}, rule "
             f"{entry['rule']}, version {entry['rule_version']}, prompts {entry['prompt_hash']}, "

@@ -16,6 +16,7 @@ from taid_vlm.evaluation.statistics import Estimate
 from taid_vlm.report import Column, Figure, Row, Table
 from taid_vlm.report.columns import FIGURES
 from taid_vlm.report.data import Role
+from taid_vlm.report.run import speed
 
 ROLES: dict[str, Role] = {TEACHER: "teacher", BASE: "start"}
 SPREAD = ("student_entropy", "head_mass", "tail_mass")
@@ -48,6 +49,7 @@ COST = (
     Column("steps", "steps", "", ",.0f"),
     Column("answer_tokens", "answer tokens", "", ",.0f", "seen in training"),
     Column("minutes", "time", "", ",.1f", "minutes of training"),
+    Column("speed", "throughput", "", ",.0f", "answer tokens/s"),
     Column("memory", "peak memory", "", ".2f", "GiB"),
     Column("parameters", "parameters", "", ",.2f", "millions"),
 )
@@ -236,7 +238,8 @@ def cost_table(methods: Sequence[Method]) -> Table | None:
     devices = dict.fromkeys(str(run.results.machine.get("device", "")) for m in methods
                             for run in m.runs)
     caption = f"Measured on: {', '.join(devices)}." if rows else ""
-    return Table("Cost", list(COST), rows, caption) if rows else None
+    columns = [column for column in COST if any(column.key in row.values for row in rows)]
+    return Table("Cost", columns, rows, caption) if rows else None
 
 
 def _cost(method: Method) -> dict[str, Figure]:
@@ -245,6 +248,7 @@ def _cost(method: Method) -> dict[str, Figure]:
         "steps": [r.train.steps for r in every],
         "answer_tokens": [r.train.answer_tokens for r in every],
         "minutes": [r.train.seconds / 60 for r in every],
+        "speed": [speed(r) for r in every],
         "memory": [r.memory.get("peak_device_bytes", r.memory["peak_rss_bytes"]) / 2**30
                    for r in every],
         "parameters": [r.models["student"].parameters / 1e6 for r in every],

@@ -32,8 +32,8 @@ from taid_vlm.config.data import (
 )
 from taid_vlm.config.evaluation import EvaluateSpec
 from taid_vlm.config.kinds import AsWritten, Name, wanted
-from taid_vlm.config.model import StudentSpec, TeacherSpec
-from taid_vlm.config.objective import VISUAL, ObjectiveSpec, read_objective
+from taid_vlm.config.model import ModelSpec, StudentSpec, TeacherSpec
+from taid_vlm.config.objective import VISUAL, ObjectiveSpec, Term, TokenWeights, read_objective
 from taid_vlm.config.secrets import holds_hidden, redact
 from taid_vlm.config.section import Section, check
 from taid_vlm.config.training import train_spec
@@ -41,6 +41,10 @@ from taid_vlm.config.yaml import dump_yaml, parse_yaml, read_yaml
 from taid_vlm.errors import RecipeError, nearest
 
 TEACHERS = "teachers"
+# what a text in place of a mapping stands for, by the mapping's path
+BARE = {**dict.fromkeys(("teacher", "student", TEACHERS), ModelSpec.bare),
+        **dict.fromkeys(("data.train", "data.eval"), DataSource.bare),
+        "objective": Term.bare, "objective.token_weights": TokenWeights.bare}
 TeacherName = Annotated[str, Field(pattern=r"^\w[\w-]*$"), wanted(
     "letters, digits, '_' and '-' (it is part of keys)")]
 
@@ -247,6 +251,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: with the key, the value and what would be valid.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from taid_vlm import load_recipe
+        >>> _ = Path("mine.yaml").write_text(\"\"\"
+        ... teacher: path/to/teacher
+        ... student: path/to/student
+        ... data: {train: train.jsonl}
+        ... train: {learning_rate: 1e-4}
+        ... output_dir: runs/first
+        ... \"\"\")
+        >>> recipe = load_recipe("mine.yaml", ["train.learning_rate=2e-4", "objective=forward_kl"])
+        >>> recipe.train, recipe.objective
+        ({'learning_rate': 0.0002}, 'forward_kl')
     """
     path = Path(path)
     tree = read_yaml(path, "recipe")
@@ -273,10 +291,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"override '{override}' must look like train.max_steps=100.")
     *parents, last = key.split(".")
-    for parent in parents:
+    for depth, parent in enumerate(parents, 1):
         inner = tree.setdefault(parent, {})
-        if isinstance(inner, str) and (parent in ("teacher", "student") or parents[0] == TEACHERS):
-            inner = tree[parent] = {"model_name_or_path": inner}
+        path = TEACHERS if parents[0] == TEACHERS else ".".join(parents[:depth])
+        if isinstance(inner, str) and path in BARE:
+            inner = tree[parent] = {BARE[path]: inner}
         if not isinstance(inner, dict):
             raise RecipeError(f"override '{override}': '{parent}' is no mapping.")
         tree = inner

@@ -17,8 +17,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from taid_vlm.config.messages import one_line
-from taid_vlm.errors import RecipeError, nearest
+from taid_vlm.config.messages import UnknownKey, one_line
+from taid_vlm.errors import RecipeError
 
 Kind = TypeVar("Kind", bound="Section")
 
@@ -39,7 +39,8 @@ class Section(BaseModel):
         try:
             self.__pydantic_validator__.validate_python(value, self_instance=self)
         except ValidationError as error:
-            raise RecipeError(one_line(error, type(self).__name__, tree=value)) from None
+            raise RecipeError(one_line(error, type(self).__name__, tree=value, kind=type(self))
+                              ) from None
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # not for inner sections
 
@@ -54,8 +55,7 @@ class Section(BaseModel):
             raise ValueError(f" must be a mapping, got {value!r:.60}.")
         for key in value:
             if key not in cls.model_fields:
-                raise ValueError(f"{cls.called()} has no key '{key}'."
-                                 f"{nearest(key, cls.model_fields)}")
+                raise UnknownKey(cls.called(), key, cls.model_fields)
         return {key: inner for key, inner in value.items()
                 if inner is not None or not cls.blank_is_absent}
 
@@ -102,4 +102,5 @@ def check(kind: type[Kind] | TypeAdapter[Any], value: Any, whole: str = "",
             return kind.validate_python(value)
         return kind.model_validate(value)
     except ValidationError as error:
-        raise RecipeError(one_line(error, whole, at, value)) from None
+        section = None if isinstance(kind, TypeAdapter) else kind
+        raise RecipeError(one_line(error, whole, at, value, section)) from None

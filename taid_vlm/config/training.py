@@ -84,11 +84,13 @@ class OwnArguments(Section):
             of its own. An optimizer step is gradient_accumulation_steps of them on each device.
         packing: The records of a micro-batch in one row for each model, without padding; refused
             for models in which they would mix (a convolution, linear attention). For flash
-            attention: any other computes all pairs of a row's tokens, which takes longer than the
-            padding that tokens_per_batch leaves.
+            attention, and sdpa on a CPU: any other computes all pairs of a row's tokens, which
+            takes longer than the padding that tokens_per_batch leaves.
         loss_implementation: fused never has all logits in memory; auto takes it where it gives the
             same as reference, which is checked at the first batch.
         loss_memory_budget (bytes): What the fused loss may take for logits and their gradient.
+        loss_logits: float32 makes the fused loss's logits in float32 on a CPU, too, where products
+            of bfloat16 leave rounded to it (auto); benchmarks/objective_cpu.md says at what cost.
         max_nonfinite_steps (steps): A step whose loss or gradient is no number is not applied and
             counted; so many in a row end the run, those of spike_factor among them.
         spike_factor: A step whose loss is above so many times the median of the last applied ones
@@ -114,6 +116,7 @@ class OwnArguments(Section):
     packing: bool = False
     loss_implementation: Literal["auto", "fused", "reference"] = "auto"
     loss_memory_budget: Positive = MEMORY_BUDGET
+    loss_logits: Literal["auto", "float32"] = "auto"
     max_nonfinite_steps: Positive = 10
     spike_factor: AboveOne | None = None
     spike_window: Positive = 100

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,21 +38,31 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class World:
-    """One half of the demo.
+    """One half of the demo, or the real one.
 
-    records: held-out records measured. questions: how many of theirs are answered freely. examples:
-    how many are, in every run's own report.
+    objectives: names of its trained arms. records: held-out records measured. questions: how many
+    of theirs are answered freely, 0 where no one right answer is known. examples: how many are, in
+    every run's own report. bf16: whether products are.
     """
 
     name: str
     title: str
     suffix: str
+    objectives: Sequence[str] = tuple(OBJECTIVES)
     steps: int = 250
     batch_size: int = 16
+    eval_batch_size: int = 50
     learning_rate: float = 2e-3
     records: int = 400
     questions: int = 1000
     examples: int = 12
+    max_new_tokens: int = 48
+    bf16: bool = False
+
+    @property
+    def rows(self) -> list[str]:
+        """Of the comparison: the arms that train, and what they are measured by."""
+        return [*self.objectives, *((TEACHER, BASE) if self.questions else ())]
 
     def held_out(self, data: Path) -> DataSource:
         return DataSource(path=str(data / self.name / f"eval.{self.suffix}"),
@@ -97,8 +107,10 @@ class Arm:
     def recipe(self) -> Recipe:
         """All arms share everything but the objective."""
         world, held_out = self.world, self.world.held_out(self.data)
+        teacher = str(self.models / f"{world.name}-teacher")
+        half = {"bf16": True} if world.bf16 else {}
         return parse_recipe({
-            "teacher": str(self.models / f"{world.name}-teacher"),
+            "teacher": {"model_name_or_path": teacher, "dtype": "bfloat16"} if half else teacher,
             "student": str(self.models / f"{world.name}-student"),
             "data": {
                 "train": str(self.data / world.name / f"train.{world.suffix}"),
@@ -107,11 +119,14 @@ class Arm:
             "objective": dict(self.objective or {}),
             "train": {
                 "max_steps": world.steps, "per_device_train_batch_size": world.batch_size,
-                "per_device_eval_batch_size": 50, "learning_rate": world.learning_rate,
+                "per_device_eval_batch_size": world.eval_batch_size,
+                "learning_rate": world.learning_rate,
                 "lr_scheduler_type": "cosine", "warmup_steps": 10, "logging_steps": 10,
                 "save_strategy": "no", "seed": self.seed, "disable_tqdm": True, "use_cpu": True,
+                **half,
             },
-            "evaluate": {"examples": world.examples, "max_new_tokens": 48, "canary": 0},
+            "evaluate": {"examples": world.examples, "max_new_tokens": world.max_new_tokens,
+                         "canary": 0},
             "output_dir": str(self.run),
         })
 

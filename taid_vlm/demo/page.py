@@ -17,33 +17,38 @@ from taid_vlm.report.run import listed
 
 CONSOLE = ("kl", "agreement", CAPTION_KL.key, QUESTIONS.name)
 
+REAL = ("The teacher is small: its English is good and its arithmetic is not, and students learn "
+        "both. Their start is the teacher without the fifteen layers in its middle.")
+
 Compared = list[tuple[World, Comparison]]
 
 
 def demo_report(compared: Compared, images: Mapping[str, Images], facts: dict[str, Any]) -> Report:
-    """Both comparisons one after the other.
+    """All comparisons one after the other.
 
     Args:
         images: of every world's questions, by their ids.
         facts: what results.json says beside the figures.
     """
-    summary, sections, provenance = list[str](), [_introduction(compared)], _provenance(facts)
+    summary, provenance = list[str](), _provenance(facts)
+    sections = [_introduction(compared, facts["real"])]
     for world, comparison in compared:
         page = comparison_report(comparison, {QUESTIONS.name: images[world.name]})
-        summary += [f"{world.title}: {page.summary[0]}", *page.summary[1:]]
-        sections += [replace(section, title=f"{world.title}: {section.title}")
-                     for section in page.sections]
-        provenance |= {f"{world.title}: {name}": text for name, text in page.provenance.items()}
-    return Report("TAID on two small worlds", summary, sections, provenance)
+        place = f"{world.title}: " if len(compared) > 1 else ""
+        summary += [place + page.summary[0], *page.summary[1:]]
+        sections += [replace(section, title=place + section.title) for section in page.sections]
+        provenance |= {place + name: text for name, text in page.provenance.items()}
+    title = "TAID on a real language model" if facts["real"] else "TAID on two small worlds"
+    return Report(title, summary, sections, provenance)
 
 
-def _introduction(compared: Compared) -> Section:
-    return Section("Two worlds, four objectives", [
+def _introduction(compared: Compared, real: bool) -> Section:
+    more = REAL if real else f"{CAPTION_KL.label.capitalize()}: {CAPTION_KL.help}"
+    return Section("One model, three objectives" if real else "Two worlds, four objectives", [
         "Every arm starts from the same warm start and takes the same steps over the same "
         "conversations in the same order; only the objective differs. One seed and one learning "
         "rate for all: errors are over held-out answers, captions or questions, and say nothing "
-        f"about other seeds. {CAPTION_KL.label.capitalize()}: {CAPTION_KL.help}",
-        *(_of_world(*pair) for pair in compared)])
+        f"about other seeds. {more}", *(_of_world(*pair) for pair in compared)])
 
 
 def _of_world(world: World, comparison: Comparison) -> str:
@@ -51,15 +56,16 @@ def _of_world(world: World, comparison: Comparison) -> str:
     alignment, share = taid.alignment, taid.train.adaptive_share
     assert alignment is not None
     acted = "" if share is None else f" TAID's adaptive term acted in {share:.0%} of the steps."
-    return (f"{world.title}: {world.steps} steps of {world.batch_size} conversations. Alignment "
-            f"of teacher and student, case {alignment.case}: {alignment.reason}.{acted}")
+    products = " Products are in bfloat16, which this CPU has in hardware." if world.bf16 else ""
+    return (f"{world.title}: {world.steps} steps of {world.batch_size} conversations.{products} "
+            f"Alignment of teacher and student, case {alignment.case}: {alignment.reason}.{acted}")
 
 
 def _provenance(facts: dict[str, Any]) -> dict[str, str]:
     largest = facts["memory"]["largest_worker_rss_bytes"] / 2**30
     return {
-        "Command": f"taid-vlm demo --seed {facts['seed']}",
-        "Time": f"{facts['seconds']:.0f} s",
+        "Command": f"taid-vlm demo{' --real' * facts['real']} --seed {facts['seed']}",
+        "Time": f"{facts['seconds']:.0f} s, {facts['cpu_seconds']:.0f} s of CPU",
         "Peak memory": f"{largest:.2f} GiB in the largest worker process",
         "Machine": listed(facts["machine"]),
     }
@@ -68,7 +74,8 @@ def _provenance(facts: dict[str, Any]) -> dict[str, str]:
 def console_table(world: World, comparison: Comparison) -> str:
     """One line per model, in the figures that tell the arms apart."""
     judged = {j.measure.column.key: j for j in (*comparison.held_out, *comparison.benchmarks)}
-    table = figures_table(world.title, [judged[key] for key in CONSOLE], comparison)
+    table = figures_table(world.title, [judged[key] for key in CONSOLE if key in judged],
+                          comparison)
     lines = [f"\n{world.title} ({world.steps} steps each)",
              "  ".join(["", f"{'':<8}", *(f"{c.label:>22}" for c in table.columns)])]
     for row in table.rows:

@@ -13,9 +13,8 @@ from taid_vlm.doctor.rounding import rounding_rows
 from taid_vlm.doctor.streams import Piece, Trace
 from taid_vlm.doctor.table import fact_rows
 from taid_vlm.io.files import write_text
-from taid_vlm.report import charts
-from taid_vlm.report.page import TEMPLATES as REPORT
-from taid_vlm.report.page import csp_hash, data_uri, environment, stylesheet
+from taid_vlm.report.card import public_name
+from taid_vlm.report.page import data_uri, fill
 
 TEMPLATES = Path(__file__).with_name("templates")
 COLOURS = 6  # of linked pieces, in turn
@@ -24,23 +23,23 @@ LINE_BREAK = "↵"
 
 def render(inspection: Inspection) -> str:
     """The page as HTML text; the same inspection always gives the same text."""
-    script = (TEMPLATES / "doctor.js").read_text(encoding="utf-8")
-    css = (TEMPLATES / "doctor.css").read_text(encoding="utf-8")
     sections = groupby(fact_rows(inspection.facts), key=lambda row: row.section)
-    html = environment(TEMPLATES, REPORT).get_template("doctor.html.j2").render(
+    names = [side.name for side in inspection.facts.values()]
+    return fill(
+        "doctor.html.j2", ("doctor.js",), TEMPLATES,
+        (TEMPLATES / "doctor.css").read_text(encoding="utf-8"),
+        pair=" and ".join(map(public_name, names)),
         verdict=inspection.verdict,
         reason=_sentence(inspection.verdict.reason),
         problem="" if inspection.verdict.outcome == "refused" else inspection.problem,
         roles=list(inspection.facts),
-        names=[side.name for side in inspection.facts.values()],
+        names=names,
         sections=[(name, list(rows)) for name, rows in sections],
         record=inspection.record and _record(inspection.record),
         rounding=inspection.quantization,
         rounding_rows=inspection.quantization and rounding_rows(inspection.quantization),
         checks=[_check(check, inspection) for check in inspection.preflight],
-        css=stylesheet() + "\n" + css, script=script, script_hash=csp_hash(script),
     )
-    return charts.clean(html)
 
 
 def write_page(inspection: Inspection, path: Path) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 
 LEVEL = 0.95
 MOST = 1e5  # degrees of freedom that are worth telling apart
+ROUNDING = 1e-12  # an error below it is that of adding up equal scores
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Groups: TypeAlias = Sequence[Hashable] | None
@@ -120,7 +121,7 @@ def share_interval(
         size: how many questions there are.
     """
     n = float(draws)
-    if 0 < value < 1 and half:
+    if 0 < value < 1 and half > ROUNDING:
         n = value * (1 - value) * (student_t(size - 1, level) / half) ** 2 * size / (size - 1)
     k, tail = n * value, (1 - level) / 2
     low = beta_quantile(tail, k, n - k + 1) if k > 0 else 0.0

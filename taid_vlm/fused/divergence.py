@@ -72,15 +72,32 @@ class FusedDivergence(Settings):
         memory_budget: bytes that the logits and gradients of one chunk may take.
         body: "auto" (Triton on CUDA where it has the terms, else compiled where that is worth it),
             "eager", "compiled" or "triton".
+        float32_logits: on a CPU, whose products of half precision leave rounded, make those of the
+            logits in float32 (on CUDA they always are).
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm import FusedDivergence, Head, divergence, parse_objective
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> draw = lambda *shape: torch.randn(*shape, generator=generator)
+        >>> student, student_head = draw(5, 4).requires_grad_(), Head(draw(7, 4))  # N = 5, V = 7
+        >>> teacher, teacher_head = draw(5, 6), Head(draw(7, 6))
+        >>> fused = FusedDivergence(parse_objective("forward_kl"), body="eager")
+        >>> found = fused(student, student_head, teacher, teacher_head)
+        >>> found.loss.backward()  # a sum over tokens, without logits [N, V] of either model
+        >>> naive = divergence("forward_kl", student @ student_head.weight.T,
+        ...                    teacher @ teacher_head.weight.T).sum()
+        >>> torch.allclose(found.loss, naive), student.grad.shape
+        (True, torch.Size([5, 4]))
     """
 
     def __init__(
         self, objective: Objective, maps: Sequence[VocabularyMap] = (), *,
-        memory_budget: int = MEMORY_BUDGET, body: str = "auto",
+        memory_budget: int = MEMORY_BUDGET, body: str = "auto", float32_logits: bool = False,
     ) -> None:
         super().__init__(objective, tuple(
             None if vocabulary.identity else vocabulary for vocabulary in maps) or (None,),
-            memory_budget, body)
+            memory_budget, body, float32_logits)
 
     def __call__(
         self,

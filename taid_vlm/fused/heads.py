@@ -1,14 +1,15 @@
 """Output heads as the fused objective needs them: logits of a few rows, and their way back.
 
 Logits of half-precision heads leave the matrix product in float32 on CUDA; on CPU, whose product
-cannot, they are rounded as the models' own are.
+cannot, they are rounded as the models' own are, unless a call asks for float32 products there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,21 @@ class HeadPass(Protocol):
 
 @dataclass(frozen=True)
 class Head:
-    """A plain matrix: logits = transform(x @ weight.T + bias), weight [V, H], bias [V] or None."""
+    """A plain matrix: logits = transform(x @ weight.T + bias), weight [V, H], bias [V] or None.
+
+    Args:
+        weight: [V, H]. bias: [V].
+        transform: what the model does to its logits: a scale, a softcap.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm import Head
+        >>> head = Head(torch.eye(3)[:, :2])  # 3 entries, hidden states of 2
+        >>> head.rows
+        3
+        >>> head.open().logits(torch.tensor([[1.0, 2.0]]))
+        tensor([[1., 2., 0.]])
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -69,7 +84,7 @@ class Head:
 
     def open(
         self, needs: Sequence[bool] = (), chunks: int = 1, dtype: torch.dtype | None = None,
-        scratch: Scratch | None = None,
+        scratch: Scratch | None = None, float32_logits: bool = False,
     ) -> HeadPass:
         """Begin a call.
 
@@ -78,16 +93,19 @@ class Head:
             chunks: how many there will be.
             dtype: what autocast computes in; None for the parameters' own.
             scratch: where the logits are made, each chunk's in the place of the one before.
+            float32_logits: not to be rounded to half precision on a CPU either.
         """
-        return _MatrixPass(
-            self, needs or [False] * 3, chunks, dtype or self.weight.dtype, scratch or Scratch())
+        return _MatrixPass(self, needs or [False] * 3, chunks, dtype or self.weight.dtype,
+                           scratch or Scratch(), float32_logits)
 
 
 class _MatrixPass:
     def __init__(
-        self, head: Head, needs: Sequence[bool], chunks: int, dtype: torch.dtype, scratch: Scratch
+        self, head: Head, needs: Sequence[bool], chunks: int, dtype: torch.dtype, scratch: Scratch,
+        float32_logits: bool,
     ) -> None:
         self.head, self.needs, self.dtype, self.scratch = head, needs[1:], dtype, scratch
+        self.widened = float32_logits and dtype.itemsize < 4
         self.product = dtype if head.transform.is_identity else _wide(dtype)
         self.weight = head.weight.to(dtype)
         self.bias = None if head.bias is None else head.bias.to(dtype)
@@ -102,8 +120,12 @@ class _MatrixPass:
             z = torch.mm(x, self.weight.T, out_dtype=torch.float32)
             z = z if self.bias is None else z.add_(self.bias)
             return self.head.transform.forward(z)
-        z = self.scratch.take(len(x), self.head.rows, self.dtype, x.device)
-        if self.bias is None:
+        z = self.scratch.take(len(x), self.head.rows, torch.float32 if self.widened else self.dtype,
+                              x.device)
+        if self.widened:
+            _float32_product(x, self.weight, z)
+            z = z if self.bias is None else z.add_(self.bias)
+        elif self.bias is None:
             torch.mm(x, self.weight.T, out=z)
         else:
             torch.addmm(self.bias, x, self.weight.T, out=z)
@@ -144,6 +166,31 @@ class _MatrixPass:
                 for need, g, p in zip(self.needs, found, self.head.parameters(), strict=False)]
 
 
+def _float32_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [n, V] = x [n, H] @ weight.T [V, H] of half precision, in float32, a block of the weight
+    at a time."""
+    x = x.float()
+    with _exact_units(weight.dtype):
+        for start in range(0, len(weight), BLOCK):
+            block = slice(start, start + BLOCK)
+            torch.mm(x, weight[block].float().T, out=out[:, block])
+
+
+@contextlib.contextmanager
+def _exact_units(dtype: torch.dtype) -> Iterator[None]:
+    """Let a CPU multiply float32 numbers that are bfloat16's in its bfloat16 units, where it has
+    them: the products are exact, and are added up in float32."""
+    mkldnn: Any = torch.backends.mkldnn
+    matmul = mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def _leaves_wide(x: Tensor, weight: Tensor) -> bool:
     """Whether their product can leave in float32 without being rounded first."""
     return x.is_cuda and x.dtype.itemsize < 4 and x.dtype == weight.dtype
@@ -171,9 +218,9 @@ class ModuleHead:
 
     def open(
         self, needs: Sequence[bool] = (), chunks: int = 1, dtype: torch.dtype | None = None,
-        scratch: Scratch | None = None,
+        scratch: Scratch | None = None, float32_logits: bool = False,
     ) -> HeadPass:
-        """Begin a call, see `Head.open`."""
+        """Begin a call, see `Head.open`; its logits are of the module's own type."""
         return _ModulePass(self, needs, dtype)
 
 

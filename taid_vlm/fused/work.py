@@ -47,12 +47,14 @@ class Settings:
     """What holds for all calls, and the memory that they share.
 
     maps: vocabulary maps; None where both models have the same rows.
+    float32_logits: those of half-precision heads are not rounded on a CPU either.
     """
 
     objective: Objective
     maps: tuple[VocabularyMap | None, ...]
     memory_budget: int
     body: str
+    float32_logits: bool = False
     student_scratch: Scratch = field(default_factory=Scratch)
     teacher_scratch: Scratch = field(default_factory=Scratch)
     bodies_used: set[str] = field(default_factory=set)
@@ -69,7 +71,8 @@ def open_teacher(
 ) -> HeadPass:
     """A teacher's head; one in half precision computes in its own type, whatever autocast's."""
     own = isinstance(head, Head) and keeps_type(head.weight.dtype)
-    return head.open(dtype=None if own else dtype, scratch=fused.teacher_scratch)
+    return head.open(dtype=None if own else dtype, scratch=fused.teacher_scratch,
+                     float32_logits=fused.float32_logits)
 
 
 class Work:
@@ -144,7 +147,8 @@ class Work:
     ) -> tuple[Tensor, list[Tensor | None]]:
         self._prepare(hidden)
         chunks = list(self._chunks(hidden))
-        head = self.student_head.open(needs, len(chunks), dtype, self.fused.student_scratch)
+        head = self.student_head.open(needs, len(chunks), dtype, self.fused.student_scratch,
+                                      self.fused.float32_logits)
         if self.compares and self.teacher_head is not None:
             self.teacher = open_teacher(self.fused, self.teacher_head, dtype)
         self._look_ahead(head, hidden)
@@ -255,8 +259,10 @@ class Work:
             vocabulary is not None or self.token_weights is not None)
 
     def _in_place(self, vocabulary: VocabularyMap | None, like: Tensor) -> bool:
-        """Whether the gradient takes the logits' place; on CUDA they differ in type."""
-        return self.student_head.reuses_logits and not self._apart(vocabulary) and not like.is_cuda
+        """Whether the gradient takes the logits' place; on CUDA they differ in type, and with
+        `float32_logits`."""
+        return self.student_head.reuses_logits and not self._apart(vocabulary) and not (
+            like.is_cuda or self.fused.float32_logits)
 
     def _compared(
         self, s: Tensor, u: Tensor, vocabulary: VocabularyMap | None, rows: Rows

@@ -336,7 +336,9 @@ def guarded(role: str, name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     except Exception as error:  # tokenizers, for one, raises plain ones
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__
-        hint = "" if Path(name).exists() else _similar_folder(Path(name))
+        hint = "" if Path(name).exists() else (  # so that no network is blamed for a typing error
+            f" There is no folder '{name}' here, so it was taken for a name on the hub."
+            f"{_similar_folder(Path(name))}")
         raise TaidError(f"{role}: cannot load '{name}': {reason}{hint}") from error
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from taid_vlm.adapters.encoded import PER_TOKEN
 from taid_vlm.models.forward import evaluation_mode, forward_names, unwrap
@@ -59,6 +63,54 @@ def fed_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
     """Which tokens of a model's inputs are no padding, [B, T]: of a packed row all."""
     mask = inputs.get("attention_mask")
     return torch.ones_like(inputs["input_ids"]) if mask is None else mask
+
+
+# ----- attention ----------------------------------------------------------------------------
+
+BY_RECORD = "sdpa_by_record"
+
+
+def attend_by_record(model: nn.Module) -> None:
+    """Have the language model of a packed row compute attention record by record, where it has sdpa
+    on a CPU: sdpa over the whole row computes all of its squares, and masks those between records.
+    Rows that are not packed are computed as before."""
+    decoder = unwrap(model).get_decoder()
+    device = next(decoder.parameters()).device.type
+    if device == "cpu" and decoder.config._attn_implementation == "sdpa":
+        decoder.config._attn_implementation = BY_RECORD
+
+
+def _by_record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa (heads [1, heads, n, d] in, [1, n, heads, d] out) of every record alone:
+    its own part of the row's mask, whatever the model makes of that."""
+    cuts = _cuts(options.get("position_ids"), query, key, attention_mask)
+    if len(cuts) < 3 or options.get("position_bias") is not None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return out, None
+    assert attention_mask is not None
+    parts = [sdpa_attention_forward(
+        module, *(x[:, :, start:end] for x in (query, key, value)),
+        attention_mask[:, :, start:end, start:end], **options)[0] for start, end in pairwise(cuts)]
+    return torch.cat(parts, 1), None
+
+
+def _cuts(
+    positions: Tensor | None, query: Tensor, key: Tensor, mask: Tensor | None
+) -> list[int]:
+    """Where a packed row's records begin, and its end; [] of anything else."""
+    n = query.shape[2]
+    if positions is None or mask is None or positions.shape != (1, n) or (
+            mask.shape[-2:] != (n, n) or key.shape[2] != n):
+        return []
+    starts = (positions[0].diff() != 1).nonzero()[:, 0] + 1
+    return [0, *starts.tolist(), n]
+
+
+AttentionInterface.register(BY_RECORD, _by_record)
+AttentionMaskInterface.register(BY_RECORD, sdpa_mask)
 
 
 # ----- whether it is exact ------------------------------------------------------------------

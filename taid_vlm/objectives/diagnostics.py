@@ -35,10 +35,19 @@ def diagnose(
             head_mass and tail_mass: the student's probability on the teacher's 10 most likely
             entries, and on the fifth of all entries that it ranks last (the TAID paper's head and
             tail); teacher_head_mass and teacher_tail_mass: the teacher's own.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm.objectives import diagnose
+        >>> teacher = torch.tensor([[0.8, 0.2]]).log()
+        >>> figures = diagnose(torch.tensor([[0.4, 0.6]]).log(), teacher)
+        >>> {name: round(value.item(), 3) for name, value in figures.items()}  # nats, and a share
+        {'kl': 0.335, 'reverse_kl': 0.382, 'teacher_entropy': 0.5, 'student_entropy': 0.673,
+         'agreement': 0.0}
     """
     rows, names = student_logits.shape[0], CLOSE_DIAGNOSTICS if closely else DIAGNOSTICS
     out = {name: student_logits.new_zeros(rows, dtype=torch.float32) for name in names}
-    for chunk in row_chunks(*student_logits.shape):
+    for chunk in row_chunks(rows, student_logits.shape[1], student_logits.device.type):
         found = _diagnose_rows(student_logits[chunk], teacher_logits[chunk], closely)
         for name, values in found.items():
             out[name][chunk] = values.float()
@@ -93,10 +102,20 @@ def entropy(log_p: Tensor) -> Tensor:
 def best_guess(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """How sure a model is of its most likely token, and whether that is the data's, both [N].
 
-    confidence: its probability among all tokens [N, V]; token_accuracy: 1.0 where it is the label.
+    Args:
+        logits: [N, V]. labels: [N] token ids.
+
+    Returns:
+        confidence: its probability among all tokens; token_accuracy: 1.0 where it is the label.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm.objectives import best_guess
+        >>> best_guess(torch.tensor([[0.8, 0.2], [0.3, 0.7]]).log(), torch.tensor([0, 0]))
+        {'confidence': tensor([0.8000, 0.7000]), 'token_accuracy': tensor([1., 0.])}
     """
     confidence = logits.new_zeros(len(logits), dtype=torch.float32)
-    for rows in row_chunks(*logits.shape):
+    for rows in row_chunks(len(logits), logits.shape[1], logits.device.type):
         x = upcast(logits[rows])
         confidence[rows] = (x.amax(-1) - x.logsumexp(-1)).exp().float()
     return {"confidence": confidence, "token_accuracy": (logits.argmax(-1) == labels).float()}

@@ -36,6 +36,7 @@ LOG_SMALLEST = -149 * math.log(2)  # log of the smallest positive float32
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 1e-3}
 MOST_EXPONENT = 80.0  # beyond, e^r swamps everything beside it, and nears the end of float32
 LANES = 128  # entries that a compiled sum adds up before it adds up their sums
+CACHED = 2**19  # logits on which a thread of a CPU works at a time, pass after pass
 CHUNK_ELEMENTS = 2**24  # rows are worked on in chunks of about this many logits (64 MiB float32)
 
 
@@ -395,6 +396,15 @@ def divergence(
 
     Raises:
         RecipeError: unknown name or parameter, value out of range, shapes that do not match.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm import divergence
+        >>> teacher = torch.tensor([[0.8, 0.2]]).log()  # one token, a vocabulary of two
+        >>> divergence("forward_kl", torch.zeros(1, 2), teacher)  # .8 log(.8/.5) + .2 log(.2/.5)
+        tensor([0.1927])
+        >>> divergence("taid", torch.zeros(1, 2), teacher, t=0.5)  # half the way to the teacher
+        tensor([0.0566])
     """
     name = canonical_name(name, _NAMES)
     parameters = {key: getattr(x, "item", lambda x=x: x)() for key, x in parameters.items()}
@@ -424,11 +434,11 @@ def _check_shapes(name: str, s: Tensor, u: Tensor | None, labels: Tensor | None)
         raise RecipeError(f"loss '{name}' needs labels of shape {tuple(s.shape[:-1])}.")
 
 
-def row_chunks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of at most about CHUNK_ELEMENTS elements, so that temporaries stay small."""
-    step = max(1, CHUNK_ELEMENTS // max(1, width))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def row_chunks(rows: int, width: int, device: str = "") -> Iterator[slice]:
+    """Slices of about CHUNK_ELEMENTS at most, or as many as a "cpu"'s caches hold."""
+    cached = CACHED * torch.get_num_threads() if device == "cpu" else CHUNK_ELEMENTS
+    step = max(1, min(CHUNK_ELEMENTS, cached) // max(1, width))
+    yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def upcast(x: Tensor) -> Tensor:

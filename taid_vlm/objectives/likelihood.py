@@ -26,6 +26,12 @@ def label_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         [N] nats, float32 (float64 for float64 logits).
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm.objectives import label_log_prob
+        >>> label_log_prob(torch.tensor([[0.0, 0.0], [0.0, 30.0]]), torch.tensor([0, 1]))
+        tensor([-6.9315e-01, -9.3576e-14])
     """
     return _LabelLogProb.apply(logits, labels)
 
@@ -90,6 +96,13 @@ def chunk_logits(log_prob: Tensor, chunk: Tensor, chunks: int) -> Tensor:
 
     Returns:
         [chunks, 2], normalised.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm.objectives import chunk_logits
+        >>> tokens = torch.tensor([0.5, 0.5, 0.9]).log()  # two tokens of a chunk, and one of none
+        >>> chunk_logits(tokens, torch.tensor([0, 0, -1]), chunks=1).exp()
+        tensor([[0.2500, 0.7500]])
     """
     index = torch.where(chunk < 0, chunks, chunk)  # no mask, whose size a GPU would be waited for
     total = log_prob.new_zeros(chunks + 1).index_add(0, index, log_prob)[:chunks]

@@ -60,6 +60,17 @@ class Objective:
         tokens count alike.
     on_policy: how answers are sampled from the student; None: they are not.
     sampled: what such answers are trained on.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm import parse_objective
+        >>> objective = parse_objective({"terms": [{"name": "rkl"}, {"name": "ce", "weight": 0.5}]})
+        >>> teacher = torch.tensor([[0.8, 0.2], [0.5, 0.5]]).log()  # [N, K]
+        >>> losses = objective.per_token(torch.zeros(2, 2), teacher, labels=torch.tensor([0, 1]))
+        >>> {name: [round(nats, 3) for nats in loss.tolist()] for name, loss in losses.items()}
+        {'reverse_kl': [0.223, 0.0], 'ce': [0.693, 0.693]}
+        >>> [round(nats, 3) for nats in objective.weighted(losses).tolist()]
+        [0.57, 0.347]
     """
 
     terms: tuple[Term, ...]
@@ -160,8 +171,22 @@ def parse_objective(config: str | Mapping[str, Any]) -> Objective:
     `token_weights: {name: visual_advantage, strength: 1}` lets tokens that need the image count
     more. `taid_vlm/config/objective.py` has every key.
 
+    Args:
+        config: a name, or a mapping as under `objective` of a recipe.
+
     Raises:
         RecipeError: unknown names or keys (with the nearest valid one), values out of range.
+
+    Example:
+        >>> from taid_vlm import parse_objective
+        >>> objective = parse_objective({"terms": [{"name": "taid", "t_start": 0.2},
+        ...                                        {"name": "ce", "weight": 0.1}]})
+        >>> [(term.name, term.weight) for term in objective.terms]
+        [('taid', 1.0), ('ce', 0.1)]
+        >>> objective.schedule(total_steps=100).t
+        0.2
+        >>> parse_objective("jsd").schedule(total_steps=100) is None  # nothing moves
+        True
     """
     spec = read_objective(config)
     terms, visual, router = list[Term](), list[VisualTerm](), 0.0

@@ -39,6 +39,20 @@ class TaidSchedule:
 
     Raises:
         RecipeError: a value out of range.
+
+    The paper's rule (Shing et al., 2025, arXiv:2501.16937, section 3): t grows by alpha sigmoid(m)
+    (1 - t), where m is the running mean of the loss's relative improvement, and is at least on
+    the line from t_start to t_end.
+
+    Example:
+        >>> from taid_vlm import TaidSchedule
+        >>> line = TaidSchedule(total_steps=4, t_start=0.2, adaptive=False)
+        >>> [round(line.update(loss=1.0, step=step), 2) for step in range(4)]
+        [0.2, 0.4, 0.6, 0.8]
+        >>> schedule = TaidSchedule(total_steps=100, t_start=0.2, momentum=0.9)
+        >>> losses = [2.0, 1.6, 1.3, 1.1]  # falls, so that t runs ahead of the line
+        >>> [round(schedule.update(loss, step), 2) for step, loss in enumerate(losses)]
+        [0.2, 0.22, 0.25, 0.27]
     """
 
     def __init__(

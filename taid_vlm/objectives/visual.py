@@ -19,6 +19,13 @@ def advantage_weight(advantage: Tensor, strength: float) -> Tensor:
 
     Args:
         advantage: [N] nats that the image adds to the teacher's log-likelihood of each token.
+        strength: how much more the most advantaged token counts, >= 0.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm.objectives import advantage_weight
+        >>> advantage_weight(torch.tensor([-1.0, 0.0, 0.7, 50.0]), strength=1.0)
+        tensor([1.0000, 1.0000, 1.5034, 2.0000])
     """
     return 1 - strength * torch.expm1(-advantage.clamp(min=0))
 
@@ -36,6 +43,12 @@ def pool(features: Tensor, shape: tuple[int, int], grid: int) -> Tensor:
 
     Returns:
         [grid * grid, D], float32 at least.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm.objectives import pool
+        >>> pool(torch.arange(8.0)[:, None], shape=(2, 4), grid=2).T  # two rows of four, D = 1
+        tensor([[0.5000, 2.5000, 4.5000, 6.5000]])
     """
     vertical, horizontal = (_cells(size, grid, features) for size in shape)
     laid = features.to(vertical.dtype).unflatten(0, shape)
@@ -59,6 +72,14 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         [images], each in [0, 2].
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm.objectives import feature_loss
+        >>> student = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])  # an image of two cells
+        >>> teacher = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
+        >>> feature_loss(student, teacher)  # 0 where they point alike, 1 where they are orthogonal
+        tensor([0.5000])
     """
     return (1 - cosine_similarity(student, teacher.detach(), dim=-1)).mean(-1)
 
@@ -71,6 +92,14 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         [images]; the mean is over all cells * cells pairs.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm.objectives import relation_loss
+        >>> student = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])  # two cells alike
+        >>> teacher = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])  # unlike; another width
+        >>> relation_loss(student, teacher)  # two of the four pairs differ by 1
+        tensor([0.5000])
     """
     ours, theirs = (normalize(x, dim=-1) for x in (student, teacher.detach()))
     return (ours @ ours.mT - theirs @ theirs.mT).square().mean((-2, -1))

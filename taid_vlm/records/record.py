@@ -135,6 +135,14 @@ def parse_record(
 
     Raises:
         RecordError: columns or values that cannot be understood.
+
+    Example:
+        >>> from taid_vlm.records import parse_record
+        >>> record = parse_record({"messages": [
+        ...     {"role": "user", "content": "is it red?"},
+        ...     {"role": "assistant", "content": "no"}]}, "train.jsonl:1")
+        >>> [(message.role, message.parts) for message in record.messages]
+        [('user', ('is it red?',)), ('assistant', ('no',))]
     """
     row = columns = read_columns(row, source)
     images, videos = image_column(row, source, root), video_column(row, source, root)

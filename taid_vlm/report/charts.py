@@ -6,7 +6,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -22,7 +23,8 @@ Points = list[tuple[float, float]]
 
 SIZE = (4.9, 3.0)  # inches, i.e. 353 x 216 SVG units: near its size on a phone, so text is too
 MAX_POINTS = 600  # per series; more than the chart is wide
-HOVERED = 100  # points of a series whose value a pointer can read
+HOVERED = 100  # points of a series whose value can be read
+MARGIN = 0.05  # of an axis, to both sides
 MARKER_LIMIT = 16  # series of so few points show them, which also makes a lone point visible
 NOISY = 250  # longer series are most likely noisy ones, which thick lines turn into bands
 LARGEST = 1e30  # beyond this the axis arithmetic overflows; drawn as a gap like inf
@@ -41,6 +43,28 @@ SVG_SETTINGS: dict[Any, Any] = {
     "path.simplify": True,
     "axes.unicode_minus": True,
 }
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What all charts of a page over one quantity share: its ends, and where values are read."""
+
+    low: float
+    high: float
+    read: frozenset[float]
+
+
+def axes_of(curves: Iterable[Curve]) -> dict[str, Axis]:
+    """By the label of the x axis; of curves without a point none."""
+    drawn: dict[str, list[list[float]]] = {}
+    for curve in curves:
+        every = ([p[0] for p in points if drawable(p, curve.log_y)]
+                 for points in curve.series.values())
+        drawn.setdefault(curve.x_label, []).extend(filter(None, every))
+    return {label: Axis(
+        min(map(min, series)), max(map(max, series)), frozenset(
+            x for xs in series for x in (*xs[:: math.ceil(len(xs) / HOVERED)], xs[-1])))
+        for label, series in drawn.items() if series}
 
 
 def drawable(point: tuple[float, float], log_y: bool) -> bool:
@@ -71,13 +95,18 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
     return [points[i] for i in sorted(kept)]
 
 
-def draw(curve: Curve, styles: Mapping[str, Style], prefix: str) -> str:
+def draw(
+    curve: Curve, styles: Mapping[str, Style], prefix: str, shared: Mapping[str, Axis] | None = None
+) -> str:
     """The curve as an ``<svg>`` element, or an empty string when no point can be drawn.
 
-    ``prefix`` starts every id of the element and must be unique on the page.
+    ``prefix`` starts every id of the element and must be unique on the page; ``shared`` are the
+    axes of all its curves.
     """
-    if not any(drawable(p, curve.log_y) for points in curve.series.values() for p in points):
+    own = axes_of([curve])
+    if not own:
         return ""
+    axis = (own if shared is None else shared)[curve.x_label]
     import matplotlib  # lazy: a page without curves needs no matplotlib
     from matplotlib.figure import Figure as Canvas
 
@@ -85,14 +114,18 @@ def draw(curve: Curve, styles: Mapping[str, Style], prefix: str) -> str:
         warnings.simplefilter("ignore")  # glyphs that the layout font lacks; the browser has them
         canvas = Canvas(figsize=SIZE, layout="constrained", facecolor="none")
         axes = canvas.add_subplot(facecolor="none")
-        titles = {f"series-{number}": [_plot(axes, name, points, curve, styles)]
+        axes.patch.set_gid("frame")
+        titles = {f"series-{number}": _plot(axes, name, points, curve, styles)
                   for number, (name, points) in enumerate(curve.series.items(), start=1)}
-        titles |= {f"values-{number}": _hover(axes, number, name, points, curve)
-                   for number, (name, points) in enumerate(curve.series.items(), start=1)}
+        read = {f"values-{number}": _hover(axes, number, points, curve, axis)
+                for number, points in enumerate(curve.series.values(), start=1)}
         _dress(axes, curve)
+        if axis.low < axis.high:
+            margin = MARGIN * (axis.high - axis.low)
+            axes.set_xlim(axis.low - margin, axis.high + margin)
         stream = io.StringIO()
         canvas.savefig(stream, format="svg", metadata={"Date": None}, facecolor="none")
-    return _inline(stream.getvalue(), prefix, curve.title, titles)
+    return _inline(stream.getvalue(), prefix, curve, titles, read)
 
 
 def save_png(curves: Sequence[Curve], styles: Mapping[str, Style], path: Path) -> None:
@@ -131,14 +164,13 @@ def _plot(axes: Axes, name: str, points: Points, curve: Curve, styles: Mapping[s
     return f"{name}: last {finite[-1][1]:.4g} at {finite[-1][0]:g}" if finite else name
 
 
-def _hover(axes: Axes, number: int, name: str, points: Points, curve: Curve) -> list[str]:
-    """Put something invisible over the points for the pointer to find; returns their tooltips."""
-    shown = thin([p for p in points if drawable(p, curve.log_y)], HOVERED)
-    if not shown:
-        return []
-    axes.plot(*_columns(shown), linestyle="", marker="o", markersize=10, markeredgewidth=0,
-              alpha=0, color=INK, gid=f"values-{number}")
-    return [f"{name}: {y:.4g} at {x:g}" for x, y in shown]
+def _hover(axes: Axes, number: int, points: Points, curve: Curve, axis: Axis) -> Points:
+    """Put something invisible over the points that can be read; returns these."""
+    shown = [p for p in points if drawable(p, curve.log_y) and p[0] in axis.read]
+    if shown:
+        axes.plot(*_columns(shown), linestyle="", marker="o", markersize=10, markeredgewidth=0,
+                  alpha=0, color=INK, gid=f"values-{number}")
+    return shown
 
 
 def _columns(points: Points) -> tuple[Sequence[float], Sequence[float]]:
@@ -185,7 +217,10 @@ def clean(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "", text)
 
 
-def _inline(svg: str, prefix: str, title: str, titles: Mapping[str, Sequence[str]]) -> str:
+def _inline(
+    svg: str, prefix: str, curve: Curve, titles: Mapping[str, str],
+    read: Mapping[str, Points],
+) -> str:
     """Fit matplotlib's SVG document into an HTML page.
 
     Namespaces, metadata and the global style sheet go (HTML needs none of them), ids become
@@ -198,9 +233,20 @@ def _inline(svg: str, prefix: str, title: str, titles: Mapping[str, Sequence[str
     for element in root.iter():
         element.tag = _local(element.tag)
         element.attrib = {_local(k): _value(k, v, prefix) for k, v in element.attrib.items()}
-        _add_tooltip(element, prefix, titles)
-    viewbox = root.get("viewBox", "")
-    root.attrib = {"viewBox": viewbox, "role": "img", "aria-label": clean(title)}
+    parts = {e.get("id", "").removeprefix(f"{prefix}-"): e for e in root.iter()}
+    parts["frame"].set("data-frame", "")
+    for part, text in titles.items():
+        if part in parts:
+            _add_tooltip(parts[part], text)
+    for name, (part, points) in zip(curve.series, read.items(), strict=True):
+        if points:
+            parts[part].set("data-points", "")
+            marks = [e for e in parts[part].iter() if e.tag == "use"]
+            for mark, (x, y) in zip(marks, points, strict=True):
+                mark.set("data-x", f"{x:g}")
+                _add_tooltip(mark, f"{name}: {y:.4g} at {x:g}")
+    root.attrib = {"viewBox": root.get("viewBox", ""), "role": "img",
+                   "aria-label": clean(curve.title)}
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -218,14 +264,7 @@ def _value(key: str, value: str, prefix: str) -> str:
     return re.sub(r"#[0-9a-f]{6}\b", lambda m: CSS_COLOURS.get(m[0], m[0]), value)
 
 
-def _add_tooltip(
-    element: ElementTree.Element, prefix: str, titles: Mapping[str, Sequence[str]]
-) -> None:
-    """To a series its last value; to what lies over its points, each one's."""
-    name = element.get("id", "").removeprefix(f"{prefix}-")
-    owners = [element] if name.startswith("series-") else \
-        [inner for inner in element.iter() if _local(inner.tag) == "use"]
-    for owner, text in zip(owners, titles.get(name, ()), strict=False):
-        tooltip = ElementTree.Element("title")
-        tooltip.text = clean(text)
-        owner.insert(0, tooltip)
+def _add_tooltip(element: ElementTree.Element, text: str) -> None:
+    tooltip = ElementTree.Element("title")
+    tooltip.text = clean(text)
+    element.insert(0, tooltip)

@@ -87,7 +87,8 @@ class Example:
 
     ``image`` holds the bytes of a PNG or JPEG (``None`` for a text-only question), ``answers`` maps
     the name of a model to its answer. ``scores`` is what a benchmark's rule gave each answer, from
-    0 to 1; without it an answer is right where it is the reference.
+    0 to 1; without it an answer is right where it is the reference. ``progress`` is what the last
+    of the models said on its way, by step.
     """
 
     image: bytes | None
@@ -96,6 +97,7 @@ class Example:
     category: str
     answers: dict[str, str]
     scores: dict[str, float] = field(default_factory=dict)
+    progress: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

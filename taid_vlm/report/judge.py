@@ -89,10 +89,14 @@ def mark(example: Example, name: str) -> Mark:
     free-form categories."""
     if example.scores:
         return _by_score(example.scores.get(name))
+    return match(example, example.answers.get(name, ""))
+
+
+def match(example: Example, answer: str) -> Mark:
+    """By exact match alone."""
     if is_free_form(example):
         return ""
-    same = normalised(example.answers[name]) == normalised(example.reference)
-    return "right" if same else "wrong"
+    return "right" if normalised(answer) == normalised(example.reference) else "wrong"
 
 
 def _by_score(score: float | None) -> Mark:

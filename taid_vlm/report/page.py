@@ -6,8 +6,9 @@ import base64
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from taid_vlm.report.data import Column, Curve, Example, Figure, Report, Row, Se
 from taid_vlm.report.palette import Style
 
 TEMPLATES = Path(__file__).with_name("templates")
-SCRIPTS = ("gallery.js", "tables.js")
+SCRIPTS = ("charts.js", "gallery.js", "tables.js")
 MISSING = "\u2013"  # en dash
 ANSWER_LIMIT = 240  # characters shown of an answer; the rest is in its tooltip
 PROMPT_LIMIT = 600
+MOST_STEPS = 8  # answers of a student on its way that a card shows
 DENSE = 6  # columns, beyond which a table is set closer
 TINY_IMAGE = 160  # pixels; narrower images are enlarged with hard edges instead of blur
 BETTER = {"higher": ("↑", "higher is better"), "lower": ("↓", "lower is better"), "": ("", "")}
@@ -68,17 +70,23 @@ class Cell:
 def render(report: Report) -> str:
     """The page as HTML text; the same report always gives the same text."""
     styles = palette.assign(report)
-    script = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    template = environment(TEMPLATES).get_template("report.html.j2")
-    html = template.render(
-        report=report,
-        styles=styles,
-        sections=[_section(s, f"s{i}", styles) for i, s in enumerate(report.sections, start=1)],
-        css=stylesheet(),
-        script=script,
-        script_hash=csp_hash(script),
-    )
-    return charts.clean(html)
+    axes = charts.axes_of(curve for section in report.sections for curve in section.curves)
+    sections = [_section(section, f"s{i}", styles, axes)
+                for i, section in enumerate(report.sections, start=1)]
+    return fill("report.html.j2", SCRIPTS, report=report, styles=styles, sections=sections)
+
+
+def fill(
+    template: str, scripts: Sequence[str], folder: Path = TEMPLATES, css: str = "", **values: Any
+) -> str:
+    """A page on the ground that all share.
+
+    Args:
+        template, scripts: files of `folder`. css: what it adds to the look of all pages.
+    """
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in scripts)
+    return charts.clean(environment(folder, TEMPLATES).get_template(template).render(
+        css=stylesheet() + css, script=script, script_hash=csp_hash(script), **values))
 
 
 def write_report(report: Report, path: Path) -> Path:
@@ -109,12 +117,14 @@ def csp_hash(script: str) -> str:
     return "sha256-" + base64.b64encode(digest).decode("ascii")
 
 
-def _section(section: Section, anchor: str, styles: Styles) -> dict[str, Any]:
+def _section(
+    section: Section, anchor: str, styles: Styles, axes: Mapping[str, charts.Axis]
+) -> dict[str, Any]:
     curves = enumerate(section.curves, start=1)
     parts = {
         "text": section.text,
         "tables": [_table(table) for table in section.tables],
-        "curves": [_curve(curve, f"{anchor}c{i}", styles) for i, curve in curves],
+        "curves": [_curve(curve, f"{anchor}c{i}", styles, axes) for i, curve in curves],
         "gallery": _gallery(section.examples),
     }
     return {"anchor": anchor, "title": section.title, "empty": not any(parts.values()), **parts}
@@ -226,12 +236,15 @@ def _sizes(table: Table) -> str:
 # Curves
 
 
-def _curve(curve: Curve, prefix: str, styles: Styles) -> dict[str, Any]:
+def _curve(
+    curve: Curve, prefix: str, styles: Styles, axes: Mapping[str, charts.Axis]
+) -> dict[str, Any]:
     return {
         "title": curve.title,
+        "x_label": curve.x_label,
         "caption": curve.caption,
         "names": list(curve.series),
-        "svg": charts.draw(curve, styles, prefix),
+        "svg": charts.draw(curve, styles, prefix, axes),
         "left_out": charts.left_out(curve),
         "log_y": curve.log_y,
     }
@@ -241,16 +254,20 @@ def _curve(curve: Curve, prefix: str, styles: Styles) -> dict[str, Any]:
 
 
 def _gallery(examples: list[Example]) -> dict[str, Any] | None:
-    """Cards where the models disagree come first and free-form ones last."""
+    """Cards that show a student learn come first, then those where the models disagree, free-form
+    ones last."""
     if not examples:
         return None
-    ordered = sorted(examples, key=lambda e: (-judge.disagreement(e), _is_unmarked(e)))
+    ordered = sorted(examples, key=lambda e: (
+        not e.progress, -judge.disagreement(e), _is_unmarked(e)))
     return {
         "cards": [_card(example) for example in ordered],
         "categories": list(Counter(example.category for example in examples).items()),
         "disagreements": sum(judge.disagreement(example) > 0 for example in examples),
         "images": any(example.image for example in examples),
         "unmarked": any(map(_is_unmarked, examples)),
+        "progress": max(len(_stretches(example.progress)) for example in examples),
+        "most": MOST_STEPS,
         "by_rule": any(example.scores for example in examples),
         "by_match": any(not example.scores for example in examples),
     }
@@ -261,6 +278,10 @@ def _is_unmarked(example: Example) -> bool:
 
 
 def _card(example: Example) -> dict[str, Any]:
+    answers = [(name, True, clip(answer, ANSWER_LIMIT), judge.mark(example, name))
+               for name, answer in example.answers.items()]
+    steps = [(label, False, clip(answer, ANSWER_LIMIT), judge.match(example, answer))
+             for label, answer in _thinned(_stretches(example.progress))]
     return {
         "image": data_uri(example.image) if example.image else "",
         "tiny": _is_tiny(example.image or b""),
@@ -268,11 +289,22 @@ def _card(example: Example) -> dict[str, Any]:
         "prompt": clip(example.prompt, PROMPT_LIMIT),
         "reference": clip(example.reference, ANSWER_LIMIT),
         "disagree": judge.disagreement(example) > 0,
-        "answers": [
-            (name, clip(answer, ANSWER_LIMIT), judge.mark(example, name))
-            for name, answer in example.answers.items()
-        ],
+        "answers": [*answers[:-1], *steps, *answers[-1:]],
     }
+
+
+def _stretches(progress: Mapping[int, str]) -> list[tuple[str, str]]:
+    """Where the answer stayed the same, one label for all of these steps."""
+    runs = [(answer, [step for step, _ in steps])
+            for answer, steps in groupby(sorted(progress.items()), key=lambda item: item[1])]
+    return [(f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}", answer)
+            for answer, steps in runs]
+
+
+def _thinned(stretches: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """At most ``MOST_STEPS``, evenly spaced."""
+    shown = min(len(stretches), MOST_STEPS)
+    return [stretches[index * len(stretches) // shown] for index in range(shown)]
 
 
 def clip(text: str, limit: int) -> Clipped:

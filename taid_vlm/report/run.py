@@ -89,7 +89,9 @@ def figures_table(
 def _figure(means: Means | None, key: str) -> Figure:
     if means is None or key not in means.figures:
         return Figure(None)
-    return Figure(means.figures[key], means.figures.get(f"{key}_stderr"), means.n_tokens)
+    # moments, categories and teachers of one run are no competitors
+    return Figure(means.figures[key], means.figures.get(f"{key}_stderr"), means.n_tokens,
+                  verdict="")
 
 
 def _tables(results: Results) -> list[Table]:
@@ -171,7 +173,7 @@ def curves(history: Sequence[dict[str, Any]]) -> list[Curve]:
 
 def _card(example: of_run.Example, image: ImageRef | None) -> Example:
     return Example(png(image.still()) if image else None, example.prompt, example.reference,
-                   example.category, example.answers)
+                   example.category, example.answers, progress=example.progress)
 
 
 def _title(results: Results) -> str:
@@ -187,17 +189,24 @@ def _title(results: Results) -> str:
 
 def _summary(results: Results, answers: Sequence[AnswerPair]) -> list[str]:
     before, after = results.eval.before, results.eval.after
-    if not before or not after or "kl" not in after.figures:
+    if not before or not after:
         return [f"Trained for {results.train.steps} steps."]
-    first, last = before.figures, after.figures
-    error = f" (± {last['kl_stderr']:.4f})" if is_finite(last["kl_stderr"]) else ""
+    if "kl" not in after.figures:
+        return [_went("NLL of the data", "nll", "token accuracy", "token_accuracy", before, after)]
     return [
-        *verdict(first["kl"], last["kl"], answers, results.history),
-        f"Held-out KL(teacher ‖ student) went from {first['kl']:.4f} to {last['kl']:.4f} nats "
-        f"per answer token{error}, top-1 agreement from "
-        f"{first['agreement']:.1%} to {last['agreement']:.1%}, "
-        f"on {after.n_tokens:,} tokens of {after.n_answers:,} answers.",
-    ]
+        *verdict(before.figures["kl"], after.figures["kl"], answers, results.history),
+        _went("KL(teacher ‖ student)", "kl", "top-1 agreement", "agreement", before, after)]
+
+
+def _went(
+    what: str, key: str, share: str, share_key: str, before: HeldOut, after: HeldOut
+) -> str:
+    first, last = before.figures, after.figures
+    stderr = last[f"{key}_stderr"]
+    error = f" (± {stderr:.4f})" if is_finite(stderr) else ""
+    return (f"Held-out {what} went from {first[key]:.4f} to {last[key]:.4f} nats per answer "
+            f"token{error}, {share} from {first[share_key]:.1%} to {last[share_key]:.1%}, on "
+            f"{after.n_tokens:,} tokens of {after.n_answers:,} answers.")
 
 
 def verdict(
@@ -303,7 +312,9 @@ def provenance(results: Results) -> dict[str, str]:
         **models,
         "Seed": str(results.seed),
         "Recipe hash": results.recipe_hash,
-        "Training": f"{train.steps} steps, {train.seconds:.0f} s{_speed(results)}",
+        "Training": f"{train.steps} steps, {train.seconds:.0f} s" + (
+            "" if (median := speed(results)) is None else
+            f", {median:,.0f} answer tokens/s (median)"),
         **({} if loss is None else {"Loss": ", ".join(filter(None, (
             loss.name, *loss.bodies, loss.reason)))}),
         "Peak memory": ", ".join(
@@ -313,9 +324,10 @@ def provenance(results: Results) -> dict[str, str]:
     }
 
 
-def _speed(results: Results) -> str:
+def speed(results: Results) -> float | None:
+    """Median answer tokens per second of the training."""
     speeds = [row[SPEED] for row in results.history if is_finite(row.get(SPEED))]
-    return f", {statistics.median(speeds):,.0f} answer tokens/s (median)" if speeds else ""
+    return statistics.median(speeds) if speeds else None
 
 
 def _served(model: Model) -> str:

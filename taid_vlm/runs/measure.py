@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from taid_vlm.config.data import listed
 from taid_vlm.config.model import ModelSpec
@@ -29,6 +31,8 @@ from taid_vlm.runs.results import Alignment, Example, HeldOutData, Results, Stag
 from taid_vlm.teachers import CachedTeacher, ServedTeacher, SharedTeacher, Teachers
 from taid_vlm.training.on_policy import Rollouts
 from taid_vlm.training.trainer import DistillationTrainer
+
+PROGRESS = 3  # examples, where a recipe says nothing
 
 
 @dataclass(frozen=True)
@@ -68,25 +72,57 @@ class Measuring:
     def __call__(self, *roles: str) -> Measured:
         """Now; roles: which models answer the questions, "teacher" or "student"."""
         self.trainer.place_student()
-        answers = {role: self._answers(role) for role in roles}
+        answers = {role: self.ask(role, self.questions) for role in roles}
         if self.records is None:
             return Measured(None, {}, answers)
         return Measured(self.trainer.tally(self.records, keep_answers=True),
                         self.trainer.look(self.records), answers)
 
-    def _answers(self, role: str) -> list[str]:
+    def ask(self, role: str, questions: Sequence[Question]) -> list[str]:
         """Greedy answers, the same in every process: a sharded model is asked by all at once."""
         trainer, model = self.trainer, model_of(self.trainer, role)
-        if not self.questions or model is None:
+        if not questions or model is None:
             return []
         plain = trainer.accelerator.unwrap_model(model)
         try:
             with torch.random.fork_rng():
-                return generate_answers(plain, getattr(trainer.collator, role), self.questions,
+                return generate_answers(plain, getattr(trainer.collator, role), questions,
                                         max_new_tokens=self.recipe.evaluate.max_new_tokens)
         except SampleDropped as problem:
             raise TaidError(f"evaluate.examples: the {role} cannot be asked a question of "
                             f"data.eval: {problem}. Set evaluate.examples to 0.") from problem
+
+
+class Progress(TrainerCallback, ExportableState):
+    """What the student says to the first of the questions at every evaluation of a training.
+
+    answers: by step; carried through checkpoints, so that none after the last one stays.
+    """
+
+    def __init__(self, measuring: Measuring) -> None:
+        self.measuring, trainer = measuring, measuring.trainer
+        number = measuring.recipe.evaluate.progress
+        if number is None:
+            number = 0 if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else PROGRESS
+        self.questions = measuring.questions[:number]
+        self.answers: dict[int, list[str]] = {}
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        # of a checkpoint that was written without it there is nothing
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {"attributes": {}})
+        self.answers = {int(step): texts
+                        for step, texts in saved["attributes"].get("answers", {}).items()}
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.answers[state.global_step] = self.measuring.ask("student", self.questions)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"answers": self.answers}}
+
+    def of(self, index: int) -> dict[int, str]:
+        """The answers to one of the questions."""
+        return {step: texts[index] for step, texts in self.answers.items() if index < len(texts)}
 
 
 def make_measuring(trainer: DistillationTrainer, recipe: Recipe, records: Any) -> Measuring:
@@ -104,8 +140,8 @@ def model_of(trainer: DistillationTrainer, role: str) -> Any:
 
 
 def outcome_of(
-    measuring: Measuring, before: Measured, after: Measured, train: Train, recipe_hash: str,
-    stages: Sequence[Stage],
+    measuring: Measuring, before: Measured, after: Measured, progress: Progress, train: Train,
+    recipe_hash: str, stages: Sequence[Stage],
 ) -> Outcome:
     """All that there is to say about a run that has been trained.
 
@@ -126,7 +162,7 @@ def outcome_of(
         "models": _models(trainer, recipe), "train": train, "memory": peak_memory(),
         "machine": {**machine(), "processes": trainer.accelerator.num_processes},
         "versions": versions(), "history": trainer.state.log_history,
-        "examples": [_example(question, index, answers)
+        "examples": [_example(question, index, answers, progress.of(index))
                      for index, question in enumerate(measuring.questions)],
         "stages": list(stages),
     })
@@ -175,12 +211,15 @@ def _data(recipe: Recipe, records: Any) -> HeldOutData | None:
         records=len(records), sha256=fingerprint(records))
 
 
-def _example(question: Question, index: int, answers: Mapping[str, list[str]]) -> Example:
+def _example(
+    question: Question, index: int, answers: Mapping[str, list[str]], progress: dict[int, str]
+) -> Example:
     record, turn = question
     return Example(
         source=record.source, turn=turn, category=record.category(turn),
         prompt=record.question(turn), reference=record.answers[turn],
-        answers={role: texts[index] for role, texts in answers.items() if texts})
+        answers={role: texts[index] for role, texts in answers.items() if texts},
+        progress=progress)
 
 
 def _alignment(pairing: Any) -> Alignment | None:

@@ -284,6 +284,7 @@ class Example(Part):
 
     source, turn: the record, and which of its answers. category, prompt, reference: as in the data.
     answers: greedy, by "teacher" (several are not asked), student "before" and "after" training.
+    progress: the student's at evaluations in training, by step.
     """
 
     source: str
@@ -292,6 +293,7 @@ class Example(Part):
     prompt: str
     reference: str
     answers: dict[str, str]
+    progress: dict[int, str] = {}
 
 
 class Stage(Part):

@@ -34,7 +34,7 @@ from taid_vlm.runs.folders import (
     refuse_in_the_way,
 )
 from taid_vlm.runs.ingredients import Ingredients, gather, lora_config
-from taid_vlm.runs.measure import Outcome, make_measuring, outcome_of, train_account
+from taid_vlm.runs.measure import Outcome, Progress, make_measuring, outcome_of, train_account
 from taid_vlm.runs.narration import Narrator, TaidCurves, opening
 from taid_vlm.runs.publish import Push, prepare_push, push_student
 from taid_vlm.runs.results import Stage
@@ -110,6 +110,7 @@ def _carry_out(
     before = measure("teacher", "student")
     if before.tally is not None:
         refuse_absent(trainer.args.metric_for_best_model, summarise(before.tally))
+    progress = Progress(measure)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
@@ -117,8 +118,8 @@ def _carry_out(
     save_student(trainer, output / STUDENT, base)
     with _student_is_safe(output / STUDENT):
         train = train_account(trainer, seconds, checkpoint, measure.records)
-        outcome = outcome_of(measure, before, measure("student"), train, whole.digest(),
-                             place.earlier if place else ())
+        outcome = outcome_of(measure, before, measure("student"), progress, train,
+                             whole.digest(), place.earlier if place else ())
         if recipe.student.peft is not None:
             outcome = _saved_as(outcome, "adapter" if base is None else "merged")
         if trainer.is_world_process_zero():

@@ -45,6 +45,8 @@ class DistillationConfig(TrainingArguments):
         loss_implementation: "fused" (never all logits in memory), "reference", or "auto": fused
             where it gives the same, which is checked at the first batch.
         loss_memory_budget: bytes that the fused loss may take for logits and their gradient.
+        loss_logits: "float32" makes the fused loss's logits in float32 on a CPU, too, where "auto"
+            takes them as half-precision products leave them.
         max_nonfinite_steps: steps in a row with a loss or gradient that is no number, after which
             the run ends; such a step is not applied.
         spike_factor, spike_window: a step whose loss is above `spike_factor` times the median of
@@ -62,6 +64,13 @@ class DistillationConfig(TrainingArguments):
         chat_template_kwargs, teacher_chat_template_kwargs: variables of the student's and the
             teacher's chat templates; of several teachers by name.
         teacher_weights: of several teachers, the mixture for records that name none.
+
+    Example:
+        >>> from taid_vlm import DistillationConfig
+        >>> args = DistillationConfig("runs/first", objective={"name": "taid", "t_start": 0.2},
+        ...                           learning_rate=1e-4, max_steps=100, use_cpu=True)
+        >>> args.objective["name"], args.supervise, args.loss_implementation
+        ('taid', 'answers', 'auto')
     """
 
     objective: str | dict[str, Any] = field(default="taid")
@@ -73,6 +82,7 @@ class DistillationConfig(TrainingArguments):
     canary_records: int = field(default=64)
     loss_implementation: str = field(default="auto")
     loss_memory_budget: int = field(default=MEMORY_BUDGET)
+    loss_logits: str = field(default="auto")
     max_nonfinite_steps: int = field(default=10)
     spike_factor: float | None = field(default=None)
     spike_window: int = field(default=100)

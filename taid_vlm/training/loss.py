@@ -144,16 +144,19 @@ class FusedStep:
         student: wrapped or not; its innermost forward takes one argument more from now on.
         transform: what the student does behind its head.
         memory_budget: bytes that a chunk of logits may take.
+        float32_logits: see `FusedDivergence`.
     """
 
     def __init__(
         self, objective: Objective, pairing: Pairing | None, student: nn.Module,
         transform: LogitTransform, memory_budget: int, autocast: Autocast,
+        float32_logits: bool = False,
     ) -> None:
         self.objective, self.pairing, self.transform = objective, pairing, transform
         self.autocast = autocast
         maps = pairing.maps if pairing is not None and objective.needs_teacher else ()
-        self.fused = FusedDivergence(objective, maps, memory_budget=memory_budget)
+        self.fused = FusedDivergence(objective, maps, memory_budget=memory_budget,
+                                     float32_logits=float32_logits)
         accept_distill(unwrap(student))
 
     def report(self) -> dict[str, Any]:
@@ -264,7 +267,7 @@ def choose_step(
     implementation: str, objective: Objective, pairing: Pairing | None, student: nn.Module,
     teacher: Teacher | None, probe: Batch, memory_budget: int = MEMORY_BUDGET,
     autocast: Autocast = contextlib.nullcontext,
-    find: Callable[[], LogitTransform | None] | None = None,
+    find: Callable[[], LogitTransform | None] | None = None, float32_logits: bool = False,
 ) -> Step:
     """The implementation asked for; "auto" takes the fused one where it gives the same.
 
@@ -273,6 +276,7 @@ def choose_step(
             logits. Moves no random state.
         autocast: a new context of mixed precision, if the run has one.
         find: gives what stands behind the student's head, if that is known.
+        float32_logits: see `FusedDivergence`.
 
     Raises:
         TaidError: "fused" for something only the reference can do, with the reason.
@@ -301,7 +305,8 @@ def choose_step(
         elif teacher is not None and objective.needs_teacher and teacher.hidden(probe) is None:
             reason = _unknown_head("teacher", getattr(teacher, "model", None))
     if reason is None and transform is not None:
-        return FusedStep(objective, pairing, student, transform, memory_budget, autocast)
+        return FusedStep(objective, pairing, student, transform, memory_budget, autocast,
+                         float32_logits)
     if implementation == "fused":
         raise TaidError(f"loss_implementation = 'fused', but {reason}. Use auto or reference.")
     logger.warning("The loss keeps the logits of all answer positions: %s.", reason)

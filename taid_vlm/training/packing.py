@@ -21,7 +21,12 @@ from taid_vlm.config.recipe import TEACHERS
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.model_head import ALLOWED, ALLOWED_HALF
 from taid_vlm.models.forward import answer_logits, unwrap
-from taid_vlm.models.packing import packed, packing_error, why_unpackable
+from taid_vlm.models.packing import (
+    attend_by_record,
+    packed,
+    packing_error,
+    why_unpackable,
+)
 from taid_vlm.teachers.several import each
 
 MEND = "Leave out train.packing; train.tokens_per_batch alone saves most of the padding."
@@ -48,6 +53,7 @@ class Packing:
             self._unchecked = set(models)
             for role, (model, _) in models.items():
                 check_packable(model, role)
+                attend_by_record(model)
         for role in sorted(self._unchecked):
             part, side = _part(batch, role)
             if all(gather_object([part is not None and len(part["row"].unique()) > 1])):

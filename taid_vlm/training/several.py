@@ -139,7 +139,8 @@ class SeveralStep:
         """The step against one teacher, or on the data."""
         return choose_step(
             self.args.loss_implementation, objective, pairing, self.student, teacher, probe,
-            self.args.loss_memory_budget, self.autocast, find=lambda: self.transform)
+            self.args.loss_memory_budget, self.autocast, find=lambda: self.transform,
+            float32_logits=self.args.loss_logits == "float32")
 
     def _answers(
         self, student: Any, inputs: Mapping[str, Tensor], mask: Tensor
@@ -208,7 +209,8 @@ def step_of(
     if isinstance(teacher, Teachers) and objective.needs_teacher:
         return SeveralStep.of(objective, teacher, student, probe, args, accelerator)
     return choose_step(args.loss_implementation, objective, pairing, student, teacher, probe,
-                       args.loss_memory_budget, accelerator.autocast)
+                       args.loss_memory_budget, accelerator.autocast,
+                       float32_logits=args.loss_logits == "float32")
 
 
 def plain_step_of(objective: Objective, pairing: Pairing | None, teacher: Any) -> Step | NoTokens:

@@ -84,6 +84,16 @@ class DistillationTrainer(Trainer):
 
     Raises:
         TaidError: a pair, data or objective that cannot work, before any training.
+
+    Example:
+        >>> from taid_vlm import DistillationConfig, DistillationTrainer
+        >>> from taid_vlm.demo.demo import data_folder
+        >>> tiny = str(data_folder() / "models/words-")  # two models, of different vocabularies
+        >>> trainer = DistillationTrainer(tiny + "student", tiny + "teacher", DistillationConfig(
+        ...     "runs/python", max_steps=1, use_cpu=True, report_to="none"),
+        ...     train_dataset=[{"question": "a red circle. is there a square?", "answer": "no"}])
+        >>> _ = trainer.train()
+        {'train_runtime': ...}
     """
 
     loss_is_scaled_for_ga = True

@@ -156,6 +156,8 @@ def test_numbers_and_negative_ones() -> None:
     ("--verson", ("no option '--verson'", "Did you mean '--version'?")),
     ("inspect r.yaml --recrod 3", ("no option '--recrod'", "Did you mean '--record'?")),
     ("inspect --recrod=3", ("no option '--recrod'",)),  # before the recipe that is missing
+    ("distill r.yaml --train.max_steps=3", ("no option", "no dashes: train.max_steps=VALUE.")),
+    ("plan r.yaml --learning-rate 1", ("no dashes: learning_rate=VALUE.",)),
     ("distill r.yaml --res", ("no option '--res'", "'--resume'")),  # no abbreviations
     ("inspect r.yaml --record a", ("--record = 'a', but it must be a whole number",)),
     ("inspect r.yaml --record", ("--record", "expected one argument")),

@@ -209,6 +209,7 @@ def test_t_never_falls(tmp_path: Path) -> None:
     ("train.logging_steps=0", "train: logging strategy"),
     ("objective={terms: [5]}", "a term must be a name or a mapping with 'name', got 5"),
     ("evaluate.examples=many", "evaluate.examples = 'many', but it must be a whole number"),
+    ("evaluate.progress=13", "evaluate.progress = 13, but it is of .examples = 12"),
     ("evaluate.examples=true", "evaluate.examples = True, but it must be a whole number"),
     ("student.trust_remote_code='no'", "trust_remote_code = 'no', but it must be true or false"),
     ("student.peft=4", "student.peft = 4, but it must be a mapping"),

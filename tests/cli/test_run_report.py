@@ -6,13 +6,26 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cli.recipes import Checkpoints, Outcome, loaded, pairs, write_jsonl, write_recipe
+from cli.recipes import (
+    Checkpoints,
+    Outcome,
+    loaded,
+    pairs,
+    picture_rows,
+    write_jsonl,
+    write_recipe,
+)
+from transformers import TrainerState
 
+from taid_vlm.config.evaluation import EvaluateSpec
 from taid_vlm.evaluation.answers import AnswerPair
 from taid_vlm.report.run import verdict
+from taid_vlm.runs.measure import Measuring, Progress
+from taid_vlm.training.trainer import DistillationTrainer
 
 
 def answers(*figures: tuple[float, float]) -> list[AnswerPair]:
@@ -69,3 +82,80 @@ def test_the_report_of_a_run(
     assert "of the gap to the teacher closed" in lead[1]
     assert "answer tokens/s (median)" in html and "TAID&#39;s loss is against a target" in html
     assert str(tmp_path) not in html.split('<details class="recipe">')[0]
+
+
+@pytest.mark.parametrize(("wanted", "spread", "number"), [
+    (None, False, 3), (None, True, 0), (1, True, 1), (0, False, 0)])
+def test_a_student_in_parts_is_asked_on_its_way_where_that_is_wanted_alone(
+    wanted: int | None, spread: bool, number: int
+) -> None:
+    trainer = SimpleNamespace(is_fsdp_enabled=spread, is_deepspeed_enabled=False,
+                              add_callback=lambda _: None)
+    recipe = SimpleNamespace(evaluate=EvaluateSpec(progress=wanted))
+    progress = Progress(Measuring(trainer, recipe, None, [(None, 0)] * 12))  # type: ignore[arg-type]
+    assert len(progress.questions) == number
+    state = TrainerState()  # of a checkpoint that was written without
+    progress.on_train_begin(None, state, None)
+    assert progress.answers == {}
+    state.stateful_callbacks["Progress"] = {"attributes": {"answers": {"4": ["a", "b"]}}}
+    progress.on_train_begin(None, state, None)
+    assert (progress.of(1), progress.of(2)) == ({4: "b"}, {})
+
+
+@pytest.mark.parametrize("kind", ["text", "vlm"])
+def test_the_report_shows_a_student_learn(
+    kind: str, checkpoints: Checkpoints, cli: Callable[..., Outcome], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Asked on its way, and after an interruption, it ends up bit for bit as without."""
+    names = (("llama", "plain"), ("qwen2", "plain")) if kind == "text" else (
+        ("qwen3_vl", "plain"), ("smolvlm", "other"))
+    teacher, student = (checkpoints(name, tokenizer, seed)
+                        for seed, (name, tokenizer) in enumerate(names))
+    rows = pairs(8) if kind == "text" else picture_rows(tmp_path, 8)
+    data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    recipe = write_recipe(tmp_path, {
+        "teacher": teacher, "student": student, "data": {"train": data, "eval": data},
+        "train": {"max_steps": 4, "use_cpu": True, "logging_steps": 1, "learning_rate": 5e-2,
+                  "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "bf16": True},
+        "evaluate": {"examples": 3, "progress": 2, "max_new_tokens": 6, "canary": 0}})
+
+    def results(name: str, *options: str) -> dict[str, Any]:
+        done = cli("distill", recipe, f"output_dir={tmp_path / name}", *options)
+        assert done.status == 0, done.err
+        return loaded(tmp_path / name / "results.json")
+
+    def weights(name: str) -> bytes:
+        return (tmp_path / name / "student/model.safetensors").read_bytes()
+
+    whole, blind = results("whole"), results("blind", "evaluate.progress=0")
+    progress = [example["progress"] for example in whole["examples"]]
+    assert [list(one) for one in progress] == [["2", "4"], ["2", "4"], []]
+    assert [one["4"] for one in progress[:2]] == [
+        example["answers"]["after"] for example in whole["examples"][:2]]
+    assert any(one["2"] != one["4"] for one in progress[:2])  # it learned something
+    assert [example["progress"] for example in blind["examples"]] == [{}, {}, {}]
+    assert weights("whole") == weights("blind")
+    for row in (*whole["history"], *blind["history"]):
+        for key in [key for key in row if "second" in key or "runtime" in key]:
+            del row[key]
+    assert whole["history"] == blind["history"]
+
+    finish_step = DistillationTrainer.finish_step
+
+    def stop(self: DistillationTrainer) -> None:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        finish_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "finish_step", stop)
+        assert cli("distill", recipe, f"output_dir={tmp_path / 'halted'}").status == 130
+    halted = results("halted", "--resume")
+    assert [example["progress"] for example in halted["examples"]] == progress
+    assert weights("halted") == weights("whole")
+    html = (tmp_path / "halted/report.html").read_text()
+    assert "what the student said at evaluations in training" in html
+    for label in ("<b>before</b>", "<b>step", "<b>after</b>"):
+        assert label in html
+    assert html.index("<b>teacher</b>") < html.index("<b>step") < html.index("<b>after</b>")

@@ -56,6 +56,16 @@ def test_the_page_holds_everything(comparison: Comparison) -> None:
     assert {"Head and tail", "Calibration", "Interpolation t", "KL in training"} <= set(curves)
 
 
+def test_questions_of_several_files_are_named_without_their_folders(tmp_path: Path) -> None:
+    scores = [float(i % 3 == 0) for i in range(12)]
+    source = {"path": ["/home/me/a.parquet", "rel/b.parquet"], "split": "train", "sha256": None}
+    folders = [evaluation(tmp_path / name, scores, tasks__charts__source=source)
+               for name in ("KD", "TAID")]
+    compared = compare_runs([read_method(f"{folder.name}={folder}") for folder in folders])
+    page = render(comparison_report(compared))
+    assert "12 questions (a.parquet, rel/b.parquet)" in page and "/home/me" not in page
+
+
 def test_the_page_is_self_contained_and_needs_no_script(comparison: Comparison) -> None:
     html = render(comparison_report(comparison))
     assert "http://" not in html

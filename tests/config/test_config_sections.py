@@ -25,6 +25,7 @@ from taid_vlm.config.objective import ALONE, TERMS, read_objective
 from taid_vlm.config.recipe import Recipe, load_recipe, parse_recipe
 from taid_vlm.config.section import Section
 from taid_vlm.config.training import ELSEWHERE, WITHOUT_EFFECT, TrainSpec, train_spec
+from taid_vlm.config.yaml import dump_yaml
 from taid_vlm.errors import RecipeError
 from taid_vlm.objectives import LOSSES, TaidSchedule, parse_objective
 from taid_vlm.runs.stages import expand
@@ -224,3 +225,51 @@ def test_mistakes_in_an_objective(value: Any, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_objective(value)
     assert message in str(caught.value)
+
+
+# ----- keys without their section, or in another's --------------------------------------------
+
+
+PLACES = [*(f"train.{key}" for key in train_spec().model_fields), "student.peft", "evaluate.canary",
+          "objective.on_policy.lmbda", "objective.on_policy.max_new_tokens", "objective.t_start",
+          "data.train.columns", "data.video.frames"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_key_without_its_section_is_told_its_place(place: str) -> None:
+    section, _, key = place.rpartition(".")
+    other = "evaluate" if section == "train" else "train"
+    stages = [{"name": "a", key: 1}]
+    for wrong in ({key: 1}, {other: {key: 1}}, {"stages": stages}):
+        with pytest.raises(RecipeError, match=f"has no key '{key}'. Did you mean .*'{place}'"):
+            parse_recipe({**TREE, **wrong})
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("logging_first_step=true", "recipe has no key 'logging_first_step'. Did you mean "
+     "'train.logging_first_step'?"),
+    ("learning_rat=1", "Did you mean 'train.learning_rate'?"),  # mistyped, too
+    ("train.max_step=1", "Did you mean 'max_steps'?"),  # of the same section
+    ("objective.lmbda=1", "'taid' has no key 'lmbda'. Did you mean 'objective.on_policy.lmbda'?"),
+    ("columns.image=x", "Did you mean 'data.train.columns' or 'data.eval.columns'?"),
+    ("objective.beta=1", "'taid' has no key 'beta'. Valid: "),  # another loss has, at this place
+    ("nothing_like_it=1", "has no key 'nothing_like_it'. Valid: "),
+])
+def test_an_override_in_the_wrong_place(tmp_path: Path, override: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(dump_yaml({**TREE, "objective": "taid"}))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml", [override])
+    assert message in str(caught.value)
+
+
+def test_a_benchmarks_keys_have_places_too() -> None:
+    with pytest.raises(RecipeError, match=r"no key .question.\. Did you mean .columns"):
+        BenchmarkSpec(type="yes_no", data="x", question="q")
+
+
+def test_overrides_reach_into_what_is_written_as_a_text(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(dump_yaml({**TREE, "objective": "taid"}))
+    recipe = load_recipe(tmp_path / "r.yaml", [
+        "objective.t_start=0.2", "data.train.columns.image=picture", "student.dtype=bfloat16"])
+    assert recipe.objective == {"name": "taid", "t_start": 0.2}
+    assert recipe.data.train.columns == {"image": "picture"} and recipe.student.dtype == "bfloat16"

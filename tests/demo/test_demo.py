@@ -129,8 +129,8 @@ def test_the_caption_kl_decides_first(comparison: Comparison) -> None:
 
 
 def test_the_page_is_the_comparison_of_both_worlds(comparison: Comparison) -> None:
-    facts = {"seed": 0, "seconds": 1.0, "memory": {"largest_worker_rss_bytes": 2**30},
-             "machine": {}}
+    facts = {"seed": 0, "real": False, "seconds": 1.0, "cpu_seconds": 2.0,
+             "memory": {"largest_worker_rss_bytes": 2**30}, "machine": {}}
     other = replace(small("scenes"), name="words")  # another title alone
     compared = [(small("words"), comparison), (other, comparison)]
     report = page.demo_report(compared, {"words": {}}, facts)

@@ -196,8 +196,11 @@ def test_diagnostics_are_the_textbook(scale, dtype):
 def test_diagnostics_in_chunks(monkeypatch):
     s, u, _ = logits(6)
     whole = diagnose(s, u)
-    monkeypatch.setattr(divergences, "CHUNK_ELEMENTS", 25)
-    torch.testing.assert_close(diagnose(s, u), whole)
+    for name in ("CACHED", "CHUNK_ELEMENTS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(divergences, name, 25)
+            assert len(list(divergences.row_chunks(*s.shape, "cpu"))) > 1
+            torch.testing.assert_close(diagnose(s, u), whole)
 
 
 def test_diagnostics_need_no_gradient_and_take_no_rows():

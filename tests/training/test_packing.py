@@ -20,8 +20,9 @@ from taid_vlm import DistillationConfig, DistillationTrainer
 from taid_vlm.adapters import make_adapter
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError
+from taid_vlm.models import packing as rows_of_several
 from taid_vlm.models.forward import answer_logits, unwrap
-from taid_vlm.models.packing import packed, why_unpackable
+from taid_vlm.models.packing import BY_RECORD, attend_by_record, packed, why_unpackable
 from taid_vlm.runs.ingredients import lora_config
 from taid_vlm.teachers import TeacherInStudent
 
@@ -63,6 +64,28 @@ def gradient(built: Built, inputs: dict[str, Tensor], mask: Tensor, labels: Tens
             if p.grad is not None}
 
 
+def by_record_gap(
+    built: Built, alone: dict[str, Tensor], row: Any, labels: Tensor, inputs: dict[str, Tensor]
+) -> float:
+    """With attention record by record; a padded batch is as it was."""
+    config, split = unwrap(built.model).get_decoder().config, []
+    before, cuts = config._attn_implementation, rows_of_several._cuts
+    logits = built.model(**inputs).logits
+    attend_by_record(built.model)
+    taken = config._attn_implementation
+    assert taken == (BY_RECORD if before == "sdpa" else before)
+    assert "by_record" not in config.to_json_string()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_of_several, "_cuts",
+                      lambda *args: split.append(cuts(*args)) or split[-1])
+        gap = relative(alone, gradient(built, *row, labels))
+    lengths = inputs["attention_mask"].sum(1).cumsum(0).tolist()
+    assert (taken != BY_RECORD) or any(cut == [0, *lengths] for cut in split), built.family
+    assert torch.equal(built.model(**inputs).logits, logits)
+    config._attn_implementation = before
+    return gap
+
+
 @pytest.mark.parametrize("family", VLM_FAMILIES + TEXT_FAMILIES)
 def test_which_families_are_packed(family: str) -> None:
     """Packed on either side's padding, the gradient is the same to rounding, or it is another and
@@ -76,8 +99,10 @@ def test_which_families_are_packed(family: str) -> None:
         inputs, mask, labels = (batch[key] for key in ("student_inputs", "student_mask", "labels"))
         row = packed(built.model, inputs, mask)
         assert row[0]["input_ids"].shape == (1, int(inputs["attention_mask"].sum()))
-        gaps.append(relative(gradient(built, inputs, mask, labels),
-                             gradient(built, *row, labels)))
+        alone = gradient(built, inputs, mask, labels)
+        gaps.append(relative(alone, gradient(built, *row, labels)))
+        if not why_unpackable(built.model):
+            gaps.append(by_record_gap(built, alone, row, labels, inputs))
     reason = why_unpackable(built.model)
     assert REFUSED.get(family, "") in reason
     assert bool(reason) == (family in REFUSED)

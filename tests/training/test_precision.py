@@ -20,6 +20,7 @@ from zoo import build
 from taid_vlm.adapters import make_adapter
 from taid_vlm.alignment import pair_models
 from taid_vlm.batch.collator import DistillationCollator
+from taid_vlm.errors import TaidError
 from taid_vlm.models.forward import head_rows
 from taid_vlm.objectives import parse_objective
 from taid_vlm.teachers import LocalTeacher
@@ -145,6 +146,16 @@ def test_a_run_in_bfloat16_is_fused(
     assert isinstance(trainer._step, FusedStep)
     assert trainer.loss_report == {"name": "fused", "reason": None, "bodies": ["eager"]}
     assert "keeps the logits" not in caplog.text
+
+
+def test_logits_in_float32_on_a_cpu(tmp_path: Path) -> None:
+    """`train.loss_logits` reaches the loss of every step, and halves are what it is for."""
+    trainer = make_trainer(tmp_path, loss_logits="float32", bf16=True)
+    trainer.train()
+    assert trainer._step.fused.float32_logits
+    assert trainer._step.fused.student_scratch.kept[0].dtype == torch.float32
+    with pytest.raises(TaidError, match=r"loss_logits"):
+        make_trainer(tmp_path, loss_logits="float64")
 
 
 def test_a_softcap_is_told_from_none_in_half_precision(tmp_path: Path) -> None:
