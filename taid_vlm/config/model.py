@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from taid_vlm.config.kinds import Count, Positive
 from taid_vlm.config.section import Section
@@ -105,6 +106,8 @@ class TeacherSpec(ModelSpec):
     what it said once.
 
     Args:
+        model_name_or_path: Folder or hub name, where there is neither server nor cache. A LoRA
+            adapter stands for its base model with the adapter merged.
         sharding: How it lies in several processes, however the student is trained: whole in each
             (replicate, the default), or all but its head spread over them, layers gathered one
             after the other (fsdp) or every layer computed together (tensor).
@@ -122,6 +125,18 @@ class TeacherSpec(ModelSpec):
     devices: Literal["auto", "cpu"] | Annotated[list[Count], Field(min_length=1)] | None = None
     server: ServerSpec | None = None
     cache: str | None = None
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """What `_of_processor` and `_described_by_its_cache` fill in may be left out."""
+        reference = super().__get_pydantic_json_schema__(schema, handler)
+        _, mapping = handler.resolve_ref_schema(reference)["anyOf"]
+        named = mapping.pop("required")
+        mapping["allOf"] = [{"anyOf": [{"required": keys} for keys in (
+            named, ["processor_name_or_path", "server"], ["cache"])]}]
+        return reference
 
     @property
     def is_sharded(self) -> bool:

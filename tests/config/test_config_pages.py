@@ -111,6 +111,16 @@ def test_editors_find_no_mistake_in_shipped_recipes() -> None:
         assert [error.message for error in check.iter_errors(read_yaml(path, "recipe"))] == []
 
 
+@pytest.mark.parametrize(("teacher", "valid"), [
+    ("a", True), ({"model_name_or_path": "a"}, True), ({"cache": "c"}, True), ({}, False),
+    ({"processor_name_or_path": "a", "server": {"url": "http://x/v1", "model": "a"}}, True),
+    ({"server": {"url": "http://x/v1", "model": "a"}}, False), ({"dtype": "float32"}, False)])
+def test_editors_know_what_a_teacher_needs(teacher: Any, valid: bool) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    recipe = {"teacher": teacher, "student": "b", "data": {"train": "t.jsonl"}, "output_dir": "o"}
+    assert jsonschema.Draft202012Validator(recipe_schema()).is_valid(recipe) == valid
+
+
 # ----- a first recipe -----------------------------------------------------------------------
 
 
