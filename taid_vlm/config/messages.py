@@ -19,6 +19,21 @@ from taid_vlm.errors import nearest
 
 TAG = "@"  # begins what stands in pydantic's paths, but in no file: which loss is meant
 MOST_PLACES = 3  # that a message names of a key
+# what other tools and scripts call keys of a recipe
+SYNONYMS = {
+    **dict.fromkeys(("lr", "rate"), "learning_rate"),
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("steps", "num_steps", "max_train_steps"), "max_steps"),
+    **dict.fromkeys(("batch_size", "train_batch_size", "micro_batch_size", "per_gpu_batch_size"),
+                    "per_device_train_batch_size"),
+    **dict.fromkeys(("grad_accum", "accumulation_steps", "gradient_accumulation"),
+                    "gradient_accumulation_steps"),
+    **dict.fromkeys(("r", "lora", "lora_r", "lora_rank", "lora_alpha", "lora_dropout",
+                     "target_modules", "use_peft"), "peft"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "quantization"),
+    **dict.fromkeys(("loss", "method"), "objective"),
+    **dict.fromkeys(("warmup", "num_warmup_steps"), "warmup_steps"),
+}
 _WANTED = {
     "int_type": "a whole number", "float_type": "a number", "finite_number": "a finite number",
     "bool_type": "true or false", "string_type": "text", "dict_type": "a mapping",
@@ -44,8 +59,8 @@ class UnknownKey(ValueError):
         if keys and keys[0] == "stages":
             keys = keys[2:]
         places = _places(kind) if kind else {}
-        near = [self.key]
-        if self.key not in places and not get_close_matches(self.key, self.valid, cutoff=0.5):
+        near = [SYNONYMS[self.key], self.key] if self.key in SYNONYMS else [self.key]
+        if not places.keys() & near and not get_close_matches(self.key, self.valid, cutoff=0.5):
             near = get_close_matches(self.key, places, n=1, cutoff=0.8)
         here = ".".join(str(key) for key in [*keys, self.key])  # of another kind of loss
         instead = [place for name in near for place in places.get(name, ()) if place != here]

@@ -370,7 +370,13 @@ def _open_hub(path: Path, source: DataSource) -> Records | StreamedRecords:
             r"[\w.-]+(/[\w.-]+)?", name):
         hint = nearest_sibling(path) or f" No folder {path.parent}."
         raise TaidError(f"data: '{name}' does not exist.{hint}")
-    return _wrap(_load(name, name, source), source, name, None)
+    try:
+        rows = _load(name, name, source)
+    except TaidError as error:  # so that no network is blamed for a typing error
+        reason = str(error).rstrip(".")
+        raise TaidError(f"{reason}. There is no file or folder '{name}' here, so it was taken for "
+                        f"a name on the hub.{nearest_sibling(path)}") from error
+    return _wrap(rows, source, name, None)
 
 
 def _load(name: str, label: str, source: DataSource) -> Any:

@@ -249,6 +249,10 @@ def test_a_key_without_its_section_is_told_its_place(place: str) -> None:
     ("logging_first_step=true", "recipe has no key 'logging_first_step'. Did you mean "
      "'train.logging_first_step'?"),
     ("learning_rat=1", "Did you mean 'train.learning_rate'?"),  # mistyped, too
+    ("lr=1e-4", "Did you mean 'train.learning_rate'?"),  # as other tools call it
+    ("train.lr=1e-4", "Did you mean 'train.learning_rate'?"),
+    ("lora_alpha=8", "Did you mean 'student.peft'?"),
+    ("batch_size=8", "Did you mean 'train.per_device_train_batch_size' or"),
     ("train.max_step=1", "Did you mean 'max_steps'?"),  # of the same section
     ("objective.lmbda=1", "'taid' has no key 'lmbda'. Did you mean 'objective.on_policy.lmbda'?"),
     ("columns.image=x", "Did you mean 'data.train.columns' or 'data.eval.columns'?"),

@@ -386,7 +386,8 @@ def test_wrong_folder_is_named(tmp_path):
 
 
 def test_unknown_name_on_the_hub_is_one_message():
-    with pytest.raises(TaidError, match="'nobody/nothing' cannot be loaded: "):
+    with pytest.raises(TaidError, match=r"'nobody/nothing' cannot be loaded: .*There is no file or "
+                                        r"folder 'nobody/nothing' here"):
         open_records("nobody/nothing")
 
 
