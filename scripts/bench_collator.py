@@ -116,7 +116,7 @@ def make_cases(args: argparse.Namespace) -> dict[Case, Callable[[], tuple[float,
     seeing = collator_of(*(make_adapter(processor, role) for processor, role in
                            zip(processors, ("teacher", "student"), strict=True)))
     rows = [parse_record(row | {"images": [row["images"][0].resize(PICTURE)]}, "row")
-            for row in make_rows(processors[0], BATCH, 1024, 0.25, SCALES["medium"].image_side)]
+            for row in make_rows(processors[0], BATCH, 1024, 0.25, (SCALES["medium"].image_side,))]
     cases[IMAGES, 1024] = partial(one_round, seeing, rows, bare_images)
     return cases
 

@@ -19,9 +19,11 @@ from taid_vlm.errors import TaidError
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import bench_growth  # noqa: E402
 import bench_step  # noqa: E402
 from bench import (  # noqa: E402
     problem,
+    step_floors,
     step_processes,
     step_reference,
     step_rows,
@@ -58,7 +60,7 @@ class Inside(step_processes.Child):
 @pytest.fixture(autouse=True)
 def inside(monkeypatch):
     monkeypatch.setattr(step_processes, "Child", Inside)
-    monkeypatch.setattr(step_worker, "_be_quiet", lambda: None)
+    monkeypatch.setattr(step_worker, "be_quiet", lambda: None)
     monkeypatch.setattr(step_worker, "memory_limit", contextlib.nullcontext)
 
 
@@ -253,3 +255,24 @@ def test_a_whole_step_against_its_floors(kind, capsys):
     assert "| x floor |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench_step.main(["--floors", "--accumulation", "2"])
+
+
+def test_what_grows_is_measured_in_processes_of_its_own(monkeypatch, tmp_path, capsys):
+    """The children's work in this process: loading everything again takes seconds a point."""
+    monkeypatch.setattr(bench_growth, "measure", lambda axis, point, rounds, threads: {
+        **step_floors.floors_of(point.setup, rounds)[0], "axis": axis, "title": point.title})
+    axes = bench_growth.axes("tiny")
+    monkeypatch.setattr(bench_growth, "axes", lambda scale: {
+        "vocabulary": [replace(axes["vocabulary"][0], setup=replace(
+            axes["vocabulary"][0].setup, vocab=rows, sequence_length=96)) for rows in (1024, 4096)],
+        "images": axes["images"][1:3]})
+    rows = bench_growth.main(["--scale", "tiny", "--rounds", "1", "--axes", "vocabulary,images",
+                              "--markdown", str(tmp_path / "growth.md")])
+    small, large, one, two = rows
+    assert large["parts"]["products"] > small["parts"]["products"]
+    assert small["step_memory_bytes"] >= 0  # what this process has kept from before is not in it
+    assert one["answer_tokens"] == two["answer_tokens"]
+    assert (tmp_path / "growth.md").read_text().count("| what grows |") == 2
+    with pytest.raises(SystemExit):
+        bench_growth.main(["--axes", "image"])
+    assert "Did you mean 'images'" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from bench.problem import Case, Problem
 from bench.step_output import title
 from bench.step_setup import Setup, make_pair
 from bench.step_trainers import TRAINERS
+from bench.step_worker import PeakMemory
 from taid_vlm.models.forward import answer_hidden
 
 WARM_UP = 3
@@ -49,6 +50,7 @@ class Floors:
         kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args)
         self.optimizer = kind(student.parameters(), **options)
         self.gradient = torch.full_like(self._hidden(), 1e-3)
+        self.answer_tokens = len(self.gradient)
         self.problem, case = self._problem(setup)
         self.floor, self.loss = make_floor(case, self.problem), ours(case)
 
@@ -101,15 +103,21 @@ class Between(TrainerCallback):
         self.make, self.started = make, 0.0
         self.floors: Floors | None = None
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.memory, self.standing = PeakMemory("cpu"), 0
+        self.taken: list[int] = []  # bytes that a step takes beside what stands before it
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         took = time.process_time() - self.started
+        taken = (self.memory.peak() or 0) - self.standing
         self.floors = self.floors or self.make()
         parts = self.floors.run()
         if state.global_step > WARM_UP:
             for name, seconds in {**parts, "whole": took}.items():
                 self.seconds[name].append(seconds)
+            self.taken.append(taken)
         gc.collect()
+        self.memory.restart()
+        self.standing = self.memory.peak() or 0
         self.started = time.process_time()
 
 
@@ -124,7 +132,10 @@ def floors_of(setup: Setup, rounds: int) -> list[dict[str, Any]]:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(between)
         trainer.train()
-    return [{**setup.described(), **compared(between.seconds), "rounds": rounds}]
+    assert between.floors is not None
+    return [{**setup.described(), **compared(between.seconds), "rounds": rounds,
+             "answer_tokens": between.floors.answer_tokens,
+             "step_memory_bytes": median(between.taken)}]
 
 
 def compared(seconds: Mapping[str, list[float]]) -> dict[str, Any]:

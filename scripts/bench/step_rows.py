@@ -24,25 +24,25 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def make_rows(
-    processor: Any, count: int, tokens: int, answer_fraction: float, image_side: int = 0,
-    seed: int = 0,
+    processor: Any, count: int, tokens: int, answer_fraction: float,
+    image_sides: Sequence[int] = (), seed: int = 0,
 ) -> list[Row]:
     """Random words, the longest row first.
 
     Args:
-        tokens: of the longest row, about, those of its image with them.
+        tokens: of the longest row, about, those of its images with them.
         answer_fraction: of a row's tokens.
-        image_side: pixels of an image of noise in every row; 0: no images.
+        image_sides: pixels of the images of noise in every row.
     """
     rng, tokenizer = random.Random(seed), tokenizer_of(processor)
-    shown = _image_tokens(processor, image_side) if image_side else 0
+    shown = sum(_image_tokens(processor, side) for side in image_sides)
     rows = []
     for index in range(count):
         length = tokens * (1 - (1 - SHORTEST) * index / max(1, count - 1))
         answer = max(1, round(length * answer_fraction))
         question = max(1, round(length) - answer - shown)
         asked, told = (random_words(rng, tokenizer, n) for n in (question, answer))
-        rows.append(_row(asked, told, _noise(rng, image_side) if image_side else None))
+        rows.append(_row(asked, told, [_noise(rng, side) for side in image_sides]))
     return rows
 
 
@@ -99,11 +99,11 @@ def _messages(row: Row, whole: bool) -> list[dict[str, Any]]:
     return [{**messages[0], "content": parts}, *messages[1:]]
 
 
-def _row(asked: str, told: str, image: Image.Image | None) -> Row:
+def _row(asked: str, told: str, images: Sequence[Image.Image] = ()) -> Row:
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
-    if image is None:
+    if not images:
         return {"messages": messages}
-    return {"prompt": messages[:1], "completion": messages[1:], "images": [image]}
+    return {"prompt": messages[:1], "completion": messages[1:], "images": list(images)}
 
 
 def _noise(rng: random.Random, side: int) -> Image.Image:
@@ -111,9 +111,9 @@ def _noise(rng: random.Random, side: int) -> Image.Image:
 
 
 def _image_tokens(processor: Any, side: int) -> int:
-    row = _row("a", "a", _noise(random.Random(0), side))
+    row = _row("a", "a", [_noise(random.Random(0), side)])
     inputs, _ = encode_alone(processor, row)
-    without, _ = encode_alone(tokenizer_of(processor), _row("a", "a", None))
+    without, _ = encode_alone(tokenizer_of(processor), _row("a", "a"))
     return inputs["input_ids"].shape[1] - without["input_ids"].shape[1]
 
 

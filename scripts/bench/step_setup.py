@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,8 @@ class Setup:
     """One problem; everything in it can be sent to another process.
 
     student, teacher: folders or names to load, both or none; None is the pair of `scale`.
-    layers: at most so many in a built-in decoder.
+    layers: at most so many in a built-in decoder; vocab: its rows, in place of its scale's.
+    images: in every row of a VLM's.
     lora: rank of an adapter of all linear layers, which is trained in place of the student.
     dtype: of both models; "mixed" is a float32 student and a bfloat16 teacher under autocast.
     batch_size: rows of a micro-batch, `accumulation` of which make an optimizer step.
@@ -99,6 +100,8 @@ class Setup:
     student: str | None = None
     teacher: str | None = None
     layers: int | None = None
+    vocab: int | None = None
+    images: int = 1
     objective: str = "forward_kl"
     dtype: str = "float32"
     device: str = "cpu"
@@ -114,6 +117,12 @@ class Setup:
     def rows(self) -> int:
         """Of an optimizer step."""
         return self.batch_size * self.accumulation
+
+    @property
+    def size(self) -> Scale:
+        """Of the built-in pair."""
+        scale = SCALES[self.scale]
+        return scale if self.vocab is None else replace(scale, vocab=self.vocab)
 
     def weights_dtype(self, role: str) -> torch.dtype:
         half = self.dtype == "bfloat16" or (self.dtype == "mixed" and role == "teacher")
@@ -142,9 +151,9 @@ def make_pair(setup: Setup, roles: tuple[str, ...] = ROLES) -> Pair:
         processors = dict.fromkeys(ROLES, make_processor(setup))
     else:
         processors = {role: load_processor(_spec(setup, role), role) for role in ROLES}
-    image_side = SCALES[setup.scale].image_side if setup.kind == "vlm" else 0
+    images = setup.images if setup.kind == "vlm" else 0
     rows = make_rows(processors["student"], setup.rows, setup.sequence_length,
-                     setup.answer_fraction, image_side)
+                     setup.answer_fraction, images * (SCALES[setup.scale].image_side,))
     return Pair({role: _model(setup, role, processors[role]) for role in roles},
                 {role: deepcopy(processors[role]) for role in ROLES}, rows)
 
@@ -168,7 +177,7 @@ def _model(setup: Setup, role: str, processor: Any) -> PreTrainedModel:
 def _built_in(setup: Setup, role: str, processor: Any) -> PreTrainedModel:
     """Made where it is used: a large one's random numbers take a CPU minutes."""
     torch.manual_seed(SEEDS[role])
-    scale = SCALES[setup.scale]
+    scale = setup.size
     size = getattr(scale, role)
     text = _text_config(setup, scale, size, tokenizer_of(processor))
     with torch.device(setup.device):
@@ -213,7 +222,7 @@ def _llava_config(scale: Scale, size: Size, text: Qwen2Config, processor: Any) -
 
 def make_processor(setup: Setup) -> Any:
     """The demo's own, with as many tokens as the head has rows, so that all of them are shared."""
-    scale, models = SCALES[setup.scale], data_folder() / "models"
+    scale, models = setup.size, data_folder() / "models"
     if setup.kind == "text":
         return lengthened(AutoTokenizer.from_pretrained(models / "words-teacher"), scale.vocab)
     own = AutoProcessor.from_pretrained(models / "scenes-teacher")

@@ -40,7 +40,7 @@ def work(orders: Connection, setup: Setup, name: str, steps: int) -> None:
     Args:
         steps: the most that will be asked for.
     """
-    _be_quiet()
+    be_quiet()
     if setup.threads:
         torch.set_num_threads(setup.threads)
     try:
@@ -52,7 +52,7 @@ def work(orders: Connection, setup: Setup, name: str, steps: int) -> None:
 
 def refer(answers: Connection, setup: Setup, objectives: Sequence[str]) -> None:
     """Sends the counts of tokens, and then one reference or {"error"} for every objective."""
-    _be_quiet()
+    be_quiet()
     if setup.threads:
         torch.set_num_threads(setup.threads)
     try:
@@ -82,7 +82,7 @@ def _train(orders: Connection, setup: Setup, name: str, steps: int, folder: str)
     trainer.train()
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
