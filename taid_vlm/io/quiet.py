@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 
@@ -31,7 +32,9 @@ def quiet(*names: str, warn: bool = True) -> Iterator[None]:
 
 
 def quiet_worker() -> None:
-    """A worker prints nothing but errors: the main process says how far things are."""
+    """A worker prints nothing but errors: the main process says how far things are, and that Ctrl-C
+    ended them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

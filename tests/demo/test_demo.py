@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -178,3 +179,11 @@ def test_teachers_are_trained_by_the_script_beside_the_data(
                       str(tmp_path)]]
     with pytest.raises(TaidError, match=r"--train-teacher: .*ended with status 3"):
         demo._train_models(DATA, tmp_path)
+
+
+def test_a_worker_that_is_interrupted_says_nothing() -> None:
+    """The main process says so once; a traceback of every worker would bury it."""
+    code = ("import os, signal; from taid_vlm.io.quiet import quiet_worker; quiet_worker(); "
+            "os.kill(os.getpid(), signal.SIGINT)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
