@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ def parts_of(work: Work, seeds: int) -> list[Part]:
     plan, seconds = work.plan, work.plan.seconds
     each = {name: number * seconds[name] for name, number in plan.steps.items()}
     held_out = plan.held_out * seconds["teacher"] / BATCH / 2  # a forward, and a short answer
-    half = held_out * plan.layers / (2 * plan.layers)
+    half = held_out / 2  # of the layers
     parts = [
         _part(work, "data", work.data, 10, _write_data),
         _part(work, "tower", work.output / "tower", each["tower"], _train_tower),
@@ -248,14 +248,12 @@ def _ask(work: Work, name: str, model: Path, seed: int | None) -> None:
 def with_blank_pictures(task: HeldOutTask) -> HeldOutTask:
     """The same questions, with nothing to see."""
     blank = ImageRef(Image.new("RGB", (SIDE, SIDE), GREY), "blank")
-
-    def blinded() -> Iterator[Any]:
-        for question in task.questions:
-            images = (blank,) * len(question.images)
-            yield replace(question, images=images,
-                          conversation=replace(question.conversation, images=images))
-
-    return replace(task, questions=list(blinded()))
+    questions = []
+    for question in task.questions:
+        images = (blank,) * len(question.images)
+        questions.append(replace(question, images=images, conversation=replace(
+            question.conversation, images=images)))
+    return replace(task, questions=questions)
 
 
 def finished_seeds(work: Work, seeds: int) -> Sequence[int]:

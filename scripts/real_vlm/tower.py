@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
@@ -174,8 +176,6 @@ def train_tower(
     Args:
         say: is told the step, of how many, and the loss.
     """
-    import time
-
     torch.manual_seed(plan.seed)
     model = Pretraining(plan, len(icons)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.01,
@@ -232,8 +232,6 @@ def _load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     """The step to go on with; 0 where nothing was saved."""
     if not path.exists():
         return 0
-    from safetensors import safe_open
-
     tensors = load_file(path)
     model.load_state_dict({name.removeprefix("model."): tensor
                            for name, tensor in tensors.items() if name.startswith("model.")})
