@@ -22,6 +22,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import bench_growth  # noqa: E402
+import bench_held_out  # noqa: E402
 import bench_step  # noqa: E402
 from bench import (  # noqa: E402
     problem,
@@ -286,3 +287,34 @@ def test_what_grows_is_measured_in_processes_of_its_own(monkeypatch, tmp_path, c
     with pytest.raises(SystemExit):
         bench_growth.main(["--axes", "image"])
     assert "Did you mean 'images'" in capsys.readouterr().err
+
+
+def test_held_out_figures_and_canary_against_forward_passes(tmp_path, monkeypatch, capsys):
+    """The forward passes are those that the evaluation and the canary make."""
+    calls = {"student": 0, "canary": 0}
+    monkeypatch.setattr(bench_held_out, "student_forward", counted(
+        calls, "student", bench_held_out.student_forward))
+    monkeypatch.setattr(bench_held_out.canary, "answer_logits", counted(
+        calls, "canary", bench_held_out.canary.answer_logits))
+    rows = bench_held_out.main([
+        "--scale", "tiny", "--kinds", "vlm", "--dtypes", "mixed", "--records", "3", "--rounds",
+        "2", "--sequence-length", "90", "--json", str(tmp_path / "a.json"),
+        "--markdown", str(tmp_path / "a.md")])
+    assert [row["what"] for row in rows] == ["evaluation", "canary"]
+    assert len({row["answer_tokens"] for row in rows}) == 1  # every answer follows an image
+    assert calls == {"student": 3, "canary": 3 * (1 + 2 * 3)}  # three pictures of one batch
+    for row in rows:
+        assert row["ratio_spread"][0] <= row["ratio"] <= row["ratio_spread"][1]
+        assert row["forward_cpu_seconds"] > 0
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads(json.dumps(rows))
+    assert (tmp_path / "a.md").read_text().count("| vlm, tiny, mixed |") == 2
+    assert "x forward" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench_held_out.main(["--dtypes", "float16"])
+
+
+def counted(calls, name, function):
+    def call(*arguments):
+        calls[name] += 1
+        return function(*arguments)
+    return call

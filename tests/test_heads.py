@@ -377,7 +377,7 @@ def test_memory_stays_within_the_budget(dtype, name, transform, memory_budget, m
     """However many tokens there are; and the arithmetic on a chunk has `CHUNK_ELEMENTS` float32
     beside it, or a row's own."""
     monkeypatch.setattr("taid_vlm.objectives.divergences.CHUNK_ELEMENTS", SCRATCH)
-    monkeypatch.setattr("taid_vlm.fused.bodies.CACHED",
+    monkeypatch.setattr("taid_vlm.objectives.compiling.CACHED",
                         SCRATCH // (16 * torch.get_num_threads()))
     assert SCRATCH > 16 * WIDE
     maps = () if name is None else (widened(MAPS[name]),)

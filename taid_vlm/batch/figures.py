@@ -12,7 +12,7 @@ from torch import Tensor
 from taid_vlm.alignment import Pairing, VocabularyMap
 from taid_vlm.batch.forward import Batch
 from taid_vlm.batch.losses import by_map, chunk_pair_logits, has_chunks, of_partners
-from taid_vlm.objectives import best_guess, diagnose, divergence
+from taid_vlm.objectives import best_guess, data_nll, diagnose
 
 
 class Measured(NamedTuple):
@@ -38,7 +38,7 @@ def token_figures(
             Ranks are those of the entries that are compared: the rest, and a group of tokens of
             different tokenizers, count as one each. A chunk's likelihood has no ranks.
     """
-    figures = {"nll": Measured(divergence("ce", student_logits, None, labels=batch["labels"]))}
+    figures = {"nll": Measured(data_nll(student_logits, batch["labels"]))}
     if closely:
         figures |= {name: Measured(values)
                     for name, values in best_guess(student_logits, batch["labels"]).items()}
@@ -47,7 +47,7 @@ def token_figures(
 
     compare = functools.partial(compared_figures, closely=closely)
     compared = by_map(pairing, batch, student_logits, teacher_logits, compare)
-    teacher_nll = divergence("ce", teacher_logits, None, labels=batch["teacher_labels"])
+    teacher_nll = data_nll(teacher_logits, batch["teacher_labels"])
     if not has_chunks(batch):
         return figures | {"teacher_nll": Measured(teacher_nll)} | {
             name: Measured(values) for name, values in compared.items()}

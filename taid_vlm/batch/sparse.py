@@ -25,8 +25,8 @@ from taid_vlm.errors import TaidError
 from taid_vlm.objectives import (
     Objective,
     best_guess,
+    data_nll,
     diagnose,
-    divergence,
     label_log_prob,
     sampled_reverse_kl,
 )
@@ -115,7 +115,7 @@ def sparse_figures(
 ) -> dict[str, Measured]:
     """As `figures.token_figures`, what can be known of it: kl and reverse_kl are over the k + 1
     entries, and so at most what they are over all; agreement is exact."""
-    figures = {"nll": divergence("ce", student_logits, None, labels=batch["labels"])}
+    figures = {"nll": data_nll(student_logits, batch["labels"])}
     if closely:
         figures |= best_guess(student_logits, batch["labels"])
     if signal.own is not None:

@@ -31,7 +31,7 @@ from taid_vlm.models.quantization import (
     refuse_unavailable,
     stored_tensors,
 )
-from taid_vlm.objectives import diagnose, divergence
+from taid_vlm.objectives import data_nll, diagnose
 from taid_vlm.runs.cache import accelerator_of
 from taid_vlm.runs.ingredients import Ingredients
 from taid_vlm.teachers import LocalTeacher
@@ -198,8 +198,8 @@ def _compared(u: Tensor, q: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Figures of every token, and the most likely one of both models."""
     figures = diagnose(q, u)
     return {"kl": figures["kl"].double(), "agreement": figures["agreement"].double(),
-            "nll": divergence("ce", u, None, labels=labels).double(),
-            "quantized_nll": divergence("ce", q, None, labels=labels).double(),
+            "nll": data_nll(u, labels).double(),
+            "quantized_nll": data_nll(q, labels).double(),
             "whole": u.argmax(-1), "quantized": q.argmax(-1)}
 
 

@@ -29,7 +29,7 @@ from taid_vlm.batch.several import SeveralCollator, role_of
 from taid_vlm.errors import SampleDropped
 from taid_vlm.evaluation.held_out import ALL, Tally, in_step
 from taid_vlm.models.forward import answer_logits, evaluation_mode
-from taid_vlm.objectives import diagnose, divergence
+from taid_vlm.objectives import data_nll, diagnose
 from taid_vlm.records import Record
 from taid_vlm.records.images import GREY
 from taid_vlm.records.videos import Clip, Picture, VideoRef, like, mapped, shown_as
@@ -234,7 +234,7 @@ def _compared(
     """KL(real || substitute), and what the real image adds to the answer's log-likelihood."""
     logits, again, _ = substituted
     assert torch.equal(labels, again), "an answer's tokens do not depend on the pixels"
-    seeing, without = (divergence("ce", x, None, labels=labels) for x in (real, logits))
+    seeing, without = (data_nll(x, labels) for x in (real, logits))
     figures = {"kl": diagnose(logits, real)["kl"], "gain": without - seeing}
     return {name: values.double().cpu() for name, values in figures.items()}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,14 +22,13 @@ from torch import Tensor
 from taid_vlm.config.objective import MOVING
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.fused.terms import BodyTerm
-from taid_vlm.objectives.divergences import closed_form, row_chunks, upcast
+from taid_vlm.objectives.compiling import WORTH_COMPILING, can_compile, row_groups
+from taid_vlm.objectives.divergences import closed_form, upcast
 
 BODIES = ("auto", "eager", "compiled", "triton")
-WORTH_COMPILING = 2**22  # logits of a chunk below which compiling costs more than it saves
 SCRATCH, SCRATCH_COMPILED = 16, 4  # float32 [n, V] that a sum of terms has in use at a time, about
 # torch 2.11 compiles a sum that is written over its own logits so that later terms read gradients
 WRITES_TOO_EARLY = torch.__version__ < (2, 14)  # type: ignore[operator]
-CACHED = 2**18  # logits of one model that a thread on a CPU works on at a time
 
 Body = Callable[..., tuple[Tensor, Tensor]]
 
@@ -91,22 +90,11 @@ def _by_rows(
     """
     gradient = None if dtype is None else torch.empty(s.shape, dtype=dtype, device=s.device)
     losses = s.new_empty(terms, len(s), dtype=upcast(s[:0]).dtype)
-    for rows in _row_groups(s, scratch):
+    for rows in row_groups(len(s), s.shape[1], s.device.type, scratch):
         losses[:, rows] = inside(
             s[rows], None if u is None else u[rows], None if labels is None else labels[rows],
             None if gradient is None else gradient[rows])
     return s if gradient is None else gradient, losses
-
-
-def _row_groups(s: Tensor, scratch: int) -> Iterator[slice]:
-    n, width = s.shape
-    if s.device.type != "cpu":
-        yield from row_chunks(n, scratch * width)
-        return
-    step = max(2, torch.get_num_threads() * max(1, CACHED // max(1, width)))
-    parts = max(1, n // step)  # about equal: one row left over would be compiled for by itself
-    for part in range(parts if n else 0):
-        yield slice(part * n // parts, (part + 1) * n // parts)
 
 
 def _sum_of_terms(
@@ -151,19 +139,6 @@ def _compiled(key: str, dtype: torch.dtype) -> Callable[..., Tensor]:
     return torch.compile(body, dynamic=True)  # neither rows nor t compile it again
 
 
-@functools.cache
-def _can_compile(device: str) -> bool:
-    """Whether torch.compile finds what it builds with: a C++ compiler, or Triton on CUDA."""
-    if device != "cpu":
-        return importlib.util.find_spec("triton") is not None
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        return bool(cpp_builder.get_cpp_compiler())
-    except exc.InvalidCxxCompiler:
-        return False
-
-
 def choose_body(
     name: str, device: torch.device, terms: Sequence[BodyTerm], elements: int,
     dtype: torch.dtype = torch.float32,
@@ -179,11 +154,11 @@ def choose_body(
         name == "auto" and device.type == "cuda" and dtype != torch.float64)
     if tried and (found := _triton(name, terms)):
         return found
-    if name == "compiled" and not _can_compile(device.type):
+    if name == "compiled" and not can_compile(device.type):
         raise TaidError(f"body = 'compiled' finds no compiler for {device.type}; install a C++ "
                         "compiler (g++ or clang) or, on CUDA, triton, or take body: eager.")
     if name == "compiled" or (
-            name == "auto" and elements >= WORTH_COMPILING and _can_compile(device.type)):
+            name == "auto" and elements >= WORTH_COMPILING and can_compile(device.type)):
         return compiled
     return eager
 

@@ -4,6 +4,7 @@ from taid_vlm.objectives.diagnostics import (
     CLOSE_DIAGNOSTICS,
     DIAGNOSTICS,
     best_guess,
+    data_nll,
     diagnose,
 )
 from taid_vlm.objectives.divergences import LOSSES, divergence
@@ -24,6 +25,7 @@ __all__ = [
     "advantage_weight",
     "best_guess",
     "chunk_logits",
+    "data_nll",
     "diagnose",
     "divergence",
     "feature_loss",

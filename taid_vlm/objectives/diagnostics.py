@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from taid_vlm.objectives.arithmetic import row_sum
+from taid_vlm.objectives.compiling import WORTH_COMPILING, can_compile, row_groups
 from taid_vlm.objectives.divergences import (
+    LOG_SMALLEST,
     _forward_terms,
     _reverse_terms,
     jsd,
@@ -18,6 +25,7 @@ DIAGNOSTICS = ("kl", "reverse_kl", "teacher_entropy", "student_entropy", "agreem
 CLOSE_DIAGNOSTICS = (*DIAGNOSTICS, "jsd", "head_mass", "tail_mass", "teacher_head_mass",
                      "teacher_tail_mass")
 HEAD = 10  # entries of the teacher's head
+SCRATCH = 4  # float32 [n, V] that compiled sums have in use at a time, about
 TAIL_PART = 5  # one in so many entries is in its tail: the 80th to 100th percentile by rank
 
 
@@ -47,55 +55,122 @@ def diagnose(
     """
     rows, names = student_logits.shape[0], CLOSE_DIAGNOSTICS if closely else DIAGNOSTICS
     out = {name: student_logits.new_zeros(rows, dtype=torch.float32) for name in names}
-    for chunk in row_chunks(rows, student_logits.shape[1], student_logits.device.type):
-        found = _diagnose_rows(student_logits[chunk], teacher_logits[chunk], closely)
+    measure, groups = _way(student_logits)
+    for chunk in groups:
+        found = _diagnose_rows(student_logits[chunk], teacher_logits[chunk], closely, measure)
         for name, values in found.items():
             out[name][chunk] = values.float()
     return out
 
 
-def _diagnose_rows(s: Tensor, u: Tensor, closely: bool) -> dict[str, Tensor]:
-    pair = make_pair(upcast(s), upcast(u))
+def _way(logits: Tensor) -> tuple[Callable[..., dict[str, Tensor]], Iterator[slice]]:
+    """How rows are measured, and how many at a time: on a CPU compiled, where there are many."""
+    (rows, width), device = logits.shape, logits.device.type
+    worth = rows * width >= WORTH_COMPILING and rows > 1 and logits.dtype != torch.float64
+    if _is_on_cpu(logits) and worth and can_compile(device):
+        return _compiled_sums, row_groups(rows, width, device, SCRATCH)
+    return _sums, row_chunks(rows, width, device)
+
+
+def _is_on_cpu(x: Tensor) -> bool:
+    """Whether it has its values there: a rehearsal's tensors have none."""
+    return type(x) is Tensor and x.device.type == "cpu"
+
+
+def _diagnose_rows(
+    s: Tensor, u: Tensor, closely: bool, measure: Callable[..., dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    s, u = upcast(s), upcast(u)
+    limits = rank_limits(u) if closely else ()
+    return {**measure(s, u, *limits), "agreement": s.argmax(-1) == u.argmax(-1)}
+
+
+def _sums(s: Tensor, u: Tensor, *limits: Tensor) -> dict[str, Tensor]:
+    """What is added up over the entries of each row, [n] each.
+
+    Args:
+        limits: of the teacher's head and tail, for the figures that are measured closely.
+    """
+    pair = make_pair(s, u)
+    q, p = pair.q, pair.log_p.exp()
     found = {
-        "kl": _forward_terms(pair.log_q, pair.r).sum(-1),
-        "reverse_kl": _reverse_terms(pair.log_q, pair.r).sum(-1),
-        "teacher_entropy": entropy(pair.log_p),
-        "student_entropy": entropy(pair.log_q),
-        "agreement": s.argmax(-1) == u.argmax(-1),
+        "kl": row_sum(_forward_terms(pair.log_q, pair.r)),
+        "reverse_kl": row_sum(_reverse_terms(pair.log_q, pair.r)),
+        "teacher_entropy": row_sum(_entropy_terms(pair.log_p, p)),
+        "student_entropy": row_sum(_entropy_terms(pair.log_q, q)),
     }
-    if closely:
+    if limits:
         found["jsd"] = jsd(pair)[0]
-        head, tail = head_and_tail(u)
-        q, p = pair.q, pair.log_p.exp()
-        found |= {"head_mass": (q * head).sum(-1), "tail_mass": (q * tail).sum(-1),
-                  "teacher_head_mass": (p * head).sum(-1), "teacher_tail_mass": (p * tail).sum(-1)}
+        for name, places in zip(("head", "tail"), rank_places(u.shape[-1]), strict=True):
+            x, limit = (u, limits[0]) if name == "head" else (-u, limits[1])
+            found |= _masses(name, x, limit, places, q, p)
     return found
 
 
-def head_and_tail(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """How far every entry belongs to the head and to the tail of a model's ranks, both [n, K].
+@functools.cache
+def _compiler() -> Callable[..., dict[str, Tensor]]:
+    return torch.compile(_sums, dynamic=True)
 
-    1 inside, 0 outside. Entries that tie for the last places share them, so that the figures do
-    not depend on the order in which equal logits (frequent in bfloat16) are sorted.
+
+def _compiled_sums(s: Tensor, u: Tensor, *limits: Tensor) -> dict[str, Tensor]:
+    """`_sums` in a few passes over the rows; compiled once for every width."""
+    for logits in (s, u):
+        torch._dynamo.mark_static(logits, 1)
+    return _compiler()(s, u, *limits)
+
+
+def rank_places(width: int) -> tuple[int, int]:
+    """Entries in the head and in the tail of a model's ranks, of `width` ones."""
+    return min(HEAD, width), width // TAIL_PART
+
+
+def rank_limits(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The last entry of the head, and the last of the tail with its sign turned, [n, 1] each."""
+    head, tail = rank_places(logits.shape[-1])
+    if _is_on_cpu(logits):  # numpy's search is ten times as fast as torch's
+        values = logits.detach().numpy()
+        largest, smallest = (torch.from_numpy(np.partition(values, place, axis=-1)[:, place, None])
+                             for place in (logits.shape[-1] - head, max(tail, 1) - 1))
+        return largest, -smallest
+    largest, smallest = (x.topk(places, sorted=False).values.amin(-1, keepdim=True)
+                         for x, places in ((logits, head), (-logits, max(tail, 1))))
+    return largest, smallest
+
+
+def _masses(
+    name: str, x: Tensor, last: Tensor, places: int, q: Tensor, p: Tensor
+) -> dict[str, Tensor]:
+    """Probability on the `places` largest of each row of x [n, K], `last` [n, 1] being the last.
+
+    Entries that tie for the last places share them, so that the figures do not depend on the order
+    in which equal logits (frequent in bfloat16) are sorted.
     """
-    width = logits.shape[-1]
-    return (_first_places(logits, min(HEAD, width)),
-            _first_places(-logits, width // TAIL_PART))
-
-
-def _first_places(x: Tensor, places: int) -> Tensor:
-    """1 for the `places` largest of each row, a share where some tie for the last of them."""
-    if places == 0:
-        return torch.zeros_like(x)
-    last = x.topk(places, sorted=False).values.amin(-1, keepdim=True)
     above, level = x > last, x == last
-    left = places - above.sum(-1, keepdim=True)
-    return above + level * (left / level.sum(-1, keepdim=True))
+    left = places - row_sum(above.to(q.dtype))
+    share = left / row_sum(level.to(q.dtype))
+    return {key: row_sum(torch.where(above, mass, 0.0)) + share * row_sum(
+        torch.where(level, mass, 0.0)) for key, mass in ((f"{name}_mass", q),
+                                                         (f"teacher_{name}_mass", p))}
 
 
-def entropy(log_p: Tensor) -> Tensor:
-    """Entropy in nats [N] of log-probabilities [N, V]; 0 log 0 = 0."""
-    return torch.special.entr(log_p.exp()).sum(-1)
+def _entropy_terms(log_p: Tensor, p: Tensor) -> Tensor:
+    """-p log p; 0 log 0 = 0."""
+    return torch.where(p > 0, -p * log_p, 0.0)
+
+
+@torch.no_grad()
+def data_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(logits)[label] in nats, [N] float32 (float64 for float64 logits): what
+    `divergence("ce")` is, without what its gradient costs.
+
+    Args:
+        logits: [N, V]. labels: [N] token ids.
+    """
+    nll = upcast(logits.new_empty(len(logits)))
+    for rows in row_chunks(len(logits), logits.shape[1], logits.device.type):
+        x = upcast(logits[rows])
+        nll[rows] = x.logsumexp(-1) - x.gather(-1, labels[rows, None])[:, 0]
+    return nll.masked_fill(nll == torch.inf, -LOG_SMALLEST)
 
 
 @torch.no_grad()

@@ -30,12 +30,12 @@ from taid_vlm.config.objective import MOVING, TERMS, canonical_name, scheduled_k
 from taid_vlm.config.objective import Term as TermSpec
 from taid_vlm.config.section import Section, check
 from taid_vlm.errors import RecipeError, nearest
+from taid_vlm.objectives.arithmetic import expm1, log1p, row_logsumexp, row_sum
 
 LOG_SMALLEST = -149 * math.log(2)  # log of the smallest positive float32
 # where |r| is smaller, a series of five terms is exact to the dtype's digits
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 1e-3}
 MOST_EXPONENT = 80.0  # beyond, e^r swamps everything beside it, and nears the end of float32
-LANES = 128  # entries that a compiled sum adds up before it adds up their sums
 CACHED = 2**19  # logits on which a thread of a CPU works at a time, pass after pass
 CHUNK_ELEMENTS = 2**24  # rows are worked on in chunks of about this many logits (64 MiB float32)
 
@@ -65,7 +65,7 @@ def make_pair(
 
     `difference` is u - s where the caller knows it without the rounding of u.
     """
-    z_s, z_u = _row_logsumexp(s), _row_logsumexp(u)
+    z_s, z_u = row_logsumexp(s), row_logsumexp(u)
     log_q, d = s - z_s, u - s if difference is None else difference
     r = d - _normaliser_difference(log_q, d, z_u - z_s)
     # where a logit is -inf, the difference above is infinite or NaN
@@ -73,25 +73,9 @@ def make_pair(
     return Pair(floored, torch.where(r.abs() < torch.inf, r, _floored(u - z_u) - floored), labels)
 
 
-def row_sum(x: Tensor) -> Tensor:
-    """Sum over the entries of each row, [N, V] -> [N].
-
-    A compiled loop adds up a long row one after the other, which costs digits (1e-5 over 150,000
-    entries); there it is done in two stages.
-    """
-    if not torch.compiler.is_compiling():
-        return x.sum(-1)
-    blocks = x.shape[-1] // LANES
-    head, tail = x[:, : blocks * LANES], x[:, blocks * LANES :]
-    return head.unflatten(-1, (blocks, LANES)).sum(-1).sum(-1) + tail.sum(-1)
-
-
-def _row_logsumexp(x: Tensor) -> Tensor:
-    """[N, V] -> [N, 1]."""
-    if not torch.compiler.is_compiling():
-        return x.logsumexp(-1, keepdim=True)
-    top = x.amax(-1, keepdim=True)
-    return top + row_sum((x - top).exp())[:, None].log()
+def _alone(s: Tensor, labels: Tensor | None) -> Pair:
+    """For losses on the data, which look at no ratio."""
+    return Pair(_floored(s - row_logsumexp(s)), s, labels)
 
 
 def _normaliser_difference(log_q: Tensor, d: Tensor, plain: Tensor) -> Tensor:
@@ -100,7 +84,7 @@ def _normaliser_difference(log_q: Tensor, d: Tensor, plain: Tensor) -> Tensor:
     Two logsumexps of size 10 leave an error of 1e-6 in every log ratio, which is what the ratios
     themselves are worth near agreement.
     """
-    near = torch.log1p(row_sum(log_q.exp() * _expm1(d.clamp(max=1.0)))[:, None])
+    near = torch.log1p(row_sum(log_q.exp() * expm1(d.clamp(max=1.0)))[:, None])
     return torch.where(d.abs().amax(-1, keepdim=True) < 1.0, near, plain)
 
 
@@ -137,28 +121,19 @@ def alpha_mixture(s: Tensor, u: Tensor, t: float, alpha: float) -> tuple[Tensor,
     return s + distance, distance
 
 
-def _expm1(x: Tensor) -> Tensor:
-    """e^x - 1 with all digits; compiled loops have exp and a polynomial at half expm1's price."""
-    if x.dtype != torch.float32 or not torch.compiler.is_compiling():
-        return torch.expm1(x)
-    near = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (
-        1 / 120 + x * (1 / 720 + x * (1 / 5040 + x / 40320)))))))
-    return torch.where(x.abs() < 0.5, near, x.exp() - 1)
-
-
 # ----- terms that vanish to second order at r = 0 -------------------------------------------
 
 
 def _scaled_expm1(log_w: Tensor, x: Tensor) -> Tensor:
     """exp(log_w) * expm1(x), also where the weight underflows while expm1 overflows."""
-    small = log_w.exp() * _expm1(x.clamp(max=1.0))
+    small = log_w.exp() * expm1(x.clamp(max=1.0))
     return torch.where(x > 1.0, (log_w + x).exp() - log_w.exp(), small)
 
 
 def _forward_terms(log_q: Tensor, r: Tensor) -> Tensor:
     """q (r e^r - e^r + 1): sums to KL(p || q), and every term is >= 0."""
     near = r * r * (1 / 2 + r * (1 / 3 + r * (1 / 8 + r * (1 / 30 + r / 144))))
-    e = _expm1(r.clamp(max=1.0))
+    e = expm1(r.clamp(max=1.0))
     middle = torch.where(r.abs() < SERIES_BELOW[r.dtype], near, (1 + e) * r - e)
     q = log_q.exp()
     return torch.where(r > 1.0, (log_q + r).exp() * (r - 1) + q, q * middle)
@@ -167,7 +142,7 @@ def _forward_terms(log_q: Tensor, r: Tensor) -> Tensor:
 def _reverse_terms(log_q: Tensor, r: Tensor) -> Tensor:
     """q (e^r - 1 - r): sums to KL(q || p), and every term is >= 0."""
     near = r * r * (1 / 2 + r * (1 / 6 + r * (1 / 24 + r * (1 / 120 + r / 720))))
-    middle = torch.where(r.abs() < SERIES_BELOW[r.dtype], near, _expm1(r.clamp(max=1.0)) - r)
+    middle = torch.where(r.abs() < SERIES_BELOW[r.dtype], near, expm1(r.clamp(max=1.0)) - r)
     q = log_q.exp()
     return torch.where(r > 1.0, (log_q + r).exp() - q * (1 + r), q * middle)
 
@@ -175,7 +150,7 @@ def _reverse_terms(log_q: Tensor, r: Tensor) -> Tensor:
 def _log_mixture(r: Tensor, weight: float) -> Tensor:
     """log((1 - weight) q + weight p) - log q."""
     log_weight = math.log(weight) if weight > 0 else -math.inf
-    near = torch.log1p(weight * _expm1(r.clamp(max=MOST_EXPONENT)))
+    near = log1p(weight * expm1(r.clamp(max=MOST_EXPONENT)))
     return torch.where(r < MOST_EXPONENT, near, (r + log_weight).clamp(min=0.0))
 
 
@@ -235,7 +210,7 @@ def skew_rkl(pair: Pair, lam: float = 0.1) -> Result:
     if lam == 0.0:
         return reverse_kl(pair)
     d = _log_mixture(pair.r, 1 - lam)
-    return row_sum(_reverse_terms(pair.log_q, d)), -pair.q * (d + lam * torch.expm1(-d))
+    return row_sum(_reverse_terms(pair.log_q, d)), -pair.q * (d + lam * expm1(-d))
 
 
 def tvd(pair: Pair) -> Result:
@@ -484,7 +459,7 @@ def closed_form(
         target, difference = interpolate(s, target, rest.pop("t"))
     elif name == "amid":
         target, difference = alpha_mixture(s, target, rest.pop("t"), rest.pop("alpha", 1.0))
-    pair = make_pair(s, target, labels, difference)
+    pair = _alone(s, labels) if u is None else make_pair(s, target, labels, difference)
     loss, a = LOSSES[name].function(pair, **rest)
     gradient = a - pair.q * row_sum(a)[:, None]
     return _shaped(loss * temperature**2, gradient * temperature, focus, clip)

@@ -45,7 +45,7 @@ from taid_vlm.fused.pieces import Pieces
 from taid_vlm.fused.work import Rows, Weighing
 from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
 from taid_vlm.models.head import LogitTransform
-from taid_vlm.objectives import Objective, divergence
+from taid_vlm.objectives import Objective, data_nll
 from taid_vlm.teachers import CachedTeacher, HiddenSignal, Teacher
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class ReferenceStep:
 @torch.no_grad()
 def _advantage(objective: Objective, teacher: Teacher, batch: Batch, u: Tensor) -> Tensor:
     def nll(logits: Tensor) -> Tensor:
-        return divergence("ce", logits, None, labels=batch["teacher_labels"])
+        return data_nll(logits, batch["teacher_labels"])
 
     return advantage_weights(objective.visual_advantage, batch, nll(u),
                              lambda blind: nll(teacher.logits(blind)),
@@ -220,10 +220,10 @@ class FusedStep:
         for part in (slice(i, i + at_once) for i in range(0, max(1, len(s)), at_once)):
             found = {}
             if u is None or not has_chunks(batch):
-                found["nll"] = divergence("ce", s[part], None, labels=batch["labels"][rows][part])
+                found["nll"] = data_nll(s[part], batch["labels"][rows][part])
             if u is not None and not has_chunks(batch):
                 partners = batch["teacher_labels"][rows][part]
-                found["teacher_nll"] = divergence("ce", u[part], None, labels=partners)
+                found["teacher_nll"] = data_nll(u[part], partners)
             if u is not None and self.pairing is not None:
                 found |= compared_figures(self.pairing.maps[index], s[part], u[part])
             parts.append(found)

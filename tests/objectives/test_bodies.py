@@ -10,10 +10,11 @@ from taid_vlm.errors import TaidError
 from taid_vlm.fused import bodies
 from taid_vlm.fused.bodies import choose_body, compiled, eager
 from taid_vlm.fused.terms import BodyTerm
+from taid_vlm.objectives import compiling
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TERMS = [BodyTerm("taid", 1.0, 2.0, {"t": 0.3}), BodyTerm("ce", 0.5)]
-needs_compiler = pytest.mark.skipif(not bodies._can_compile("cpu"), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not compiling.can_compile("cpu"), reason="no C++ compiler")
 
 
 def chunk(rows: int, width: int, seed: int = 0):
@@ -53,7 +54,7 @@ def test_every_sum_has_a_code_object_of_its_own(monkeypatch):
 def test_rows_are_worked_on_in_blocks(elements, monkeypatch):
     s, u, labels = chunk(9, 20)
     want, want_losses = eager(s, u, labels, TERMS)
-    monkeypatch.setattr(bodies, "CACHED", elements)
+    monkeypatch.setattr(compiling, "CACHED", elements)
     gradient, losses = eager(s, u, labels, TERMS, torch.bfloat16)
     assert torch.equal(gradient, want.bfloat16())
     assert torch.equal(losses, want_losses)
@@ -102,7 +103,7 @@ def test_types_and_no_rows(given):
 
 
 def test_auto_on_cpu_goes_by_size(monkeypatch):
-    monkeypatch.setattr(bodies, "_can_compile", lambda device: True)
+    monkeypatch.setattr(bodies, "can_compile", lambda device: True)
     assert choose_body("auto", CPU, TERMS, bodies.WORTH_COMPILING - 1) is eager
     assert choose_body("auto", CPU, TERMS, bodies.WORTH_COMPILING) is compiled
     assert choose_body("eager", CPU, TERMS, bodies.WORTH_COMPILING) is eager
@@ -110,7 +111,7 @@ def test_auto_on_cpu_goes_by_size(monkeypatch):
 
 
 def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(bodies, "_can_compile", lambda device: False)
+    monkeypatch.setattr(bodies, "can_compile", lambda device: False)
     assert choose_body("auto", CPU, TERMS, bodies.WORTH_COMPILING) is eager
     with pytest.raises(TaidError, match=r"compiled.*no compiler for cpu.*body: eager"):
         choose_body("compiled", CPU, TERMS, 1)
@@ -133,13 +134,13 @@ def test_auto_on_cuda_takes_triton_where_it_can():
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    bodies._can_compile.cache_clear()
+    compiling.can_compile.cache_clear()
     assert choose_body("auto", CUDA, TERMS, bodies.WORTH_COMPILING) is eager
     with pytest.raises(TaidError, match="needs the package triton"):
         choose_body("triton", CUDA, TERMS, 1)
     with pytest.raises(TaidError, match="no compiler for cuda"):
         choose_body("compiled", CUDA, TERMS, 1)
-    bodies._can_compile.cache_clear()
+    compiling.can_compile.cache_clear()
 
 
 def test_unknown_body():

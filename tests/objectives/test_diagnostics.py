@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from taid_vlm.objectives import CLOSE_DIAGNOSTICS, DIAGNOSTICS, best_guess, diagnose, divergences
-from taid_vlm.objectives.diagnostics import head_and_tail
+from taid_vlm.objectives import (
+    CLOSE_DIAGNOSTICS,
+    DIAGNOSTICS,
+    best_guess,
+    data_nll,
+    diagnose,
+    diagnostics,
+    divergence,
+    divergences,
+)
+from taid_vlm.objectives.compiling import can_compile
+from taid_vlm.objectives.diagnostics import _masses, rank_limits
 
 INF = float("inf")
 
@@ -79,14 +90,45 @@ def test_ties_are_shared_whatever_the_order(dtype: torch.dtype) -> None:
 
 
 def test_shares_of_places_add_up() -> None:
+    """Of every entry's weight 1, as many as there are places."""
     _, u = logits(width=53)
     for x in (u, u.round(), torch.zeros_like(u)):
-        head, tail = head_and_tail(x)
-        assert head.sum(-1) == pytest.approx(torch.full((len(x),), 10.0))
-        assert tail.sum(-1) == pytest.approx(torch.full((len(x),), 10.0))
-        assert head.max() <= 1
-        assert head.min() >= 0
-    torch.testing.assert_close(head, torch.full_like(head, 10 / 53))
+        ones = torch.ones_like(x)
+        for values, limit in zip((x, -x), rank_limits(x), strict=True):
+            found = _masses("tail", values, limit, 10, ones, values)
+            assert found["tail_mass"] == pytest.approx(torch.full((len(x),), 10.0))
+    assert found["teacher_tail_mass"].tolist() == [0.0] * len(u)
+
+
+def test_limits_are_those_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's on a CPU, torch's elsewhere."""
+    for width in (2, 7, 11, 60):
+        _, u = logits(width=width)
+        found = rank_limits(u)
+        monkeypatch.setattr(diagnostics, "_is_on_cpu", lambda x: False)
+        assert all(map(torch.equal, found, rank_limits(u)))
+        monkeypatch.undo()
+
+
+@pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler")
+def test_compiled_figures_are_as_near_as_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any distance of the models, with ties and with tokens that are ruled out; more rows are
+    not compiled for again."""
+    torch._dynamo.reset()
+    counters.clear()
+    s, _ = logits(12, 1000)
+    far = torch.tensor([0.0, 1e-4, 1e-2, 1.0, 10.0, 60.0] * 2)[:, None]
+    u = s + far * torch.randn(12, 1000, generator=torch.Generator().manual_seed(3))
+    s[3, :4], u[5, 2:9], u[7] = -INF, -INF, u[7].round()
+    want, eager = (diagnose(*x, closely=True) for x in ((s, u), (s.float(), u.float())))
+    monkeypatch.setattr(diagnostics, "WORTH_COMPILING", 1)
+    for rows in (12, 7):
+        found = diagnose(s[:rows].float(), u[:rows].float(), closely=True)
+        for name, values in found.items():
+            missed, limit = ((x - want[name])[:rows].abs() for x in (
+                torch.cat([values, want[name][rows:]]), eager[name]))
+            assert (missed <= 2 * limit + 1e-6 * (want[name][:rows] + 1e-2)).all(), name
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_small_vocabularies_and_ruled_out_tokens() -> None:
@@ -102,7 +144,7 @@ def test_small_vocabularies_and_ruled_out_tokens() -> None:
     assert float(found["head_mass"]) == pytest.approx(10 / 40)
     assert float(found["tail_mass"]) == pytest.approx(8 / 40)
     assert float(found["teacher_head_mass"]) == pytest.approx(1.0)
-    assert float(found["teacher_tail_mass"]) == 0.0
+    assert float(found["teacher_tail_mass"]) < 1e-40
 
 
 def test_agreement_and_opposition() -> None:
@@ -120,6 +162,17 @@ def test_no_rows() -> None:
     assert all(value.shape == (0,) for value in diagnose(s, u, closely=True).values())
     assert all(value.shape == (0,) for value in
                best_guess(s, torch.empty(0, dtype=torch.long)).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_likelihood_of_the_data_is_cross_entropy(dtype: torch.dtype) -> None:
+    s, _ = (30 * x.to(dtype) for x in logits())
+    labels = torch.arange(len(s))
+    s[3, 3] = -INF
+    found = data_nll(s, labels)
+    assert found.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    assert torch.equal(found, divergence("ce", s, None, labels=labels))
+    assert found[3].isfinite()
 
 
 def test_the_best_guess(monkeypatch: pytest.MonkeyPatch) -> None:
