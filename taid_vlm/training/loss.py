@@ -305,6 +305,10 @@ def choose_step(
         elif teacher is not None and objective.needs_teacher and teacher.hidden(probe) is None:
             reason = _unknown_head("teacher", getattr(teacher, "model", None))
     if reason is None and transform is not None:
+        if float32_logits and not is_plain(head):
+            logger.warning("train.loss_logits = float32 leaves the logits of the student's head as "
+                           "they are: it has an adapter or is quantized, and computes in its own "
+                           "type.")
         return FusedStep(objective, pairing, student, transform, memory_budget, autocast,
                          float32_logits)
     if implementation == "fused":

@@ -158,6 +158,18 @@ def test_logits_in_float32_on_a_cpu(tmp_path: Path) -> None:
         make_trainer(tmp_path, loss_logits="float64")
 
 
+def test_a_head_that_stays_in_its_type_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """`train.loss_logits` widens the product of a plain head alone."""
+    teacher, student, pairing, batch = material("text")
+    for targets, told in (("q_proj", False), ("lm_head", True)):
+        caplog.clear()
+        adapted = get_peft_model(copy.deepcopy(student), LoraConfig(r=4, target_modules=[targets]))
+        step = choose_step("auto", SUM, pairing, adapted, LocalTeacher(copy.deepcopy(teacher)),
+                           batch, float32_logits=True)
+        assert isinstance(step, FusedStep)
+        assert ("train.loss_logits = float32" in caplog.text) == told
+
+
 def test_a_softcap_is_told_from_none_in_half_precision(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, student="gemma2", teacher="gemma2", streamed=True, bf16=True)
     trainer.train()
