@@ -14,10 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 from cli.recipes import Checkpoints, answer, command, write_jsonl
 from cli.test_command_line import ROOT
+from pyarrow import parquet
 from students.composing import Parts
 from training.vllm import NAME, standing_in
 from zoo import build
@@ -34,6 +36,8 @@ FAMILIES = {  # what a hub name begins with -> the family of the small model in 
     "meta-llama/": "llama", "stabilityai/stablelm": "llama", "EleutherAI/pythia": "gpt2",
 }
 STEPS, ROWS = 2, 12
+MANTIS = [source["path"] for side in yaml.safe_load(RECIPES["taid_vlm_2b"].read_text())[
+    "data"].values() for source in (side if isinstance(side, list) else [side])]
 BITSANDBYTES = find_spec("bitsandbytes") is not None  # an extra: 8-bit optimizers, 4-bit teachers
 Tree = dict[str, Any]
 
@@ -60,16 +64,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
         "trl-lib/llava-instruct-mix": [
             {"images": [file], "prompt": [{"role": "user", "content": f"What? {answer(rng)}"}],
              "completion": [{"role": "assistant", "content": answer(rng)}]} for file in files],
-        "TIGER-Lab/Mantis-Instruct": [
-            {"id": str(number), "images": [file, files[0]], "question_type": "open", "options": [],
-             "conversation": [
-                 {"role": "user", "content": "<image> <image> What differs? " + answer(rng)},
-                 {"role": "assistant", "content": answer(rng)}]}
-            for number, file in enumerate(files)],
     }
+    for shards in MANTIS:
+        mantis(rng, folder / shards)
     rows["generated/records.jsonl"] = rows["trl-lib/llava-instruct-mix"]
     return {name: str(write_jsonl(folder / f"{name.rpartition('/')[2]}.jsonl", lines))
-            for name, lines in rows.items()}
+            for name, lines in rows.items()} | {shards: str(folder / shards) for shards in MANTIS}
+
+
+def mantis(rng: random.Random, shards: Path) -> None:
+    """A table of Mantis-Instruct, whose pictures came in an archive beside it."""
+    shards.parent.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(images(ROWS)):
+        picture.save(shards.with_name(f"{number}.png"))
+    rows = [{"id": str(number), "source": "made",
+             "images": [{"bytes": None, "path": f"{at}.png"} for at in (number, 0)],
+             "conversation": [
+                 {"role": "user", "content": "<image> <image> What differs? " + answer(rng)},
+                 {"role": "assistant", "content": answer(rng)}]} for number in range(ROWS)]
+    spoken = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    pictures = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    schema = pa.schema([("id", pa.string()), ("source", pa.string()), ("images", pictures),
+                        ("conversation", spoken)])
+    parquet.write_table(pa.Table.from_pylist(rows, schema),
+                        shards.with_name(shards.name.replace("*", "00000-of-00001")))
 
 
 @pytest.fixture
