@@ -147,6 +147,14 @@ def test_small_vocabularies_and_ruled_out_tokens() -> None:
     assert float(found["teacher_tail_mass"]) < 1e-40
 
 
+def test_no_numbers_stay_none() -> None:
+    s, u = logits(rows=2)
+    u[0, 3] = math.nan
+    found = diagnose(s, u, closely=True)
+    for name in ("kl", "reverse_kl", "teacher_entropy", "jsd", "teacher_head_mass"):
+        assert found[name].isnan().tolist() == [True, False], name
+
+
 def test_agreement_and_opposition() -> None:
     s, _ = logits()
     same = diagnose(s, s.clone(), closely=True)
