@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -197,6 +197,7 @@ def evaluate_pair(
     progress: bool = False,
     keep_answers: bool = False,
     autocast: Autocast = contextlib.nullcontext,
+    measure: Callable[..., dict[str, Measured] | None] | None = None,
 ) -> Tally:
     """Figures of one process's share of the held-out records.
 
@@ -205,6 +206,8 @@ def evaluate_pair(
     Args:
         records: a map-style dataset of records.
         process: (rank, world size); this call takes every world-size-th record.
+        measure: gives all figures of a batch from student, teacher and batch, or None where they
+            need all its logits at once; without it they always do.
     """
     shares = in_step(len(records), batch_size, process)
     # a generator of its own: a DataLoader draws its base seed from the global one otherwise
@@ -216,9 +219,11 @@ def evaluate_pair(
         bar = tqdm(loader, desc="evaluate", disable=None if progress else True, leave=False)
         for share, batch in zip(shares, bar, strict=True):
             batch = send_to_device(batch, device)
-            with autocast():
-                s = student_forward(student, batch)
-            figures = teacher_figures(batch, s, teacher, pairing, autocast)
+            figures = measure(student, teacher, batch) if measure else None
+            if figures is None:
+                with autocast():
+                    s = student_forward(student, batch)
+                figures = teacher_figures(batch, s, teacher, pairing, autocast)
             if share:
                 tally.add(batch, figures)
     return tally

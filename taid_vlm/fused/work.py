@@ -237,6 +237,8 @@ class Work:
             self.teacher_nll[rows] = -label_log_prob(u, self.weighing.labels[rows])
             self._weigh(rows, self.teacher_nll)
         self._measure(index, rows, s, u)
+        if not (self.between or self.on_data):
+            return s  # figures alone
         if not self._apart(vocabulary):
             return self._body(s, u, labels, rows, [*self.between, *self.on_data], dtype,
                               self._in_place(vocabulary, s))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -128,3 +129,21 @@ def answer_hidden(model: PreTrainedModel, inputs: Mapping[str, Any], mask: Tenso
         return answered.hidden
     accepted = _accepted(type(model.base_model), inputs)
     return model.base_model(**accepted).last_hidden_state[mask]
+
+
+def accept_distill(model: PreTrainedModel) -> None:
+    """Let this instance's forward take `distill`, a function of the model and its inputs.
+
+    With it, forward returns what the function returns; without, it is what it was (`generate` and
+    saving do not notice). Calling it twice changes nothing.
+    """
+    original = model.forward
+    if getattr(original, "accepts_distill", False):
+        return
+
+    @functools.wraps(original)
+    def forward(*args: Any, distill: Any = None, **inputs: Any) -> Any:
+        return original(*args, **inputs) if distill is None else distill(model, inputs)
+
+    forward.accepts_distill = True  # type: ignore[attr-defined]
+    model.forward = forward  # type: ignore[method-assign]

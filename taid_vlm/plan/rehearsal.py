@@ -32,6 +32,7 @@ from taid_vlm.plan.ledger import Ledger
 from taid_vlm.plan.shapes import Shapes
 from taid_vlm.teachers import CachedTeacher, LocalTeacher, SharedTeacher, Teacher, Teachers
 from taid_vlm.teachers.several import each
+from taid_vlm.training.figures import HEAD, fused_figures
 from taid_vlm.training.loss import (
     FusedStep,
     ReferenceStep,
@@ -172,9 +173,15 @@ def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shap
     ledger = _ledger(trainer, batch)
     trainer.model.eval()
     with _watched(ledger, trainer), shapes, ledger:
-        with trainer.accelerator.autocast():
-            s = student_forward(trainer.model, batch)
-        teacher_figures(batch, s, trainer.teacher, trainer.pairing, trainer.accelerator.autocast)
+        measure = fused_figures(trainer)
+        if measure is not None:
+            measure.fused.body = "eager"
+            measure.known[HEAD] = _configured_transform(trainer.model)
+        if measure is None or measure(trainer.model, trainer.teacher, batch) is None:
+            with trainer.accelerator.autocast():
+                s = student_forward(trainer.model, batch)
+            teacher_figures(batch, s, trainer.teacher, trainer.pairing,
+                            trainer.accelerator.autocast)
     return Memory(ledger.at_peak, ledger.most)
 
 

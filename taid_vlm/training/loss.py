@@ -24,7 +24,6 @@ from taid_vlm.batch.figures import (
     Measured,
     at_tokens,
     chunk_figures,
-    compared_figures,
     token_figures,
 )
 from taid_vlm.batch.forward import Batch, student_forward
@@ -43,14 +42,13 @@ from taid_vlm.fused.divergence import FusedDivergence, FusedLoss
 from taid_vlm.fused.model_head import at_head, find_logit_transform, is_plain
 from taid_vlm.fused.pieces import Pieces
 from taid_vlm.fused.work import Rows, Weighing
-from taid_vlm.models.forward import Autocast, answer_hidden, unwrap
+from taid_vlm.models.forward import Autocast, accept_distill, answer_hidden, unwrap
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, data_nll
 from taid_vlm.teachers import CachedTeacher, HiddenSignal, Teacher
+from taid_vlm.training.figures import figures_of_rows
 
 logger = logging.getLogger(__name__)
-
-FIGURE_BYTES = 64  # per pair of logits, that the figures of a logged step have in use, about
 
 
 class StepLoss(NamedTuple):
@@ -213,48 +211,13 @@ class FusedStep:
     def _measure(
         self, batch: Batch, index: int, rows: Rows, s: Tensor, u: Tensor | None
     ) -> dict[str, Tensor]:
-        """As `token_figures`, as many rows at a time as the budget holds; of pairs of tokens what
-        is compared."""
-        at_once = max(1, self.fused.memory_budget // (FIGURE_BYTES * s.shape[1]))
-        parts = []
-        for part in (slice(i, i + at_once) for i in range(0, max(1, len(s)), at_once)):
-            found = {}
-            if u is None or not has_chunks(batch):
-                found["nll"] = data_nll(s[part], batch["labels"][rows][part])
-            if u is not None and not has_chunks(batch):
-                partners = batch["teacher_labels"][rows][part]
-                found["teacher_nll"] = data_nll(u[part], partners)
-            if u is not None and self.pairing is not None:
-                found |= compared_figures(self.pairing.maps[index], s[part], u[part])
-            parts.append(found)
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return figures_of_rows(batch, self.pairing, self.fused.memory_budget, index, rows, s, u)
 
 
 def _hidden(teacher: Teacher, batch: Batch) -> HiddenSignal:
     signal = teacher.hidden(batch)
     assert signal is not None  # `choose_step` has asked
     return signal
-
-
-# ----- the student's forward ----------------------------------------------------------------
-
-
-def accept_distill(model: PreTrainedModel) -> None:
-    """Let this instance's forward take `distill`, a function of the model and its inputs.
-
-    With it, forward returns what the function returns; without, it is what it was (`generate` and
-    saving do not notice). Calling it twice changes nothing.
-    """
-    original = model.forward
-    if getattr(original, "accepts_distill", False):
-        return
-
-    @functools.wraps(original)
-    def forward(*args: Any, distill: Any = None, **inputs: Any) -> Any:
-        return original(*args, **inputs) if distill is None else distill(model, inputs)
-
-    forward.accepts_distill = True  # type: ignore[attr-defined]
-    model.forward = forward  # type: ignore[method-assign]
 
 
 # ----- which one ----------------------------------------------------------------------------

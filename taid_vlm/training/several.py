@@ -29,7 +29,14 @@ from taid_vlm.batch.shares import Shares, shares_of
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedLoss
 from taid_vlm.fused.model_head import find_logit_transform
-from taid_vlm.models.forward import Answered, Autocast, answer_hidden, answer_logits, unwrap
+from taid_vlm.models.forward import (
+    Answered,
+    Autocast,
+    accept_distill,
+    answer_hidden,
+    answer_logits,
+    unwrap,
+)
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, parse_objective
 from taid_vlm.objectives.divergences import LOSSES
@@ -37,7 +44,7 @@ from taid_vlm.records import Record, first_rows, parts_of
 from taid_vlm.teachers import Teacher, Teachers
 from taid_vlm.training.config import DistillationConfig
 from taid_vlm.training.intake import PROBED_RECORDS, check_usable
-from taid_vlm.training.loss import Step, StepLoss, accept_distill, choose_step, plain_step
+from taid_vlm.training.loss import Step, StepLoss, choose_step, plain_step
 from taid_vlm.training.pair import pair_for_training
 from taid_vlm.training.served import place_teacher, serve, shapes_of
 

@@ -42,6 +42,7 @@ from taid_vlm.teachers import ServedTeacher, TeacherCache, TeacherInStudent, Tea
 from taid_vlm.training.budget import BudgetBatches
 from taid_vlm.training.carried import ScheduleCallback, gone_on_from
 from taid_vlm.training.config import DistillationConfig
+from taid_vlm.training.figures import fused_figures
 from taid_vlm.training.guard import StepGuard
 from taid_vlm.training.intake import Intake, prepared, windowed
 from taid_vlm.training.loss import Step, StepLoss
@@ -156,7 +157,7 @@ class DistillationTrainer(Trainer):
         self.rollouts = None if sampling is None else Rollouts(
             sampling, collator.student, batches, samples, self.accelerator, args)
         self._begin(train_dataset)
-        self._steps: dict[str, Step | SeveralStep] = {}
+        self._steps, self.behind_head = dict[str, Step | SeveralStep](), dict[str, Any]()
         self.add_callback(ScheduleCallback(self))
         self.add_callback(self.parts)
 
@@ -183,8 +184,7 @@ class DistillationTrainer(Trainer):
     @property
     def loss_report(self) -> dict[str, Any] | None:
         """Which implementation of the loss ran, and why; None before the first step."""
-        step = self._step or self._steps.get(SAMPLED)
-        return None if step is None else step.report()
+        return step.report() if (step := self._step or self._steps.get(SAMPLED)) else None
 
     @property
     def teacher_model(self) -> Any:
@@ -395,10 +395,9 @@ class DistillationTrainer(Trainer):
         with kept_if_lost(self):
             tally = evaluate_pair(
                 self.model, self.teacher, dataset, self.collator, self.pairing,
-                keep_answers=keep_answers,
+                keep_answers=keep_answers, measure=fused_figures(self),
                 progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-                **self.evaluation_options(),
-            )
+                **self.evaluation_options())
         merged = Tally()
         for part in gather_object([tally]):
             merged.merge(part)

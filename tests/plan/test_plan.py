@@ -156,18 +156,18 @@ def test_evaluation_has_a_peak_of_its_own(tmp_path: Path, checkpoints: Checkpoin
 
 
 def test_room_for_logits_is_kept_on_a_cpu(tmp_path: Path, checkpoints: Checkpoints) -> None:
-    """It lies there while an optimizer steps and while a model is evaluated, too."""
+    """It lies there while an optimizer steps, too; an evaluation works in it."""
     def phases(implementation: str, **train: Any) -> Any:
         tree = small(tmp_path, checkpoints, loss_implementation=implementation, **train)
         tree["data"]["eval"] = tree["data"]["train"]
         return plan_recipe(parse_recipe(tree))[0].phases
 
     fused, reference = (phases(name, use_cpu=True) for name in ("fused", "reference"))
-    for phase in (UPDATE, EVALUATION):
-        assert fused[phase] > reference[phase] + 10_000
+    assert fused[UPDATE] > reference[UPDATE] + 10_000
+    little = phases("fused", use_cpu=True, loss_memory_budget=50_000)
+    assert little[EVALUATION] < reference[EVALUATION] - 500_000
     fused, reference = (phases(name) for name in ("fused", "reference"))
     assert fused[UPDATE] == reference[UPDATE]
-    assert fused[EVALUATION] == reference[EVALUATION]
 
 
 def test_every_stage_has_a_plan(tmp_path: Path, checkpoints: Checkpoints) -> None:

@@ -21,9 +21,9 @@ from zoo import TEXT_FAMILIES, VLM_FAMILIES, build
 
 from taid_vlm import DistillationConfig, DistillationTrainer, TaidError
 from taid_vlm.fused.model_head import find_logit_transform
-from taid_vlm.models.forward import unwrap
+from taid_vlm.models.forward import accept_distill, unwrap
 from taid_vlm.models.head import LogitTransform
-from taid_vlm.training.loss import FusedStep, ReferenceStep, accept_distill
+from taid_vlm.training.loss import FusedStep, ReferenceStep
 
 SHORT = {"max_steps": 20, "optim": "sgd", "learning_rate": 0.05, "logging_steps": 5,
          "max_grad_norm": 1.0}
