@@ -88,7 +88,8 @@ class OwnArguments(Section):
             takes longer than the padding that tokens_per_batch leaves.
         loss_implementation: fused never has all logits in memory; auto takes it where it gives the
             same as reference, which is checked at the first batch.
-        loss_memory_budget (bytes): What the fused loss may take for logits and their gradient.
+        loss_memory_budget (bytes): What the fused loss may take for logits and their gradient, and
+            held-out figures for logits.
         loss_logits: float32 makes the fused loss's logits in float32 on a CPU, too, where products
             of bfloat16 leave rounded to it (auto); benchmarks/objective_cpu.md says at what cost.
         max_nonfinite_steps (steps): A step whose loss or gradient is no number is not applied and

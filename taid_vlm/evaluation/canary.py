@@ -221,21 +221,20 @@ def _differences(
     """For every sample: a figure's name, and its values over the sample's tokens."""
     real, labels, rows = _predict(model, adapter, samples, REAL, device)
     for version in versions:
-        figures = _compared(real, labels, _predict(model, adapter, samples, version, device))
+        substituted, again, _ = _predict(model, adapter, samples, version, device)
+        assert torch.equal(labels, again), "an answer's tokens do not depend on the pixels"
+        figures = compared(real, labels, substituted)
         for index, sample in enumerate(samples):
             if sample.measured(version):
                 for name, values in figures.items():
                     yield f"{name}_{version}", values[rows == index]
 
 
-def _compared(
-    real: Tensor, labels: Tensor, substituted: tuple[Tensor, Tensor, Tensor]
-) -> dict[str, Tensor]:
-    """KL(real || substitute), and what the real image adds to the answer's log-likelihood."""
-    logits, again, _ = substituted
-    assert torch.equal(labels, again), "an answer's tokens do not depend on the pixels"
-    seeing, without = (data_nll(x, labels) for x in (real, logits))
-    figures = {"kl": diagnose(logits, real)["kl"], "gain": without - seeing}
+def compared(real: Tensor, labels: Tensor, substituted: Tensor) -> dict[str, Tensor]:
+    """KL(real || substitute), and what the real image adds to the answer's log-likelihood, [N]
+    each, of logits [N, V]."""
+    seeing, without = (data_nll(x, labels) for x in (real, substituted))
+    figures = {"kl": diagnose(substituted, real)["kl"], "gain": without - seeing}
     return {name: values.double().cpu() for name, values in figures.items()}
 
 

@@ -21,9 +21,10 @@ from transformers import TrainerCallback
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.collator import Batch
 from taid_vlm.batch.forward import student_forward
+from taid_vlm.evaluation.canary import compared
 from taid_vlm.evaluation.held_out import teacher_figures
 from taid_vlm.fused.work import Rows
-from taid_vlm.models.forward import unwrap
+from taid_vlm.models.forward import answer_logits, unwrap
 from taid_vlm.models.head import LogitTransform, known_logit_transforms
 from taid_vlm.models.parts import TOWER, frozen_modules
 from taid_vlm.objectives import Objective
@@ -168,7 +169,8 @@ class _FewFigures(FusedStep):
 
 @torch.no_grad()
 def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shapes) -> Memory:
-    """Both models and all figures of one batch, as `evaluation.evaluate_pair` does it."""
+    """Both models and all figures of one batch, as `evaluation.evaluate_pair` does it, and what the
+    canary has of each of them."""
     trainer.model.zero_grad()
     ledger = _ledger(trainer, batch)
     trainer.model.eval()
@@ -182,7 +184,22 @@ def rehearse_evaluation(trainer: DistillationTrainer, batch: Batch, shapes: Shap
                 s = student_forward(trainer.model, batch)
             teacher_figures(batch, s, trainer.teacher, trainer.pairing,
                             trainer.accelerator.autocast)
+            del s
+        if trainer.canary.number and int(batch["images"].sum()):
+            _look(trainer, batch)
     return Memory(ledger.at_peak, ledger.most)
+
+
+def _look(trainer: DistillationTrainer, batch: Batch) -> None:
+    """All logits of a model at a time, with an image and with another."""
+    sides = [(trainer.model, batch["student_inputs"], batch["student_mask"], batch["labels"])]
+    if isinstance(trainer.teacher, LocalTeacher):
+        sides.append((trainer.teacher.model, batch["teacher_inputs"], batch["teacher_mask"],
+                      batch["teacher_labels"]))
+    for model, inputs, mask, labels in sides:
+        with trainer.accelerator.autocast():
+            real, other = (answer_logits(model, inputs, mask) for _ in range(2))
+        compared(real, labels, other)
 
 
 def _ledger(trainer: DistillationTrainer, batch: Batch) -> Ledger:

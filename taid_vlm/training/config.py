@@ -44,7 +44,8 @@ class DistillationConfig(TrainingArguments):
             (`taid_vlm.evaluation.canary`); 0 asks nothing.
         loss_implementation: "fused" (never all logits in memory), "reference", or "auto": fused
             where it gives the same, which is checked at the first batch.
-        loss_memory_budget: bytes that the fused loss may take for logits and their gradient.
+        loss_memory_budget: bytes that the fused loss may take for logits and their gradient, and
+            held-out figures for logits.
         loss_logits: "float32" makes the fused loss's logits in float32 on a CPU, too, where "auto"
             takes them as half-precision products leave them.
         max_nonfinite_steps: steps in a row with a loss or gradient that is no number, after which
