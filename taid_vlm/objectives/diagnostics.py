@@ -166,6 +166,12 @@ def data_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: [N, V]. labels: [N] token ids.
+
+    Example:
+        >>> import torch
+        >>> from taid_vlm.objectives import data_nll
+        >>> data_nll(torch.tensor([[0.8, 0.2]]).log(), torch.tensor([1]))
+        tensor([1.6094])
     """
     nll = upcast(logits.new_empty(len(logits)))
     for rows in row_chunks(len(logits), logits.shape[1], logits.device.type):
