@@ -291,6 +291,7 @@ def test_what_grows_is_measured_in_processes_of_its_own(monkeypatch, tmp_path, c
 
 def test_held_out_figures_and_canary_against_forward_passes(tmp_path, monkeypatch, capsys):
     """The forward passes are those that the evaluation and the canary make."""
+    monkeypatch.setattr(bench_held_out, "be_quiet", lambda: None)  # it holds for a process
     calls = {"student": 0, "canary": 0}
     monkeypatch.setattr(bench_held_out, "student_forward", counted(
         calls, "student", bench_held_out.student_forward))

@@ -59,7 +59,8 @@ class FusedFigures:
         hidden = head = None
         if teacher is not None and self.pairing is not None:
             signal = teacher.hidden(batch)
-            if signal is None:
+            if signal is None:  # and it is not asked again, which costs it forward passes
+                self.known[HEAD] = None
                 return None
             hidden, head = signal
 

@@ -98,3 +98,14 @@ def test_what_needs_all_logits_gets_them(setting: dict[str, Any], tmp_path: Path
     batch = trainer.data_collator(rows(4, text_only=True))
     assert measure is None or measure(trainer.model, trainer.teacher, batch) is None
     assert summarise(trainer.tally(rows(4, text_only=True)))["n_tokens"] > 0
+
+
+def test_a_teacher_whose_head_is_not_known_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=2)
+    asked = []
+    monkeypatch.setattr(trainer.teacher, "hidden", asked.append)
+    for _ in range(2):
+        assert summarise(trainer.tally(rows(6)))["n_tokens"] > 0
+    assert len(asked) == 1
