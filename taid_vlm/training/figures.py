@@ -22,6 +22,7 @@ from taid_vlm.fused.work import Rows
 from taid_vlm.models.forward import Autocast, accept_distill, answer_hidden, unwrap
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, best_guess, data_nll
+from taid_vlm.teachers import Teachers
 
 HEAD = "head"
 FIGURE_BYTES = 64  # per pair of logits, that the figures of some rows have in use, about
@@ -85,7 +86,9 @@ class FusedFigures:
     def _can(self, student: nn.Module, teacher: Any, batch: Batch) -> bool:
         plain = unwrap(student)
         head = plain.get_output_embeddings()
-        if batch.get("parts") or has_chunks(batch) or getattr(teacher, "top", None) is not None:
+        # nothing here is of a batch alone: processes do the same, in step
+        chunks = self.pairing is not None and self.pairing.has_chunks
+        if chunks or isinstance(teacher, Teachers) or getattr(teacher, "top", None) is not None:
             return False
         if not is_plain(head) and any(isinstance(p, DTensor) for p in plain.parameters()):
             return False

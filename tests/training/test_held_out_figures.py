@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from training.runs import make_trainer, rows
+from training.several import several_trainer
 
 from taid_vlm.evaluation.held_out import Tally, summarise
 from taid_vlm.fused.divergence import FusedDivergence
@@ -109,3 +110,17 @@ def test_a_teacher_whose_head_is_not_known_is_asked_once(
     for _ in range(2):
         assert summarise(trainer.tally(rows(6)))["n_tokens"] > 0
     assert len(asked) == 1
+
+
+def test_of_several_teachers_no_process_finds_out_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch may have a teacher's tokens in one process and none in another."""
+    trainer = several_trainer(tmp_path)
+    measure = fused_figures(trainer)
+    assert measure is not None
+    measure.processes = 2
+    monkeypatch.setattr(module, "gather_object", lambda _: pytest.fail("waits for the others"))
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    for parts in (batch["parts"], {}):
+        assert measure(trainer.model, trainer.teacher, {**batch, "parts": parts}) is None
