@@ -33,7 +33,16 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from bench.common import Rows, carry_out, conditions, described, number, numbers, parsed
+from bench.common import (
+    Rows,
+    carry_out,
+    conditions,
+    described,
+    number,
+    numbers,
+    parsed,
+    write_asked,
+)
 from bench.step_rows import make_rows
 from bench.step_setup import SCALES, Setup, make_processor
 from transformers import PreTrainedTokenizerFast
@@ -42,7 +51,6 @@ from taid_vlm.adapters import ModelAdapter, make_adapter
 from taid_vlm.alignment import pair_models
 from taid_vlm.batch.collator import DistillationCollator
 from taid_vlm.errors import TaidError
-from taid_vlm.io.files import write_json, write_text
 from taid_vlm.records import Record, parse_record
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
         work(args)
         return []
     return carry_out([measure(args)], conditions(), lambda row: row["conditions"]["processor"],
-                     table, partial(write, args=args))
+                     table, partial(write_asked, args=args, page=page))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -228,11 +236,8 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def write(rows: Rows, args: argparse.Namespace) -> None:
-    if args.json:
-        write_json(rows, args.json)
-    if args.markdown:
-        write_text(f"{table(rows)}\n", args.markdown)
+def page(rows: Rows) -> str:
+    return f"{table(rows)}\n"
 
 
 if __name__ == "__main__":

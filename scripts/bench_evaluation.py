@@ -35,7 +35,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from bench.common import Rows, carry_out, conditions, described, number, parsed
+from bench.common import Rows, carry_out, conditions, described, number, parsed, write_asked
 from bench.step_setup import SCALES, Setup, make_pair
 from PIL import Image
 
@@ -50,7 +50,6 @@ from taid_vlm.config.data import DataSource
 from taid_vlm.config.model import ModelSpec
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.io.endpoint import Endpoint
-from taid_vlm.io.files import write_json, write_text
 from taid_vlm.records import ImageRef
 
 PICTURE, BATCH, WORDS = (640, 480), 8, (20, 120)
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         return carry_out(([row] for row in measure(args, Path(folder))), conditions(),
                          lambda row: row["conditions"]["processor"], table,
-                         partial(write, args=args))
+                         partial(write_asked, args=args, page=page))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -240,11 +239,8 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def write(rows: Rows, args: argparse.Namespace) -> None:
-    if args.json:
-        write_json(rows, args.json)
-    if args.markdown:
-        write_text(table(rows) + "\n", args.markdown)
+def page(rows: Rows) -> str:
+    return f"{table(rows)}\n"
 
 
 if __name__ == "__main__":

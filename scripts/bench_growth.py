@@ -29,7 +29,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 
 import torch
-from bench.common import Rows, carry_out, check_names, conditions, described, names, number, parsed
+from bench.common import (
+    Rows,
+    carry_out,
+    check_names,
+    conditions,
+    described,
+    markdown_table,
+    names,
+    number,
+    parsed,
+    write_asked,
+)
 from bench.output import megabytes
 from bench.step_floors import floors_of
 from bench.step_output import conditions_line
@@ -37,7 +48,6 @@ from bench.step_setup import SCALES, Setup
 from bench.step_worker import be_quiet
 
 from taid_vlm.errors import TaidError
-from taid_vlm.io.files import write_json, write_text
 
 TEXT = Setup(vocab=32_768, batch_size=1, sequence_length=512)
 IMAGE_TOKENS = 64
@@ -78,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     cases = ([measure(axis, point, args.rounds, args.threads) for point in points[axis]]
              for axis in args.axes)
     return carry_out(cases, {**conditions(), "load": os.getloadavg()[0]},
-                     conditions_line, table, partial(write, args=args))
+                     conditions_line, table, partial(write_asked, args=args, page=page))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -137,8 +147,7 @@ def _free_port() -> int:
 
 def table(rows: Rows) -> str:
     """Markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(COLUMNS, map(_cells, rows))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -150,14 +159,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
             megabytes(row["step_memory_bytes"]), f"{row['step_memory_bytes'] / 1000 / tokens:,.0f}"]
 
 
-def write(rows: Rows, args: argparse.Namespace) -> None:
-    """What was asked for, with all rows so far."""
-    if args.json:
-        write_json(rows, args.json)
-    if args.markdown:
-        parts = [table([row for row in rows if row["axis"] == axis])
-                 for axis in dict.fromkeys(row["axis"] for row in rows)]
-        write_text("\n\n".join([conditions_line(rows[0]), *parts]) + "\n", args.markdown)
+def page(rows: Rows) -> str:
+    """A table for every axis."""
+    parts = [table([row for row in rows if row["axis"] == axis])
+             for axis in dict.fromkeys(row["axis"] for row in rows)]
+    return "\n\n".join([conditions_line(rows[0]), *parts]) + "\n"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from bench.common import Rows, carry_out, check_names, conditions, described, names, number, parsed
+from bench.common import (
+    Rows,
+    carry_out,
+    check_names,
+    conditions,
+    described,
+    markdown_table,
+    names,
+    number,
+    parsed,
+    write_asked,
+)
 from bench.step_output import conditions_line, title
 from bench.step_setup import DTYPES, KINDS, SCALES, Setup, make_pair
 from bench.step_trainers import TRAINERS
@@ -36,7 +47,6 @@ from bench.step_worker import be_quiet
 
 from taid_vlm.batch.forward import student_forward, teacher_forward
 from taid_vlm.evaluation import canary
-from taid_vlm.io.files import write_json, write_text
 
 COLUMNS = ("pair", "what", "tokens", "CPU s", "forward, CPU s", "x forward")
 
@@ -48,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     cases = (measure(setup_of(args, kind, dtype), args.rounds)
              for kind in args.kinds for dtype in args.dtypes)
     return carry_out(cases, {**conditions(), "load": os.getloadavg()[0]},
-                     conditions_line, table, partial(write, args=args))
+                     conditions_line, table, partial(write_asked, args=args, page=page))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -165,8 +175,7 @@ def _compared(
 
 def table(rows: Rows) -> str:
     """Markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(COLUMNS, map(_cells, rows))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -176,12 +185,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
             f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"]
 
 
-def write(rows: Rows, args: argparse.Namespace) -> None:
-    """What was asked for, with all rows so far."""
-    if args.json:
-        write_json(rows, args.json)
-    if args.markdown:
-        write_text(f"{conditions_line(rows[0])}\n\n{table(rows)}\n", args.markdown)
+def page(rows: Rows) -> str:
+    return f"{conditions_line(rows[0])}\n\n{table(rows)}\n"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -57,6 +57,7 @@ from bench.common import (
     names,
     number,
     parsed,
+    write_asked,
 )
 from bench.step_floors import floors_of, floors_table
 from bench.step_output import conditions_line, markdown, table
@@ -66,7 +67,6 @@ from bench.step_setup import DTYPES, KINDS, SCALES, Setup
 from bench.step_trainers import NOTES, TRAINERS, WITHOUT_TEACHER
 
 from taid_vlm.errors import TaidError
-from taid_vlm.io.files import write_json, write_text
 
 OBJECTIVES = tuple(name for name in FORMULAS if name != "ce")
 # a relative error beyond which a loss is another loss, not another rounding
@@ -79,11 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     if args.floors:
         rows = (floors_of(make_setup(args, objective), args.rounds) for objective in args.objective)
         return carry_out(rows, {**conditions(), "load": os.getloadavg()[0]}, conditions_line,
-                         floors_table, partial(write, args=args, page=floors_table))
+                         floors_table, partial(write_asked, args=args, page=floors_table))
     cases = (measure(make_setup(args, objective), args.implementations, args.rounds, args.steps,
                      not args.one_by_one) for objective in args.objective)
     about = {**conditions(), "load": os.getloadavg()[0]}
-    return carry_out(cases, about, conditions_line, table, partial(write, args=args))
+    return carry_out(cases, about, conditions_line, table,
+                     partial(write_asked, args=args, page=markdown))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -190,16 +191,6 @@ def _errors(found: Found, want: Found, tolerance: float) -> dict[str, Any]:
             told = f"its {said} is {got / should:.4g} times the reference's"
             errors["differs"] = f"{errors['differs']}; {told}" if errors["differs"] else told
     return errors
-
-
-def write(
-    rows: Sequence[Mapping[str, Any]], args: argparse.Namespace,
-    page: Callable[[Sequence[Mapping[str, Any]]], str] = markdown,
-) -> None:
-    if args.json:
-        write_json(rows, args.json)
-    if args.markdown:
-        write_text(page(rows), args.markdown)
 
 
 if __name__ == "__main__":

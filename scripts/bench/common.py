@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from taid_vlm.errors import TaidError, nearest
+from taid_vlm.io.files import write_json, write_text
 from taid_vlm.runs.machine import machine, versions
 
 ERROR_LENGTH = 200
@@ -71,6 +72,21 @@ def carry_out(
         rows += found
         write(rows)
     return rows
+
+
+def write_asked(
+    rows: Rows, args: argparse.Namespace, page: Callable[[Rows], str]
+) -> None:
+    """--json, and --markdown by `page`, where they were asked for."""
+    if args.json:
+        write_json(rows, args.json)
+    if args.markdown:
+        write_text(page(rows), args.markdown)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(text: str) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
+from bench.common import markdown_table
 from bench.implementations import ours
 from bench.measure import make_floor
 from bench.problem import Case, Problem
@@ -153,8 +154,7 @@ def compared(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
 
 def floors_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(COLUMNS, map(_cells, rows))
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
