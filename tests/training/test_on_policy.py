@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training.runs import make_trainer, rows, step_gradient, weights
 from training.test_invariance import ALTERNATIVES, SGD, TOLERANCE, in_processes, relative
 
@@ -155,6 +157,45 @@ def test_the_loss_is_chosen_before_anyone_samples(tmp_path: Path) -> None:
     trainer.train()
     assert {part: type(step).__name__ for part, step in trainer._steps.items()} == {
         "": "FusedStep", "sampled": "FusedStep"}
+
+
+def test_in_mixed_precision_weights_are_cast_once_for_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at every token, and what is drawn is the same; the next step casts what it has learned."""
+    trainer = make_trainer(tmp_path, objective=TAID, bf16=True)
+    model, rollouts = trainer.accelerator.prepare_model(trainer.model), trainer.rollouts
+    questions = [on_policy.Question(str(i), on_policy._record(row), 1)
+                 for i, row in enumerate(rows(4, kinds=["text"]))]
+    said = []
+    with Casts(model) as casts:
+        said.append(rollouts._ask(questions, model, 1))
+        assert max(len(answer.ids) for answer in said[0]) > 4
+        assert casts.of and set(casts.of.values()) == {1}
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.5)
+        rollouts._ask(questions, model, 1)
+        assert set(casts.of.values()) == {2}
+    with torch.no_grad():
+        next(model.parameters()).div_(1.5)
+    monkeypatch.setattr(rollouts, "_weights_cast_once", contextlib.nullcontext)
+    with Casts(model) as casts:
+        assert rollouts._ask(questions, model, 1) == said[0]
+        assert min(casts.of.values()) > 4
+
+
+class Casts(TorchDispatchMode):
+    """Counts by weight of a model how often it is cast."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.of = Counter[str]()
+        self.names = {p.data_ptr(): name for name, p in model.named_parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.names:
+            self.of[self.names[args[0].data_ptr()]] += 1
+        return func(*args, **(kwargs or {}))
 
 
 # ----- who samples, and what becomes of it ------------------------------------------------------
