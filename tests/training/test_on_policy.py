@@ -162,7 +162,7 @@ def test_the_loss_is_chosen_before_anyone_samples(tmp_path: Path) -> None:
 def test_in_mixed_precision_weights_are_cast_once_for_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not at every token, and what is drawn is the same; the next step casts what it has learned."""
+    """Not at every token, and the answers are the same; the next step casts what it has learned."""
     trainer = make_trainer(tmp_path, objective=TAID, bf16=True)
     model, rollouts = trainer.accelerator.prepare_model(trainer.model), trainer.rollouts
     questions = [on_policy.Question(str(i), on_policy._record(row), 1)
