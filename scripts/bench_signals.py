@@ -30,7 +30,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from bench.arms import Tree, built, fresh, measured, trained
-from bench.common import conditions, described, names, number, parsed
+from bench.common import conditions, described, markdown_table, names, number, parsed
 from bench.server import Server
 from safetensors.torch import load_file
 
@@ -300,7 +300,7 @@ def _rounding(arms: Mapping[str, Tree]) -> Iterator[str]:
 def _table(arms: Mapping[str, Tree]) -> str:
     head = ("the signal", "held-out KL", "agreement", "s a step", "CPU s a step", "bytes a token",
             "building, CPU s", "peak RSS, GB")
-    lines = [head, ("---",) * len(head)]
+    lines = []
     for name, result in arms.items():
         train, cache, figures = result["train"], result.get("cache", {}), result["held_out"]
         steps, server = train["steps"], result.get("server")
@@ -315,7 +315,7 @@ def _table(arms: Mapping[str, Tree]) -> str:
             ARMS[name].title, _figure(figures, "kl"), _figure(figures, "agreement"),
             f"{train['seconds'] / steps:.2f}", spent, size,
             f"{cache['cpu_seconds']:,.0f}" if cache else "", peak))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, lines)
 
 
 def _figure(figures: Mapping[str, float], name: str) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from taid_vlm.config.objective import MOVING
 from taid_vlm.errors import TaidError, nearest
 from taid_vlm.fused.terms import BodyTerm
-from taid_vlm.objectives.compiling import WORTH_COMPILING, can_compile, row_groups
+from taid_vlm.objectives.compiling import can_compile, row_groups, should_compile
 from taid_vlm.objectives.divergences import closed_form, upcast
 
 BODIES = ("auto", "eager", "compiled", "triton")
@@ -157,8 +157,7 @@ def choose_body(
     if name == "compiled" and not can_compile(device.type):
         raise TaidError(f"body = 'compiled' finds no compiler for {device.type}; install a C++ "
                         "compiler (g++ or clang) or, on CUDA, triton, or take body: eager.")
-    if name == "compiled" or (
-            name == "auto" and elements >= WORTH_COMPILING and can_compile(device.type)):
+    if name == "compiled" or (name == "auto" and should_compile(elements, device.type)):
         return compiled
     return eager
 

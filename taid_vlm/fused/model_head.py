@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from taid_vlm.fused.heads import Head, ModuleHead
 from taid_vlm.models.forward import (
+    Autocast,
     answer_hidden,
     answer_logits,
     evaluation_mode,
@@ -61,6 +62,25 @@ def at_head(
         del module.forward
         if own is not None:
             module.forward = own
+
+
+def inside_forward(
+    model: nn.Module, transform: LogitTransform, batch: Mapping[str, Any], autocast: Autocast,
+    compute: Callable[[Tensor, Any], Any],
+) -> Any:
+    """What `compute` gives for the hidden states at a batch's positions and the head, inside the
+    student's own forward: what wraps the model (DDP, FSDP) sees an ordinary one.
+
+    Args:
+        model: wrapped or not, with a forward that takes `distill`.
+        transform: what it does behind its head.
+    """
+    def distill(student: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
+        with autocast():
+            hidden = answer_hidden(student, inputs, batch["student_mask"])
+            return at_head(student, transform, hidden, compute)
+
+    return model(**batch["student_inputs"], distill=distill)
 
 
 @torch.no_grad()

@@ -27,6 +27,11 @@ def can_compile(device: str) -> bool:
         return False
 
 
+def should_compile(elements: int, device: str) -> bool:
+    """Whether compiling what is done to so many logits is worth it there, and can be done."""
+    return elements >= WORTH_COMPILING and can_compile(device)
+
+
 def row_groups(rows: int, width: int, device: str, scratch: int) -> Iterator[slice]:
     """As many rows at a time as a CPU's caches hold; elsewhere so many that `scratch` numbers for
     every logit are about 64 MiB of float32."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from taid_vlm.objectives.arithmetic import row_sum
-from taid_vlm.objectives.compiling import WORTH_COMPILING, can_compile, row_groups
+from taid_vlm.objectives.compiling import row_groups, should_compile
 from taid_vlm.objectives.divergences import (
     LOG_SMALLEST,
     _forward_terms,
@@ -66,8 +66,8 @@ def diagnose(
 def _way(logits: Tensor) -> tuple[Callable[..., dict[str, Tensor]], Iterator[slice]]:
     """How rows are measured, and how many at a time: on a CPU compiled, where there are many."""
     (rows, width), device = logits.shape, logits.device.type
-    worth = rows * width >= WORTH_COMPILING and rows > 1 and logits.dtype != torch.float64
-    if _is_on_cpu(logits) and worth and can_compile(device):
+    known = _is_on_cpu(logits) and rows > 1 and logits.dtype != torch.float64
+    if known and should_compile(rows * width, device):
         return _compiled_sums, row_groups(rows, width, device, SCRATCH)
     return _sums, row_chunks(rows, width, device)
 

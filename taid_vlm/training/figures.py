@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.figures import Measured, compared_figures
 from taid_vlm.batch.forward import Batch
 from taid_vlm.batch.losses import has_chunks
-from taid_vlm.fused.divergence import FusedDivergence, FusedLoss
-from taid_vlm.fused.model_head import at_head, find_logit_transform, is_plain
+from taid_vlm.fused.divergence import FusedDivergence
+from taid_vlm.fused.model_head import find_logit_transform, inside_forward, is_plain
 from taid_vlm.fused.work import Rows
-from taid_vlm.models.forward import Autocast, accept_distill, answer_hidden, unwrap
+from taid_vlm.models.forward import Autocast, accept_distill, unwrap
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, best_guess, data_nll
 from taid_vlm.teachers import Teachers
@@ -65,19 +64,14 @@ class FusedFigures:
                 return None
             hidden, head = signal
 
-        def distill(student: PreTrainedModel, inputs: Mapping[str, Tensor]) -> FusedLoss:
-            transform = self.known[HEAD]
-            assert transform is not None
-            with self.autocast():
-                return at_head(
-                    student, transform, answer_hidden(student, inputs, batch["student_mask"]),
-                    lambda own, own_head: self.fused(
-                        own, own_head, hidden, head, batch["labels"],
-                        map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
-                        measure=self._measuring(batch)))
-
-        found = student(**batch["student_inputs"], distill=distill).figures
-        return {name: Measured(values) for name, values in found.items()}
+        transform = self.known[HEAD]
+        assert transform is not None
+        found = inside_forward(
+            student, transform, batch, self.autocast, lambda own, own_head: self.fused(
+                own, own_head, hidden, head, batch["labels"],
+                map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
+                measure=self._measuring(batch)))
+        return {name: Measured(values) for name, values in found.figures.items()}
 
     def _measuring(self, batch: Batch) -> Callable[..., dict[str, Tensor]]:
         return functools.partial(

@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from taid_vlm.alignment import Pairing
 from taid_vlm.batch.figures import (
@@ -39,10 +38,10 @@ from taid_vlm.batch.sparse import sparse_figures, sparse_losses
 from taid_vlm.config.training import MEMORY_BUDGET
 from taid_vlm.errors import TaidError
 from taid_vlm.fused.divergence import FusedDivergence, FusedLoss
-from taid_vlm.fused.model_head import at_head, find_logit_transform, is_plain
+from taid_vlm.fused.model_head import find_logit_transform, inside_forward, is_plain
 from taid_vlm.fused.pieces import Pieces
 from taid_vlm.fused.work import Rows, Weighing
-from taid_vlm.models.forward import Autocast, accept_distill, answer_hidden, unwrap
+from taid_vlm.models.forward import Autocast, accept_distill, unwrap
 from taid_vlm.models.head import LogitTransform
 from taid_vlm.objectives import Objective, data_nll
 from taid_vlm.teachers import CachedTeacher, HiddenSignal, Teacher
@@ -174,17 +173,12 @@ class FusedStep:
         pieces = Pieces(**{field.name: batch[field.name] for field in fields(Pieces)}) if (
             signal is not None and has_chunks(batch)) else None
 
-        def distill(student: PreTrainedModel, inputs: Mapping[str, Tensor]) -> FusedLoss:
-            with self.autocast():
-                return at_head(
-                    student, self.transform, answer_hidden(student, inputs, batch["student_mask"]),
-                    lambda hidden, head: self.fused(
-                        hidden, head, teacher_hidden, teacher_head, batch["labels"], t=t,
-                        map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
-                        token_weights=weight, weights=batch.get("weights"), pieces=pieces,
-                        measure=functools.partial(self._measure, batch) if with_figures else None))
-
-        result = model(**batch["student_inputs"], distill=distill)
+        result = inside_forward(
+            model, self.transform, batch, self.autocast, lambda hidden, head: self.fused(
+                hidden, head, teacher_hidden, teacher_head, batch["labels"], t=t,
+                map_index=batch["map_index"] if len(self.fused.maps) > 1 else None,
+                token_weights=weight, weights=batch.get("weights"), pieces=pieces,
+                measure=functools.partial(self._measure, batch) if with_figures else None))
         return StepLoss(result.loss, result.per_token, result.token_weights,
                         self._figures(batch, result))
 

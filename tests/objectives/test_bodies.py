@@ -103,16 +103,17 @@ def test_types_and_no_rows(given):
 
 
 def test_auto_on_cpu_goes_by_size(monkeypatch):
-    monkeypatch.setattr(bodies, "can_compile", lambda device: True)
-    assert choose_body("auto", CPU, TERMS, bodies.WORTH_COMPILING - 1) is eager
-    assert choose_body("auto", CPU, TERMS, bodies.WORTH_COMPILING) is compiled
-    assert choose_body("eager", CPU, TERMS, bodies.WORTH_COMPILING) is eager
+    monkeypatch.setattr(compiling, "can_compile", lambda device: True)
+    assert choose_body("auto", CPU, TERMS, compiling.WORTH_COMPILING - 1) is eager
+    assert choose_body("auto", CPU, TERMS, compiling.WORTH_COMPILING) is compiled
+    assert choose_body("eager", CPU, TERMS, compiling.WORTH_COMPILING) is eager
     assert choose_body("compiled", CPU, TERMS, 1) is compiled
 
 
 def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(bodies, "can_compile", lambda device: False)
-    assert choose_body("auto", CPU, TERMS, bodies.WORTH_COMPILING) is eager
+    for module in (bodies, compiling):
+        monkeypatch.setattr(module, "can_compile", lambda device: False)
+    assert choose_body("auto", CPU, TERMS, compiling.WORTH_COMPILING) is eager
     with pytest.raises(TaidError, match=r"compiled.*no compiler for cpu.*body: eager"):
         choose_body("compiled", CPU, TERMS, 1)
 
@@ -121,7 +122,7 @@ def test_without_a_compiler(monkeypatch):
 def test_auto_on_cuda_takes_triton_where_it_can():
     from taid_vlm.fused.kernels import triton_body
 
-    big = bodies.WORTH_COMPILING
+    big = compiling.WORTH_COMPILING
     assert choose_body("auto", CUDA, TERMS, 1) is triton_body
     assert choose_body("triton", CUDA, TERMS, 1) is triton_body
     assert choose_body("auto", CUDA, TERMS, 1, torch.float64) is eager
@@ -135,7 +136,7 @@ def test_auto_on_cuda_takes_triton_where_it_can():
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     compiling.can_compile.cache_clear()
-    assert choose_body("auto", CUDA, TERMS, bodies.WORTH_COMPILING) is eager
+    assert choose_body("auto", CUDA, TERMS, compiling.WORTH_COMPILING) is eager
     with pytest.raises(TaidError, match="needs the package triton"):
         choose_body("triton", CUDA, TERMS, 1)
     with pytest.raises(TaidError, match="no compiler for cuda"):

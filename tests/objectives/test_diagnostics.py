@@ -14,13 +14,13 @@ from taid_vlm.objectives import (
     CLOSE_DIAGNOSTICS,
     DIAGNOSTICS,
     best_guess,
+    compiling,
     data_nll,
     diagnose,
     diagnostics,
     divergence,
     divergences,
 )
-from taid_vlm.objectives.compiling import can_compile
 from taid_vlm.objectives.diagnostics import _masses, rank_limits
 
 INF = float("inf")
@@ -110,7 +110,7 @@ def test_limits_are_those_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
 
 
-@pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler")
+@pytest.mark.skipif(not compiling.can_compile("cpu"), reason="no C++ compiler")
 def test_compiled_figures_are_as_near_as_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """At any distance of the models, with ties and with tokens that are ruled out; more rows are
     not compiled for again."""
@@ -121,7 +121,7 @@ def test_compiled_figures_are_as_near_as_eager_ones(monkeypatch: pytest.MonkeyPa
     u = s + far * torch.randn(12, 1000, generator=torch.Generator().manual_seed(3))
     s[3, :4], u[5, 2:9], u[7] = -INF, -INF, u[7].round()
     want, eager = (diagnose(*x, closely=True) for x in ((s, u), (s.float(), u.float())))
-    monkeypatch.setattr(diagnostics, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(compiling, "WORTH_COMPILING", 1)
     for rows in (12, 7):
         found = diagnose(s[:rows].float(), u[:rows].float(), closely=True)
         for name, values in found.items():
