@@ -18,6 +18,7 @@ from taid_vlm.config.schema import benchmark_schema, recipe_schema
 from taid_vlm.config.training import WITHOUT_EFFECT, train_spec
 from taid_vlm.config.yaml import read_yaml
 from taid_vlm.errors import RecipeError
+from taid_vlm.objectives import parse_objective
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,6 +155,15 @@ def test_a_first_recipe_reads_back(train_what: Any, held_out: str | None, folder
         ["tower", "language_model", "head"] if train_what == "projector" else None)
     assert text.count("#") > 6
     assert ("lost layers" in text) == (train_what == "full")
+
+
+def test_what_a_first_recipe_proposes_is_read(folder: Path) -> None:
+    text = init_recipe("teacher", "my student: 3", "train.jsonl").replace(
+        "  name: taid ", "  # ").replace("  # terms:", "  terms:").replace("  # on_p", "  on_p")
+    (folder / "first.yaml").write_text(text)
+    objective = parse_objective(load_recipe(folder / "first.yaml").objective)
+    assert [(term.name, term.weight) for term in objective.terms] == [("taid", 1.0), ("ce", 0.2)]
+    assert objective.on_policy is not None and objective.on_policy.lmbda == 0.5
 
 
 def test_hub_names_need_not_lie_here(folder: Path) -> None:
