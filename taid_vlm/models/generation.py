@@ -174,7 +174,10 @@ def continue_prompts(
     """
     names, stops = forward_names(type(unwrap(model))), stop_tokens(model, adapter)
     accepted = {key: x.to(model.device) for key, x in inputs.items() if key in names}
-    with evaluation_mode(model), _images_in_forward(unwrap(model)):
+    plain = unwrap(model)
+    spread = synced or _is_sharded(plain)
+    kept = contextlib.nullcontext() if spread else _casts_kept(model.device.type)
+    with evaluation_mode(model), _images_in_forward(plain), kept:
         ids = model.generate(
             **accepted, **PLAIN, max_new_tokens=max_new_tokens, eos_token_id=stops,
             pad_token_id=adapter.tokenizer.pad_token_id, synced_gpus=synced,
@@ -187,11 +190,23 @@ def continue_prompts(
             for row, end in zip(rows, ends, strict=True)]
 
 
+def _is_sharded(model: PreTrainedModel) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def _casts_kept(device: str) -> contextlib.AbstractContextManager[Any]:
+    """In mixed precision every forward pass casts the weights, and an answer has one for each
+    token: inside, what the innermost autocast has cast is kept, and nothing else changes. Not for
+    weights spread over processes, which are whole for one forward pass only."""
+    return torch.autocast(device, torch.get_autocast_dtype(device),
+                          enabled=torch.is_autocast_enabled(device))
+
+
 @contextlib.contextmanager
 def _images_in_forward(model: PreTrainedModel) -> Iterator[None]:
     """transformers encodes images before the first forward pass, which is what brings the weights
     of a model that FSDP2 shards together: there, images are encoded in that pass."""
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
+    if not _is_sharded(model):
         yield
         return
     model._supports_mm_encoder_outputs = lambda: False

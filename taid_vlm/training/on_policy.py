@@ -233,18 +233,11 @@ class Rollouts:
         if not asked and self._sharded:  # the others wait in every forward pass
             asked = [_PLACEHOLDER]
             inputs, _ = _inputs(adapter, asked, room)
-        with self._weights_cast_once():
-            answers: Iterator[Continued] = iter(()) if inputs is None else iter(continue_prompts(
-                model, adapter, inputs, asked, max_new_tokens=spec.max_new_tokens,
-                sampling=Sampling(spec.temperature, spec.top_p, f"{self.seed}/{step}"),
-                synced=self._sharded, as_text=True))
+        answers: Iterator[Continued] = iter(()) if inputs is None else iter(continue_prompts(
+            model, adapter, inputs, asked, max_new_tokens=spec.max_new_tokens,
+            sampling=Sampling(spec.temperature, spec.top_p, f"{self.seed}/{step}"),
+            synced=self._sharded, as_text=True))
         return [problems[i] if i in problems else next(answers) for i in range(len(pairs))]
-
-    def _weights_cast_once(self) -> contextlib.AbstractContextManager[Any]:
-        """In mixed precision every forward pass casts the weights, and an answer has one for each
-        token: inside, autocast keeps what it has cast. Weights that are spread over processes are
-        whole for one forward pass only."""
-        return contextlib.nullcontext() if self._sharded else self.accelerator.autocast()
 
     def _from_engine(
         self, questions: Sequence[Question], model: Any, step: int, happened: Happened

@@ -23,6 +23,7 @@ from taid_vlm.adapters import continued_record
 from taid_vlm.batch.forward import student_forward, teacher_forward
 from taid_vlm.batch.losses import token_losses
 from taid_vlm.errors import RecipeError, TaidError
+from taid_vlm.models import generation
 from taid_vlm.models.generation import Continued
 from taid_vlm.objectives import parse_objective
 from taid_vlm.training import on_policy
@@ -178,7 +179,7 @@ def test_in_mixed_precision_weights_are_cast_once_for_an_answer(
         assert set(casts.of.values()) == {2}
     with torch.no_grad():
         next(model.parameters()).div_(1.5)
-    monkeypatch.setattr(rollouts, "_weights_cast_once", contextlib.nullcontext)
+    monkeypatch.setattr(generation, "_casts_kept", lambda device: contextlib.nullcontext())
     with Casts(model) as casts:
         assert rollouts._ask(questions, model, 1) == said[0]
         assert min(casts.of.values()) > 4
