@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from bench.common import markdown_table
 
 from real_pairs.plan import METHODS, PAIRS
 from real_pairs.results import CATEGORIES, COMPARED, RIVALS, open_by_block
@@ -68,7 +70,7 @@ def _block(document: Document, account: Document) -> Iterator[str]:
     yield f"## {account['title']}"
     yield (f"Student: {PAIRS[pair].title}; {account['steps']} steps, {document['seeds']} seeds. "
            f"{_untrained(document['before'].get(pair, {}), own)}")
-    yield _table(("objective", "rate", *HEADS.values()), (
+    yield markdown_table(("objective", "rate", *HEADS.values()), (
         (METHODS[name].title, f"{method['rate']:g}",
          *(_interval(method["figures"][own][figure]) for figure in COMPARED))
         for name, method in methods.items()))
@@ -77,13 +79,13 @@ def _block(document: Document, account: Document) -> Iterator[str]:
                    if rival in method["against"]}
         if against:
             yield f"Less {METHODS[rival].title} ({KINDS[own]}):"
-            yield _table(("objective", *HEADS.values()), (
+            yield markdown_table(("objective", *HEADS.values()), (
                 (METHODS[name].title, *(_verdict(difference[own][figure], figure)
                                         for figure in COMPARED))
                 for name, difference in against.items()))
     others = [kind for kind in CATEGORIES if kind != own]
     yield "On text of other kinds, mean ± standard error over seeds:"
-    yield _table(("objective", *(f"{HEADS[figure]}, {KINDS[kind]}" for kind in others
+    yield markdown_table(("objective", *(f"{HEADS[figure]}, {KINDS[kind]}" for kind in others
                                  for figure in ("kl", "nll"))), (
         (METHODS[name].title, *(_mean(method["figures"][kind][figure]) for kind in others
                                 for figure in ("kl", "nll")))
@@ -97,12 +99,6 @@ def _untrained(figures: Document, category: str) -> str:
     return (f"Before training: KL {own['kl']:.3f}, agreement {own['agreement']:.3f}, over "
             f"{own['n_tokens']:,} tokens of {own['n_answers']} records, of which the teacher's own "
             f"NLL is {own['teacher_nll']:.3f}.")
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(head), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _interval(pooled: Document, sign: str = "") -> str:
@@ -146,7 +142,7 @@ def _rates(
         rows.append((pair, METHODS[method].title, *(
             f"**{cell}**" if rate == best and len(tried) == len(columns) else cell
             for rate, cell in zip(columns, cells, strict=True))))
-    yield _table(("student", "objective", *columns), rows)
+    yield markdown_table(("student", "objective", *columns), rows)
 
 
 def _again(again: Document | None) -> Iterator[str]:
